@@ -1,0 +1,65 @@
+# make demo | test | lint: each sets up all it needs on a fresh machine, and starts at once the next time.
+# Overridable: PYTHON (interpreter that makes the environment), VENV (its folder), PYTEST_ARGS.
+
+PYTHON      ?= python3
+VENV        ?= .venv
+PYTEST_ARGS ?= -n 2 --dist worksteal
+
+VENV_PYTHON := $(VENV)/bin/python
+RUN_READY   := $(VENV)/.installed-run
+DEV_READY   := $(VENV)/.installed-dev
+PIP_INSTALL := $(VENV_PYTHON) -m pip install --no-input --disable-pip-version-check
+# PIP_CONSTRAINT is pip's own variable; a changed constraints file means installing anew.
+INSTALL_FROM := pyproject.toml $(wildcard $(PIP_CONSTRAINT))
+# Where the environment's interpreter is gone, what was installed for it does not count.
+_ := $(shell test -x $(VENV_PYTHON) || rm -f $(RUN_READY) $(DEV_READY))
+
+# Compiled programs are kept between runs.
+JAX_COMPILATION_CACHE_DIR                  ?= $(CURDIR)/.cache/jax
+JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
+JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES  ?= -1
+# Test workers share a GPU, so none may take its memory in advance.
+XLA_PYTHON_CLIENT_PREALLOCATE              ?= false
+
+export JAX_COMPILATION_CACHE_DIR JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES
+test: export XLA_PYTHON_CLIENT_PREALLOCATE := $(XLA_PYTHON_CLIENT_PREALLOCATE)
+
+.PHONY: help demo test lint
+.DELETE_ON_ERROR:
+# demo and test share the environment: under -j, two pips must not write to it at once.
+.NOTPARALLEL:
+
+help:
+	@echo "make demo   generate text with the embedded tiny model"
+	@echo "make test   run the tests (PYTEST_ARGS='-n 2 ...')"
+	@echo "make lint   ruff check and mypy"
+
+demo: $(RUN_READY)
+	@$(VENV_PYTHON) scripts/batch_generate.py
+
+test: $(DEV_READY)
+	@$(VENV_PYTHON) -m pytest -q $(PYTEST_ARGS)
+
+lint: $(DEV_READY)
+	@$(VENV_PYTHON) -m ruff check .
+	@$(VENV_PYTHON) -m mypy mtpjax kernels_pallas checkpoints
+
+# Order-only below: the link's date is that of the system's interpreter and says nothing.
+$(VENV_PYTHON):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "mtpjax needs Python 3.11 or newer, but '$(PYTHON)' is: $$($(PYTHON) --version 2>&1)." >&2; \
+	  echo "Name another one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@echo "Making $(VENV) with $$($(PYTHON) --version 2>&1)"
+	@rm -f $(VENV)/bin/python*
+	@$(PYTHON) -m venv $(VENV)
+
+$(RUN_READY): $(INSTALL_FROM) | $(VENV_PYTHON)
+	@echo "Installing mtpjax and what it runs on (jax, flax, orbax, ...; about 0.8 GB) into $(VENV). This can take minutes."
+	@$(PIP_INSTALL) -qq -e . || { echo "That failed; the full story: $(PIP_INSTALL) -e ." >&2; exit 1; }
+	@touch $@
+
+# The tools include all that running needs.
+$(DEV_READY): $(INSTALL_FROM) | $(VENV_PYTHON)
+	@echo "Installing mtpjax (jax, flax, orbax, ...; about 0.8 GB) and its test and lint tools into $(VENV). This can take minutes."
+	@$(PIP_INSTALL) -qq -e '.[dev]' || { echo "That failed; the full story: $(PIP_INSTALL) -e '.[dev]'" >&2; exit 1; }
+	@touch $(RUN_READY) $@

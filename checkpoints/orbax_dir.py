@@ -1,0 +1,31 @@
+"""A folder that mtpjax saved with Orbax. Only recognised here: mtpjax reads the arrays, as that needs JAX."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from checkpoints.errors import CheckpointError
+from checkpoints.folder import CONFIG, find_tokenizer, list_names, read_generation_config, read_json_file
+
+PARAMS = "params"
+
+
+class OrbaxDirectory:
+    """`config.json` beside a folder `params/` (`params_path`) with an Orbax tree of parameters.
+
+    Raises CheckpointError when one of the two is missing or config.json cannot be read.
+    """
+
+    kind = "orbax"
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = read_json_file(self.path / CONFIG)
+        self.params_path = self.path / PARAMS
+        if not self.params_path.is_dir():
+            raise CheckpointError(
+                f"{self.path}: has no folder {PARAMS}/, found {list_names(self.path)}. "
+                "Was it saved by mtpjax?"
+            )
+        self.generation_config = read_generation_config(self.path)
+        self.tokenizer_file = find_tokenizer(self.path)

@@ -1,0 +1,1 @@
+"""Numerics on (packed) weights. Knows arrays, nothing of the model."""

@@ -1,0 +1,5 @@
+"""Matrix products of activations with stored weights."""
+
+from kernels_pallas.matmul.api import linear
+
+__all__ = ["linear"]

@@ -1,0 +1,96 @@
+"""Gated attention: per-head query|gate projection, QK norm, partial RoPE, grouped queries, sigmoid gate on the output.
+
+Keys and values go to the cache first; attention then reads the cache block by block with an online softmax and a
+dynamic trip count. Memory is O(rows x block) and one program serves every context length.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array, lax
+from jaxtyping import Float
+
+from kernels_pallas.matmul import linear
+from mtpjax.cache import BLOCK
+from mtpjax.config import ModelConfig
+from mtpjax.model.norm import rms_norm
+from mtpjax.model.params import Shapes
+from mtpjax.model.placement import Placement
+from mtpjax.model.rope import rotate
+
+KV = tuple[Array, Array]  # keys and values of all layers, each [A, B, N, S, H]
+NEGATIVE = -1e30  # finite, so that a row without any key stays free of NaN
+
+
+def write_kv(cache: KV, layer: Array | int, k: Float[Array, "B T N H"], v: Float[Array, "B T N H"], where: Placement) -> KV:
+    """Put rows at their positions; padding and rows beyond the cache are dropped."""
+    slots = cache[0].shape[3]
+    slot = jnp.where(where.live, where.positions, slots)
+    b = jnp.arange(k.shape[0])[:, None]
+    return tuple(c.at[layer, b, :, slot].set(new.astype(c.dtype), mode="drop") for c, new in zip(cache, (k, v)))  # type: ignore[return-value]
+
+
+def attend(q: Float[Array, "B T Q H"], cache: KV, layer: Array | int, where: Placement) -> Float[Array, "B T Q H"]:
+    """Causal attention of the rows over the cache, scale `H ** -0.5`, softmax in float32; query head h reads h // G.
+
+    Blocks in which a row sees nothing leave its sums bit for bit as they are, so a result does not depend on how long
+    the other sequences of the batch are.
+    """
+    batch, rows, q_heads, size = q.shape
+    kv_heads = cache[0].shape[2]
+    group = q_heads // kv_heads
+    precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+    q = (q.astype(jnp.float32) * size**-0.5).astype(q.dtype).reshape(batch, rows, kv_heads, group, size)
+    q = q.transpose(0, 2, 3, 1, 4)  # [B, N, G, T, H]
+
+    def block(i: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        top, total, out = sums
+        at = (layer, 0, 0, i * BLOCK, 0)
+        k, v = (lax.dynamic_slice(c, at, (1, batch, kv_heads, BLOCK, size))[0].astype(q.dtype) for c in cache)
+        seen = where.live[..., None] & (i * BLOCK + jnp.arange(BLOCK) <= where.positions[..., None])  # [B, T, S]
+        seen = seen[:, None, None]
+        score = jnp.einsum("bngth,bnsh->bngts", q, k, precision=precision, preferred_element_type=jnp.float32)
+        score = jnp.where(seen, score, NEGATIVE)
+        new_top = jnp.maximum(top, jnp.max(score, axis=-1, keepdims=True))
+        keep = jnp.exp(top - new_top)
+        p = jnp.where(seen, jnp.exp(score - new_top), 0.0)
+        add = jnp.einsum("bngts,bnsh->bngth", p.astype(q.dtype), v, precision=precision, preferred_element_type=jnp.float32)
+        return new_top, total * keep + jnp.sum(p, axis=-1, keepdims=True), out * keep + add
+
+    shape = (batch, kv_heads, group, rows)
+    first = (jnp.full((*shape, 1), NEGATIVE), jnp.zeros((*shape, 1)), jnp.zeros((*shape, size)))
+    _, total, out = lax.fori_loop(0, where.blocks, block, first)
+    out = out / jnp.where(total > 0, total, 1.0)
+    return out.transpose(0, 3, 1, 2, 4).reshape(batch, rows, q_heads, size).astype(q.dtype)
+
+
+class Attention(nnx.Module):
+    """Weights of one gated attention layer (or a stack of them)."""
+
+    def __init__(self, cfg: ModelConfig, new: Shapes):
+        self.cfg = cfg
+        width = cfg.q_heads * cfg.head_dim
+        self.q = new.matrix(2 * width, cfg.hidden_size)  # per head: query rows, then gate rows
+        self.k = new.matrix(cfg.kv_heads * cfg.head_dim, cfg.hidden_size)
+        self.v = new.matrix(cfg.kv_heads * cfg.head_dim, cfg.hidden_size)
+        self.o = new.matrix(cfg.hidden_size, width)
+        self.q_norm = new.vector(cfg.head_dim)
+        self.k_norm = new.vector(cfg.head_dim)
+
+    def keys_values(self, x: Float[Array, "B T D"], where: Placement) -> KV:
+        """Keys (normed, turned) and values `[B, T, N, H]` of the rows: all that a prompt row must leave behind."""
+        heads = (*x.shape[:2], self.cfg.kv_heads, self.cfg.head_dim)
+        k = rms_norm(linear(x, self.k[...]).reshape(heads), self.k_norm[...], self.cfg.norm_eps)
+        return rotate(k, where.turn), linear(x, self.v[...]).reshape(heads)
+
+    def __call__(self, x: Float[Array, "B T D"], cache: KV, layer: Array | int, where: Placement) -> tuple[Array, KV]:
+        cfg = self.cfg
+        cache = write_kv(cache, layer, *self.keys_values(x, where), where)
+        heads = linear(x, self.q[...]).reshape(*x.shape[:2], cfg.q_heads, 2 * cfg.head_dim)
+        q, gate = jnp.split(heads, 2, axis=-1)
+        q = rotate(rms_norm(q, self.q_norm[...], cfg.norm_eps), where.turn)
+        out = attend(q, cache, layer, where)
+        out = (out.astype(jnp.float32) * jax.nn.sigmoid(gate.astype(jnp.float32))).astype(x.dtype)
+        return linear(out.reshape(*x.shape[:2], -1), self.o[...]), cache

@@ -1,0 +1,93 @@
+"""Decoder layers and the stack of super-blocks (one super-block = one repeat of the config's layer pattern)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array, lax
+from jaxtyping import Float
+
+from mtpjax.cache import Cache
+from mtpjax.config import FULL, ModelConfig
+from mtpjax.model.attention import KV, Attention
+from mtpjax.model.deltanet import DeltaNet
+from mtpjax.model.moe import Mlp, Moe
+from mtpjax.model.norm import rms_norm
+from mtpjax.model.params import Expert, Shapes
+from mtpjax.model.placement import Placement
+
+
+class Layer(nnx.Module):
+    """Pre-norm layer: `h = x + mixer(norm(x))`, `y = h + mlp(norm(h))`."""
+
+    def __init__(self, cfg: ModelConfig, new: Shapes, kind: str):
+        self.cfg = cfg
+        self.input_norm = new.vector(cfg.hidden_size)
+        self.post_norm = new.vector(cfg.hidden_size)
+        self.mixer = Attention(cfg, new) if kind == FULL else DeltaNet(cfg, new)
+        self.mlp = Moe(cfg, new) if cfg.experts else Mlp(cfg, new, cfg.mlp_size)
+
+    def feed_forward(self, h: Float[Array, "B T D"], expert_layer: Array | int, where: Placement) -> Array:
+        return h + self.mlp(rms_norm(h, self.post_norm[...], self.cfg.norm_eps), expert_layer, where.live)
+
+    def attention(self, x: Array, kv: KV, layer: Array | int, expert_layer: Array | int, where: Placement):  # type: ignore[no-untyped-def]
+        """A full-attention layer over key/value stacks. Returns the rows and the stacks."""
+        y, kv = self.mixer(rms_norm(x, self.input_norm[...], self.cfg.norm_eps), kv, layer, where)
+        return self.feed_forward(x + y, expert_layer, where), kv
+
+    def linear(self, x: Array, cache: Cache, layer: Array | int, expert_layer: Array | int, where: Placement, *, commit: bool):  # type: ignore[no-untyped-def]
+        """A DeltaNet layer over the cache. Returns the rows and the cache."""
+        normed = rms_norm(x, self.input_norm[...], self.cfg.norm_eps)
+        y, cache = self.mixer(normed, cache, layer, where, commit=commit)
+        return self.feed_forward(x + y, expert_layer, where), cache
+
+
+class SuperBlock(nnx.Module):
+    """The layers of one repeat of the pattern, every weight with a leading axis of `new.stack` repeats."""
+
+    def __init__(self, cfg: ModelConfig, new: Shapes):
+        self.cfg = cfg
+        self.layers = nnx.List([Layer(cfg, new, kind) for kind in cfg.pattern])
+
+    def __call__(self, x: Array, cache: Cache, repeat: Array | int, inside: Array | int, where: Placement, *, commit: bool):  # type: ignore[no-untyped-def]
+        """Run repeat number `repeat` of the model, which is number `inside` of this stack (for its experts)."""
+        full, lin = repeat * self.cfg.full_per_block, repeat * self.cfg.linear_per_block
+        for layer, kind in zip(self.layers, self.cfg.pattern, strict=True):
+            if kind == FULL:
+                x, (k, v) = layer.attention(x, (cache.k, cache.v), full, inside, where)
+                cache, full = cache.replace(k=k, v=v), full + 1
+            else:
+                x, cache = layer.linear(x, cache, lin, inside, where, commit=commit)
+                lin = lin + 1
+        return x, cache
+
+
+class Decoder(nnx.Module):
+    """All layers, as `repeats / stack` stacks of super-blocks.
+
+    With `stack = repeats` one `lax.scan` runs them all and compiles once; with `stack = 1` they are unrolled and no
+    weight is ever sliced, which on a CPU saves a copy of each. Either way the cache is carried whole and updated in
+    place, and experts are closed over whole: slicing them would copy every expert of a layer.
+    """
+
+    def __init__(self, cfg: ModelConfig, dtype: jnp.dtype, stack: int):
+        if cfg.repeats % stack:
+            raise ValueError(f"stack {stack} does not divide the {cfg.repeats} repeats of the layer pattern")
+        self.stack = stack
+        self.blocks = nnx.List([SuperBlock(cfg, Shapes(dtype, stack)) for _ in range(cfg.repeats // stack)])
+
+    def __call__(self, x: Float[Array, "B T D"], cache: Cache, where: Placement, *, commit: bool) -> tuple[Array, Cache]:
+        for number, block in enumerate(self.blocks):
+            graph, experts, dense = nnx.split(block, Expert, ...)
+
+            def body(carry: tuple[Array, Cache], at: tuple, first: int = number * self.stack, g=graph, e=experts):  # type: ignore[no-untyped-def]
+                inside, weights = at
+                run = nnx.merge(g, e, weights)
+                return run(*carry, first + inside, inside, where, commit=commit), None
+
+            if self.stack == 1:
+                (x, cache), _ = body((x, cache), (0, jax.tree.map(lambda w: w[0], dense)))
+            else:
+                (x, cache), _ = lax.scan(body, (x, cache), (jnp.arange(self.stack), dense))
+        return x, cache

@@ -1,0 +1,223 @@
+"""Gated DeltaNet: the linear-attention layer, in its chunked form and with exact replay of accepted rows.
+
+Per value head, with state S [K, V], decay g <= 0 and step size beta:
+    S <- exp(g) S;  d = beta (v - S^T k);  S <- S + k d^T;  o = S^T q
+`delta_chunk` does C rows of this at once with matrix products; `fold` adds rows whose k and d are already known.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array, lax
+from jaxtyping import Bool, Float, Int
+
+from kernels_pallas.matmul import linear
+from mtpjax.cache import Cache
+from mtpjax.config import ModelConfig
+from mtpjax.model.norm import gated_rms_norm, l2_norm
+from mtpjax.model.params import Shapes
+from mtpjax.model.placement import Placement
+
+CHUNK = 64
+EXACT = lax.Precision.HIGHEST  # the recurrence is float32 on every device
+
+
+class Rows(NamedTuple):
+    """Inputs of the recurrence, float32. q is normalised and scaled, k normalised."""
+
+    q: Float[Array, "B T J K"]
+    k: Float[Array, "B T J K"]
+    v: Float[Array, "B T M V"]
+    beta: Float[Array, "B T M"]
+    g: Float[Array, "B T M"]
+
+
+def _einsum(spec: str, *args: Array) -> Array:
+    return jnp.einsum(spec, *args, precision=EXACT)
+
+
+def unit_lower_inverse(n: Float[Array, "*batch C C"]) -> Float[Array, "*batch C C"]:
+    """`(I + n)^-1` for strictly lower triangular n.
+
+    n is nilpotent, so the inverse is the product of `I + (-n)^(2^i)`; large blocks are split in two first,
+    `[[A, 0], [B, D]]^-1 = [[A', 0], [-D' B A', D']]`, which needs far fewer operations.
+    """
+    size = n.shape[-1]
+    if size > 16 and size % 2 == 0:
+        h = size // 2
+        corners = unit_lower_inverse(jnp.stack([n[..., :h, :h], n[..., h:, h:]]))
+        below = -_einsum("...ij,...jk,...kl->...il", corners[1], n[..., h:, :h], corners[0])
+        top = jnp.concatenate([corners[0], jnp.zeros_like(below)], axis=-1)
+        return jnp.concatenate([top, jnp.concatenate([below, corners[1]], axis=-1)], axis=-2)
+    power, inverse, done = -n, jnp.eye(size) - n, 2
+    while done < size:
+        power = _einsum("...ij,...jk->...ik", power, power)
+        inverse = inverse + _einsum("...ij,...jk->...ik", inverse, power)
+        done *= 2
+    return inverse
+
+
+def delta_chunk(
+    rows: Rows, state: Float[Array, "B M K V"], chunk: int
+) -> tuple[Float[Array, "B T M V"], Float[Array, "B T M V"], Float[Array, "B T M"], Float[Array, "B M K V"]]:
+    """Outputs o, updates d, log decay summed within each chunk, and the state after all rows. T a multiple of `chunk`.
+
+    Everything that does not need the state is done for all chunks at once; the scan over chunks is four products.
+    Rows with beta = 0, g = 0 and k = 0 change nothing, bit for bit.
+    """
+    batch, total, keys, _ = rows.q.shape
+    heads = rows.v.shape[2]
+    n, ratio = total // chunk, heads // keys
+
+    def split(x: Array, per: int) -> Array:  # [B, T, heads, *] -> [n, B, J, r, C, *]
+        x = x.reshape(batch, n, chunk, keys, per, *x.shape[3:])
+        return jnp.moveaxis(jnp.moveaxis(x, 1, 0), 2, 4)
+
+    q, k = split(rows.q, 1)[:, :, :, 0], split(rows.k, 1)[:, :, :, 0]  # [n, B, J, C, K]
+    v, beta, g = (split(x, ratio) for x in (rows.v, rows.beta, rows.g))
+    decay = jnp.cumsum(g, axis=-1)  # [n, B, J, r, C]
+    lower = jnp.tril(jnp.ones((chunk, chunk), bool))
+    ratios = jnp.exp(jnp.where(lower, decay[..., :, None] - decay[..., None, :], -jnp.inf))
+    kk, qk = (_einsum("nbjck,nbjdk->nbjcd", x, k)[:, :, :, None] for x in (k, q))
+    inner = jnp.where(jnp.tril(lower, -1), beta[..., None] * kk * ratios, 0.0)
+    solve = unit_lower_inverse(inner) * beta[..., None, :]
+    u = _einsum("nbjrcd,nbjrdv->nbjrcv", solve, v)
+    w = _einsum("nbjrcd,nbjdk->nbjrck", solve * jnp.exp(decay)[..., None, :], k)
+    mix = qk * ratios  # lower triangular, diagonal included
+    q_in = q[:, :, :, None] * jnp.exp(decay)[..., None]
+    k_out = k[:, :, :, None] * jnp.exp(decay[..., -1:] - decay)[..., None]
+
+    def step(s: Array, x: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array]]:
+        u, w, mix, q_in, k_out, last = x
+        d = u - _einsum("bjrck,bjrkv->bjrcv", w, s)
+        o = _einsum("bjrck,bjrkv->bjrcv", q_in, s) + _einsum("bjrcd,bjrdv->bjrcv", mix, d)
+        s = jnp.exp(last)[..., None, None] * s + _einsum("bjrck,bjrcv->bjrkv", k_out, d)
+        return s, (o, d)
+
+    s = state.reshape(batch, keys, ratio, *state.shape[2:])
+    xs = (u, w, mix, q_in, k_out, decay[..., -1])
+    if n == 1:
+        s, (o, d) = step(s, jax.tree.map(lambda x: x[0], xs))
+        o, d = o[None], d[None]
+    else:
+        s, (o, d) = lax.scan(step, s, xs)
+
+    def join(x: Array) -> Array:  # [n, B, J, r, C, *] -> [B, T, M, *]
+        x = jnp.moveaxis(jnp.moveaxis(x, 4, 2), 0, 1)
+        return x.reshape(batch, total, heads, *x.shape[5:])
+
+    return join(o), join(d), join(decay), s.reshape(state.shape)
+
+
+def fold(
+    state: Float[Array, "B M K V"],
+    k: Float[Array, "B W J K"],
+    d: Float[Array, "B W M V"],
+    decay: Float[Array, "B W M"],
+    accepted: Int[Array, " B"],
+) -> Float[Array, "B M K V"]:
+    """State after the first `accepted` rows of a window: `exp(G_n) S + sum_{i<=n} exp(G_n - G_i) k_i d_i^T`.
+
+    The d of a row does not depend on later rows, so this equals stepping through them. Zero rows: the state, unchanged.
+    """
+    batch, window, keys, _ = k.shape
+    last = jnp.take_along_axis(decay, jnp.maximum(accepted - 1, 0)[:, None, None], axis=1)  # [B, 1, M]
+    counted = (jnp.arange(window) < accepted[:, None])[..., None]
+    weight = jnp.where(counted, jnp.exp(jnp.where(counted, last - decay, 0.0)), 0.0)  # [B, W, M]
+    scaled = (d * weight[..., None]).reshape(batch, window, keys, -1, d.shape[-1])
+    update = _einsum("bwjk,bwjrv->bjrkv", k, scaled).reshape(state.shape)
+    keep = jnp.where(accepted[:, None] > 0, jnp.exp(last[:, 0]), 1.0)
+    return state * keep[..., None, None] + update
+
+
+def conv_inputs(
+    before: Float[Array, "B P C"], x: Float[Array, "B T C"], pad: Int[Array, " B"], live: Bool[Array, "B T"]
+) -> Float[Array, "B P+T C"]:
+    """The P inputs that precede the live rows, then the rows; padding in front of both is zero.
+
+    The earlier inputs move up to the first live row, so front padding is a no-op for continued sequences too, and the
+    last P entries are always what the next step needs.
+    """
+    x = jnp.where(live[..., None], x, 0)
+    joined = jnp.concatenate([jnp.zeros_like(before), x], axis=1)
+    put = jax.vmap(lambda row, prev, at: lax.dynamic_update_slice(row, prev, (at, 0)))
+    return put(joined, before, pad)
+
+
+class DeltaNet(nnx.Module):
+    """Weights of one Gated DeltaNet layer (or a stack of them)."""
+
+    def __init__(self, cfg: ModelConfig, new: Shapes):
+        self.cfg = cfg
+        self.in_qkv = new.matrix(cfg.conv_size, cfg.hidden_size)
+        self.in_z = new.matrix(cfg.value_size, cfg.hidden_size)
+        self.in_b = new.matrix(cfg.linear_v_heads, cfg.hidden_size)
+        self.in_a = new.matrix(cfg.linear_v_heads, cfg.hidden_size)
+        self.conv = new.vector(cfg.conv_size, cfg.conv_width)  # tap width-1 is the row itself
+        self.a_log = new.vector(cfg.linear_v_heads)
+        self.dt_bias = new.vector(cfg.linear_v_heads)
+        self.norm = new.vector(cfg.linear_v_dim)  # plain weight, not zero-centred
+        self.out = new.matrix(cfg.hidden_size, cfg.value_size)
+
+    def _rows(self, x: Array, inputs: Float[Array, "B P+T C"], live: Bool[Array, "B T"]) -> Rows:
+        cfg, (batch, rows) = self.cfg, x.shape[:2]
+        taps = self.conv[...].astype(jnp.float32)
+        wide = inputs.astype(jnp.float32)
+        u = sum(wide[:, i : i + rows] * taps[:, i] for i in range(cfg.conv_width))
+        u = jax.nn.silu(u).astype(x.dtype).astype(jnp.float32)
+        q, k, v = jnp.split(u, [cfg.key_size, 2 * cfg.key_size], axis=-1)
+        keys = (batch, rows, cfg.linear_k_heads, cfg.linear_k_dim)
+        some = live[..., None]
+        k = jnp.where(some[..., None], l2_norm(k.reshape(keys)), 0.0)
+        beta = jax.nn.sigmoid(linear(x, self.in_b[...], out_dtype=jnp.float32))
+        step = jax.nn.softplus(linear(x, self.in_a[...], out_dtype=jnp.float32) + self.dt_bias[...])
+        return Rows(
+            q=l2_norm(q.reshape(keys)) * cfg.linear_k_dim**-0.5,
+            k=k,
+            v=v.reshape(batch, rows, cfg.linear_v_heads, cfg.linear_v_dim),
+            beta=jnp.where(some, beta, 0.0),
+            g=jnp.where(some, -jnp.exp(self.a_log[...].astype(jnp.float32)) * step, 0.0),
+        )
+
+    def __call__(
+        self, x: Float[Array, "B T D"], cache: Cache, layer: Array | int, where: Placement, *, commit: bool
+    ) -> tuple[Array, Cache]:
+        """Rows of one layer.
+
+        With `commit` the rows enter the state. Without it (verify) they are left pending in the cache, T <= W, and the
+        caller sets `cache.accepted` once it knows how many count. Either way the rows accepted before are folded in.
+        """
+        cfg, rows = self.cfg, x.shape[1]
+        keep = cfg.conv_width - 1
+        before = jax.vmap(lambda c, n: lax.dynamic_slice(c, (n, 0), (keep, c.shape[1])))(cache.conv[layer], cache.accepted)
+        pending = (cache.pending_k[layer], cache.pending_d[layer], cache.pending_g[layer])
+        state = fold(cache.state[layer], *pending, cache.accepted)
+
+        inputs = conv_inputs(before, linear(x, self.in_qkv[...]).astype(before.dtype), where.pad, where.live)
+        given = self._rows(x, inputs, where.live)
+        chunk = min(CHUNK, rows)
+        extra = -rows % chunk
+        if extra:
+            given = jax.tree.map(lambda a: jnp.pad(a, [(0, 0), (0, extra)] + [(0, 0)] * (a.ndim - 2)), given)
+        o, d, decay, after = delta_chunk(given, state, chunk)
+
+        if commit:
+            conv = cache.conv.at[layer, :, :keep].set(inputs[:, rows:])
+            cache = cache.replace(state=cache.state.at[layer].set(after), conv=conv)
+        else:
+            if rows > cache.window:
+                raise ValueError(f"a verify step of {rows} rows needs a cache with window >= {rows}, found {cache.window}")
+            cache = cache.replace(
+                state=cache.state.at[layer].set(state),
+                conv=cache.conv.at[layer, :, : keep + rows].set(inputs),
+                pending_k=cache.pending_k.at[layer, :, :rows].set(given.k[:, :rows]),
+                pending_d=cache.pending_d.at[layer, :, :rows].set(d[:, :rows]),
+                pending_g=cache.pending_g.at[layer, :, :rows].set(decay[:, :rows]),
+            )
+        z = linear(x, self.in_z[...]).reshape(*x.shape[:2], cfg.linear_v_heads, cfg.linear_v_dim)
+        y = gated_rms_norm(o[:, :rows].astype(x.dtype), z, self.norm[...], cfg.norm_eps, cfg.z_gate)
+        return linear(y.reshape(*x.shape[:2], -1), self.out[...]), cache

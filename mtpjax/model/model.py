@@ -1,0 +1,73 @@
+"""`Model`: embedding, trunk, final norm, LM head and MTP head."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+from kernels_pallas.matmul import linear
+from mtpjax.cache import Cache
+from mtpjax.config import ModelConfig
+from mtpjax.model.decoder import Decoder
+from mtpjax.model.mtp import Mtp
+from mtpjax.model.norm import rms_norm
+from mtpjax.model.params import Shapes
+from mtpjax.model.placement import Placement
+
+
+class Model(nnx.Module):
+    """Weights of a Qwen3.5 / Qwen3.6 text model. Split it once, merge it inside the jitted step.
+
+    Args:
+        dtype: of the matrices (norms and other vectors are float32).
+        compute_dtype: of activations; `dtype` unless told.
+        stack: repeats of the layer pattern that are scanned together; see `Decoder`.
+    """
+
+    def __init__(
+        self, cfg: ModelConfig, dtype: jnp.dtype = jnp.float32, *, compute_dtype: jnp.dtype | None = None, stack: int = 1
+    ):
+        self.cfg = cfg
+        self.compute_dtype = jnp.dtype(compute_dtype or dtype)
+        new = Shapes(dtype)
+        self.embedding = new.matrix(cfg.vocab_size, cfg.hidden_size)
+        self.decoder = Decoder(cfg, dtype, stack)
+        self.norm = new.vector(cfg.hidden_size)
+        self.lm_head = None if cfg.tied_embeddings else new.matrix(cfg.vocab_size, cfg.hidden_size)
+        self.mtp = Mtp(cfg, dtype) if cfg.mtp_layers else None
+
+    def embed(self, tokens: Int[Array, "B T"], live: Bool[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Embedding rows in the compute dtype, zero where a row is padding (and zero it stays through every layer)."""
+        rows = self.embedding[...][tokens].astype(self.compute_dtype)
+        return jnp.where(live[..., None], rows, 0)
+
+    def trunk(self, tokens: Int[Array, "B T"], cache: Cache, where: Placement, *, commit: bool) -> tuple[Array, Cache]:
+        """All layers. Returns rows *before* the final norm `[B, T, D]` and the cache; see `DeltaNet` for `commit`."""
+        return self.decoder(self.embed(tokens, where.live), cache, where, commit=commit)
+
+    def final_norm(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return rms_norm(x, self.norm[...], self.cfg.norm_eps)
+
+    def head(self, hidden: Float[Array, "B R D"]) -> Float[Array, "B R V"]:
+        """Logits, float32, of rows after the final norm."""
+        weight = self.embedding if self.lm_head is None else self.lm_head
+        return linear(hidden, weight[...], out_dtype=jnp.float32)
+
+    def mtp_sync(self, hidden: Float[Array, "B T D"], following: Int[Array, "B T"], cache: Cache, where: Placement) -> Cache:
+        """`Mtp.sync` for rows whose next tokens are `following`."""
+        return self.mtp.sync(self.embed(following, where.live), hidden, cache, where)
+
+    def mtp_step(
+        self, hidden: Float[Array, "B T D"], following: Int[Array, "B T"], cache: Cache, where: Placement
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """The whole MTP head for rows whose next tokens are `following`."""
+        return self.mtp(self.embed(following, where.live), hidden, cache, where)
+
+
+def abstract_model(
+    cfg: ModelConfig, dtype: jnp.dtype = jnp.float32, *, compute_dtype: jnp.dtype | None = None, stack: int = 1
+) -> Model:
+    """A `Model` of shapes only; nothing is allocated."""
+    return nnx.eval_shape(lambda: Model(cfg, dtype, compute_dtype=compute_dtype, stack=stack))

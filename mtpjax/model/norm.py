@@ -1,0 +1,31 @@
+"""The two RMS norms of Qwen3.5: zero-centred (`1 + w`) everywhere, and plain `w` with a gate behind DeltaNet."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Float
+
+
+def rms_norm(x: Float[Array, "*rows D"], w: Float[Array, " D"], eps: float) -> Float[Array, "*rows D"]:
+    """`x / rms(x) * (1 + w)` in float32, cast back after the product."""
+    y = x.astype(jnp.float32)
+    y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    return (y * (1.0 + w.astype(jnp.float32))).astype(x.dtype)
+
+
+def gated_rms_norm(
+    x: Float[Array, "*rows V"], z: Float[Array, "*rows V"], w: Float[Array, " V"], eps: float, gate: str
+) -> Float[Array, "*rows V"]:
+    """`x / rms(x) * w * gate(z)`: norm before gate, plain weight, all in float32; returns the dtype of `z`."""
+    y = x.astype(jnp.float32)
+    y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps) * w.astype(jnp.float32)
+    act = jax.nn.sigmoid if gate == "sigmoid" else jax.nn.silu
+    return (y * act(z.astype(jnp.float32))).astype(z.dtype)
+
+
+def l2_norm(x: Float[Array, "*rows K"]) -> Float[Array, "*rows K"]:
+    """`x / sqrt(sum(x^2) + 1e-6)` in float32: a sum, not a mean, and the epsilon inside the root."""
+    y = x.astype(jnp.float32)
+    return y * lax.rsqrt(jnp.sum(y * y, axis=-1, keepdims=True) + 1e-6)
