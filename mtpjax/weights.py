@@ -51,7 +51,7 @@ class LoadedModel:
     params: Any
 
 
-def _flat(params: Any) -> dict[Path, Any]:
+def flat(params: Any) -> dict[Path, Any]:
     return dict(nnx.to_flat_state(params))
 
 
@@ -64,7 +64,7 @@ def locations(
         stack: repeats of the layer pattern in one leaf.
         has: whether the checkpoint holds a name; decides between fused experts (the default) and one tensor an expert.
     """
-    shapes = {path: leaf.shape for path, leaf in _flat(nnx.split(abstract_model(cfg, stack=stack))[1]).items()}
+    shapes = {path: leaf.shape for path, leaf in flat(nnx.split(abstract_model(cfg, stack=stack))[1]).items()}
     found: dict[str, Location] = {}
 
     def put(name: str, path: Path, index: tuple[int | slice, ...] = (), shape: tuple[int, ...] | None = None) -> None:
@@ -182,7 +182,7 @@ def load_model(
             source.read_into(name, whole[where.index].reshape(where.shape))
         return jax.device_put(whole)
 
-    return LoadedModel(cfg, graph, _fill(params, read))
+    return LoadedModel(cfg, graph, fill(params, read))
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -193,12 +193,12 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
-def _fill(params: Any, make: Callable[[Path, Any], Any]) -> Any:
+def fill(params: Any, make: Callable[[Path, Any], Any]) -> Any:
     """The same tree with every leaf replaced by `make(path, abstract leaf)`, one at a time."""
-    flat = []
-    for path, leaf in _flat(params).items():
-        flat.append((path, leaf.replace(make(path, leaf))))
-    return nnx.from_flat_state(flat)
+    made = []
+    for path, leaf in flat(params).items():
+        made.append((path, leaf.replace(make(path, leaf))))
+    return nnx.from_flat_state(made)
 
 
 def random_model(
@@ -220,7 +220,7 @@ def random_model(
         key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(repr(path).encode()))
         return _random_leaf(str(path[-1]), key, leaf.shape, leaf.dtype, scale)
 
-    return LoadedModel(cfg, graph, _fill(params, make))
+    return LoadedModel(cfg, graph, fill(params, make))
 
 
 def _random_leaf(name: str, key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype, scale: float) -> jax.Array:
@@ -247,9 +247,9 @@ def export_tensors(
             text-only names, fused experts, and the dtypes that the parameters have.
     """
     table = locations(model.cfg, stack, names.__contains__ if names else lambda name: False)
-    flat = _flat(model.params)
+    leaves = flat(model.params)
     for canonical, where in table.items():
-        leaf = flat[where.path][...]
+        leaf = leaves[where.path][...]
         if names is not None:
             name, dtype = names[canonical]
         else:

@@ -65,6 +65,10 @@ class Model(nnx.Module):
         """The whole MTP head for rows whose next tokens are `following`."""
         return self.mtp(self.embed(following, where.live), hidden, cache, where)
 
+    def mtp_head(self, hidden: Float[Array, "B R D"]) -> Float[Array, "B R V"]:
+        """Draft logits, float32, of rows that `mtp_step` returned: the trunk's LM head."""
+        return self.head(hidden)
+
 
 def abstract_model(
     cfg: ModelConfig, dtype: jnp.dtype = jnp.float32, *, compute_dtype: jnp.dtype | None = None, stack: int = 1

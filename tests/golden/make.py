@@ -1,4 +1,4 @@
-"""Write `tests/golden/<case>.npz`: what HF transformers answers for the tiny models of `weights.py`, in float32 on the CPU.
+"""Write `tests/golden/<case>.npz`: what HF transformers answers for the models of `weights.py`, float32 on the CPU.
 
 Transformers has no Qwen3.5 multi-token head, so that part is put together here from its decoder layer and norm.
 Run `python tests/golden/make.py [case ...]`; README.md has the package versions and says what each array is.
@@ -24,9 +24,9 @@ MAX_BYTES = 250_000
 
 
 class MTPHead(nn.Module):
-    """The multi-token head, parameters named as in a checkpoint below `mtp.`. A pair is (hidden t, token t+1), in slot t.
+    """The multi-token head, parameters named as in a checkpoint after `mtp.`. Slot t pairs hidden t, token t+1.
 
-    Takes the hidden state after the trunk's final norm; gives its own after `norm`, which is what the next draft step takes.
+    Takes the hidden state after the trunk's final norm; gives its own after `norm`, which the next draft step takes.
     """
 
     def __init__(self, model: nn.Module, tensors: dict[str, np.ndarray]):
@@ -76,7 +76,8 @@ def build(case: str) -> tuple[nn.Module, MTPHead]:
     tensors = golden_tensors(case)
     config = transformers.CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
     model_type = getattr(transformers, raw["architectures"][0])
-    model = model_type._from_config(config, attn_implementation="eager", experts_implementation="eager", dtype=torch.float32).eval()
+    eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    model = model_type._from_config(config, dtype=torch.float32, **eager).eval()
     trunk = {name: array for name, array in tensors.items() if not name.startswith("mtp.")}
     load(model, trunk, tied=("lm_head.weight",) if raw["tie_word_embeddings"] else ())
     if raw["tie_word_embeddings"] != (model.lm_head.weight is model.model.embed_tokens.weight):
@@ -98,9 +99,9 @@ def decode(model: nn.Module, prompt: Tensor) -> tuple[Tensor, Tensor]:
 def draft(model: nn.Module, head: MTPHead, hidden: Tensor, tokens: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
     """DRAFT greedy steps after a context of T: tokens [DRAFT] and logits [DRAFT, V].
 
-    hidden [T, D] and tokens [T] are the trunk's; token is the one after them. Slots 0..T-2 hold the true pairs. Step 1 pairs
-    the last hidden state with `token` in slot T-1; step j pairs the head's own output of step j-1 with draft j-1 in slot
-    T-2+j. All slots are recomputed at every step, so no cache of ours can be wrong.
+    hidden [T, D] and tokens [T] are the trunk's; token is the one after them. Slots 0..T-2 hold the true pairs. Step 1
+    pairs the last hidden state with `token` in slot T-1; step j pairs the head's own output of step j-1 with draft j-1
+    in slot T-2+j. All slots are recomputed at every step, so no cache of ours can be wrong.
     """
     next_tokens = torch.cat([tokens[1:], token[None]])
     rows, drafted = [], []
@@ -136,7 +137,8 @@ def run(case: str, model: nn.Module, head: MTPHead, seed: int) -> dict[str, np.n
         "draft_logits": draft_logits,
         "prompt_seed": torch.tensor(seed),
     }
-    return {name: value.numpy().astype(np.float32 if value.is_floating_point() else np.int32) for name, value in arrays.items()}
+    kinds = {name: np.float32 if value.is_floating_point() else np.int32 for name, value in arrays.items()}
+    return {name: value.numpy().astype(kinds[name]) for name, value in arrays.items()}
 
 
 def top_gap(arrays: dict[str, np.ndarray]) -> float:
@@ -162,14 +164,14 @@ def watch_routers(*modules: nn.Module) -> list[float]:
 
 
 def cache_error(model: nn.Module, arrays: dict[str, np.ndarray]) -> float:
-    """Cached decoding against one uncached pass over the same tokens: two roads in transformers, so a floor for our tolerance."""
+    """Cached decoding against one uncached pass over the same tokens: two roads in transformers, a floor for ours."""
     tokens = np.concatenate([arrays["tokens"][:PREFILL], arrays["decode_tokens"]])
     whole = model(torch.from_numpy(tokens).long()[None], use_cache=False).logits[0, PREFILL - 1 :].numpy()
     return float(np.abs(whole - arrays["decode_logits"]).max())
 
 
 def shake(case: str, model: nn.Module, head: MTPHead, arrays: dict[str, np.ndarray]) -> float:
-    """How far logits move when every embedding entry moves by a relative 2^-20, signs alternating; some 8 times float32 rounding.
+    """How far logits move when every embedding entry moves by a relative 2^-20, signs alternating: eight float32 steps.
 
     Tells how well-conditioned a prompt is. Now and then a DeltaNet output is nearly zero before its norm and the
     answer is mostly rounding error; such a prompt proves nothing about an implementation.
@@ -210,8 +212,8 @@ def make(case: str) -> str:
         raise RuntimeError(f"{path}: {path.stat().st_size} bytes, over {MAX_BYTES}")
     kinds = len(set(arrays["logits"].argmax(-1)))
     return (
-        f"{case:9} {seed:4} {arrays['logits'].std():6.2f} {arrays['mtp_logits'].std():6.2f} {gap:9.1e} {router_gap:11.1e} "
-        f"{kinds:7} {moved:7.1e} {error:9.1e} {path.stat().st_size:8}"
+        f"{case:9} {seed:4} {arrays['logits'].std():6.2f} {arrays['mtp_logits'].std():6.2f} "
+        f"{gap:9.1e} {router_gap:11.1e} {kinds:7} {moved:7.1e} {error:9.1e} {path.stat().st_size:8}"
     )
 
 

@@ -1,19 +1,31 @@
 """Tiny Qwen3.5 models for the golden tests: a config, weights and prompts for every named case, from numpy alone.
 
 Nothing is stored and nothing depends on a library's random distributions. A tensor is a function of its case and name:
-raw Philox bits, whose stream numpy guarantees, mapped to floats by exact arithmetic, so every machine gets the same bits.
+raw Philox bits, whose stream numpy guarantees, mapped to floats by exact arithmetic, so every machine gets the same
+values.
 """
 
 import math
 import zlib
+from typing import Any
 
 import numpy as np
 
-# What a case changes; everything else is in `golden_config`. The ratio r is value heads per key head.
-_CASES: dict[str, dict[str, object]] = {
+_DEFAULTS: dict[str, Any] = {
+    "head_dim": 32,
+    "rotary": 0.25,
+    "kv_heads": 2,
+    "value_dim": 16,
+    "experts": 8,
+    "top_k": 2,
+    "tied": False,
+}
+# What a case changes; everything it cannot change is in `golden_config`. The ratio r is value heads per key head.
+_CASES: dict[str, dict[str, Any]] = {
     "moe_r1": {"moe": True, "layers": 4, "value_heads": 2},
     "moe_r2": {"moe": True, "layers": 8, "value_heads": 4},
-    "moe_r3": {"moe": True, "layers": 4, "value_heads": 6, "head_dim": 16, "rotary": 0.5, "kv_heads": 1, "experts": 16, "top_k": 4},
+    "moe_r3": {"moe": True, "layers": 4, "value_heads": 6, "head_dim": 16, "rotary": 0.5, "kv_heads": 1}
+    | {"experts": 16, "top_k": 4},
     "dense_r1": {"moe": False, "layers": 4, "value_heads": 2, "tied": True},
     "dense_r2": {"moe": False, "layers": 8, "value_heads": 4, "head_dim": 16, "rotary": 0.5, "value_dim": 24},
     "dense_r3": {"moe": False, "layers": 4, "value_heads": 6, "kv_heads": 1},
@@ -24,12 +36,12 @@ VOCAB = 160
 EOS = VOCAB - 1  # in the config as a real model has it; no prompt and no greedy continuation of ours contains it
 
 
-def golden_config(case: str) -> dict[str, object]:
+def golden_config(case: str) -> dict[str, Any]:
     """The flat text `config.json` of a case, as transformers writes it for a text-only export."""
-    spec = {"head_dim": 32, "rotary": 0.25, "kv_heads": 2, "value_dim": 16, "experts": 8, "top_k": 2, "tied": False} | _CASES[case]
+    spec = _DEFAULTS | _CASES[case]
     layers, moe = int(spec["layers"]), bool(spec["moe"])
     half = int(spec["head_dim"] * spec["rotary"]) // 2  # rotary frequencies, shared out over time, height and width
-    config: dict[str, object] = {
+    config: dict[str, Any] = {
         "architectures": ["Qwen3_5MoeForCausalLM" if moe else "Qwen3_5ForCausalLM"],
         "model_type": "qwen3_5_moe_text" if moe else "qwen3_5_text",
         "vocab_size": VOCAB,
@@ -121,7 +133,7 @@ def golden_shapes(case: str) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _layer_shapes(cfg: dict, mixer: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+def _layer_shapes(cfg: dict[str, Any], mixer: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     hidden = cfg["hidden_size"]
     norms = {"input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,)}
     if "num_experts" not in cfg:
@@ -144,7 +156,7 @@ def _swiglu_shapes(hidden: int, width: int) -> dict[str, tuple[int, ...]]:
     return {"gate_proj.weight": (width, hidden), "up_proj.weight": (width, hidden), "down_proj.weight": (hidden, width)}
 
 
-def _attention_shapes(cfg: dict) -> dict[str, tuple[int, ...]]:
+def _attention_shapes(cfg: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     hidden, dim = cfg["hidden_size"], cfg["head_dim"]
     q, kv = cfg["num_attention_heads"] * dim, cfg["num_key_value_heads"] * dim
     return {
@@ -157,7 +169,7 @@ def _attention_shapes(cfg: dict) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _delta_shapes(cfg: dict) -> dict[str, tuple[int, ...]]:
+def _delta_shapes(cfg: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     hidden, heads = cfg["hidden_size"], cfg["linear_num_value_heads"]
     value = heads * cfg["linear_value_head_dim"]
     channels = 2 * cfg["linear_num_key_heads"] * cfg["linear_key_head_dim"] + value
@@ -179,10 +191,10 @@ def _prefixed(prefix: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, tupl
 
 
 def _values(key: str, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Scales that keep every tensor visible in the logits, whose standard deviation is about 3, and rounding errors small.
+    """Scales that keep every tensor visible in the logits (standard deviation about 3) and rounding errors small.
 
-    The last is why `in_proj_qkv` is large and no head forgets within a token: a DeltaNet output that is tiny before its norm
-    would turn float32 rounding into differences of 1e-4 and more in the logits.
+    The last is why `in_proj_qkv` is large and no head forgets within a token: a DeltaNet output that is tiny before
+    its norm would turn float32 rounding into differences of 1e-4 and more in the logits.
     """
     if name.endswith(".A_log"):
         return (math.log(16) * _uniform(key, shape)).astype(np.float32)  # A in [1, 16]
@@ -215,5 +227,6 @@ def _uniform(key: str, shape: tuple[int, ...]) -> np.ndarray:
 def _normal(key: str, shape: tuple[int, ...]) -> np.ndarray:
     """float64, mean 0, variance 1: the sum of four 16-bit uniforms, whole numbers until the last multiplication."""
     raw = _raw(key, math.prod(shape))
-    total = sum((raw >> np.uint64(shift)) & np.uint64(0xFFFF) for shift in (0, 16, 32, 48)).astype(np.int64)
+    shifts = np.array([[0], [16], [32], [48]], np.uint64)
+    total = ((raw >> shifts) & np.uint64(0xFFFF)).sum(axis=0).astype(np.int64)
     return ((total - 2 * 0xFFFF) * (math.sqrt(3) / 2**16)).reshape(shape)

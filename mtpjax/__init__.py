@@ -1,0 +1,6 @@
+"""Qwen3.5 / Qwen3.6 with their own Multi-Token-Prediction head, in JAX."""
+
+from mtpjax.api import LLM, Metrics, RequestOutput, SamplingParams
+
+__version__ = "0.1.0"
+__all__ = ["LLM", "Metrics", "RequestOutput", "SamplingParams"]

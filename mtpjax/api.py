@@ -1,0 +1,271 @@
+"""`LLM`, `SamplingParams`, `RequestOutput`: what users import. Names follow vLLM's offline API."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from checkpoints import TINY, open_checkpoint
+from mtpjax.config import STOP_TOKENS
+from mtpjax.engine import BUCKETS, Engine, Request, Result
+from mtpjax.rows import OutputRows
+from mtpjax.sampling import STOPS
+from mtpjax.speculative import Drafter, mtp_drafter
+from mtpjax.text import Tokenizer, load_tokenizer
+from mtpjax.loading import load_checkpoint
+from mtpjax.weights import LoadedModel
+
+MAX_DRAFT = 8
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How to generate for one prompt.
+
+    Args:
+        max_tokens: new tokens at most; None: as many as `max_len` leaves room for.
+        temperature: 0 is greedy.
+        seed: the text is a function of (prompt, seed, temperature). None: the LLM's seed plus the prompt's place in the call.
+        stop_token_ids: end the text, beside the checkpoint's own end-of-text tokens.
+        ignore_eos: generate past the checkpoint's own end-of-text tokens.
+    """
+
+    max_tokens: int | None = 128
+    temperature: float = 0.0
+    seed: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        _whole("max_tokens", self.max_tokens, 0, none=True)
+        _whole("seed", self.seed, None, none=True)
+        if isinstance(self.temperature, bool) or not isinstance(self.temperature, int | float) or not (
+            0 <= self.temperature < float("inf")
+        ):
+            raise ValueError(f"temperature is {self.temperature!r}; expected a finite number >= 0 (0 is greedy)")
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        for token in self.stop_token_ids:
+            _whole("stop_token_ids", token, 0)
+
+
+def _whole(name: str, value: object, low: int | None, high: int | None = None, *, none: bool = False) -> None:
+    if none and value is None:
+        return
+    good = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not good or (low is not None and value < low) or (high is not None and value > high):  # type: ignore[operator]
+        limits = "" if low is None else f" >= {low}" if high is None else f" from {low} to {high}"
+        raise ValueError(f"{name} is {value!r}; expected a whole number{limits}" + (" or None" if none else ""))
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Figures of one request. Seconds are those of its batch: synchronised with the device, compilation excluded."""
+
+    prompt_tokens: int
+    prefill_seconds: float
+    decode_seconds: float
+    rounds: int
+    drafted: int
+    accepted: int
+    accepted_per_position: tuple[int, ...]
+    tokens_per_round: float
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """One answered prompt. `finish_reason` is "stop" (a stop token, which is the last of `token_ids`) or "length"."""
+
+    prompt: str | None
+    prompt_token_ids: list[int] = field(repr=False)
+    text: str | None
+    token_ids: list[int] = field(repr=False)
+    finish_reason: str
+    seed: int
+    metrics: Metrics
+
+
+class LLM:
+    """A checkpoint, ready to generate.
+
+    Args:
+        model: folder of a Hugging Face or Orbax checkpoint, an already loaded model, or None for the embedded tiny model.
+        draft: tokens the MTP head drafts a round, 0...8; the text does not depend on it.
+        dtype: compute and cache dtype, "float32" or "bfloat16".
+        max_len: prompt and new tokens of a sequence at most; memory for the cache grows with it.
+        max_batch: sequences generated side by side.
+        seed: base of the requests' seeds.
+        prefill_chunks: lengths of prompt chunks, each compiled once when first needed.
+
+    Raises:
+        checkpoints.CheckpointError: the checkpoint cannot be read; says which file and tensor.
+        ValueError: an argument out of range.
+    """
+
+    def __init__(
+        self,
+        model: str | PathLike[str] | LoadedModel | None = None,
+        *,
+        draft: int = 3,
+        dtype: str = "float32",
+        max_len: int = 2048,
+        max_batch: int = 8,
+        seed: int = 0,
+        tokenizer: str | PathLike[str] | None = None,
+        prefill_chunks: Sequence[int] = BUCKETS,
+        drafter: Drafter = mtp_drafter,
+    ):
+        _whole("draft", draft, 0, MAX_DRAFT)
+        _whole("max_len", max_len, 2)
+        _whole("max_batch", max_batch, 1)
+        _whole("seed", seed, None)
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(map(repr, DTYPES))}")
+        self.draft, self.max_len, self.max_batch, self.seed = draft, max_len, max_batch, seed
+        stops: set[int] = set()
+        self.tokenizer: Tokenizer | None = load_tokenizer(tokenizer) if tokenizer else None
+        if isinstance(model, LoadedModel):
+            loaded = model
+        else:
+            source = open_checkpoint(TINY if model is None else model)
+            loaded = load_checkpoint(source, dtype=DTYPES[dtype], mtp=draft > 0)
+            stops |= _stop_ids(source.generation_config.get("eos_token_id"))
+            if self.tokenizer is None and source.tokenizer_file is not None:
+                self.tokenizer = load_tokenizer(source.tokenizer_file)
+        self.cfg = loaded.cfg
+        if draft and not self.cfg.mtp_layers:
+            if drafter is mtp_drafter:
+                warnings.warn(
+                    f"{model}: the checkpoint has no MTP head; decoding goes on without drafts (draft=0)", stacklevel=2
+                )
+                self.draft = 0
+        vocab = min(self.cfg.vocab_size, self.tokenizer.size) if self.tokenizer else self.cfg.vocab_size
+        stops |= set(self.cfg.stop_tokens) | {t for t in STOP_TOKENS if t < vocab}
+        self.stop_token_ids = tuple(sorted(t for t in stops if 0 <= t < self.cfg.vocab_size))
+        if max_len > self.cfg.max_position:
+            raise ValueError(f"max_len is {max_len}; this checkpoint was made for at most {self.cfg.max_position} positions")
+        self.engine = Engine(
+            loaded, draft=self.draft, max_len=max_len, vocab=vocab, cache_dtype=jnp.dtype(DTYPES[dtype]),
+            buckets=prefill_chunks, drafter=drafter,
+        )  # fmt: skip
+
+    def generate(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        on_tokens: Callable[[int, list[int]], None] | None = None,
+    ) -> list[RequestOutput]:
+        """Generate for every prompt (texts or lists of token ids), in batches; results in the order of the prompts.
+
+        Args:
+            sampling_params: one for all prompts or one each.
+            on_tokens: called with (index of the prompt, its new token ids) as the device hands them over.
+
+        Raises:
+            ValueError: names the prompt by its index: empty, too long, ids outside the vocabulary, text without a tokenizer.
+        """
+        many = _as_list(prompts)
+        params = sampling_params or SamplingParams()
+        each = [params] * len(many) if isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(many):
+            raise ValueError(f"{len(many)} prompts but {len(each)} sampling parameters; give one, or one for each prompt")
+        requests = [self._request(i, p, s) for i, (p, s) in enumerate(zip(many, each, strict=True))]
+        call = (lambda result, new: on_tokens(result.request.index, new)) if on_tokens else None
+        results = self.engine.run(requests, min(self.max_batch, max(len(requests), 1)), call)
+        return [self._output(p, r) for p, r in zip(many, results, strict=True)]
+
+    def logits(self, token_ids: Sequence[int]) -> np.ndarray:
+        """Logits of every position of one sequence, float32 `[T, V]` (all rows are output rows)."""
+        ids = self._ids("token_ids", token_ids, self.max_len)
+        _, _, kept = self.engine.read([ids], OutputRows.all(), keep=True)
+        return np.concatenate(kept, axis=1)[0, -len(ids) :]
+
+    def hidden(self, token_ids: Sequence[int]) -> np.ndarray:
+        """Hidden states after the final norm, in the compute dtype, `[T, D]`: what the LM head and the MTP head read."""
+        return self.engine.hidden(self._ids("token_ids", token_ids, self.max_len))
+
+    def _ids(self, what: str, prompt: Prompt, longest: int) -> tuple[int, ...]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ValueError(f"{what} is a text, but the checkpoint has no tokenizer.json; give token ids or tokenizer=")
+            ids: tuple[int, ...] = tuple(self.tokenizer.encode(prompt))
+        else:
+            try:
+                ids = tuple(int(t) if isinstance(t, int | np.integer) and not isinstance(t, bool) else _not_id(t) for t in prompt)
+            except TypeError as error:
+                raise ValueError(f"{what} must be a text or a list of token ids: {error}") from None
+        if not ids:
+            raise ValueError(f"{what} is empty; give at least one token")
+        for at, token in enumerate(ids):
+            if not 0 <= token < self.cfg.vocab_size:
+                raise ValueError(f"{what}: id {token} at position {at} is outside the vocabulary 0...{self.cfg.vocab_size - 1}")
+        if len(ids) > longest:
+            raise ValueError(
+                f"{what} has {len(ids)} tokens, more than the {longest} that max_len = {self.max_len} allows; "
+                "shorten it or raise max_len"
+            )
+        return ids
+
+    def _request(self, index: int, prompt: Prompt, params: SamplingParams) -> Request:
+        ids = self._ids(f"prompt {index}", prompt, self.max_len - 1)
+        room = self.max_len - len(ids)
+        stops = tuple(dict.fromkeys(params.stop_token_ids + (() if params.ignore_eos else self.stop_token_ids)))
+        if len(stops) > STOPS:
+            raise ValueError(f"prompt {index}: {len(stops)} stop tokens (the checkpoint's included); at most {STOPS}")
+        return Request(
+            index=index,
+            prompt=ids,
+            max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
+            temperature=float(params.temperature),
+            seed=self.seed + index if params.seed is None else params.seed,
+            stops=stops,
+        )
+
+    def _output(self, prompt: Prompt, result: Result) -> RequestOutput:
+        tokens, request = result.tokens, result.request
+        shown = tokens[:-1] if result.stopped else tokens
+        return RequestOutput(
+            prompt=prompt if isinstance(prompt, str) else None,
+            prompt_token_ids=list(request.prompt),
+            text=self.tokenizer.decode(shown) if self.tokenizer else None,
+            token_ids=tokens,
+            finish_reason="stop" if result.stopped else "length",
+            seed=request.seed,
+            metrics=Metrics(
+                prompt_tokens=len(request.prompt),
+                prefill_seconds=result.prefill_seconds,
+                decode_seconds=result.decode_seconds,
+                rounds=result.rounds,
+                drafted=result.rounds * self.draft,
+                accepted=sum(result.accepted_per_position),
+                accepted_per_position=tuple(result.accepted_per_position),
+                tokens_per_round=len(tokens) / result.rounds if result.rounds else 0.0,
+            ),
+        )
+
+
+def _not_id(value: object) -> int:
+    raise TypeError(f"{value!r} is not a token id")
+
+
+def _stop_ids(raw: Any) -> set[int]:
+    return set() if raw is None else {raw} if isinstance(raw, int) else set(raw)
+
+
+def _as_list(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
+    """One text or one list of ids is one prompt; anything else is a collection of prompts."""
+    if isinstance(prompts, str):
+        return [prompts]
+    many: list[Any] = list(prompts)
+    if many and all(isinstance(p, int | np.integer) for p in many):
+        return [many]
+    return many

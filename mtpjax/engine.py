@@ -1,0 +1,238 @@
+"""`Engine`: groups of requests through the compiled programs. The host sees tokens in chunks, never per step.
+
+A job of any number of prompts uses one program per prompt-chunk bucket, one that makes the empty cache, and one loop.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mtpjax.cache import Cache, new_cache, slots_for
+from mtpjax.rows import OutputRows
+from mtpjax.sampling import STOPS, Requests
+from mtpjax.speculative import Drafter, LoopState, decode, mtp_drafter
+from mtpjax.steps import hidden_rows, prefill
+from mtpjax.weights import LoadedModel
+
+BUCKETS = (16, 64, 256, 512)  # rows of a prompt chunk
+ROUNDS = 32  # of the loop, before the host looks
+
+
+@dataclass(frozen=True)
+class Request:
+    """One checked prompt: ids, limits and its own randomness."""
+
+    index: int
+    prompt: tuple[int, ...]
+    max_tokens: int
+    temperature: float
+    seed: int
+    stops: tuple[int, ...]
+
+
+@dataclass
+class Result:
+    """What a request has produced. Seconds are wall-clock of its group, synchronised with the device, without compilation."""
+
+    request: Request
+    tokens: list[int] = field(default_factory=list)
+    done: bool = False
+    stopped: bool = False
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    rounds: int = 0
+    accepted_per_position: list[int] = field(default_factory=list)
+
+
+def plan_chunks(rows: int, buckets: Sequence[int]) -> list[int]:
+    """Chunk lengths that cover `rows` prompt rows: whole largest chunks behind one bucket for the rest.
+
+    The surplus of the first chunk is padding in front, so the last row of the last chunk is the last prompt row.
+    """
+    whole, rest = divmod(rows, max(buckets))
+    first = [min(b for b in buckets if b >= rest)] if rest else []
+    return first + [max(buckets)] * whole
+
+
+@partial(jax.jit, static_argnames=("cfg", "batch", "slots", "window", "dtype"))
+def _empty(cfg: Any, batch: int, slots: int, window: int, dtype: Any) -> Cache:
+    return new_cache(cfg, batch, slots, window=window, dtype=dtype)
+
+
+class Engine:
+    """Compiled programs for one model, `max_len` and draft length.
+
+    Args:
+        draft: tokens drafted a round; 0 turns the MTP head off.
+        max_len: prompt and generated tokens of one sequence at most.
+        vocab: ids below this exist.
+        buckets: lengths of prompt chunks that get a program each.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        *,
+        draft: int,
+        max_len: int,
+        vocab: int,
+        cache_dtype: Any,
+        buckets: Sequence[int] = BUCKETS,
+        rounds: int = ROUNDS,
+        drafter: Drafter = mtp_drafter,
+    ):
+        self.model, self.draft, self.max_len, self.vocab = model, draft, max_len, vocab
+        self.slots = slots_for(max_len, draft + 1)
+        self.cache_dtype, self.rounds, self.drafter = cache_dtype, rounds, drafter
+        fitting = sorted(b for b in set(buckets) if b < max_len)
+        self.buckets = tuple(fitting) or (min(buckets),)
+        self.compile_seconds = 0.0
+        self._programs: dict[tuple, Any] = {}
+
+    @property
+    def programs(self) -> int:
+        """Programs compiled so far."""
+        return len(self._programs)
+
+    def _run(self, key: tuple, fn: Any, *args: Any, static: dict[str, Any]) -> Any:
+        """Call a jitted function through an ahead-of-time compiled program, so that compile time is known apart."""
+        if key not in self._programs:
+            start = time.perf_counter()
+            self._programs[key] = fn.lower(*args, **static).compile()
+            self.compile_seconds += time.perf_counter() - start
+        return self._programs[key](*args)
+
+    def empty_cache(self, batch: int) -> Cache:
+        """A new cache for `batch` sequences."""
+        static = {"cfg": self.model.cfg, "batch": batch, "slots": self.slots, "window": self.draft + 1, "dtype": self.cache_dtype}
+        return self._run(("empty", batch), _empty, static=static)
+
+    def read(
+        self, prompts: Sequence[Sequence[int]], rows: OutputRows = OutputRows.none(), keep: bool = False  # noqa: B008
+    ) -> tuple[Cache, Any, list[np.ndarray]]:
+        """Prefill equal or unequal prompts as one batch.
+
+        Args:
+            rows: output rows of every chunk.
+            keep: collect the logits of each chunk `[B, R, V]` on the host.
+
+        Returns:
+            cache, hidden state of the last rows `[B, D]`, collected logits.
+        """
+        batch, total = len(prompts), max((len(p) for p in prompts), default=0)
+        cache: Cache = self.empty_cache(batch)
+        hidden: Any = np.zeros((batch, self.model.cfg.hidden_size), self.model_dtype)
+        kept = []
+        for tokens, following, pad in self._chunks(prompts, total):
+            static = {"graph": self.model.graph, "rows": rows}
+            key = ("prefill", batch, tokens.shape[1], rows)
+            logits, hidden, cache = self._run(key, prefill, self.model.params, tokens, following, pad, cache, static=static)
+            if keep:
+                kept.append(np.asarray(logits))
+        return cache, hidden, kept
+
+    def hidden(self, prompt: Sequence[int]) -> np.ndarray:
+        """Hidden states after the final norm of every row of one prompt, `[T, D]`."""
+        cache, out = self.empty_cache(1), []
+        for tokens, _, pad in self._chunks([prompt], len(prompt)):
+            key = ("hidden", tokens.shape[1])
+            rows, cache = self._run(key, hidden_rows, self.model.params, tokens, pad, cache, static={"graph": self.model.graph})
+            out.append(np.asarray(rows[0]))
+        return np.concatenate(out)[-len(prompt) :]
+
+    @property
+    def model_dtype(self) -> Any:
+        return self.cache_dtype
+
+    def _chunks(self, prompts: Sequence[Sequence[int]], total: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        plan = plan_chunks(total, self.buckets)
+        width = sum(plan)
+        ids = np.zeros((len(prompts), width + 1), np.int32)
+        for row, prompt in zip(ids, prompts, strict=True):
+            row[width - len(prompt) : width] = prompt
+        pads = np.array([width - len(p) for p in prompts], np.int32)
+        start = 0
+        for rows in plan:
+            end = start + rows
+            yield ids[:, start:end], ids[:, start + 1 : end + 1], np.clip(pads - start, 0, rows).astype(np.int32)
+            start = end
+
+    def run(
+        self, requests: Sequence[Request], batch: int, on_tokens: Callable[[Result, list[int]], None] | None = None
+    ) -> list[Result]:
+        """Generate for all requests, `batch` at a time, longest prompts first. Results in the order given.
+
+        Args:
+            on_tokens: called with a result and its new tokens after each chunk of the loop.
+        """
+        order = sorted(requests, key=lambda r: -len(r.prompt))
+        results: dict[int, Result] = {}
+        for start in range(0, len(order), batch):
+            for result in self._group(order[start : start + batch], batch, on_tokens):
+                results[result.request.index] = result
+        return [results[r.index] for r in requests]
+
+    def _group(self, group: Sequence[Request], batch: int, on_tokens: Any) -> list[Result]:
+        results = [Result(r, accepted_per_position=[0] * self.draft) for r in group]
+        empty = [()] * (batch - len(group))
+        # The last prompt token is the loop's first input: a prompt program never needs the LM head.
+        prompts = [r.prompt[:-1] for r in group] + empty
+        compiled, began = self.compile_seconds, time.perf_counter()
+        cache, hidden, _ = self.read(prompts)
+        jax.block_until_ready((cache, hidden))
+        prefill_seconds = time.perf_counter() - began - (self.compile_seconds - compiled)
+
+        asked = self._requests(group, batch)
+        state = LoopState(
+            cache=cache,
+            hidden=hidden,
+            token=np.array([r.prompt[-1] for r in group] + [0] * len(empty), np.int32),
+            count=np.zeros(batch, np.int32),
+            done=np.array([r.max_tokens == 0 for r in group] + [True] * len(empty)),
+            stopped=np.zeros(batch, bool),
+            rounds=np.zeros(batch, np.int32),
+            accepted=np.zeros((batch, self.draft), np.int32),
+        )
+        static = {
+            "graph": self.model.graph, "k": self.draft, "rounds": self.rounds, "vocab": self.vocab, "drafter": self.drafter,
+        }  # fmt: skip
+        seconds = 0.0
+        while not all(r.done for r in results):
+            compiled, began = self.compile_seconds, time.perf_counter()
+            state, out, used = self._run(("decode", batch), decode, self.model.params, state, asked, static=static)
+            out, used, done = np.asarray(out), np.asarray(used), np.asarray(state.done)
+            seconds += time.perf_counter() - began - (self.compile_seconds - compiled)
+            for i, result in enumerate(results):
+                if result.done:
+                    continue
+                new = out[i, : used[i]].tolist()
+                result.tokens += new
+                result.done, result.decode_seconds = bool(done[i]), seconds
+                if on_tokens:
+                    on_tokens(result, new)
+        stopped, rounds, accepted = np.asarray(state.stopped), np.asarray(state.rounds), np.asarray(state.accepted)
+        for i, result in enumerate(results):
+            result.stopped, result.rounds, result.prefill_seconds = bool(stopped[i]), int(rounds[i]), prefill_seconds
+            result.accepted_per_position = accepted[i].tolist()
+        return results
+
+    @staticmethod
+    def _requests(group: Sequence[Request], batch: int) -> Requests:
+        extra = batch - len(group)
+        stops = np.full((batch, STOPS), -1, np.int32)
+        for row, request in zip(stops, group, strict=False):
+            row[: len(request.stops)] = request.stops
+        return Requests(
+            max_tokens=np.array([r.max_tokens for r in group] + [0] * extra, np.int32),
+            temperature=np.array([r.temperature for r in group] + [0] * extra, np.float32),
+            seed=np.array([r.seed & 0xFFFFFFFF for r in group] + [0] * extra, np.uint32),
+            stops=stops,
+        )

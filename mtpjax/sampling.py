@@ -1,0 +1,79 @@
+"""Logits -> token, with noise that belongs to a place in a text, and the rule by which drafts are accepted.
+
+The token at absolute position p of a request is `argmax(logits + T * gumbel(seed, p))`: at T > 0 an exact sample of
+softmax(logits / T), at T = 0 the greedy choice, in one formula. The noise depends on (seed, p) alone, and drafter and trunk
+use the same, so a draft is right exactly when it is the trunk's own token: the text cannot depend on how many tokens
+were drafted nor on the neighbours in the batch.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import Array, lax
+from jaxtyping import Float, Int, UInt32
+
+STOPS = 8  # stop tokens a request can have
+
+
+@struct.dataclass
+class Requests:
+    """What the loop must know of B requests."""
+
+    max_tokens: Int[Array, " B"]
+    temperature: Float[Array, " B"]
+    seed: UInt32[Array, " B"]
+    stops: Int[Array, "B STOPS"]  # -1 where unused
+
+
+def gumbel_noise(seed: UInt32[Array, ""], position: Int[Array, ""], vocab: int) -> Float[Array, " V"]:
+    """Standard Gumbel noise of the token at `position` of the request with `seed`."""
+    return jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), position), (vocab,))
+
+
+def choose(
+    logits: Float[Array, "B R V"], positions: Int[Array, "B R"], requests: Requests, vocab: int
+) -> Int[Array, "B R"]:
+    """The token of each row, int32.
+
+    Args:
+        logits: float32; row r of request b predicts the token at `positions[b, r]`.
+        vocab: ids from here on do not exist (the matrix of a published checkpoint is padded) and are never chosen.
+    """
+    if vocab < logits.shape[-1]:
+        logits = jnp.where(jnp.arange(logits.shape[-1]) < vocab, logits, -jnp.inf)
+
+    def sampled(logits: Array) -> Array:
+        def row(at: tuple[Array, Array]) -> Array:
+            row_logits, row_positions = at
+            noise = jax.vmap(gumbel_noise, (0, 0, None))(requests.seed, row_positions, logits.shape[-1])
+            return jnp.argmax(row_logits + requests.temperature[:, None] * noise, axis=-1)
+
+        return lax.map(row, (logits.swapaxes(0, 1), positions.T)).T
+
+    def greedy(logits: Array) -> Array:
+        return jnp.argmax(logits, axis=-1)
+
+    return lax.cond(jnp.any(requests.temperature > 0), sampled, greedy, logits).astype(jnp.int32)
+
+
+def agreeing(drafts: Int[Array, "B k"], tokens: Int[Array, "B W"]) -> Int[Array, " B"]:
+    """Length of the longest prefix in which every draft is the trunk's own token, 0...k."""
+    same = drafts == tokens[:, : drafts.shape[1]]
+    return jnp.sum(jnp.cumprod(same.astype(jnp.int32), axis=1), axis=1)
+
+
+def emitted(
+    tokens: Int[Array, "B W"], count: Int[Array, " B"], room: Int[Array, " B"], stops: Int[Array, "B STOPS"]
+) -> tuple[Int[Array, " B"], Array]:
+    """How many of the first `count` tokens leave the loop, and whether a stop token is the last of them.
+
+    The text ends with its first stop token (included) or after `room` tokens.
+    """
+    steps = jnp.arange(tokens.shape[1])
+    inside = steps < jnp.minimum(count, room)[:, None]
+    stop = jnp.any(tokens[:, :, None] == stops[:, None, :], axis=-1) & inside
+    first = jnp.argmax(stop, axis=1)
+    stopped = jnp.any(stop, axis=1)
+    return jnp.where(stopped, first + 1, jnp.minimum(count, room)).astype(jnp.int32), stopped

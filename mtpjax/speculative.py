@@ -1,0 +1,123 @@
+"""The draft-verify loop: one `lax.while_loop` on the device, with donated state.
+
+    draft k tokens -> verify k + 1 rows -> accept the agreeing prefix -> commit -> sync the MTP cache
+
+With k = 0 the same loop is plain decoding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx, struct
+from jax import Array, lax
+from jaxtyping import Bool, Float, Int
+
+from mtpjax import steps
+from mtpjax.cache import Cache
+from mtpjax.model import Model
+from mtpjax.sampling import Requests, agreeing, choose, emitted
+
+
+@struct.dataclass
+class LoopState:
+    """Where B requests stand. `token` is chosen but not yet in the cache; `hidden` is the row that chose it."""
+
+    cache: Cache
+    hidden: Float[Array, "B D"]
+    token: Int[Array, " B"]
+    count: Int[Array, " B"]  # tokens emitted so far
+    done: Bool[Array, " B"]
+    stopped: Bool[Array, " B"]  # done because of a stop token
+    rounds: Int[Array, " B"]
+    accepted: Int[Array, "B k"]  # rounds in which the draft at each position was accepted
+
+
+# drafts `[B, k]` and the cache from (model, state, requests, k, vocab)
+Drafter = Callable[[Model, LoopState, Requests, int, int], tuple[Array, Cache]]
+
+
+def mtp_drafter(model: Model, state: LoopState, requests: Requests, k: int, vocab: int) -> tuple[Array, Cache]:
+    """Drafts of the checkpoint's own MTP head."""
+    return steps.draft(model, state.hidden, state.token, state.done, state.cache, requests, k, vocab)
+
+
+def decoding_round(
+    model: Model, state: LoopState, requests: Requests, k: int, vocab: int, drafter: Drafter
+) -> tuple[LoopState, Int[Array, "B k+1"], Int[Array, " B"]]:
+    """One round for every request that is not done. Returns the state, the window's tokens and how many of them count."""
+    idle = state.done
+    drafts, cache = drafter(model, state, requests, k, vocab) if k else (state.token[:, None][:, :0], state.cache)
+    window = jnp.concatenate([state.token[:, None], drafts], axis=1)
+    logits, hidden, cache = steps.verify(model, window, idle, cache)
+    positions = cache.length[:, None] + 1 + jnp.arange(k + 1)
+    tokens = choose(logits, positions, requests, vocab)
+    if k and model.mtp is not None:
+        cache = steps.sync(model, hidden, drafts, idle, cache)
+
+    right = agreeing(drafts, tokens)
+    count, stopped = emitted(tokens, right + 1, requests.max_tokens - state.count, requests.stops)
+    count = jnp.where(idle, 0, count)
+    rows = jnp.where(idle, 0, right + 1)
+    total = state.count + count
+    pick = lambda x: jnp.take_along_axis(x, right.reshape(-1, *[1] * (x.ndim - 1)), axis=1)[:, 0]  # noqa: E731
+    return (
+        LoopState(
+            # An idle sequence had a window of padding, which may be folded in whole: that changes nothing.
+            cache=cache.replace(accepted=jnp.where(idle, k + 1, rows), length=cache.length + rows),
+            hidden=jnp.where(idle[:, None], state.hidden, pick(hidden)),
+            token=jnp.where(idle, state.token, pick(tokens)),
+            count=total,
+            done=idle | stopped | (total >= requests.max_tokens),
+            stopped=jnp.where(idle, state.stopped, stopped),
+            rounds=state.rounds + ~idle,
+            accepted=state.accepted + (jnp.arange(k) < right[:, None]) * ~idle[:, None],
+        ),
+        tokens,
+        count,
+    )
+
+
+@partial(jax.jit, static_argnames=("graph", "k", "rounds", "vocab", "drafter"), donate_argnames=("state",))
+def decode(
+    params: Any,
+    state: LoopState,
+    requests: Requests,
+    *,
+    graph: Any,
+    k: int,
+    rounds: int,
+    vocab: int,
+    drafter: Drafter = mtp_drafter,
+) -> tuple[LoopState, Int[Array, "B rounds*(k+1)"], Int[Array, " B"]]:
+    """Up to `rounds` rounds, fewer once every request is done; call again with the state to go on.
+
+    Args:
+        k: draft length; 0 decodes without drafts.
+        vocab: ids below this exist.
+
+    Returns:
+        the state, the new tokens of each request, and how many there are.
+    """
+    model = nnx.merge(graph, params)
+    batch = state.token.shape[0]
+    room = rounds * (k + 1)
+
+    def go_on(carry: tuple[Array, LoopState, Array, Array]) -> Array:
+        return (carry[0] < rounds) & ~jnp.all(carry[1].done)
+
+    def body(carry: tuple[Array, LoopState, Array, Array]) -> tuple[Array, LoopState, Array, Array]:
+        number, state, out, used = carry
+        state, tokens, count = decoding_round(model, state, requests, k, vocab, drafter)
+        at = jnp.arange(k + 1)
+        slot = jnp.where(at < count[:, None], used[:, None] + at, room)
+        out = out.at[jnp.arange(batch)[:, None], slot].set(tokens, mode="drop")
+        return number + 1, state, out, used + count
+
+    first = (jnp.int32(0), state, jnp.zeros((batch, room), jnp.int32), jnp.zeros(batch, jnp.int32))
+    _, state, out, used = lax.while_loop(go_on, body, first)
+    return state, out, used

@@ -1,0 +1,133 @@
+"""The steps of generation as pure functions of (model or params, inputs, cache): prefill, verify, draft, sync.
+
+`prefill` and `hidden_rows` are jitted with the cache donated; the others are pieces of the loop in `speculative.py`.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array, lax
+from jaxtyping import Float, Int
+
+from mtpjax.cache import Cache
+from mtpjax.model import Model, place
+from mtpjax.rows import OutputRows
+from mtpjax.sampling import Requests, choose
+
+
+def _chunk(model: Model, tokens: Array, pad: Array, cache: Cache) -> tuple[Array, Cache, Any]:
+    """A prompt chunk through the trunk: rows before the final norm; the rows enter the state."""
+    where = place(model.cfg, cache.length, tokens.shape[1], pad, slots=cache.slots)
+    rows, cache = model.trunk(tokens, cache, where, commit=True)
+    length = cache.length + tokens.shape[1] - pad
+    return rows, cache.replace(length=length, accepted=jnp.zeros_like(length)), where
+
+
+def prefill_chunk(
+    model: Model, tokens: Array, following: Array, pad: Array, cache: Cache, rows: OutputRows
+) -> tuple[Float[Array, "B R V"], Float[Array, "B D"], Cache]:
+    """`prefill` on a merged model."""
+    out, cache, where = _chunk(model, tokens, pad, cache)
+    if model.mtp is None:
+        logits = model.head(model.final_norm(rows.take(out)))
+        return logits, jnp.zeros_like(out[:, -1]), cache
+    hidden = model.final_norm(out)  # for every row: this is what the MTP head reads
+    cache = model.mtp_sync(hidden, following, cache, where)
+    return model.head(rows.take(hidden)), hidden[:, -1], cache
+
+
+@partial(jax.jit, static_argnames=("graph", "rows"), donate_argnames=("cache",))
+def prefill(
+    params: Any,
+    tokens: Int[Array, "B T"],
+    following: Int[Array, "B T"],
+    pad: Int[Array, " B"],
+    cache: Cache,
+    *,
+    graph: Any,
+    rows: OutputRows = OutputRows.none(),  # noqa: B008 (a frozen value)
+) -> tuple[Float[Array, "B R V"], Float[Array, "B D"], Cache]:
+    """Read one chunk of the prompts. Continues from any cache; padding stands in front and changes nothing.
+
+    Args:
+        tokens: ids of the rows; anything where padded.
+        following: the token after each row, for the MTP head's keys and values.
+        pad: rows of padding in front of each sequence, 0...T.
+        graph: static half of the split model.
+        rows: rows whose logits are wanted. With none there is no LM head in the program.
+
+    Returns:
+        logits of the output rows (float32), hidden state of the last row (after the final norm; zero without an MTP head,
+        which alone needs it), and the cache.
+    """
+    return prefill_chunk(nnx.merge(graph, params), tokens, following, pad, cache, rows)
+
+
+@partial(jax.jit, static_argnames=("graph",), donate_argnames=("cache",))
+def hidden_rows(
+    params: Any, tokens: Int[Array, "B T"], pad: Int[Array, " B"], cache: Cache, *, graph: Any
+) -> tuple[Float[Array, "B T D"], Cache]:
+    """Hidden states after the final norm, of every row of a chunk (for research)."""
+    model = nnx.merge(graph, params)
+    rows, cache, _ = _chunk(model, tokens, pad, cache)
+    return model.final_norm(rows), cache
+
+
+def verify(
+    model: Model, tokens: Int[Array, "B W"], idle: Array, cache: Cache
+) -> tuple[Float[Array, "B W V"], Float[Array, "B W D"], Cache]:
+    """The trunk on a window of W rows, all of them output rows; the rows stay pending in the cache.
+
+    Args:
+        idle: `[B]` bool; the rows of idle sequences are padding and cost no experts.
+
+    Returns:
+        float32 logits, hidden states after the final norm, and the cache whose `accepted` the caller must now set.
+    """
+    width = tokens.shape[1]
+    where = place(model.cfg, cache.length, width, jnp.where(idle, width, 0), slots=cache.slots)
+    rows, cache = model.trunk(tokens, cache, where, commit=False)
+    hidden = model.final_norm(rows)
+    return model.head(OutputRows.all().take(hidden)), hidden, cache
+
+
+def draft(
+    model: Model,
+    hidden: Float[Array, "B D"],
+    token: Int[Array, " B"],
+    idle: Array,
+    cache: Cache,
+    requests: Requests,
+    length: int,
+    vocab: int,
+) -> tuple[Int[Array, "B k"], Cache]:
+    """`length` tokens from the MTP head, applied again and again to its own hidden state (after `mtp.norm`).
+
+    `hidden` belongs to the last committed row and `token` follows it. Step j writes slot `cache.length - 1 + j` of the
+    head's cache; all but the first of these are provisional and overwritten by `sync`.
+    """
+
+    def step(carry: tuple[Array, Array, Cache], j: Array) -> tuple[tuple[Array, Array, Cache], Array]:
+        hidden, token, cache = carry
+        where = place(model.cfg, cache.length - 1 + j, 1, idle.astype(jnp.int32), slots=cache.slots)
+        rows, cache = model.mtp_step(hidden[:, None], token[:, None], cache, where)
+        token = choose(model.mtp_head(rows), (cache.length + 1 + j)[:, None], requests, vocab)[:, 0]
+        return (rows[:, 0], token, cache), token
+
+    (_, _, cache), drafts = lax.scan(step, (hidden, token, cache), jnp.arange(length))
+    return drafts.T, cache
+
+
+def sync(model: Model, hidden: Float[Array, "B W D"], drafts: Int[Array, "B k"], idle: Array, cache: Cache) -> Cache:
+    """Replace the head's provisional keys and values by those of the trunk's own hidden states, rows 0...k-1.
+
+    Row k is the first draft step of the next round. Rows past the accepted ones are stale and overwritten later.
+    """
+    k = drafts.shape[1]
+    where = place(model.cfg, cache.length, k, jnp.where(idle, k, 0), slots=cache.slots)
+    return model.mtp_sync(hidden[:, :k], drafts, cache, where)
