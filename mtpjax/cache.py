@@ -18,21 +18,12 @@ BLOCK = 256  # cache slots that attention reads at a time
 
 @struct.dataclass
 class Cache:
-    """State of B sequences. A / L count attention and DeltaNet layers of the trunk; W rows wait to be accepted.
-
-    A DeltaNet state cannot be truncated like keys and values. The rows of a verify window therefore stay outside
-    `state` as rank-one updates (`pending_*`) until `accepted` says how many of them count; the next step folds exactly
-    those in ("replay"). `conv` holds the inputs of the causal convolution before the window and in it.
-    """
+    """State of B sequences. A / L count the attention and DeltaNet layers of the trunk."""
 
     k: Float[Array, "A B N S H"]
     v: Float[Array, "A B N S H"]
     state: Float[Array, "L B M K V"]  # float32
-    conv: Float[Array, "L B width-1+W C"]
-    pending_k: Float[Array, "L B W J K"]  # float32, normalised keys
-    pending_d: Float[Array, "L B W M V"]  # float32, the d of the recurrence
-    pending_g: Float[Array, "L B W M"]  # float32, log decay summed over the window
-    accepted: Int[Array, " B"]  # rows of the window that count
+    conv: Float[Array, "L B width-1 C"]  # the last inputs of the causal convolution
     mtp_k: Float[Array, "1 B N S H"]
     mtp_v: Float[Array, "1 B N S H"]
     length: Int[Array, " B"]  # committed tokens; = position of the next one
@@ -41,36 +32,50 @@ class Cache:
     def slots(self) -> int:
         return self.k.shape[3]
 
-    @property
-    def window(self) -> int:
-        return self.pending_k.shape[2]
+
+@struct.dataclass
+class Pending:
+    """DeltaNet rows of a verify window of W rows that nobody has accepted yet.
+
+    A recurrent state cannot be truncated like keys and values. The rows therefore stay outside it, as the rank-one
+    updates k d^T of the recurrence, until it is known how many count; `commit` then adds exactly those ("replay").
+    """
+
+    conv: Float[Array, "L B width-1+W C"]  # convolution inputs, those before the window included
+    k: Float[Array, "L B W J K"]  # float32, normalised
+    d: Float[Array, "L B W M V"]  # float32
+    decay: Float[Array, "L B W M"]  # float32, log decay summed over the window
 
 
 def slots_for(max_len: int, window: int) -> int:
-    """Cache slots for sequences of up to `max_len` tokens: room for one more window, in whole attention blocks."""
+    """Cache slots for sequences of up to `max_len` tokens and one more window of rows, in whole attention blocks."""
     return -(-(max_len + window) // BLOCK) * BLOCK
 
 
-def new_cache(cfg: ModelConfig, batch: int, slots: int, *, window: int = 1, dtype: jnp.dtype = jnp.float32) -> Cache:
-    """An empty cache for `batch` sequences of up to `slots` tokens.
+def new_cache(cfg: ModelConfig, batch: int, slots: int, *, dtype: jnp.dtype = jnp.float32) -> Cache:
+    """An empty cache for `batch` sequences of up to `slots` tokens (see `slots_for`).
 
-    Args:
-        window: rows of the verify step, draft length + 1.
-        dtype: of keys, values and convolution inputs; the recurrent state is always float32.
+    `dtype` is that of keys, values and convolution inputs; the recurrent state is always float32.
     """
     kv = (batch, cfg.kv_heads, slots, cfg.head_dim)
-    lin, j, m = (cfg.linear_layers, batch), cfg.linear_k_heads, cfg.linear_v_heads
-    f32 = jnp.float32
+    lin = (cfg.linear_layers, batch)
     return Cache(
         k=jnp.zeros((cfg.full_layers, *kv), dtype),
         v=jnp.zeros((cfg.full_layers, *kv), dtype),
-        state=jnp.zeros((*lin, m, cfg.linear_k_dim, cfg.linear_v_dim), f32),
-        conv=jnp.zeros((*lin, cfg.conv_width - 1 + window, cfg.conv_size), dtype),
-        pending_k=jnp.zeros((*lin, window, j, cfg.linear_k_dim), f32),
-        pending_d=jnp.zeros((*lin, window, m, cfg.linear_v_dim), f32),
-        pending_g=jnp.zeros((*lin, window, m), f32),
-        accepted=jnp.zeros(batch, jnp.int32),
+        state=jnp.zeros((*lin, cfg.linear_v_heads, cfg.linear_k_dim, cfg.linear_v_dim), jnp.float32),
+        conv=jnp.zeros((*lin, cfg.conv_width - 1, cfg.conv_size), dtype),
         mtp_k=jnp.zeros((cfg.mtp_layers, *kv), dtype),
         mtp_v=jnp.zeros((cfg.mtp_layers, *kv), dtype),
         length=jnp.zeros(batch, jnp.int32),
+    )
+
+
+def new_pending(cfg: ModelConfig, batch: int, window: int, *, dtype: jnp.dtype = jnp.float32) -> Pending:
+    """Room for the rows of one verify window; `dtype` as in `new_cache`."""
+    lin, f32 = (cfg.linear_layers, batch), jnp.float32
+    return Pending(
+        conv=jnp.zeros((*lin, cfg.conv_width - 1 + window, cfg.conv_size), dtype),
+        k=jnp.zeros((*lin, window, cfg.linear_k_heads, cfg.linear_k_dim), f32),
+        d=jnp.zeros((*lin, window, cfg.linear_v_heads, cfg.linear_v_dim), f32),
+        decay=jnp.zeros((*lin, window, cfg.linear_v_heads), f32),
     )

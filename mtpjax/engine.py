@@ -62,9 +62,9 @@ def plan_chunks(rows: int, buckets: Sequence[int]) -> list[int]:
     return first + [max(buckets)] * whole
 
 
-@partial(jax.jit, static_argnames=("cfg", "batch", "slots", "window", "dtype"))
-def _empty(cfg: Any, batch: int, slots: int, window: int, dtype: Any) -> Cache:
-    return new_cache(cfg, batch, slots, window=window, dtype=dtype)
+@partial(jax.jit, static_argnames=("cfg", "batch", "slots", "dtype"))
+def _empty(cfg: Any, batch: int, slots: int, dtype: Any) -> Cache:
+    return new_cache(cfg, batch, slots, dtype=dtype)
 
 
 class Engine:
@@ -112,7 +112,7 @@ class Engine:
 
     def empty_cache(self, batch: int) -> Cache:
         """A new cache for `batch` sequences."""
-        static = {"cfg": self.model.cfg, "batch": batch, "slots": self.slots, "window": self.draft + 1, "dtype": self.cache_dtype}
+        static = {"cfg": self.model.cfg, "batch": batch, "slots": self.slots, "dtype": self.cache_dtype}
         return self._run(("empty", batch), _empty, static=static)
 
     def read(

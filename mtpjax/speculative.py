@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 
 from mtpjax import steps
 from mtpjax.cache import Cache
-from mtpjax.model import Model
+from mtpjax.model import Model, commit
 from mtpjax.sampling import Requests, agreeing, choose, emitted
 
 
@@ -53,7 +53,7 @@ def decoding_round(
     idle = state.done
     drafts, cache = drafter(model, state, requests, k, vocab) if k else (state.token[:, None][:, :0], state.cache)
     window = jnp.concatenate([state.token[:, None], drafts], axis=1)
-    logits, hidden, cache = steps.verify(model, window, idle, cache)
+    logits, hidden, cache, pending = steps.verify(model, window, idle, cache)
     positions = cache.length[:, None] + 1 + jnp.arange(k + 1)
     tokens = choose(logits, positions, requests, vocab)
     if k and model.mtp is not None:
@@ -62,13 +62,11 @@ def decoding_round(
     right = agreeing(drafts, tokens)
     count, stopped = emitted(tokens, right + 1, requests.max_tokens - state.count, requests.stops)
     count = jnp.where(idle, 0, count)
-    rows = jnp.where(idle, 0, right + 1)
     total = state.count + count
     pick = lambda x: jnp.take_along_axis(x, right.reshape(-1, *[1] * (x.ndim - 1)), axis=1)[:, 0]  # noqa: E731
     return (
         LoopState(
-            # An idle sequence had a window of padding, which may be folded in whole: that changes nothing.
-            cache=cache.replace(accepted=jnp.where(idle, k + 1, rows), length=cache.length + rows),
+            cache=commit(cache, pending, jnp.where(idle, 0, right + 1)),
             hidden=jnp.where(idle[:, None], state.hidden, pick(hidden)),
             token=jnp.where(idle, state.token, pick(tokens)),
             count=total,

@@ -14,7 +14,7 @@ from flax import nnx
 from jax import Array, lax
 from jaxtyping import Float, Int
 
-from mtpjax.cache import Cache
+from mtpjax.cache import Cache, Pending
 from mtpjax.model import Model, place
 from mtpjax.rows import OutputRows
 from mtpjax.sampling import Requests, choose
@@ -23,9 +23,8 @@ from mtpjax.sampling import Requests, choose
 def _chunk(model: Model, tokens: Array, pad: Array, cache: Cache) -> tuple[Array, Cache, Any]:
     """A prompt chunk through the trunk: rows before the final norm; the rows enter the state."""
     where = place(model.cfg, cache.length, tokens.shape[1], pad, slots=cache.slots)
-    rows, cache = model.trunk(tokens, cache, where, commit=True)
-    length = cache.length + tokens.shape[1] - pad
-    return rows, cache.replace(length=length, accepted=jnp.zeros_like(length)), where
+    rows, cache = model.trunk(tokens, cache, where)
+    return rows, cache.replace(length=cache.length + tokens.shape[1] - pad), where
 
 
 def prefill_chunk(
@@ -80,20 +79,20 @@ def hidden_rows(
 
 def verify(
     model: Model, tokens: Int[Array, "B W"], idle: Array, cache: Cache
-) -> tuple[Float[Array, "B W V"], Float[Array, "B W D"], Cache]:
-    """The trunk on a window of W rows, all of them output rows; the rows stay pending in the cache.
+) -> tuple[Float[Array, "B W V"], Float[Array, "B W D"], Cache, Pending]:
+    """The trunk on a window of W rows, all of them output rows.
 
     Args:
         idle: `[B]` bool; the rows of idle sequences are padding and cost no experts.
 
     Returns:
-        float32 logits, hidden states after the final norm, and the cache whose `accepted` the caller must now set.
+        float32 logits, hidden states after the final norm, the cache, and the rows that wait for `model.commit`.
     """
     width = tokens.shape[1]
     where = place(model.cfg, cache.length, width, jnp.where(idle, width, 0), slots=cache.slots)
-    rows, cache = model.trunk(tokens, cache, where, commit=False)
+    rows, cache, pending = model.trunk_pending(tokens, cache, where)
     hidden = model.final_norm(rows)
-    return model.head(OutputRows.all().take(hidden)), hidden, cache
+    return model.head(OutputRows.all().take(hidden)), hidden, cache, pending
 
 
 def draft(

@@ -218,12 +218,13 @@ def random_model(
 
     def make(path: Path, leaf: Any) -> jax.Array:
         key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(repr(path).encode()))
-        return _random_leaf(str(path[-1]), key, leaf.shape, leaf.dtype, scale)
+        return _random_leaf(path, key, leaf.shape, leaf.dtype, scale)
 
     return LoadedModel(cfg, graph, fill(params, make))
 
 
-def _random_leaf(name: str, key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype, scale: float) -> jax.Array:
+def _random_leaf(path: Path, key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype, scale: float) -> jax.Array:
+    name = str(path[-1])
     if name == "a_log":
         return jnp.log(jax.random.uniform(key, shape, minval=1.0, maxval=16.0))
     if name == "dt_bias":
@@ -232,8 +233,8 @@ def _random_leaf(name: str, key: jax.Array, shape: tuple[int, ...], dtype: jnp.d
     if name == "conv":
         return jax.random.uniform(key, shape, minval=-0.5, maxval=0.5)
     if name.endswith("norm"):
-        # Of all norms only DeltaNet's own (a layer's mixer.norm) is not zero-centred; its path ends in "norm" alone.
-        return jnp.zeros(shape, dtype)
+        # Of all norms only DeltaNet's own is not zero-centred: with zeros its layer would put out nothing.
+        return jnp.full(shape, float(path[-2:] == ("mixer", "norm")), dtype)
     return jax.jit(lambda k: (jax.random.normal(k, shape) * scale).astype(dtype))(key)
 
 

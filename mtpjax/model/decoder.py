@@ -8,7 +8,7 @@ from flax import nnx
 from jax import Array, lax
 from jaxtyping import Float
 
-from mtpjax.cache import Cache
+from mtpjax.cache import Cache, Pending
 from mtpjax.config import FULL, ModelConfig
 from mtpjax.model.attention import KV, Attention
 from mtpjax.model.deltanet import DeltaNet
@@ -16,6 +16,9 @@ from mtpjax.model.moe import Mlp, Moe
 from mtpjax.model.norm import rms_norm
 from mtpjax.model.params import Expert, Shapes
 from mtpjax.model.placement import Placement
+
+
+Memory = tuple[Cache, Pending | None]
 
 
 class Layer(nnx.Module):
@@ -36,11 +39,10 @@ class Layer(nnx.Module):
         y, kv = self.mixer(rms_norm(x, self.input_norm[...], self.cfg.norm_eps), kv, layer, where)
         return self.feed_forward(x + y, expert_layer, where), kv
 
-    def linear(self, x: Array, cache: Cache, layer: Array | int, expert_layer: Array | int, where: Placement, *, commit: bool):  # type: ignore[no-untyped-def]
-        """A DeltaNet layer over the cache. Returns the rows and the cache."""
-        normed = rms_norm(x, self.input_norm[...], self.cfg.norm_eps)
-        y, cache = self.mixer(normed, cache, layer, where, commit=commit)
-        return self.feed_forward(x + y, expert_layer, where), cache
+    def linear(self, x: Array, memory: Memory, layer: Array | int, expert_layer: Array | int, where: Placement):  # type: ignore[no-untyped-def]
+        """A DeltaNet layer. Returns the rows and the memory."""
+        y, *memory = self.mixer(rms_norm(x, self.input_norm[...], self.cfg.norm_eps), *memory, layer, where)
+        return self.feed_forward(x + y, expert_layer, where), tuple(memory)
 
 
 class SuperBlock(nnx.Module):
@@ -50,17 +52,18 @@ class SuperBlock(nnx.Module):
         self.cfg = cfg
         self.layers = nnx.List([Layer(cfg, new, kind) for kind in cfg.pattern])
 
-    def __call__(self, x: Array, cache: Cache, repeat: Array | int, inside: Array | int, where: Placement, *, commit: bool):  # type: ignore[no-untyped-def]
+    def __call__(self, x: Array, memory: Memory, repeat: Array | int, inside: Array | int, where: Placement):  # type: ignore[no-untyped-def]
         """Run repeat number `repeat` of the model, which is number `inside` of this stack (for its experts)."""
         full, lin = repeat * self.cfg.full_per_block, repeat * self.cfg.linear_per_block
         for layer, kind in zip(self.layers, self.cfg.pattern, strict=True):
             if kind == FULL:
+                cache, pending = memory
                 x, (k, v) = layer.attention(x, (cache.k, cache.v), full, inside, where)
-                cache, full = cache.replace(k=k, v=v), full + 1
+                memory, full = (cache.replace(k=k, v=v), pending), full + 1
             else:
-                x, cache = layer.linear(x, cache, lin, inside, where, commit=commit)
+                x, memory = layer.linear(x, memory, lin, inside, where)
                 lin = lin + 1
-        return x, cache
+        return x, memory
 
 
 class Decoder(nnx.Module):
@@ -77,17 +80,17 @@ class Decoder(nnx.Module):
         self.stack = stack
         self.blocks = nnx.List([SuperBlock(cfg, Shapes(dtype, stack)) for _ in range(cfg.repeats // stack)])
 
-    def __call__(self, x: Float[Array, "B T D"], cache: Cache, where: Placement, *, commit: bool) -> tuple[Array, Cache]:
+    def __call__(self, x: Float[Array, "B T D"], memory: Memory, where: Placement) -> tuple[Array, Memory]:
         for number, block in enumerate(self.blocks):
             graph, experts, dense = nnx.split(block, Expert, ...)
 
-            def body(carry: tuple[Array, Cache], at: tuple, first: int = number * self.stack, g=graph, e=experts):  # type: ignore[no-untyped-def]
+            def body(carry: tuple[Array, Memory], at: tuple, first: int = number * self.stack, g=graph, e=experts):  # type: ignore[no-untyped-def]
                 inside, weights = at
                 run = nnx.merge(g, e, weights)
-                return run(*carry, first + inside, inside, where, commit=commit), None
+                return run(*carry, first + inside, inside, where), None
 
             if self.stack == 1:
-                (x, cache), _ = body((x, cache), (0, jax.tree.map(lambda w: w[0], dense)))
+                (x, memory), _ = body((x, memory), (0, jax.tree.map(lambda w: w[0], dense)))
             else:
-                (x, cache), _ = lax.scan(body, (x, cache), (jnp.arange(self.stack), dense))
-        return x, cache
+                (x, memory), _ = lax.scan(body, (x, memory), (jnp.arange(self.stack), dense))
+        return x, memory

@@ -2,7 +2,7 @@
 
 Per value head, with state S [K, V], decay g <= 0 and step size beta:
     S <- exp(g) S;  d = beta (v - S^T k);  S <- S + k d^T;  o = S^T q
-`delta_chunk` does C rows of this at once with matrix products; `fold` adds rows whose k and d are already known.
+`delta_chunk` does C rows of this at once with matrix products; `commit` adds rows whose k and d are already known.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
 from kernels_pallas.matmul import linear
-from mtpjax.cache import Cache
+from mtpjax.cache import Cache, Pending
 from mtpjax.config import ModelConfig
 from mtpjax.model.norm import gated_rms_norm, l2_norm
 from mtpjax.model.params import Shapes
@@ -47,6 +47,8 @@ def unit_lower_inverse(n: Float[Array, "*batch C C"]) -> Float[Array, "*batch C 
     `[[A, 0], [B, D]]^-1 = [[A', 0], [-D' B A', D']]`, which needs far fewer operations.
     """
     size = n.shape[-1]
+    if n.ndim > 3:  # XLA's CPU backend aborts on the gradient of products with eight axes
+        return unit_lower_inverse(n.reshape(-1, size, size)).reshape(n.shape)
     if size > 16 and size % 2 == 0:
         h = size // 2
         corners = unit_lower_inverse(jnp.stack([n[..., :h, :h], n[..., h:, h:]]))
@@ -114,24 +116,38 @@ def delta_chunk(
 
 
 def fold(
-    state: Float[Array, "B M K V"],
-    k: Float[Array, "B W J K"],
-    d: Float[Array, "B W M V"],
-    decay: Float[Array, "B W M"],
+    state: Float[Array, "L B M K V"],
+    k: Float[Array, "L B W J K"],
+    d: Float[Array, "L B W M V"],
+    decay: Float[Array, "L B W M"],
     accepted: Int[Array, " B"],
-) -> Float[Array, "B M K V"]:
+) -> Float[Array, "L B M K V"]:
     """State after the first `accepted` rows of a window: `exp(G_n) S + sum_{i<=n} exp(G_n - G_i) k_i d_i^T`.
 
     The d of a row does not depend on later rows, so this equals stepping through them. Zero rows: the state, unchanged.
+    All layers at once and without a product the size of the state in between: one pass that reads and writes it.
     """
-    batch, window, keys, _ = k.shape
-    last = jnp.take_along_axis(decay, jnp.maximum(accepted - 1, 0)[:, None, None], axis=1)  # [B, 1, M]
-    counted = (jnp.arange(window) < accepted[:, None])[..., None]
-    weight = jnp.where(counted, jnp.exp(jnp.where(counted, last - decay, 0.0)), 0.0)  # [B, W, M]
-    scaled = (d * weight[..., None]).reshape(batch, window, keys, -1, d.shape[-1])
-    update = _einsum("bwjk,bwjrv->bjrkv", k, scaled).reshape(state.shape)
-    keep = jnp.where(accepted[:, None] > 0, jnp.exp(last[:, 0]), 1.0)
-    return state * keep[..., None, None] + update
+    ratio = state.shape[2] // k.shape[3]
+    last = jnp.take_along_axis(decay, jnp.maximum(accepted - 1, 0)[None, :, None, None], axis=2)  # [L, B, 1, M]
+    counted = (jnp.arange(decay.shape[2]) < accepted[:, None])[None, :, :, None]
+    weight = jnp.where(counted, jnp.exp(jnp.where(counted, last - decay, 0.0)), 0.0)  # [L, B, W, M]
+    keep = jnp.where(accepted[:, None] > 0, jnp.exp(last[:, :, 0]), 1.0)  # [L, B, M]
+    state = state * keep[..., None, None]
+    for i in range(decay.shape[2]):
+        key = jnp.repeat(k[:, :, i], ratio, axis=2)
+        state = state + key[..., :, None] * (d[:, :, i] * weight[:, :, i, :, None])[..., None, :]
+    return state
+
+
+def commit(cache: Cache, pending: Pending, accepted: Int[Array, " B"]) -> Cache:
+    """Take the first `accepted` rows (0...W) of a verify window into the state and the length; forget the rest."""
+    keep = cache.conv.shape[2]
+    cut = jax.vmap(lambda rows, n: lax.dynamic_slice_in_dim(rows, n, keep, axis=1), (1, 0), 1)
+    return cache.replace(
+        state=fold(cache.state, pending.k, pending.d, pending.decay, accepted),
+        conv=cut(pending.conv, accepted),
+        length=cache.length + accepted,
+    )
 
 
 def conv_inputs(
@@ -184,40 +200,27 @@ class DeltaNet(nnx.Module):
         )
 
     def __call__(
-        self, x: Float[Array, "B T D"], cache: Cache, layer: Array | int, where: Placement, *, commit: bool
-    ) -> tuple[Array, Cache]:
-        """Rows of one layer.
-
-        With `commit` the rows enter the state. Without it (verify) they are left pending in the cache, T <= W, and the
-        caller sets `cache.accepted` once it knows how many count. Either way the rows accepted before are folded in.
-        """
+        self, x: Float[Array, "B T D"], cache: Cache, pending: Pending | None, layer: Array | int, where: Placement
+    ) -> tuple[Array, Cache, Pending | None]:
+        """Rows of one layer. They enter the state of the cache, or, given `pending`, wait there for `commit`."""
         cfg, rows = self.cfg, x.shape[1]
-        keep = cfg.conv_width - 1
-        before = jax.vmap(lambda c, n: lax.dynamic_slice(c, (n, 0), (keep, c.shape[1])))(cache.conv[layer], cache.accepted)
-        pending = (cache.pending_k[layer], cache.pending_d[layer], cache.pending_g[layer])
-        state = fold(cache.state[layer], *pending, cache.accepted)
-
+        before = cache.conv[layer]
         inputs = conv_inputs(before, linear(x, self.in_qkv[...]).astype(before.dtype), where.pad, where.live)
         given = self._rows(x, inputs, where.live)
         chunk = min(CHUNK, rows)
         extra = -rows % chunk
         if extra:
             given = jax.tree.map(lambda a: jnp.pad(a, [(0, 0), (0, extra)] + [(0, 0)] * (a.ndim - 2)), given)
-        o, d, decay, after = delta_chunk(given, state, chunk)
-
-        if commit:
-            conv = cache.conv.at[layer, :, :keep].set(inputs[:, rows:])
-            cache = cache.replace(state=cache.state.at[layer].set(after), conv=conv)
+        o, d, decay, after = delta_chunk(given, cache.state[layer], chunk)
+        if pending is None:
+            cache = cache.replace(state=cache.state.at[layer].set(after), conv=cache.conv.at[layer].set(inputs[:, rows:]))
         else:
-            if rows > cache.window:
-                raise ValueError(f"a verify step of {rows} rows needs a cache with window >= {rows}, found {cache.window}")
-            cache = cache.replace(
-                state=cache.state.at[layer].set(state),
-                conv=cache.conv.at[layer, :, : keep + rows].set(inputs),
-                pending_k=cache.pending_k.at[layer, :, :rows].set(given.k[:, :rows]),
-                pending_d=cache.pending_d.at[layer, :, :rows].set(d[:, :rows]),
-                pending_g=cache.pending_g.at[layer, :, :rows].set(decay[:, :rows]),
+            pending = Pending(
+                conv=pending.conv.at[layer].set(inputs),
+                k=pending.k.at[layer].set(given.k[:, :rows]),
+                d=pending.d.at[layer].set(d[:, :rows]),
+                decay=pending.decay.at[layer].set(decay[:, :rows]),
             )
         z = linear(x, self.in_z[...]).reshape(*x.shape[:2], cfg.linear_v_heads, cfg.linear_v_dim)
         y = gated_rms_norm(o[:, :rows].astype(x.dtype), z, self.norm[...], cfg.norm_eps, cfg.z_gate)
-        return linear(y.reshape(*x.shape[:2], -1), self.out[...]), cache
+        return linear(y.reshape(*x.shape[:2], -1), self.out[...]), cache, pending

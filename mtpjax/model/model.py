@@ -8,7 +8,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from kernels_pallas.matmul import linear
-from mtpjax.cache import Cache
+from mtpjax.cache import Cache, Pending, new_pending
 from mtpjax.config import ModelConfig
 from mtpjax.model.decoder import Decoder
 from mtpjax.model.mtp import Mtp
@@ -43,9 +43,16 @@ class Model(nnx.Module):
         rows = self.embedding[...][tokens].astype(self.compute_dtype)
         return jnp.where(live[..., None], rows, 0)
 
-    def trunk(self, tokens: Int[Array, "B T"], cache: Cache, where: Placement, *, commit: bool) -> tuple[Array, Cache]:
-        """All layers. Returns rows *before* the final norm `[B, T, D]` and the cache; see `DeltaNet` for `commit`."""
-        return self.decoder(self.embed(tokens, where.live), cache, where, commit=commit)
+    def trunk(self, tokens: Int[Array, "B T"], cache: Cache, where: Placement) -> tuple[Array, Cache]:
+        """All layers. Returns rows *before* the final norm `[B, T, D]` and the cache, `length` still that of before."""
+        rows, (cache, _) = self.decoder(self.embed(tokens, where.live), (cache, None), where)
+        return rows, cache
+
+    def trunk_pending(self, tokens: Int[Array, "B W"], cache: Cache, where: Placement) -> tuple[Array, Cache, Pending]:
+        """`trunk` for rows that may yet be rejected: DeltaNet layers leave them in `Pending`, for `commit`."""
+        waiting = new_pending(self.cfg, *tokens.shape, dtype=cache.conv.dtype)
+        rows, (cache, pending) = self.decoder(self.embed(tokens, where.live), (cache, waiting), where)
+        return rows, cache, pending
 
     def final_norm(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         return rms_norm(x, self.norm[...], self.cfg.norm_eps)
