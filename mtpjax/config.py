@@ -192,7 +192,9 @@ def _from_hf(raw: Mapping[str, Any], where: str) -> ModelConfig:
     if not isinstance(raw, Mapping):
         raise ConfigError(f"{where}: expected a JSON object, found {type(raw).__name__}")
     nested = raw.get("text_config")
-    text = nested if isinstance(nested, Mapping) else raw
+    if nested is not None and not isinstance(nested, Mapping):
+        raise _Reader(raw, where).fail("'text_config'", nested, "a JSON object")
+    text = raw if nested is None else nested
     get = _Reader(text, f"{where}: text_config" if text is nested else where)
 
     supported = DENSE_TYPES + MOE_TYPES
@@ -211,24 +213,32 @@ def _from_hf(raw: Mapping[str, Any], where: str) -> ModelConfig:
     if types is None:
         every = get.int("full_attention_interval", 4)
         types = [FULL if (i + 1) % every == 0 else LINEAR for i in range(layers)]
-    if not isinstance(types, list | tuple) or len(types) != layers or not set(types) <= {LINEAR, FULL}:
+    if not isinstance(types, list | tuple) or len(types) != layers or any(t not in (LINEAR, FULL) for t in types):
         raise get.fail("'layer_types'", types, f"a list of {layers} (num_hidden_layers) of '{LINEAR}' / '{FULL}'")
 
     head_dim = get.int("head_dim", 256)
     rope_raw = text.get("rope_parameters")
-    rope = _Reader(rope_raw if isinstance(rope_raw, Mapping) else text, get.where + ": rope_parameters")
+    if rope_raw is not None and not isinstance(rope_raw, Mapping):
+        raise get.fail("'rope_parameters'", rope_raw, "a JSON object")
+    rope = _Reader(text if rope_raw is None else rope_raw, get.where + ": rope_parameters")
     rope.choice("rope_type", ROPE_TYPES, "default")
     scaling = text.get("rope_scaling")
     if isinstance(scaling, Mapping):
         kind = scaling.get("rope_type", scaling.get("type", "default"))
         if kind not in ROPE_TYPES:
             raise get.fail("'rope_scaling' type", kind, ", ".join(ROPE_TYPES))
-    rotary_dim = int(head_dim * rope.float("partial_rotary_factor", text.get("partial_rotary_factor", 0.25)))
+    factor = rope.float("partial_rotary_factor", text.get("partial_rotary_factor", 0.25))
+    rotary_dim = int(head_dim * factor + 1e-6)  # a factor such as 58 / 88 must not lose a dimension to rounding
     if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
         raise rope.fail("'partial_rotary_factor'", rotary_dim / head_dim, "an even number of rotary dims in head_dim")
 
+    tied = text.get("tie_word_embeddings", raw.get("tie_word_embeddings", False))
+    if not isinstance(tied, bool):
+        raise get.fail("'tie_word_embeddings'", tied, "true, false")
     eos = text.get("eos_token_id", raw.get("eos_token_id"))
     stops = tuple(eos) if isinstance(eos, list | tuple) else (() if eos is None else (eos,))
+    if any(isinstance(t, bool) or not isinstance(t, int) or t < 0 for t in stops):
+        raise get.fail("'eos_token_id'", eos, "a whole number >= 0 or a list of them")
     cfg = ModelConfig(
         hidden_size=get.int("hidden_size"),
         layers=layers,
@@ -249,7 +259,7 @@ def _from_hf(raw: Mapping[str, Any], where: str) -> ModelConfig:
         experts_per_token=get.int("num_experts_per_tok") if moe else 0,
         expert_size=get.int("moe_intermediate_size") if moe else 0,
         shared_expert_size=get.int("shared_expert_intermediate_size") if moe else 0,
-        tied_embeddings=bool(text.get("tie_word_embeddings", raw.get("tie_word_embeddings", False))),
+        tied_embeddings=tied,
         norm_eps=get.float("rms_norm_eps", 1e-6),
         z_gate=z_gate,
         max_position=get.int("max_position_embeddings", 262_144),

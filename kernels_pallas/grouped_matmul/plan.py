@@ -19,14 +19,13 @@ class BlockPlan(NamedTuple):
 
 
 def choose_block(rows: int, chosen: int, experts: int) -> int:
-    """Rows of a block: about the mean run of an expert, as a power of two from 1 to 128.
+    """Rows of a block: about the mean run of an expert, as a power of two from 1 to 64.
 
     One row decodes as matrix-vector products; from there on a block that is too small reads an expert twice and one
     that is too large multiplies padding.
     """
-    mean = rows * chosen / experts
-    block = 1 if rows == 1 else 4
-    while block < mean and block < 128:
+    block = 1
+    while block < rows * chosen / experts and block < 64:
         block *= 2
     return block
 

@@ -1,0 +1,239 @@
+"""Generate text for a file of prompts; without arguments, the embedded model on the embedded prompts.
+
+    python scripts/batch_generate.py [--model DIR] [--input prompts.jsonl] [--output answers.jsonl]
+
+A line of the input is `{"id": "a", "prompt": "Once"}`, the prompt a text or a list of token ids, optionally with
+"max_tokens", "temperature" and "seed"; in a `.txt` file it is a prompt as it stands. Lines of the output have "id",
+"prompt", "text", "token_ids", "finish_reason" and "metrics", in the order of the input. While the job runs, answers that
+are ready are in OUTPUT.part. A line that cannot be used is reported and left out, and the exit status is then 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tqdm import tqdm
+
+from checkpoints import TINY
+from mtpjax import LLM, RequestOutput, SamplingParams
+from mtpjax.api import DTYPES, MAX_DRAFT
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from jsonl import Answers, Job, LineError, count_lines, read_jobs
+
+WINDOW = 64  # batches of prompts that are in memory and sorted by length
+
+
+@dataclass
+class Totals:
+    """Sums over the answers of a job."""
+
+    prompts: int = 0
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    rounds: int = 0
+    drafted: int = 0
+    per_position: list[int] = field(default_factory=list)
+
+    @property
+    def accepted(self) -> int:
+        return sum(self.per_position)
+
+    def add(self, batch: list[RequestOutput]) -> None:
+        """Count the answers of one batch, which share their seconds."""
+        self.prefill_seconds += max(o.metrics.prefill_seconds for o in batch)
+        self.decode_seconds += max(o.metrics.decode_seconds for o in batch)
+        for metrics, tokens in ((o.metrics, len(o.token_ids)) for o in batch):
+            self.prompts += 1
+            self.prompt_tokens += metrics.prompt_tokens
+            self.new_tokens += tokens
+            self.rounds += metrics.rounds
+            self.drafted += metrics.drafted
+            old = self.per_position or [0] * len(metrics.accepted_per_position)
+            self.per_position = [a + b for a, b in zip(old, metrics.accepted_per_position, strict=True)]
+
+    def summary(self, compile_seconds: float, wall_seconds: float) -> str:
+        """The figures of the job in a few lines. Rates count the seconds of the device, without compilation."""
+        def rate(count: int, seconds: float) -> str:
+            return f"{count / seconds:>9,.1f} tokens/s" if seconds else f"{'-':>9} tokens/s"
+
+        position = ", ".join(f"{n / self.rounds:.0%}" for n in self.per_position) if self.rounds else ""
+        drafts = f"{self.accepted / self.drafted:.1%} of {self.drafted:,} accepted; by position {position}"
+        return "\n".join([
+            f"prompts  {self.prompts:>9,} with {self.prompt_tokens:,} tokens",
+            f"prefill  {rate(self.prompt_tokens, self.prefill_seconds)}",
+            f"decode   {rate(self.new_tokens, self.decode_seconds)}: {self.new_tokens:,} tokens in {self.rounds:,} rounds"
+            + (f", {self.new_tokens / self.rounds:.2f} a round" if self.rounds else ""),
+            f"drafts   {drafts if self.drafted else 'none'}",
+            f"seconds  {wall_seconds:>9,.1f} in all, {compile_seconds:,.1f} of them compiling",
+        ])  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A job whose prompt and options are good."""
+
+    job: Job
+    ids: list[int]
+    params: SamplingParams
+
+
+def check(llm: LLM, job: Job, args: argparse.Namespace) -> Ready:
+    """Raises LineError for what `generate` would refuse. The seed depends on the line alone, not on its neighbours."""
+    given = {"max_tokens": args.max_tokens, "temperature": args.temperature, "seed": args.seed + job.line - 1}
+    try:
+        stops, ignore = tuple(args.stop_token_ids), args.ignore_eos
+        params = SamplingParams(**(given | job.options), stop_token_ids=stops, ignore_eos=ignore)
+        return Ready(job, llm.check(job.prompt, params), params)
+    except ValueError as error:
+        raise LineError(f"{job.where}: {error}") from None
+
+
+def answer(llm: LLM, batch: list[Ready], on_tokens: Callable[[int, list[int]], None]) -> list[RequestOutput]:
+    """Generate for at most `max_batch` prompts; always as many, so that one program serves all batches."""
+    idle = llm.max_batch - len(batch)
+    params = [ready.params for ready in batch] + [SamplingParams(max_tokens=0)] * idle
+    return llm.generate([ready.ids for ready in batch] + [[0]] * idle, params, on_tokens=on_tokens)[: len(batch)]
+
+
+def batches(ready: Iterator[Ready], size: int) -> Iterator[list[Ready]]:
+    """Batches of prompts of about equal length, from a window that is all that memory holds."""
+    while window := list(islice(ready, WINDOW * size)):
+        window.sort(key=lambda r: -len(r.ids))
+        for start in range(0, len(window), size):
+            yield window[start : start + size]
+
+
+def row(job: Job, output: RequestOutput) -> dict[str, object]:
+    """An answer as a line of the output."""
+    return {
+        "id": job.id, "prompt": job.prompt, "text": output.text, "token_ids": output.token_ids,
+        "finish_reason": output.finish_reason, "metrics": asdict(output.metrics),
+    }  # fmt: skip
+
+
+def readable(job: Job, output: RequestOutput) -> str:
+    """An answer for the terminal."""
+    prompt = job.prompt if isinstance(job.prompt, str) else f"{len(job.prompt)} token ids"
+    text = output.text if output.text is not None else f"token ids {output.token_ids}"
+    metrics, tokens = output.metrics, len(output.token_ids)
+    said = f"{tokens} tokens in {metrics.rounds} rounds"
+    if metrics.drafted:
+        ours = max(tokens - metrics.rounds, 0)  # every round adds one token of the trunk to the accepted drafts
+        said += f": {ours} were drafted and accepted ({metrics.accepted / metrics.drafted:.0%} of the drafts)"
+    lines = [f"[{job.id}] {textwrap.shorten(prompt, 500)}", textwrap.indent(text.strip(), "  > ", lambda line: True), f"  {said}"]
+    return "\n".join(lines) + "\n"
+
+
+def run(llm: LLM, jobs: Iterable[Job | LineError], args: argparse.Namespace, answers: Answers | None, bar: tqdm) -> tuple[Totals, int]:
+    """Answer all jobs. Returns the sums and how many lines could not be used."""
+    totals, bad, began, new = Totals(), 0, time.perf_counter(), 0
+
+    def usable() -> Iterator[Ready]:
+        nonlocal bad
+        for job in jobs:
+            try:
+                if isinstance(job, LineError):
+                    raise job
+                ready = check(llm, job, args)
+            except LineError as error:
+                bad += 1
+                bar.update()
+                tqdm.write(f"batch_generate.py: {error}", file=sys.stderr)
+            else:
+                yield ready
+
+    def on_tokens(_: int, tokens: list[int]) -> None:
+        nonlocal new
+        new += len(tokens)
+        share = f", {totals.accepted / totals.drafted:.0%} of drafts accepted" if totals.drafted else ""
+        seconds = time.perf_counter() - began - llm.engine.compile_seconds
+        bar.set_postfix_str(f"{new / seconds:,.0f} tokens/s{share}")
+
+    for batch in batches(usable(), llm.max_batch):
+        outputs = answer(llm, batch, on_tokens)
+        totals.add(outputs)
+        pairs = [(ready.job, output) for ready, output in zip(batch, outputs, strict=True)]
+        if answers is not None:
+            answers.write([(job.line, row(job, output)) for job, output in pairs])
+        else:
+            for job, output in sorted(pairs, key=lambda pair: pair[0].line):
+                tqdm.write(readable(job, output))
+        bar.update(len(batch))
+    return totals, bad
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="batch_generate.py", description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--model", type=Path, metavar="DIR", help="checkpoint folder, Hugging Face or Orbax (default: the embedded model)")
+    add("--input", type=Path, metavar="FILE", default=TINY / "prompts.jsonl", help="JSON lines, or .txt with a prompt a line")
+    add("--output", type=Path, metavar="FILE", help="JSON lines (default: readable text on the terminal)")
+    add("--overwrite", action="store_true", help="replace --output if it exists")
+    add("--draft", type=int, default=3, metavar="K", help=f"tokens drafted a round, 0...{MAX_DRAFT}; the text is the same")
+    add("--max-tokens", type=int, default=128, metavar="N", help="new tokens of a prompt at most, unless its line says")
+    add("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy")
+    add("--seed", type=int, default=0, help="line n gets seed + n - 1, unless it says")
+    add("--dtype", choices=tuple(DTYPES), default="float32", help="of computing")
+    add("--max-len", type=int, default=2048, metavar="N", help="prompt and new tokens of a sequence at most")
+    add("--batch", type=int, default=8, metavar="N", help="prompts side by side")
+    add("--limit", type=int, metavar="N", help="only the first N lines")
+    add("--stop-token-ids", type=int, nargs="+", default=[], metavar="ID", help="beside those of the checkpoint")
+    add("--ignore-eos", action="store_true", help="generate past the end-of-text tokens of the checkpoint")
+    args = parser.parse_args(argv)
+    for name, low in (("batch", 1), ("limit", 1), ("max_tokens", 0)):
+        if (value := getattr(args, name)) is not None and value < low:
+            parser.error(f"--{name.replace('_', '-')} is {value}, expected at least {low}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _parse(argv)
+    began = time.perf_counter()
+    answers = None
+    try:
+        lines = count_lines(args.input)
+        answers = Answers(args.output, overwrite=args.overwrite) if args.output else None
+        if lines is not None:
+            lines = min(lines, args.limit or lines)
+        # A batch wider than the job would only compute idle rows.
+        batch = args.batch if lines is None else max(1, min(args.batch, lines))
+        llm = LLM(args.model, draft=args.draft, dtype=args.dtype, max_len=args.max_len, max_batch=batch)
+    except (ValueError, OSError) as error:  # CheckpointError and ConfigError are ValueErrors
+        if answers is not None:
+            answers.discard()
+        print(f"batch_generate.py: {error}", file=sys.stderr)
+        return 2
+    try:
+        with tqdm(total=lines, unit="prompt", disable=None, leave=False) as bar:
+            totals, bad = run(llm, islice(read_jobs(args.input), args.limit), args, answers, bar)
+        if answers is not None:
+            answers.finish()
+    except BaseException as error:
+        if answers is not None:
+            answers.close()
+            print(f"batch_generate.py: stopped; {len(answers):,} answers are in {answers.part}", file=sys.stderr)
+        if isinstance(error, KeyboardInterrupt):
+            return 130
+        raise
+    print(totals.summary(llm.engine.compile_seconds, time.perf_counter() - began))
+    if args.output:
+        print(f"answers  {args.output}")
+    if bad:
+        print(f"batch_generate.py: {bad:,} lines of {args.input} were left out, see above", file=sys.stderr)
+    return int(bad > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""Host memory and seconds to load a random checkpoint of a given size, each step in a process of its own.
+
+    python scripts/bench_load.py --gigabytes 1
+
+Peak resident memory is the operating system's own figure. The parameters themselves live in host memory on a CPU; what
+counts is how far the peak lies above them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from results import describe, write_json
+
+from mtpjax.config import FULL, LINEAR, ModelConfig
+
+
+def config(gigabytes: float) -> ModelConfig:
+    """A model of about this many bytes in BF16: the number of layers is what grows."""
+    repeats = max(1, round(gigabytes * 1e9 / 2 / 82e6))
+    return ModelConfig(
+        hidden_size=1024, layers=4 * repeats, pattern=(LINEAR, LINEAR, LINEAR, FULL), q_heads=8, kv_heads=2, head_dim=256,
+        rotary_dim=64, rope_theta=1e7, linear_k_heads=8, linear_v_heads=16, linear_k_dim=128, linear_v_dim=128,
+        conv_width=4, vocab_size=8192, experts=16, experts_per_token=4, expert_size=256, shared_expert_size=256,
+    )  # fmt: skip
+
+
+def peak_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def make(path: Path, gigabytes: float) -> None:
+    import jax.numpy as jnp
+
+    from checkpoints import write_safetensors_directory
+    from mtpjax.weights import export_tensors, random_model
+
+    model = random_model(config(gigabytes), dtype=jnp.bfloat16)
+    write_safetensors_directory(path, model.cfg.to_hf(), export_tensors(model, 1), max_shard_bytes=1 << 28)
+
+
+def load(path: Path, dtype: str) -> None:
+    import jax
+    import jax.numpy as jnp
+
+    from checkpoints import open_checkpoint
+    from mtpjax.loading import load_checkpoint
+
+    jax.block_until_ready(jnp.zeros(8) + 1)  # the runtime itself is not what is measured
+    before = peak_mb()
+    start = time.perf_counter()
+    model = load_checkpoint(open_checkpoint(path), dtype=jnp.dtype(dtype))
+    leaves = jax.block_until_ready(jax.tree.leaves(model.params))
+    seconds = time.perf_counter() - start
+    size = [leaf.nbytes / 2**20 for leaf in leaves]
+    print(json.dumps({
+        "dtype": dtype, "seconds": seconds, "parameters_mb": sum(size), "largest_leaf_mb": max(size),
+        "peak_above_start_mb": peak_mb() - before, "peak_above_parameters_mb": peak_mb() - before - sum(size),
+    }))  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--gigabytes", type=float, default=1.0)
+    parser.add_argument("--json", help="write the figures to this file")
+    parser.add_argument("--step", nargs=2, metavar=("STEP", "PATH"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.step:
+        step, path = args.step
+        return make(Path(path), args.gigabytes) if step == "make" else load(Path(path), step)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model"
+        again = [sys.executable, __file__, "--gigabytes", str(args.gigabytes), "--step"]
+        subprocess.run([*again, "make", str(path)], check=True)
+        size = sum(f.stat().st_size for f in path.iterdir()) / 2**20
+        rows = [
+            json.loads(subprocess.run([*again, dtype, str(path)], check=True, capture_output=True, text=True).stdout)
+            for dtype in ("bfloat16", "float32")
+        ]
+    for row in rows:
+        print(f"checkpoint {size:.0f} MB (BF16), loaded for {row['dtype']}: {row['seconds']:.1f} s, parameters "
+              f"{row['parameters_mb']:.0f} MB, largest leaf {row['largest_leaf_mb']:.0f} MB, peak above the parameters "
+              f"{row['peak_above_parameters_mb']:.0f} MB")  # fmt: skip
+    if args.json:
+        write_json(args.json, {"what": "loading", **describe(), "checkpoint_mb": size, "loads": rows})
+
+
+if __name__ == "__main__":
+    main()

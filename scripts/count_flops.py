@@ -1,0 +1,115 @@
+"""Floating-point operations of one prompt chunk, without and with the MTP head, for README.
+
+    python scripts/count_flops.py [--model 35b-a3b ...] [--chunk 2048] [--context 8192] [--unrolled]
+
+Rows are the output rows of the chunk: none (inner chunks), last, or all. `off` has no MTP head, `sync` leaves the head's
+keys and values and nothing else (`mtpjax.steps.prefill`), `layer` runs the whole MTP layer on every row and the LM head
+on the output rows of both. Nothing is allocated or run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from mtpjax.cache import Cache, new_cache, slots_for
+from mtpjax.config import PRESETS, ConfigError, ModelConfig, preset
+from mtpjax.model import abstract_model, place
+from mtpjax.programs import Flops, count_flops, expected_trips
+from mtpjax.rows import OutputRows
+from mtpjax.steps import prefill
+
+ROWS = {"none": OutputRows.none(), "last": OutputRows.last(), "all": OutputRows.all()}
+VARIANTS = ("off", "sync", "layer")
+
+
+@partial(jax.jit, static_argnames=("graph", "rows"))
+def whole_layer(
+    params: Any, tokens: Array, following: Array, pad: Array, cache: Cache, *, graph: Any, rows: OutputRows
+) -> tuple[Array, Array, Array, Cache]:
+    """The slow way, for comparison: the whole MTP layer on every row of the chunk. Arguments as `mtpjax.steps.prefill`.
+
+    Returns:
+        logits and draft logits of the output rows, the head's hidden states of all rows, the cache.
+    """
+    model = nnx.merge(graph, params)
+    where = place(model.cfg, cache.length, tokens.shape[1], pad, slots=cache.slots)
+    out, cache = model.trunk(tokens, cache, where)
+    hidden = model.final_norm(out)
+    drafted, cache = model.mtp_step(hidden, following, cache, where)
+    cache = cache.replace(length=cache.length + tokens.shape[1] - pad)
+    return model.head(rows.take(hidden)), model.mtp_head(rows.take(drafted)), drafted, cache
+
+
+def trace(
+    cfg: ModelConfig, variant: str, rows: OutputRows, *, chunk: int, slots: int, stack: int, dtype: Any = jnp.bfloat16
+) -> Any:
+    """The program of one chunk of one sequence (`jax.stages.Traced`). `stack`: see `mtpjax.model.decoder.Decoder`."""
+    cfg = cfg.without_mtp() if variant == "off" else cfg
+    graph, params = nnx.split(abstract_model(cfg, dtype, stack=stack))
+    cache = jax.eval_shape(lambda: new_cache(cfg, 1, slots, dtype=dtype))
+    ids, pad = jax.ShapeDtypeStruct((1, chunk), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
+    step = whole_layer if variant == "layer" else prefill
+    return step.trace(params, ids, ids, pad, cache, graph=graph, rows=rows)
+
+
+def flops(cfg: ModelConfig, variant: str, rows: OutputRows, *, chunk: int, context: int, stack: int) -> Flops:
+    """Operations of one chunk that ends at `context` committed tokens."""
+    program = trace(cfg, variant, rows, chunk=chunk, slots=slots_for(context, 1), stack=stack).jaxpr
+    return count_flops(program, expected_trips(cfg, rows=chunk, context=context))
+
+
+def table(cfg: ModelConfig, *, chunk: int, context: int, stack: int) -> list[tuple[str, str, float, float, float]]:
+    """(rows, variant, operations, ratio to off with the same rows, ratio to off without output rows) for each case."""
+    lines, least = [], 0.0
+    for name, rows in ROWS.items():
+        off = 0.0
+        for variant in VARIANTS:
+            total = flops(cfg, variant, rows, chunk=chunk, context=context, stack=stack).total
+            off = off or total
+            least = least or total
+            lines.append((name, variant, total, total / off, total / least))
+    return lines
+
+
+def config(name: str) -> ModelConfig:
+    """A published size by name, or the config.json in a folder."""
+    file = Path(name) / "config.json"
+    return ModelConfig.from_hf(json.loads(file.read_text()), where=str(file)) if file.is_file() else preset(name)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", nargs="+", default=["35b-a3b"], help=f"{', '.join(PRESETS)}, or checkpoint folders")
+    parser.add_argument("--chunk", type=int, default=2048, help="rows of the prompt chunk (%(default)s)")
+    parser.add_argument("--context", type=int, default=8192, help="tokens read when the chunk ends (%(default)s)")
+    parser.add_argument("--unrolled", action="store_true", help="layers one by one, as on a CPU, instead of one scan")
+    args = parser.parse_args()
+    if not 1 <= args.chunk <= args.context:
+        parser.error(f"--chunk is {args.chunk}; expected 1 ... --context = {args.context}")
+    print("| model | output rows | MTP | Tflop a chunk | / off, same rows | / off, no rows |\n|---|---|---|---|---|---|")
+    for name in args.model:
+        try:
+            cfg = config(name)
+        except ConfigError as error:
+            parser.error(str(error))
+        if not cfg.mtp_layers:
+            parser.error(f"{name} has no MTP head; there is nothing to compare")
+        stack = 1 if args.unrolled else cfg.repeats
+        for rows, variant, total, same, least in table(cfg, chunk=args.chunk, context=args.context, stack=stack):
+            print(f"| {name} | {rows} | {variant} | {total / 1e12:.4g} | {same:.4f} | {least:.4f} |")
+
+
+if __name__ == "__main__":
+    main()

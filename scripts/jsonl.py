@@ -1,0 +1,148 @@
+"""Prompts out of a file, checked line by line; answers into a file that is complete or is not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+OPTIONS = ("max_tokens", "temperature", "seed")
+
+
+class LineError(ValueError):
+    """A line that cannot be used; the message begins with file and line number."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One line: `options` are those of `OPTIONS` that it gives. `where` is file and line for messages."""
+
+    where: str
+    line: int
+    id: str | int
+    prompt: str | list[Any]
+    options: dict[str, Any]
+
+
+def count_lines(file: Path) -> int | None:
+    """Lines that are not blank; None where counting would use them up (a pipe). Raises OSError when there is no such file."""
+    if not stat.S_ISREG(file.stat().st_mode):
+        return None
+    with open(file, "rb") as stream:
+        return sum(bool(line.strip()) for line in stream)
+
+
+def read_jobs(file: Path) -> Iterator[Job | LineError]:
+    """The lines of `file`, one at a time: prompts as they stand (`.txt`), JSON objects otherwise. Blank lines do not count.
+
+    A line that cannot be used comes as a LineError, and reading goes on. An id that a line does not give is its number.
+    """
+    first_line: dict[str, int] = {}
+    with open(file, "rb") as stream:
+        for number, raw in enumerate(stream, start=1):
+            if not raw.strip():
+                continue
+            try:
+                job = _parse(raw, file, number)
+            except LineError as error:
+                yield error
+                continue
+            before = first_line.setdefault(json.dumps(job.id), number)
+            if before != number:
+                yield LineError(f"{job.where}: the id {job.id!r} stands in line {before} already; each needs its own")
+                continue
+            yield job
+
+
+def _parse(raw: bytes, file: Path, number: int) -> Job:
+    where = f"{file}:{number}"
+    try:
+        text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise LineError(f"{where}: is not UTF-8 ({error})") from None
+    if file.suffix == ".txt":
+        return Job(where, number, number, text.rstrip("\r\n"), {})
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise LineError(f"{where}: is not JSON ({error})") from None
+    if not isinstance(line, dict):
+        raise LineError(f'{where}: is a JSON {type(line).__name__}, expected an object as in {{"id": "a", "prompt": "..."}}')
+    prompt, name = line.get("prompt"), line.get("id")
+    if not isinstance(prompt, str | list):
+        found = "has no 'prompt'" if "prompt" not in line else f"has a 'prompt' of type {type(prompt).__name__}"
+        raise LineError(f"{where}: {found}, expected a text or a list of token ids")
+    if isinstance(prompt, str) and any("\ud800" <= c <= "\udfff" for c in prompt):
+        raise LineError(f"{where}: the prompt holds half of a surrogate pair (\\ud800...\\udfff), which is no text")
+    if isinstance(name, bool) or not isinstance(name, str | int | None):
+        raise LineError(f"{where}: has an 'id' of type {type(name).__name__}, expected a text or a whole number")
+    options = {key: line[key] for key in OPTIONS if line.get(key) is not None}
+    return Job(where, number, number if name is None else name, prompt, options)
+
+
+class Answers:
+    """A JSON-lines file of answers: written to `FILE.part` as they come, renamed to `FILE`, in order, by `finish`.
+
+    Raises:
+        FileExistsError: `FILE` or `FILE.part` is there, unless `overwrite`.
+    """
+
+    def __init__(self, file: Path, *, overwrite: bool = False):
+        self.file, self.part, self._overwrite = file, file.with_name(file.name + ".part"), overwrite
+        self._places: list[tuple[int, int, int]] = []  # line of the input, offset and size in the part
+        self._check_free(self.file, "exists already; choose another --output, or say --overwrite")
+        self._check_free(self.part, "is what an earlier run left behind; move it away, or say --overwrite")
+        self._stream = open(self.part, "wb")
+
+    def _check_free(self, file: Path, problem: str) -> None:
+        if file.is_dir():
+            raise FileExistsError(f"{file}: is a folder, expected a file name")
+        if file.exists() and not self._overwrite:
+            raise FileExistsError(f"{file}: {problem}")
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def write(self, rows: list[tuple[int, dict[str, Any]]]) -> None:
+        """Append answers, each with the line of the input that it belongs to, and hand them to the operating system."""
+        for line, row in sorted(rows, key=lambda pair: pair[0]):
+            data = (json.dumps(row, ensure_ascii=False) + "\n").encode()
+            self._places.append((line, self._stream.tell(), len(data)))
+            self._stream.write(data)
+        self._stream.flush()
+
+    def finish(self) -> None:
+        """Bring the answers into the order of the input and give the file its name."""
+        self.close()
+        self._check_free(self.file, f"has come into being meanwhile; the answers are in {self.part}")
+        if self._places == sorted(self._places):
+            self.part.replace(self.file)
+            return
+        ordered = self.file.with_name(self.file.name + ".ordered")
+        with open(self.part, "rb") as source, open(ordered, "wb") as target:
+            for _, offset, size in sorted(self._places):
+                source.seek(offset)
+                target.write(source.read(size))
+            _sync(target)
+        ordered.replace(self.file)
+        self.part.unlink()
+
+    def discard(self) -> None:
+        """Remove the part; nothing was written."""
+        self._stream.close()
+        self.part.unlink()
+
+    def close(self) -> None:
+        """Close the part, which stays."""
+        if not self._stream.closed:
+            _sync(self._stream)
+            self._stream.close()
+
+
+def _sync(stream: Any) -> None:
+    stream.flush()
+    os.fsync(stream.fileno())

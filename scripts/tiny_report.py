@@ -1,0 +1,180 @@
+"""Measure the embedded model on the held-out titles and write its model card.
+
+    python scripts/tiny_report.py --books DIR --model checkpoints/tiny
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax import Array
+from jaxtyping import Float, Int
+from tokenizers import Tokenizer
+
+from checkpoints import open_checkpoint
+from mtpjax.cache import BLOCK, new_cache
+from mtpjax.loading import load_checkpoint
+from mtpjax.model import place
+from mtpjax.weights import LoadedModel
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import tiny_data as data
+
+DEPTH = 4  # drafts a round
+PREFIXES = (64, 128, 192, 248)  # rows before the drafts; with them they fit in one block of attention
+BATCH = 16
+
+
+def window_loss(graph: Any, params: Any, tokens: Int[Array, "B T"]) -> Float[Array, ""]:
+    """Sum over the rows of -log p(next token), in nats, each window read from nothing."""
+    model = nnx.merge(graph, params)
+    batch, rows = tokens.shape[0], tokens.shape[1] - 1
+    zeros = jnp.zeros(batch, jnp.int32)
+    where = place(model.cfg, zeros, rows, zeros, slots=BLOCK, blocks=1)
+    y, _ = model.trunk(tokens[:, :rows], new_cache(model.cfg, batch, BLOCK), where)
+    logits = model.head(model.final_norm(y))
+    return jnp.sum(optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]))
+
+
+def agreeing_drafts(graph: Any, params: Any, tokens: Int[Array, "B T"], prefix: int) -> Int[Array, " B"]:
+    """How many of `DEPTH` greedy drafts after `prefix` rows the trunk would take, as in one round of decoding.
+
+    The head reads the hidden state of the last row and the book's next token, then its own output and draft; the trunk
+    reads the same token and drafts. A draft counts when it and all before it are the trunk's first choices.
+    """
+    model = nnx.merge(graph, params)
+    cfg, batch = model.cfg, tokens.shape[0]
+    zeros = jnp.zeros(batch, jnp.int32)
+    at = partial(place, cfg, pad=zeros, slots=BLOCK, blocks=1)
+    where = at(zeros, prefix)
+    y, cache = model.trunk(tokens[:, :prefix], new_cache(cfg, batch, BLOCK), where)
+    m, cache = model.mtp_step(model.final_norm(y), tokens[:, 1 : prefix + 1], cache, where)
+    window = [tokens[:, prefix]]
+    for depth in range(1, DEPTH + 1):
+        window.append(jnp.argmax(model.mtp_head(m[:, -1:])[:, 0], axis=-1))
+        m, cache = model.mtp_step(m[:, -1:], window[-1][:, None], cache, at(zeros + prefix - 1 + depth, 1))
+    drafts = jnp.stack(window[1:], axis=1)
+    y, _ = model.trunk(jnp.stack(window[:-1], axis=1), cache, at(zeros + prefix, DEPTH))
+    right = drafts == jnp.argmax(model.head(model.final_norm(y)), axis=-1)
+    return jnp.sum(jnp.cumprod(right, axis=1), axis=1)
+
+
+def in_batches(rows: np.ndarray) -> list[np.ndarray]:
+    return [rows[i : i + BATCH] for i in range(0, len(rows), BATCH)]
+
+
+def measure(model: LoadedModel, tokenizer: Tokenizer, books: list[data.Book]) -> dict[str, Any]:
+    """Loss and draft agreement on the held-out titles; windows of one block, each read from nothing."""
+    held_out = [book for book in books if book.split == "held-out"]
+    loss = jax.jit(partial(window_loss, model.graph))
+    drafts = jax.jit(partial(agreeing_drafts, model.graph), static_argnames="prefix")
+    tokens = data.pack(held_out, tokenizer)
+    windows = data.windows(tokens, BLOCK + 1, BLOCK)
+    nats = sum(float(loss(model.params, some)) for some in in_batches(windows)) / (len(windows) * BLOCK)
+    taken = [drafts(model.params, s, prefix=p) for p in PREFIXES for s in in_batches(windows)]
+    counts = np.concatenate([np.asarray(t) for t in taken])
+    size = sum(len(book.text.encode()) for book in held_out)
+    return {
+        "held_out_tokens": len(windows) * BLOCK,
+        "bytes_per_token": size / len(tokens),
+        "nats_per_token": nats,
+        "bits_per_byte": nats / math.log(2) * len(tokens) / size,
+        "draft_rounds": len(counts),
+        "accepted": [float(np.mean(counts >= depth)) for depth in range(1, DEPTH + 1)],
+        "accepted_given_previous": [float(np.sum(counts >= d) / max(1, np.sum(counts >= d - 1))) for d in range(1, DEPTH + 1)],
+    }
+
+
+def card(model: LoadedModel, folder: Path, figures: dict[str, Any], books: list[data.Book]) -> str:
+    """README.md of the model."""
+    cfg = model.cfg
+    spent = json.loads((folder / "training.json").read_text()) if (folder / "training.json").is_file() else None
+    size = sum(leaf.size for leaf in jax.tree.leaves(model.params))
+    rows = [
+        "| draft | taken by the trunk | taken, given all before it were |", "|---|---|---|",
+        *(f"| {d} | {a:.1%} | {b:.1%} |" for d, (a, b) in enumerate(
+            zip(figures["accepted"], figures["accepted_given_previous"], strict=True), 1)),
+    ]  # fmt: skip
+    cost = "An early snapshot; training still runs." if spent is None else (
+        f"{spent['steps']:,} steps of {spent['batch']} windows of {BLOCK} tokens ({spent['tokens']:,} tokens, "
+        f"{spent['tokens'] / spent['training_tokens']:.1f} passes) in {spent['seconds'] / 60:.0f} minutes "
+        f"on {spent['threads']} CPU cores that had other work too: "
+        f"{spent['tokens'] / spent['seconds']:,.0f} tokens a second. AdamW, peak rate {spent['rate']:g}, cosine, fp32, seed {spent['seed']}."
+    )  # fmt: skip
+    held = " and ".join(f"*{name.split('_')[1].replace('-', ' ').title()}*" for name in data.HELD_OUT)
+    names = "\n".join(f"* {b.file.stem.replace('_', ': ').replace('-', ' ')}" for b in books if b.split == "train")
+    prompts = [json.loads(line) for line in (folder / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
+    lengths = ", ".join(f"`{p['id']}` ({len(p['prompt'].split())} words)" for p in prompts)
+    files = sum(file.stat().st_size for file in folder.iterdir() if file.name != "README.md")
+    return f"""# The embedded tiny model
+
+A Qwen3.5-MoE with its MTP head, small enough to live in the repository: {size:,} parameters, {files / 1e6:.1f} MB with its
+tokenizer. It exists so that the demo and the tests run on real, trained weights. It writes children's-book English without
+sense; it knows no chat and no facts.
+
+* Shape: hidden {cfg.hidden_size}, {cfg.layers} layers ({cfg.linear_layers} Gated DeltaNet, {cfg.full_layers} gated attention) and one MTP layer;
+  {cfg.experts} experts, {cfg.experts_per_token} a token, of {cfg.expert_size} units and a shared one of {cfg.shared_expert_size};
+  tied embeddings, {cfg.vocab_size} byte-level BPE tokens. BF16, decay rates and DeltaNet norms in float32 as published.
+* Trained on windows of {BLOCK} tokens: text far beyond that is out of its experience.
+* Stop tokens: `<|im_end|>` ({cfg.stop_tokens[0]}), never seen in training, and `<|endoftext|>` ({cfg.stop_tokens[1]}), between titles.
+
+## Data
+
+Standard Ebooks editions of children's books: the texts are in the public domain in the United States, the editions are
+dedicated to the public domain under CC0. The texts are not in this repository; `manifest.json` has name, size and sha256 of
+each. The weights may be used like the rest of the repository. Held out: {held}.
+`prompts.jsonl` holds five demo prompts from those two, all unseen in training: {lengths}.
+
+Trained on:
+
+{names}
+
+## Training
+
+    python scripts/train_tiny.py --books DIR --out DIR
+    python scripts/tiny_report.py --books DIR --model DIR
+
+{cost}
+
+The loss is that of the trunk, plus 0.3 times that of the MTP head, plus 0.15 times that of the head applied to its own output
+(on half of the windows), plus 0.01 times a load-balancing loss.
+
+## Held-out figures
+
+Measured on the BF16 weights computed in float32, windows of {BLOCK} tokens read from nothing, {figures["held_out_tokens"]:,} tokens
+of {figures["bytes_per_token"]:.2f} bytes:
+**{figures["nats_per_token"]:.3f} nats a token** (perplexity {math.exp(figures["nats_per_token"]):.1f}), **{figures["bits_per_byte"]:.3f} bits a byte**.
+
+Greedy drafts against the trunk's first choice, {figures["draft_rounds"]:,} single rounds after {", ".join(map(str, PREFIXES))} rows of book text:
+
+""" + "\n".join(rows) + "\n"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Measure the tiny model on the held-out books; write its README.md.")
+    parser.add_argument("--books", type=Path, required=True, help="the folder it was trained from")
+    parser.add_argument("--model", type=Path, required=True, help="folder of the checkpoint")
+    args = parser.parse_args(argv)
+    books = data.read_books(args.books)
+    source = open_checkpoint(args.model)
+    model = load_checkpoint(source, dtype=jnp.float32)
+    figures = measure(model, Tokenizer.from_file(str(args.model / "tokenizer.json")), books)
+    print(json.dumps(figures, indent=1))
+    (args.model / "README.md").write_text(card(model, args.model, figures, books), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

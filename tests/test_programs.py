@@ -1,0 +1,383 @@
+"""Prompt programs, traced on shapes alone: what arrays they hold, which weights they read, how many operations they take."""
+
+import json
+import re
+from collections import Counter
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax import lax
+from jax.extend.core import Jaxpr, Literal
+
+from kernels_pallas.grouped_matmul.plan import choose_block, plan_blocks
+from mtpjax.cache import BLOCK, new_cache, slots_for
+from mtpjax.config import FULL, LINEAR, PRESETS, ModelConfig
+from mtpjax.engine import BUCKETS
+from mtpjax.model import abstract_model, place
+from mtpjax.programs import Held, arrays, count_flops, expected_trips, inputs_read
+from mtpjax.rows import OutputRows
+from mtpjax.steps import prefill
+from scripts.count_flops import config, flops, main, table, trace
+
+NONE, LAST, ALL = OutputRows.none(), OutputRows.last(), OutputRows.all()
+VOCAB = 1009  # a prime: an array of whole rows of logits has a multiple of it in elements, whatever its shape
+DENSE = ModelConfig(
+    hidden_size=48, layers=4, pattern=(LINEAR, FULL), q_heads=4, kv_heads=2, head_dim=24, rotary_dim=8, rope_theta=1e7,
+    linear_k_heads=2, linear_v_heads=4, linear_k_dim=20, linear_v_dim=28, conv_width=4, vocab_size=VOCAB, mlp_size=72,
+)  # fmt: skip
+MOE = replace(DENSE, mlp_size=0, experts=6, experts_per_token=2, expert_size=36, shared_expert_size=44)
+TINY = {  # config.json of the embedded model, as scripts/train_tiny.py writes it
+    "model_type": "qwen3_5_moe_text", "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 64, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "linear_key_head_dim": 64, "linear_value_head_dim": 64, "linear_conv_kernel_dim": 4, "num_experts": 8,
+    "num_experts_per_tok": 2, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 128, "vocab_size": 4096,
+    "tie_word_embeddings": True, "mtp_num_hidden_layers": 1,
+}  # fmt: skip
+BIG, CHUNK = PRESETS["35b-a3b"], 2048
+
+
+def shape(*axes: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(axes, dtype)
+
+
+def program(cfg: ModelConfig, rows: OutputRows, chunk: int, *, stack: int = 1, batch: int = 2):
+    """`prefill` of `batch` sequences, traced; and the names of its first inputs, the parameters."""
+    graph, params = nnx.split(abstract_model(cfg, stack=stack))
+    cache = jax.eval_shape(lambda: new_cache(cfg, batch, slots_for(600, 1)))
+    ids, pad = shape(batch, chunk, dtype=jnp.int32), shape(batch, dtype=jnp.int32)
+    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in jax.tree.leaves_with_path(params)]
+    return prefill.trace(params, ids, ids, pad, cache, graph=graph, rows=rows), names
+
+
+def made(traced) -> list[Held]:
+    """The arrays that the program computes: neither its inputs nor those of a program inside, which were made outside."""
+    return [a for a in arrays(traced.jaxpr) if a.made_by not in ("input", "constant")]
+
+
+def by_rows_and_vocab(traced, chunk: int) -> list[Held]:
+    """Arrays with a row of the vocabulary for every row of the chunk."""
+    return [a for a in made(traced) if VOCAB in a.shape and (chunk in a.shape or 2 * chunk in a.shape)]
+
+
+# No logits for prompt rows
+
+
+@pytest.mark.parametrize("mtp", [1, 0])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("cfg", [DENSE, MOE], ids=["dense", "moe"])
+def test_prompt_chunk_holds_nothing_of_the_size_of_the_vocabulary(cfg, tied, mtp):
+    cfg = replace(cfg, tied_embeddings=tied, mtp_layers=mtp)
+    for chunk, stack in [*((bucket, cfg.repeats) for bucket in BUCKETS), (37, 1)]:
+        traced, _ = program(cfg, NONE, chunk, stack=stack)
+        assert not [a for a in made(traced) if a.size and a.size % VOCAB == 0]
+        read = [a for a in arrays(traced.jaxpr) if VOCAB in a.shape and a.size]
+        assert {a.shape for a in read} == {(VOCAB, cfg.hidden_size)}  # embedding and LM head, as they came
+
+
+@pytest.mark.parametrize("mtp", [1, 0])
+@pytest.mark.parametrize("cfg", [DENSE, MOE], ids=["dense", "moe"])
+def test_the_walk_finds_logits_where_they_are_asked_for(cfg, mtp):
+    cfg = replace(cfg, mtp_layers=mtp)
+    for chunk in (37, 64):
+        whole = by_rows_and_vocab(program(cfg, ALL, chunk)[0], chunk)
+        assert (2, chunk, VOCAB) in {a.shape for a in whole}
+        last, _ = program(cfg, LAST, chunk)
+        assert not by_rows_and_vocab(last, chunk)
+        assert {a.shape for a in made(last) if VOCAB in a.shape} == {(2, 1, VOCAB)}
+
+
+@pytest.mark.parametrize("wrap", ["scan", "while", "cond", "jit", "remat", "custom_vjp"])
+def test_the_walk_looks_into_programs_inside(wrap):
+    @jax.custom_vjp
+    def custom(x):
+        return inner(x)
+
+    def inner(x):
+        with jax.named_scope("deep"):
+            return jnp.sum(x[:, None] * jnp.ones((1, 7)))
+
+    custom.defvjp(lambda x: (inner(x), x), lambda x, g: (x * g,))
+    ways = {
+        "scan": lambda x: lax.scan(lambda c, _: (c + inner(x), None), 0.0, None, length=3)[0],
+        "while": lambda x: lax.while_loop(lambda c: c < 9.0, lambda c: c + inner(x), 0.0),
+        "cond": lambda x: lax.cond(x[0] > 0, inner, lambda y: y[0], x),
+        "jit": jax.jit(inner),
+        "remat": jax.checkpoint(inner),
+        "custom_vjp": custom,
+    }
+    found = [a for a in arrays(jax.make_jaxpr(ways[wrap])(shape(5))) if a.shape == (5, 7) and a.made_by == "mul"]
+    assert len(found) == 1
+    assert any(wrap in around for around in found[0].where)
+    assert "deep" in found[0].where[-1]
+
+
+def test_compiled_prompt_chunk_has_no_head_and_without_mtp_no_last_layer():
+    """What the walk says about the program is true of what XLA makes of it."""
+    cfg, loops = replace(DENSE, layers=2), {}
+    for mtp in (1, 0):
+        traced, _ = program(replace(cfg, mtp_layers=mtp), NONE, 64)
+        text = traced.lower().compile().as_text()
+        with_vocab = {s for s in re.findall(r"\w+\[([\d,]+)\]", text) if str(VOCAB) in s.split(",")}
+        # The weights, and the empty array of logits that the program returns.
+        assert with_vocab == {f"{VOCAB},{cfg.hidden_size}", f"2,0,{VOCAB}"}
+        loops[mtp] = len(re.findall(rf"\[2,2,2,64,{cfg.head_dim}\].* while\(", text))
+    # The only attention layer of this model is its last layer: just the MTP head reads what it puts out.
+    assert loops == {1: 1, 0: 0}
+
+
+# What the MTP head adds to a prompt chunk
+
+SYNC = {"embed_norm", "hidden_norm", "fc", "layer.input_norm", "layer.mixer.k", "layer.mixer.v", "layer.mixer.k_norm"}
+
+
+def unread(cfg: ModelConfig, rows: OutputRows, stack: int) -> tuple[set[str], set[str]]:
+    """Parameters that the program does not read, and those that it does."""
+    traced, names = program(cfg, rows, 64, stack=stack)
+    read = dict(zip((n.removesuffix(".value") for n in names), inputs_read(traced.jaxpr), strict=False))
+    return {n for n, r in read.items() if not r}, {n for n, r in read.items() if r}
+
+
+@pytest.mark.parametrize("stack", [1, 2])
+@pytest.mark.parametrize("cfg", [DENSE, MOE], ids=["dense", "moe"])
+def test_mtp_share_of_an_inner_chunk_is_keys_and_values(cfg, stack):
+    for rows, head in ((NONE, {"lm_head"}), (LAST, set())):
+        idle, read = unread(cfg, rows, stack)
+        mtp = {p.removeprefix("mtp.") for p in read if p.startswith("mtp.")}
+        assert mtp == SYNC
+        idle_mtp = {p for p in idle if p.startswith("mtp.")}
+        assert {"mtp.layer.mixer.q", "mtp.layer.mixer.o", "mtp.layer.mixer.q_norm", "mtp.layer.post_norm", "mtp.norm"} < idle_mtp
+        assert any(p.startswith("mtp.layer.mlp.") for p in idle_mtp)
+        assert idle - idle_mtp == head  # every layer of the trunk and its norm are read: the head needs all hidden states
+
+
+@pytest.mark.parametrize("cfg", [DENSE, MOE], ids=["dense", "moe"])
+def test_without_mtp_an_inner_chunk_reads_neither_the_final_norm_nor_the_head(cfg):
+    cfg = cfg.without_mtp()
+    assert unread(cfg, NONE, stack=2)[0] == {"norm", "lm_head"}  # layers in one scan: all the same program
+    assert unread(cfg, LAST, stack=1)[0] == set()
+    # Layers one by one: of the last one only keys and values are needed, and XLA drops the rest.
+    last = "decoder.blocks.1.layers.1."
+    rest = {p for p in unread(cfg, LAST, stack=1)[1] if p.startswith(last)}
+    rest -= {last + name for name in ("input_norm", "mixer.k", "mixer.v", "mixer.k_norm")}
+    assert unread(cfg, NONE, stack=1)[0] == {"norm", "lm_head"} | rest
+
+
+@pytest.mark.parametrize("cfg", [DENSE, MOE], ids=["dense", "moe"])
+def test_mtp_adds_three_products_and_no_attention_or_expert_to_a_chunk(cfg):
+    def primitives(traced) -> Counter:
+        return Counter(a.made_by for a in made(traced) if a.size)
+
+    on = primitives(program(cfg, NONE, 64, stack=2)[0])
+    off = primitives(program(cfg.without_mtp(), NONE, 64, stack=2)[0])
+    assert on["dot_general"] - off["dot_general"] == 3  # fc, k, v
+    assert on["while"] > 0
+    for name in ("while", "scan", "exp", "logistic", "top_k", "sort", "custom_vjp_call"):
+        assert on[name] == off[name], name
+    layer = primitives(trace(cfg, "layer", NONE, chunk=64, slots=BLOCK, stack=2))
+    assert layer["while"] > on["while"] and layer["exp"] > on["exp"]
+
+
+# Operations
+
+
+def sync_products(cfg: ModelConfig, chunk: int) -> int:
+    """Operations of the products in the MTP head's share of a chunk: fc, k and v."""
+    return 2 * chunk * cfg.hidden_size * (2 * cfg.hidden_size + 2 * cfg.kv_heads * cfg.head_dim)
+
+
+@pytest.mark.parametrize("rows", [NONE, LAST], ids=["none", "last"])
+def test_mtp_is_free_at_prefill_of_35b(rows):
+    off, on = (trace(BIG, v, rows, chunk=CHUNK, slots=262_144, stack=BIG.repeats).jaxpr for v in ("off", "sync"))
+    for context in (CHUNK, 8192, 262_144):
+        before, after = (count_flops(p, expected_trips(BIG, rows=CHUNK, context=context)) for p in (off, on))
+        assert 1 < after.total / before.total <= 1.01
+        extra = after.by_primitive["dot_general"] - before.by_primitive["dot_general"]
+        assert extra == pytest.approx(sync_products(BIG, CHUNK), rel=1e-6)
+
+
+def test_all_rows_and_the_whole_layer_are_not_free():
+    ratios = {(rows, variant): ratio for rows, variant, _, _, ratio in table(BIG, chunk=CHUNK, context=8192, stack=10)}
+    assert ratios["none", "sync"] <= 1.01
+    assert ratios["none", "layer"] > 1.03
+    assert ratios["all", "off"] > 1.1
+    assert ratios["all", "layer"] > 1.25
+
+
+def test_mtp_share_of_the_tiny_model():
+    """One MTP layer beside four: its fc, k and v are a visible share of so small a model, and nothing else is added."""
+    cfg, chunk = ModelConfig.from_hf(TINY), 512
+    off, on = (flops(cfg, variant, LAST, chunk=chunk, context=chunk, stack=1) for variant in ("off", "sync"))
+    assert on.by_primitive["dot_general"] - off.by_primitive["dot_general"] == pytest.approx(sync_products(cfg, chunk))
+    assert 1 < on.total / off.total < 1.1
+    whole = flops(cfg, "layer", ALL, chunk=chunk, context=chunk, stack=1)
+    assert whole.total / off.total > 2
+
+
+def test_operations_of_a_dense_model_are_those_of_its_weights_and_attention():
+    cfg, chunk = PRESETS["0.8b"].without_mtp(), 1024
+    products = [
+        flops(cfg, "off", LAST, chunk=chunk, context=context, stack=cfg.repeats).by_primitive["dot_general"]
+        for context in (1024, 1025, 1024 + BLOCK)
+    ]
+    block = cfg.full_layers * 4 * cfg.q_heads * cfg.head_dim * chunk * BLOCK
+    assert products[1] - products[0] == products[2] - products[0] == block
+    leaves = jax.tree.leaves(nnx.split(abstract_model(cfg).decoder)[1])
+    weights = sum(leaf.size for leaf in leaves if leaf.ndim == 3 and leaf.shape[-1] != cfg.conv_width)
+    head = 2 * cfg.vocab_size * cfg.hidden_size
+    rest = products[0] - 4 * block - head - 2 * chunk * weights  # the recurrence of DeltaNet
+    assert 0 < rest < 0.15 * products[0]
+
+
+def test_operations_of_loops_branches_and_calls():
+    m = shape(4, 5), shape(5, 6)
+    product = 2 * 4 * 5 * 6
+
+    def total(f, *args, **kwargs):
+        return count_flops(jax.make_jaxpr(f)(*args), **kwargs).total
+
+    assert total(jnp.dot, *m) == product
+    assert total(lambda a, b: jnp.einsum("nij,njk->nik", a, b), shape(3, 4, 5), shape(3, 5, 6)) == 3 * product
+    assert total(jax.jit(lambda a, b: jnp.exp(a @ b) * 2), *m) == product + 24 + 24
+    assert total(lambda x: (jnp.sum(x), jnp.max(x), jnp.cumsum(x)), shape(9)) == 9 + 9 + 9
+    assert total(lambda x: jnp.transpose(x)[::-1].astype(jnp.bfloat16), shape(2, 3)) == 0
+    assert total(lambda i: i * i + 1, shape(9, dtype=jnp.int32)) == 0
+    assert total(lambda x, i: x.at[i].add(1.0), shape(9), shape(3, dtype=jnp.int32)) == 3
+    scan = lambda a, b: lax.scan(lambda c, _: (jnp.tanh(c), c @ b), a, None, length=7)  # noqa: E731
+    assert total(scan, *m) == 7 * (product + 20)
+    assert total(lambda a, b: scan(a, b)[0], *m) == 7 * 20  # the products go nowhere
+    assert total(jax.checkpoint(jnp.sin), shape(3)) == 3
+    branches = lambda x: lax.cond(x[0] > 0, lambda y: y * 2, lambda y: y * 2 + 1, x)  # noqa: E731
+    assert total(branches, shape(8)) == 1 + 16
+    loop = lambda x, n: lax.fori_loop(0, n, lambda i, y: y * x, x)  # noqa: E731
+    assert total(loop, shape(8), shape(dtype=jnp.int32), while_trips=lambda eqn: 2.5) == 20
+    with pytest.raises(ValueError, match="while loop that carries .*float32.*give while_trips"):
+        total(loop, shape(8), shape(dtype=jnp.int32))
+    with pytest.raises(ValueError, match="'erf_inv_'|'igamma'.*not known"):
+        total(jax.scipy.special.gammainc, shape(2), shape(2))
+
+
+def test_dead_values_of_loops_are_not_read():
+    def body(carry):
+        used, counter, dead, feeds = carry
+        return used + counter, counter + 1, dead * feeds, feeds
+
+    def f(used, counter, dead, feeds, consts):
+        used, counter, dead, feeds = lax.while_loop(lambda c: c[1] < 4, body, (used, counter, dead, feeds))
+        return used, (dead * consts)[:0]
+
+    closed = jax.make_jaxpr(f)(*[shape(3), shape(), shape(3), shape(3), shape(3)])
+    assert inputs_read(closed) == [True, True, False, False, False]
+
+    def g(a, b, c, xs):
+        carry = lambda state, x: ((state[0] + state[1], state[1] * c[0], state[2] + x), state[2])  # noqa: E731
+        (first, _, third), ys = lax.scan(carry, (a, b, a), xs)
+        return {"first": first, "both": ys}
+
+    def wanted(pick):
+        return inputs_read(jax.make_jaxpr(lambda *args: g(*args)[pick])(shape(), shape(), shape(2), shape(5)))
+
+    assert wanted("first") == [True, True, True, False]
+    assert wanted("both") == [True, False, False, True]
+
+
+# The loops whose number of turns is known only when they run
+
+
+@pytest.mark.parametrize("rows", [1, 40, 300])
+def test_expected_expert_blocks_are_the_mean_of_random_routing(rows):
+    experts, k, draws = 6, 2, 400
+    block = choose_block(rows, k, experts)
+    chosen = np.argsort(np.random.default_rng(0).random((draws, rows, experts)), axis=-1)[..., :k]
+    counts = jax.jit(jax.vmap(lambda c: plan_blocks(c, jnp.ones(rows, bool), experts, block).count))(chosen)
+    cfg = replace(MOE, experts=experts, experts_per_token=k)
+    loop = next(e for e in loops(cfg, rows) if len(e.outvars[-1].aval.shape) == 2)
+    assert expected_trips(cfg, rows=rows, context=1)(loop) == pytest.approx(float(np.mean(counts)), rel=0.02)
+
+
+def test_attention_turns_are_the_blocks_that_placement_asks_for():
+    at = jax.jit(lambda start: place(DENSE, start[None], 100, jnp.zeros(1, jnp.int32), slots=2048).blocks)
+    loop = next(e for e in loops(DENSE, 100) if len(e.outvars[-1].aval.shape) == 5)
+    for start in (0, 155, 156, 157, 900):
+        assert expected_trips(DENSE, rows=100, context=start + 100)(loop) == at(start)
+
+
+def test_trip_counts_are_not_guessed():
+    expert = next(e for e in loops(MOE, 40) if len(e.outvars[-1].aval.shape) == 2)
+    with pytest.raises(ValueError, match="neither attention nor the experts of 400 rows"):
+        expected_trips(MOE, rows=400, context=1)(expert)
+    with pytest.raises(ValueError, match="neither attention nor the experts"):
+        expected_trips(DENSE, rows=40, context=1)(expert)
+
+
+def loops(cfg: ModelConfig, rows: int) -> list:
+    """The `while` equations of a chunk program."""
+    found = []
+
+    def walk(jaxpr):
+        for eqn in jaxpr.eqns:
+            found.extend([eqn] if eqn.primitive.name == "while" else [])
+            for value in eqn.params.values():
+                inner = getattr(value, "jaxpr", value)
+                if isinstance(inner, Jaxpr):
+                    walk(inner)
+
+    walk(program(replace(cfg, layers=2, mtp_layers=0), LAST, rows, batch=1)[0].jaxpr.jaxpr)
+    return found
+
+
+# Memory
+
+
+def test_temporary_memory_of_35b_does_not_grow_with_the_context():
+    def temporaries(slots: int) -> tuple[Counter, list[Held]]:
+        traced = trace(BIG, "sync", NONE, chunk=CHUNK, slots=slots, stack=BIG.repeats)
+        held = made(traced)
+        cache = {(n, 1, BIG.kv_heads, slots, BIG.head_dim) for n in (1, BIG.full_layers)}
+        assert {a.shape for a in held if slots in a.shape} == cache
+        seen = Counter((tuple("S" if n == slots else n for n in a.shape), a.dtype, a.made_by) for a in held)
+        return seen, [a for a in held if slots not in a.shape]
+
+    small, _ = temporaries(33 * BLOCK)
+    large, held = temporaries(262_144)
+    assert small == large  # the same program but for the cache it is given
+    attention = [a for a in held if "while" in a.where and "custom_vjp_call" not in a.where]
+    assert max(a.size for a in attention) == BIG.q_heads * CHUNK * BLOCK  # scores of one block
+    assert max(a.nbytes for a in held) == BIG.experts_per_token * CHUNK * BIG.hidden_size * 4  # 128 MiB: each row's experts
+
+
+def test_one_program_serves_every_context():
+    """Attention is a loop whose end is computed: where the chunk stands is a value of the cache, not of the program."""
+    found = loops(replace(DENSE, pattern=(FULL,)), 64)
+    assert len(found) == 2
+    for loop in found:
+        start, end = loop.invars[loop.params["cond_nconsts"] + loop.params["body_nconsts"] :][:2]
+        assert isinstance(start, Literal) and not isinstance(end, Literal)
+        assert len(loop.outvars[-1].aval.shape) == 5
+
+
+# The script
+
+
+def test_script_prints_the_table(tmp_path, monkeypatch, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    assert config(str(tmp_path)) == ModelConfig.from_hf(TINY)
+
+    def run(*args: str) -> None:
+        monkeypatch.setattr("sys.argv", ["count_flops.py", *args])
+        main()
+
+    run("--model", str(tmp_path), "--chunk", "64", "--context", "64")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + 9
+    assert lines[2].endswith("| 1.0000 | 1.0000 |")
+    for args, error in (
+        (["--model", "35b"], "no preset '35b'; there are: 0.8b"),
+        (["--chunk", "64", "--context", "63"], "--chunk is 64; expected 1 ... --context = 63"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            run(*args)
+        assert error in capsys.readouterr().err
