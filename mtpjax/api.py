@@ -127,6 +127,10 @@ class LLM:
         _whole("max_len", max_len, 2)
         _whole("max_batch", max_batch, 1)
         _whole("seed", seed, None)
+        for rows in prefill_chunks:
+            _whole("prefill_chunks", rows, 1)
+        if not prefill_chunks:
+            raise ValueError("prefill_chunks is empty; give at least one length")
         if dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(map(repr, DTYPES))}")
         self.draft, self.max_len, self.max_batch, self.seed = draft, max_len, max_batch, seed
@@ -174,14 +178,18 @@ class LLM:
             ValueError: names the prompt by its index: empty, too long, ids outside the vocabulary, text without a tokenizer.
         """
         many = _as_list(prompts)
-        params = sampling_params or SamplingParams()
+        params = SamplingParams() if sampling_params is None else sampling_params
         each = [params] * len(many) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(many):
             raise ValueError(f"{len(many)} prompts but {len(each)} sampling parameters; give one, or one for each prompt")
-        requests = [self._request(i, p, s) for i, (p, s) in enumerate(zip(many, each, strict=True))]
+        requests = [self._request(i, p, s, f"prompt {i}") for i, (p, s) in enumerate(zip(many, each, strict=True))]
         call = (lambda result, new: on_tokens(result.request.index, new)) if on_tokens else None
         results = self.engine.run(requests, min(self.max_batch, max(len(requests), 1)), call)
         return [self._output(p, r) for p, r in zip(many, results, strict=True)]
+
+    def check(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> list[int]:
+        """Token ids of a prompt that `generate` would accept. Raises ValueError where it would."""
+        return list(self._request(0, prompt, sampling_params or SamplingParams(), "the prompt").prompt)
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """Logits of every position of one sequence, float32 `[T, V]` (all rows are output rows)."""
@@ -215,12 +223,15 @@ class LLM:
             )
         return ids
 
-    def _request(self, index: int, prompt: Prompt, params: SamplingParams) -> Request:
-        ids = self._ids(f"prompt {index}", prompt, self.max_len - 1)
+    def _request(self, index: int, prompt: Prompt, params: SamplingParams, what: str) -> Request:
+        ids = self._ids(what, prompt, self.max_len - 1)
         room = self.max_len - len(ids)
         stops = tuple(dict.fromkeys(params.stop_token_ids + (() if params.ignore_eos else self.stop_token_ids)))
         if len(stops) > STOPS:
-            raise ValueError(f"prompt {index}: {len(stops)} stop tokens (the checkpoint's included); at most {STOPS}")
+            raise ValueError(f"{what}: {len(stops)} stop tokens (the checkpoint's included); at most {STOPS}")
+        for token in stops:
+            if token >= self.cfg.vocab_size:
+                raise ValueError(f"{what}: stop token {token} is outside the vocabulary 0...{self.cfg.vocab_size - 1}")
         return Request(
             index=index,
             prompt=ids,
