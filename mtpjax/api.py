@@ -8,18 +8,17 @@ from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from checkpoints import TINY, open_checkpoint
 from mtpjax.config import STOP_TOKENS
 from mtpjax.engine import BUCKETS, Engine, Request, Result
+from mtpjax.loading import load_checkpoint
 from mtpjax.rows import OutputRows
 from mtpjax.sampling import STOPS
 from mtpjax.speculative import Drafter, mtp_drafter
 from mtpjax.text import Tokenizer, load_tokenizer
-from mtpjax.loading import load_checkpoint
 from mtpjax.weights import LoadedModel
 
 MAX_DRAFT = 8
@@ -48,8 +47,10 @@ class SamplingParams:
     def __post_init__(self) -> None:
         _whole("max_tokens", self.max_tokens, 0, none=True)
         _whole("seed", self.seed, None, none=True)
-        if isinstance(self.temperature, bool) or not isinstance(self.temperature, int | float) or not (
-            0 <= self.temperature < float("inf")
+        if (
+            isinstance(self.temperature, bool)
+            or not isinstance(self.temperature, int | float)
+            or not (0 <= self.temperature < float("inf"))
         ):
             raise ValueError(f"temperature is {self.temperature!r}; expected a finite number >= 0 (0 is greedy)")
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
@@ -155,7 +156,9 @@ class LLM:
         stops |= set(self.cfg.stop_tokens) | {t for t in STOP_TOKENS if t < vocab}
         self.stop_token_ids = tuple(sorted(t for t in stops if 0 <= t < self.cfg.vocab_size))
         if max_len > self.cfg.max_position:
-            raise ValueError(f"max_len is {max_len}; this checkpoint was made for at most {self.cfg.max_position} positions")
+            raise ValueError(
+                f"max_len is {max_len}; this checkpoint was made for at most {self.cfg.max_position} positions"
+            )
         self.engine = Engine(
             loaded, draft=self.draft, max_len=max_len, vocab=vocab, cache_dtype=jnp.dtype(DTYPES[dtype]),
             buckets=prefill_chunks, drafter=drafter,
@@ -181,7 +184,9 @@ class LLM:
         params = SamplingParams() if sampling_params is None else sampling_params
         each = [params] * len(many) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(many):
-            raise ValueError(f"{len(many)} prompts but {len(each)} sampling parameters; give one, or one for each prompt")
+            raise ValueError(
+                f"{len(many)} prompts but {len(each)} sampling parameters; give one, or one for each prompt"
+            )
         requests = [self._request(i, p, s, f"prompt {i}") for i, (p, s) in enumerate(zip(many, each, strict=True))]
         call = (lambda result, new: on_tokens(result.request.index, new)) if on_tokens else None
         results = self.engine.run(requests, min(self.max_batch, max(len(requests), 1)), call)
@@ -204,18 +209,25 @@ class LLM:
     def _ids(self, what: str, prompt: Prompt, longest: int) -> tuple[int, ...]:
         if isinstance(prompt, str):
             if self.tokenizer is None:
-                raise ValueError(f"{what} is a text, but the checkpoint has no tokenizer.json; give token ids or tokenizer=")
+                raise ValueError(
+                    f"{what} is a text, but the checkpoint has no tokenizer.json; give token ids or tokenizer="
+                )
             ids: tuple[int, ...] = tuple(self.tokenizer.encode(prompt))
         else:
             try:
-                ids = tuple(int(t) if isinstance(t, int | np.integer) and not isinstance(t, bool) else _not_id(t) for t in prompt)
+                ids = tuple(
+                    int(t) if isinstance(t, int | np.integer) and not isinstance(t, bool) else _not_id(t)
+                    for t in prompt
+                )
             except TypeError as error:
                 raise ValueError(f"{what} must be a text or a list of token ids: {error}") from None
         if not ids:
             raise ValueError(f"{what} is empty; give at least one token")
         for at, token in enumerate(ids):
             if not 0 <= token < self.cfg.vocab_size:
-                raise ValueError(f"{what}: id {token} at position {at} is outside the vocabulary 0...{self.cfg.vocab_size - 1}")
+                raise ValueError(
+                    f"{what}: id {token} at position {at} is outside the vocabulary 0...{self.cfg.vocab_size - 1}"
+                )
         if len(ids) > longest:
             raise ValueError(
                 f"{what} has {len(ids)} tokens, more than the {longest} that max_len = {self.max_len} allows; "

@@ -16,8 +16,7 @@ from mtpjax.config import ModelConfig
 BLOCK = 256  # cache slots that attention reads at a time
 
 
-@struct.dataclass
-class Cache:
+class Cache(struct.PyTreeNode):
     """State of B sequences. A / L count the attention and DeltaNet layers of the trunk."""
 
     k: Float[Array, "A B N S H"]
@@ -33,8 +32,7 @@ class Cache:
         return self.k.shape[3]
 
 
-@struct.dataclass
-class Pending:
+class Pending(struct.PyTreeNode):
     """DeltaNet rows of a verify window of W rows that nobody has accepted yet.
 
     A recurrent state cannot be truncated like keys and values. The rows therefore stay outside it, as the rank-one

@@ -279,7 +279,9 @@ def _from_hf(raw: Mapping[str, Any], where: str) -> ModelConfig:
     return cfg
 
 
-def _published(hidden: int, layers: int, q: int, kv: int, v_heads: int, *, tied: bool = False, **mlp: int) -> ModelConfig:
+def _published(
+    hidden: int, layers: int, q: int, kv: int, v_heads: int, *, tied: bool = False, **mlp: Any
+) -> ModelConfig:
     return ModelConfig(
         hidden_size=hidden, layers=layers, pattern=(LINEAR, LINEAR, LINEAR, FULL), q_heads=q, kv_heads=kv, head_dim=256,
         rotary_dim=64, rope_theta=1e7, linear_k_heads=16, linear_v_heads=v_heads, linear_k_dim=128, linear_v_dim=128,
@@ -287,7 +289,7 @@ def _published(hidden: int, layers: int, q: int, kv: int, v_heads: int, *, tied:
     )  # fmt: skip
 
 
-def _moe(experts: int, per_token: int, size: int) -> dict[str, int]:
+def _moe(experts: int, per_token: int, size: int) -> dict[str, Any]:
     return {"experts": experts, "experts_per_token": per_token, "expert_size": size, "shared_expert_size": size}
 
 

@@ -12,11 +12,11 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from mtpjax.cache import Cache, new_cache, slots_for
-from mtpjax.rows import OutputRows
+from mtpjax.rows import NO_ROWS, OutputRows
 from mtpjax.sampling import STOPS, Requests
 from mtpjax.speculative import Drafter, LoopState, decode, mtp_drafter
 from mtpjax.steps import hidden_rows, prefill
@@ -60,6 +60,11 @@ def plan_chunks(rows: int, buckets: Sequence[int]) -> list[int]:
     whole, rest = divmod(rows, max(buckets))
     first = [min(b for b in buckets if b >= rest)] if rest else []
     return first + [max(buckets)] * whole
+
+
+def _host(value: np.ndarray) -> Array:
+    """A host array as an argument of a compiled program, which takes it as it is: nothing is compiled to move it."""
+    return value  # type: ignore[return-value]
 
 
 @partial(jax.jit, static_argnames=("cfg", "batch", "slots", "dtype"))
@@ -116,7 +121,10 @@ class Engine:
         return self._run(("empty", batch), _empty, static=static)
 
     def read(
-        self, prompts: Sequence[Sequence[int]], rows: OutputRows = OutputRows.none(), keep: bool = False  # noqa: B008
+        self,
+        prompts: Sequence[Sequence[int]],
+        rows: OutputRows = NO_ROWS,
+        keep: bool = False,  # noqa: B008
     ) -> tuple[Cache, Any, list[np.ndarray]]:
         """Prefill equal or unequal prompts as one batch.
 
@@ -134,7 +142,9 @@ class Engine:
         for tokens, following, pad in self._chunks(prompts, total):
             static = {"graph": self.model.graph, "rows": rows}
             key = ("prefill", batch, tokens.shape[1], rows)
-            logits, hidden, cache = self._run(key, prefill, self.model.params, tokens, following, pad, cache, static=static)
+            logits, hidden, cache = self._run(
+                key, prefill, self.model.params, tokens, following, pad, cache, static=static
+            )
             if keep:
                 kept.append(np.asarray(logits))
         return cache, hidden, kept
@@ -144,7 +154,9 @@ class Engine:
         cache, out = self.empty_cache(1), []
         for tokens, _, pad in self._chunks([prompt], len(prompt)):
             key = ("hidden", tokens.shape[1])
-            rows, cache = self._run(key, hidden_rows, self.model.params, tokens, pad, cache, static={"graph": self.model.graph})
+            rows, cache = self._run(
+                key, hidden_rows, self.model.params, tokens, pad, cache, static={"graph": self.model.graph}
+            )
             out.append(np.asarray(rows[0]))
         return np.concatenate(out)[-len(prompt) :]
 
@@ -152,7 +164,9 @@ class Engine:
     def model_dtype(self) -> Any:
         return self.cache_dtype
 
-    def _chunks(self, prompts: Sequence[Sequence[int]], total: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    def _chunks(
+        self, prompts: Sequence[Sequence[int]], total: int
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         plan = plan_chunks(total, self.buckets)
         width = sum(plan)
         ids = np.zeros((len(prompts), width + 1), np.int32)
@@ -191,15 +205,15 @@ class Engine:
         prefill_seconds = time.perf_counter() - began - (self.compile_seconds - compiled)
 
         asked = self._requests(group, batch)
-        state = LoopState(
+        state: Any = LoopState(
             cache=cache,
             hidden=hidden,
-            token=np.array([r.prompt[-1] for r in group] + [0] * len(empty), np.int32),
-            count=np.zeros(batch, np.int32),
-            done=np.array([r.max_tokens == 0 for r in group] + [True] * len(empty)),
-            stopped=np.zeros(batch, bool),
-            rounds=np.zeros(batch, np.int32),
-            accepted=np.zeros((batch, self.draft), np.int32),
+            token=_host(np.array([r.prompt[-1] for r in group] + [0] * len(empty), np.int32)),
+            count=_host(np.zeros(batch, np.int32)),
+            done=_host(np.array([r.max_tokens == 0 for r in group] + [True] * len(empty))),
+            stopped=_host(np.zeros(batch, bool)),
+            rounds=_host(np.zeros(batch, np.int32)),
+            accepted=_host(np.zeros((batch, self.draft), np.int32)),
         )
         static = {
             "graph": self.model.graph, "k": self.draft, "rounds": self.rounds, "vocab": self.vocab, "drafter": self.drafter,
@@ -231,8 +245,8 @@ class Engine:
         for row, request in zip(stops, group, strict=False):
             row[: len(request.stops)] = request.stops
         return Requests(
-            max_tokens=np.array([r.max_tokens for r in group] + [0] * extra, np.int32),
-            temperature=np.array([r.temperature for r in group] + [0] * extra, np.float32),
-            seed=np.array([r.seed & 0xFFFFFFFF for r in group] + [0] * extra, np.uint32),
-            stops=stops,
+            max_tokens=_host(np.array([r.max_tokens for r in group] + [0] * extra, np.int32)),
+            temperature=_host(np.array([r.temperature for r in group] + [0] * extra, np.float32)),
+            seed=_host(np.array([r.seed & 0xFFFFFFFF for r in group] + [0] * extra, np.uint32)),
+            stops=_host(stops),
         )

@@ -140,7 +140,9 @@ def expected_trips(cfg: ModelConfig, *, rows: int, context: int) -> WhileTrips:
             block = choose_block(rows, cfg.experts_per_token, cfg.experts)
             if carried[0][0] == (assigned // block + min(cfg.experts, assigned)) * block:
                 return cfg.experts * _expected_blocks(rows, cfg.experts_per_token / cfg.experts, block)
-        raise ValueError(f"a loop that carries {carried} is neither attention nor the experts of {rows} rows of this model")
+        raise ValueError(
+            f"a loop that carries {carried} is neither attention nor the experts of {rows} rows of this model"
+        )
 
     return trips
 
@@ -151,7 +153,9 @@ def _expected_blocks(rows: int, chance: float, block: int) -> float:
         return -(-rows // block)
     n = np.arange(rows + 1)
     log_factorial = np.concatenate([[0.0], np.cumsum(np.log(n[1:]))])
-    log_p = log_factorial[rows] - log_factorial - log_factorial[::-1] + n * np.log(chance) + (rows - n) * np.log1p(-chance)
+    log_p = (
+        log_factorial[rows] - log_factorial - log_factorial[::-1] + n * np.log(chance) + (rows - n) * np.log1p(-chance)
+    )
     return float(np.sum(np.exp(log_p) * -(-n // block)))
 
 
@@ -248,7 +252,9 @@ def _trips(eqn: JaxprEqn, while_trips: WhileTrips | None) -> float:
     if eqn.primitive.name != "while":
         return eqn.params["length"] if eqn.primitive.name == "scan" else 1
     if while_trips is None:
-        raise ValueError(f"a while loop that carries {[v.aval for v in eqn.outvars]}: give while_trips, its number of turns")
+        raise ValueError(
+            f"a while loop that carries {[v.aval for v in eqn.outvars]}: give while_trips, its number of turns"
+        )
     return while_trips(eqn)
 
 
@@ -267,7 +273,9 @@ def _own(eqn: JaxprEqn) -> int:
         return eqn.invars[0].aval.size
     if name in _UPDATING:
         return eqn.invars[2].aval.size
-    raise ValueError(f"'{name}' on {[v.aval for v in eqn.invars]}: its operations are not known to mtpjax.programs; add it")
+    raise ValueError(
+        f"'{name}' on {[v.aval for v in eqn.invars]}: its operations are not known to mtpjax.programs; add it"
+    )
 
 
 def _floating(aval: Any) -> bool:

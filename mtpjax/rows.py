@@ -57,3 +57,6 @@ class OutputRows:
         if not self.rows:
             return hidden[:, :0]
         return jnp.concatenate([hidden[:, row % chunk : row % chunk + 1] for row in self.rows], axis=1)
+
+
+NO_ROWS = OutputRows.none()

@@ -17,8 +17,7 @@ from jaxtyping import Float, Int, UInt32
 STOPS = 8  # stop tokens a request can have
 
 
-@struct.dataclass
-class Requests:
+class Requests(struct.PyTreeNode):
     """What the loop must know of B requests."""
 
     max_tokens: Int[Array, " B"]

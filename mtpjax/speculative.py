@@ -23,8 +23,7 @@ from mtpjax.model import Model, commit
 from mtpjax.sampling import Requests, agreeing, choose, emitted
 
 
-@struct.dataclass
-class LoopState:
+class LoopState(struct.PyTreeNode):
     """Where B requests stand. `token` is chosen but not yet in the cache; `hidden` is the row that chose it."""
 
     cache: Cache
@@ -63,7 +62,11 @@ def decoding_round(
     count, stopped = emitted(tokens, right + 1, requests.max_tokens - state.count, requests.stops)
     count = jnp.where(idle, 0, count)
     total = state.count + count
-    pick = lambda x: jnp.take_along_axis(x, right.reshape(-1, *[1] * (x.ndim - 1)), axis=1)[:, 0]  # noqa: E731
+
+    def pick(rows: Array) -> Array:
+        """The row behind the last accepted draft."""
+        return jnp.take_along_axis(rows, right.reshape(-1, *[1] * (rows.ndim - 1)), axis=1)[:, 0]
+
     return (
         LoopState(
             cache=commit(cache, pending, jnp.where(idle, 0, right + 1)),

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 
 from mtpjax.cache import Cache, Pending
 from mtpjax.model import Model, place
-from mtpjax.rows import OutputRows
+from mtpjax.rows import NO_ROWS, OutputRows
 from mtpjax.sampling import Requests, choose
 
 
@@ -49,7 +49,7 @@ def prefill(
     cache: Cache,
     *,
     graph: Any,
-    rows: OutputRows = OutputRows.none(),  # noqa: B008 (a frozen value)
+    rows: OutputRows = NO_ROWS,
 ) -> tuple[Float[Array, "B R V"], Float[Array, "B D"], Cache]:
     """Read one chunk of the prompts. Continues from any cache; padding stands in front and changes nothing.
 

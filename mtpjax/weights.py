@@ -52,12 +52,11 @@ class LoadedModel:
 
 
 def flat(params: Any) -> dict[Path, Any]:
-    return dict(nnx.to_flat_state(params))
+    state: Any = nnx.to_flat_state(params)
+    return dict(state)
 
 
-def locations(
-    cfg: ModelConfig, stack: int, has: Callable[[str], bool] = lambda name: False
-) -> dict[str, Location]:
+def locations(cfg: ModelConfig, stack: int, has: Callable[[str], bool] = lambda name: False) -> dict[str, Location]:
     """Every tensor of the model by canonical name.
 
     Args:

@@ -65,6 +65,7 @@ class Totals:
 
     def summary(self, compile_seconds: float, wall_seconds: float) -> str:
         """The figures of the job in a few lines. Rates count the seconds of the device, without compilation."""
+
         def rate(count: int, seconds: float) -> str:
             return f"{count / seconds:>9,.1f} tokens/s" if seconds else f"{'-':>9} tokens/s"
 
@@ -126,17 +127,25 @@ def row(job: Job, output: RequestOutput) -> dict[str, object]:
 def readable(job: Job, output: RequestOutput) -> str:
     """An answer for the terminal."""
     prompt = job.prompt if isinstance(job.prompt, str) else f"{len(job.prompt)} token ids"
-    text = output.text if output.text is not None else f"token ids {output.token_ids}"
+    text = output.text if output.text is not None else f"{output.token_ids}"
     metrics, tokens = output.metrics, len(output.token_ids)
-    said = f"{tokens} tokens in {metrics.rounds} rounds"
+    said = f"{tokens} new tokens in {metrics.rounds} rounds"
     if metrics.drafted:
         ours = max(tokens - metrics.rounds, 0)  # every round adds one token of the trunk to the accepted drafts
         said += f": {ours} were drafted and accepted ({metrics.accepted / metrics.drafted:.0%} of the drafts)"
-    lines = [f"[{job.id}] {textwrap.shorten(prompt, 500)}", textwrap.indent(text.strip(), "  > ", lambda line: True), f"  {said}"]
-    return "\n".join(lines) + "\n"
+    def wrapped(text: str, first: str, others: str) -> str:
+        lines = text.strip().splitlines() or [""]
+        return "\n".join(
+            textwrap.fill(line, 100, initial_indent=others if n else first, subsequent_indent=others) or others
+            for n, line in enumerate(lines)
+        )
+
+    return f"{wrapped(prompt, f'[{job.id}] ', '    ')}\n{wrapped(text, '  > ', '  > ')}\n  {said}\n"
 
 
-def run(llm: LLM, jobs: Iterable[Job | LineError], args: argparse.Namespace, answers: Answers | None, bar: tqdm) -> tuple[Totals, int]:
+def run(
+    llm: LLM, jobs: Iterable[Job | LineError], args: argparse.Namespace, answers: Answers | None, bar: tqdm
+) -> tuple[Totals, int]:
     """Answer all jobs. Returns the sums and how many lines could not be used."""
     totals, bad, began, new = Totals(), 0, time.perf_counter(), 0
 
@@ -178,7 +187,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="batch_generate.py", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--model", type=Path, metavar="DIR", help="checkpoint folder, Hugging Face or Orbax (default: the embedded model)")
-    add("--input", type=Path, metavar="FILE", default=TINY / "prompts.jsonl", help="JSON lines, or .txt with a prompt a line")
+    prompts = TINY / "prompts.jsonl"
+    add("--input", type=Path, metavar="FILE", default=prompts, help="JSON lines, or .txt with a prompt a line")
     add("--output", type=Path, metavar="FILE", help="JSON lines (default: readable text on the terminal)")
     add("--overwrite", action="store_true", help="replace --output if it exists")
     add("--draft", type=int, default=3, metavar="K", help=f"tokens drafted a round, 0...{MAX_DRAFT}; the text is the same")

@@ -90,7 +90,10 @@ def main() -> None:
                 if run:
                     figures.setdefault(f"prefill {length} tok/s", {}).setdefault(name, []).append(length / prefill)
                     figures.setdefault("decode tok/s", {}).setdefault(name, []).append(args.new / decode)
-                    print(f"  {length} {name:24s} prefill {length / prefill:7.1f} decode {args.new / decode:6.1f}", flush=True)
+                    print(
+                        f"  {length} {name:24s} prefill {length / prefill:7.1f} decode {args.new / decode:6.1f}",
+                        flush=True,
+                    )
     base = {}
     for name, by_side in figures.items():
         theirs = [statistics.median(v) for k, v in by_side.items() if k != "mtpjax float32"]
@@ -99,7 +102,9 @@ def main() -> None:
     for name, ratio in base.items():
         print(f"{name}: mtpjax / faster transformers = {ratio:.2f}")
     if args.json:
-        write_json(args.json, {"what": "cpu speed", **describe(), "figures": figures, "ratio_to_faster_transformers": base})
+        write_json(
+            args.json, {"what": "cpu speed", **describe(), "figures": figures, "ratio_to_faster_transformers": base}
+        )
 
 
 if __name__ == "__main__":

@@ -38,7 +38,12 @@ def sides(max_len: int, chunk: int) -> dict[str, Callable[[list[int]], float]]:
     def side(cfg: ModelConfig, rows: OutputRows) -> Callable[[list[int]], float]:
         model = random_model(cfg, **storage(jnp.float32, cfg))
         engine = Engine(
-            model, draft=cfg.mtp_layers, max_len=max_len, vocab=cfg.vocab_size, cache_dtype=jnp.float32, buckets=(chunk,)
+            model,
+            draft=cfg.mtp_layers,
+            max_len=max_len,
+            vocab=cfg.vocab_size,
+            cache_dtype=jnp.float32,
+            buckets=(chunk,),
         )
 
         def run(prompt: list[int]) -> float:
@@ -78,10 +83,15 @@ def main() -> None:
         ratios[str(length)] = {
             name: statistics.median(a / b for a, b in zip(speed[name], speed[OFF], strict=True)) for name in (ON, ALL)
         }
-        print(f"{length} tokens: " + ", ".join(f"{n} / {OFF} = {r:.3f}" for n, r in ratios[str(length)].items()), flush=True)
+        print(
+            f"{length} tokens: " + ", ".join(f"{n} / {OFF} = {r:.3f}" for n, r in ratios[str(length)].items()),
+            flush=True,
+        )
     print(ratio_table(figures))
     if args.json:
-        write_json(args.json, {"what": "prefill, MTP on / off", **describe(), "figures": figures, "ratio_to_off": ratios})
+        write_json(
+            args.json, {"what": "prefill, MTP on / off", **describe(), "figures": figures, "ratio_to_off": ratios}
+        )
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ class Job:
 
 
 def count_lines(file: Path) -> int | None:
-    """Lines that are not blank; None where counting would use them up (a pipe). Raises OSError when there is no such file."""
+    """Lines that are not blank; None where counting would use them up (a pipe). OSError when there is no such file."""
     if not stat.S_ISREG(file.stat().st_mode):
         return None
     with open(file, "rb") as stream:
@@ -37,7 +37,7 @@ def count_lines(file: Path) -> int | None:
 
 
 def read_jobs(file: Path) -> Iterator[Job | LineError]:
-    """The lines of `file`, one at a time: prompts as they stand (`.txt`), JSON objects otherwise. Blank lines do not count.
+    """The lines of `file`, one at a time: prompts as they stand (`.txt`), JSON objects otherwise. Blank lines are skipped.
 
     A line that cannot be used comes as a LineError, and reading goes on. An id that a line does not give is its number.
     """
@@ -71,7 +71,7 @@ def _parse(raw: bytes, file: Path, number: int) -> Job:
     except (ValueError, RecursionError) as error:
         raise LineError(f"{where}: is not JSON ({error})") from None
     if not isinstance(line, dict):
-        raise LineError(f'{where}: is a JSON {type(line).__name__}, expected an object as in {{"id": "a", "prompt": "..."}}')
+        raise LineError(f'{where}: is a JSON {type(line).__name__}, expected an object like {{"id": "a", "prompt": "b"}}')
     prompt, name = line.get("prompt"), line.get("id")
     if not isinstance(prompt, str | list):
         found = "has no 'prompt'" if "prompt" not in line else f"has a 'prompt' of type {type(prompt).__name__}"

@@ -44,7 +44,10 @@ def ratio_table(figures: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
     sides = list(dict.fromkeys(side for row in figures.values() for side in row))
     lines = ["| | " + " | ".join(sides) + " |", "|---|" + "---|" * len(sides)]
     for name, row in figures.items():
-        cells = [f"{statistics.median(row[s]):.4g} ({min(row[s]):.4g} … {max(row[s]):.4g})" if s in row else "" for s in sides]
+        cells = [
+            f"{statistics.median(row[s]):.4g} ({min(row[s]):.4g} … {max(row[s]):.4g})" if s in row else ""
+            for s in sides
+        ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -98,47 +98,63 @@ def measure(model: LoadedModel, tokenizer: Tokenizer, books: list[data.Book]) ->
     }
 
 
+def cost(spent: dict[str, Any] | None) -> str:
+    """One paragraph from training.json."""
+    if spent is None:
+        return "An early snapshot: the training that made it was still running."
+    passes, speed = spent["tokens"] / spent["training_tokens"], spent["tokens"] / spent["seconds"]
+    return (
+        f"{spent['steps']:,} steps of {spent['batch']} windows of {BLOCK} tokens: {spent['tokens']:,} tokens, {passes:.1f} "
+        f"passes over the text,\nin {spent['seconds'] / 60:.0f} minutes on {spent['threads']} shared CPU cores "
+        f"({speed:,.0f} tokens a second). AdamW, peak rate {spent['rate']:g},\ncosine, float32, "
+        f"{spent['mtp_steps']} MTP steps, seed {spent['seed']}."
+    )
+
+
+def draft_table(figures: dict[str, Any]) -> str:
+    lines = ["| draft | taken by the trunk | taken, given all before it were |", "|---|---|---|"]
+    shares = zip(figures["accepted"], figures["accepted_given_previous"], strict=True)
+    lines += [f"| {depth} | {taken:.1%} | {given:.1%} |" for depth, (taken, given) in enumerate(shares, 1)]
+    return "\n".join(lines)
+
+
 def card(model: LoadedModel, folder: Path, figures: dict[str, Any], books: list[data.Book]) -> str:
     """README.md of the model."""
     cfg = model.cfg
-    spent = json.loads((folder / "training.json").read_text()) if (folder / "training.json").is_file() else None
-    size = sum(leaf.size for leaf in jax.tree.leaves(model.params))
-    rows = [
-        "| draft | taken by the trunk | taken, given all before it were |", "|---|---|---|",
-        *(f"| {d} | {a:.1%} | {b:.1%} |" for d, (a, b) in enumerate(
-            zip(figures["accepted"], figures["accepted_given_previous"], strict=True), 1)),
-    ]  # fmt: skip
-    cost = "An early snapshot; training still runs." if spent is None else (
-        f"{spent['steps']:,} steps of {spent['batch']} windows of {BLOCK} tokens ({spent['tokens']:,} tokens, "
-        f"{spent['tokens'] / spent['training_tokens']:.1f} passes) in {spent['seconds'] / 60:.0f} minutes "
-        f"on {spent['threads']} CPU cores that had other work too: "
-        f"{spent['tokens'] / spent['seconds']:,.0f} tokens a second. AdamW, peak rate {spent['rate']:g}, cosine, fp32, seed {spent['seed']}."
-    )  # fmt: skip
+    training = folder / "training.json"
+    spent = json.loads(training.read_text()) if training.is_file() else None
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(model.params))
+    megabytes = sum(file.stat().st_size for file in folder.iterdir() if file.name != "README.md") / 1e6
     held = " and ".join(f"*{name.split('_')[1].replace('-', ' ').title()}*" for name in data.HELD_OUT)
     names = "\n".join(f"* {b.file.stem.replace('_', ': ').replace('-', ' ')}" for b in books if b.split == "train")
     prompts = [json.loads(line) for line in (folder / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
-    lengths = ", ".join(f"`{p['id']}` ({len(p['prompt'].split())} words)" for p in prompts)
-    files = sum(file.stat().st_size for file in folder.iterdir() if file.name != "README.md")
+    lengths = "\n".join(f"* `{p['id']}`, {len(p['prompt'].split())} words" for p in prompts)
+    nats, per_byte = figures["nats_per_token"], figures["bits_per_byte"]
     return f"""# The embedded tiny model
 
-A Qwen3.5-MoE with its MTP head, small enough to live in the repository: {size:,} parameters, {files / 1e6:.1f} MB with its
-tokenizer. It exists so that the demo and the tests run on real, trained weights. It writes children's-book English without
-sense; it knows no chat and no facts.
+A Qwen3.5-MoE with its MTP head, small enough to live in the repository: {parameters:,} parameters, {megabytes:.1f} MB
+with its tokenizer. It exists so that the demo and the tests run on real, trained weights. It writes children's-book
+English without much sense; it knows no chat and no facts.
 
-* Shape: hidden {cfg.hidden_size}, {cfg.layers} layers ({cfg.linear_layers} Gated DeltaNet, {cfg.full_layers} gated attention) and one MTP layer;
-  {cfg.experts} experts, {cfg.experts_per_token} a token, of {cfg.expert_size} units and a shared one of {cfg.shared_expert_size};
-  tied embeddings, {cfg.vocab_size} byte-level BPE tokens. BF16, decay rates and DeltaNet norms in float32 as published.
-* Trained on windows of {BLOCK} tokens: text far beyond that is out of its experience.
-* Stop tokens: `<|im_end|>` ({cfg.stop_tokens[0]}), never seen in training, and `<|endoftext|>` ({cfg.stop_tokens[1]}), between titles.
+* Hidden {cfg.hidden_size}, {cfg.layers} layers ({cfg.linear_layers} Gated DeltaNet, {cfg.full_layers} gated attention)
+  and one MTP layer; {cfg.experts} experts of {cfg.expert_size} units, {cfg.experts_per_token} a token, and a shared one
+  of {cfg.shared_expert_size}; tied embeddings, {cfg.vocab_size} byte-level BPE tokens.
+* BF16; the decay rates and the norm behind DeltaNet are float32.
+* Trained on windows of {BLOCK} tokens: longer text is out of its experience.
+* Stop tokens: `<|im_end|>` ({cfg.stop_tokens[0]}), never seen in training, and `<|endoftext|>`
+  ({cfg.stop_tokens[1]}), which stands between titles.
 
 ## Data
 
-Standard Ebooks editions of children's books: the texts are in the public domain in the United States, the editions are
-dedicated to the public domain under CC0. The texts are not in this repository; `manifest.json` has name, size and sha256 of
-each. The weights may be used like the rest of the repository. Held out: {held}.
-`prompts.jsonl` holds five demo prompts from those two, all unseen in training: {lengths}.
+Children's books in the Standard Ebooks editions: the texts are in the public domain in the United States, the editions
+are dedicated to the public domain under CC0. The texts are not in this repository; `manifest.json` has the name, size
+and SHA-256 of each.
 
-Trained on:
+Held out: {held}. The demo prompts in `prompts.jsonl` are taken from these two:
+
+{lengths}
+
+Trained on, tokenizer included:
 
 {names}
 
@@ -147,20 +163,23 @@ Trained on:
     python scripts/train_tiny.py --books DIR --out DIR
     python scripts/tiny_report.py --books DIR --model DIR
 
-{cost}
+{cost(spent)}
 
-The loss is that of the trunk, plus 0.3 times that of the MTP head, plus 0.15 times that of the head applied to its own output
-(on half of the windows), plus 0.01 times a load-balancing loss.
+The loss is the trunk's, plus 0.3 times that of the MTP head, plus 0.15 times that of the head applied to its own output
+(on half of the windows), plus 0.01 times a load-balancing loss. How far a run gets in its minutes depends on the machine.
 
 ## Held-out figures
 
-Measured on the BF16 weights computed in float32, windows of {BLOCK} tokens read from nothing, {figures["held_out_tokens"]:,} tokens
-of {figures["bytes_per_token"]:.2f} bytes:
-**{figures["nats_per_token"]:.3f} nats a token** (perplexity {math.exp(figures["nats_per_token"]):.1f}), **{figures["bits_per_byte"]:.3f} bits a byte**.
+Of these weights, computed in float32, on windows of {BLOCK} tokens each read from nothing; {figures["held_out_tokens"]:,}
+tokens of {figures["bytes_per_token"]:.2f} bytes on average:
 
-Greedy drafts against the trunk's first choice, {figures["draft_rounds"]:,} single rounds after {", ".join(map(str, PREFIXES))} rows of book text:
+**{nats:.3f} nats a token** (perplexity {math.exp(nats):.1f}), **{per_byte:.3f} bits a byte**.
 
-""" + "\n".join(rows) + "\n"
+Greedy drafts against the trunk's first choice, in {figures["draft_rounds"]:,} single rounds, each after
+{", ".join(map(str, PREFIXES))} tokens of a window of book text and the next true token:
+
+{draft_table(figures)}
+"""
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,6 +1,7 @@
 """Train the embedded model: a Qwen3.5-MoE of about five million parameters with its MTP head, on children's books.
 
     python scripts/train_tiny.py --books DIR --out DIR [--minutes 30] [--seed 0]
+    python scripts/tiny_report.py --books DIR --model DIR   # measures it, writes its README.md
 
 It trains the modules that serve. The MTP head is trained as it drafts: step 1 reads the trunk's hidden states, step 2
 its own output, each with the true next token.
@@ -91,7 +92,9 @@ def fresh(cfg: ModelConfig, batch: int) -> tuple[Any, Placement]:
     return new_cache(cfg, batch, ROWS), place(cfg, zeros, ROWS, zeros, slots=ROWS, blocks=1)
 
 
-def losses(graph: Any, cfg: ModelConfig, params: Any, tokens: Int[Array, "B T"], steps: int) -> tuple[Array, dict[str, Array]]:
+def losses(
+    graph: Any, cfg: ModelConfig, params: Any, tokens: Int[Array, "B T"], steps: int
+) -> tuple[Array, dict[str, Array]]:
     """The loss of windows of `ROWS + 1 + steps` tokens, and its parts: "lm", "mtp1"..., "balance"."""
     seen: list[Array] = []
     model = nnx.merge(graph, params)
@@ -126,8 +129,8 @@ def decayed(params: Any) -> Any:
 class Plan:
     """How to train. `rate` is the peak of the learning rate, reached after `WARM_UP` steps; it falls as a cosine."""
 
-    batch: int = 8
-    rate: float = 3e-3
+    batch: int = 4
+    rate: float = 2.5e-3
     mtp_steps: int = 2
     seed: int = 0
 
@@ -266,7 +269,10 @@ def main(argv: list[str] | None = None) -> None:
     if model is None:
         raise SystemExit("--minutes or --steps leaves no time for a single step.")
     seconds = time.monotonic() - first[0]
-    spent = {"steps": number, "tokens": number * plan.batch * ROWS, "seconds": round(seconds), "threads": os.cpu_count()}
+    spent = {
+        "steps": number, "tokens": number * plan.batch * ROWS, "training_tokens": len(tokens),
+        "seconds": round(seconds), "threads": os.cpu_count(),
+    }  # fmt: skip
     (side_files / "training.json").write_text(json.dumps(vars(plan) | spent, indent=2) + "\n")
     save(out, model, side_files)
     shutil.rmtree(side_files)

@@ -1,6 +1,5 @@
 """Prompt programs, traced on shapes alone: what arrays they hold, which weights they read, how many operations they take."""
 
-import json
 import re
 from collections import Counter
 from dataclasses import replace
@@ -13,6 +12,7 @@ from flax import nnx
 from jax import lax
 from jax.extend.core import Jaxpr, Literal
 
+from checkpoints import TINY
 from kernels_pallas.grouped_matmul.plan import choose_block, plan_blocks
 from mtpjax.cache import BLOCK, new_cache, slots_for
 from mtpjax.config import FULL, LINEAR, PRESETS, ModelConfig
@@ -30,13 +30,6 @@ DENSE = ModelConfig(
     linear_k_heads=2, linear_v_heads=4, linear_k_dim=20, linear_v_dim=28, conv_width=4, vocab_size=VOCAB, mlp_size=72,
 )  # fmt: skip
 MOE = replace(DENSE, mlp_size=0, experts=6, experts_per_token=2, expert_size=36, shared_expert_size=44)
-TINY = {  # config.json of the embedded model, as scripts/train_tiny.py writes it
-    "model_type": "qwen3_5_moe_text", "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 64, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
-    "linear_key_head_dim": 64, "linear_value_head_dim": 64, "linear_conv_kernel_dim": 4, "num_experts": 8,
-    "num_experts_per_tok": 2, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 128, "vocab_size": 4096,
-    "tie_word_embeddings": True, "mtp_num_hidden_layers": 1,
-}  # fmt: skip
 BIG, CHUNK = PRESETS["35b-a3b"], 2048
 
 
@@ -209,7 +202,7 @@ def test_all_rows_and_the_whole_layer_are_not_free():
 
 def test_mtp_share_of_the_tiny_model():
     """One MTP layer beside four: its fc, k and v are a visible share of so small a model, and nothing else is added."""
-    cfg, chunk = ModelConfig.from_hf(TINY), 512
+    cfg, chunk = config(str(TINY)), 512
     off, on = (flops(cfg, variant, LAST, chunk=chunk, context=chunk, stack=1) for variant in ("off", "sync"))
     assert on.by_primitive["dot_general"] - off.by_primitive["dot_general"] == pytest.approx(sync_products(cfg, chunk))
     assert 1 < on.total / off.total < 1.1
@@ -362,15 +355,12 @@ def test_one_program_serves_every_context():
 # The script
 
 
-def test_script_prints_the_table(tmp_path, monkeypatch, capsys):
-    (tmp_path / "config.json").write_text(json.dumps(TINY))
-    assert config(str(tmp_path)) == ModelConfig.from_hf(TINY)
-
+def test_script_prints_the_table(monkeypatch, capsys):
     def run(*args: str) -> None:
         monkeypatch.setattr("sys.argv", ["count_flops.py", *args])
         main()
 
-    run("--model", str(tmp_path), "--chunk", "64", "--context", "64")
+    run("--model", str(TINY), "--chunk", "64", "--context", "64")
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 + 9
     assert lines[2].endswith("| 1.0000 | 1.0000 |")

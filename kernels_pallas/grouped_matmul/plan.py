@@ -15,7 +15,7 @@ class BlockPlan(NamedTuple):
     source: Int[Array, "Z*block"]  # assignment that fills each place of the padded layout; A where none does
     place: Int[Array, "N K"]  # place of each assignment in the padded layout; Z*block for dead rows
     expert: Int[Array, " Z"]  # expert of each block
-    count: Int[Array, ""]  # blocks in use; the rest is never touched
+    count: Int[Array, ""]  # type: ignore[assignment]  # blocks in use; the rest is never touched
 
 
 def choose_block(rows: int, chosen: int, experts: int) -> int:

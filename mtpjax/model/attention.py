@@ -24,12 +24,18 @@ KV = tuple[Array, Array]  # keys and values of all layers, each [A, B, N, S, H]
 NEGATIVE = -1e30  # finite, so that a row without any key stays free of NaN
 
 
-def write_kv(cache: KV, layer: Array | int, k: Float[Array, "B T N H"], v: Float[Array, "B T N H"], where: Placement) -> KV:
+def write_kv(
+    cache: KV, layer: Array | int, k: Float[Array, "B T N H"], v: Float[Array, "B T N H"], where: Placement
+) -> KV:
     """Put rows at their positions; padding and rows beyond the cache are dropped."""
     slots = cache[0].shape[3]
     slot = jnp.where(where.live, where.positions, slots)
     b = jnp.arange(k.shape[0])[:, None]
-    return tuple(c.at[layer, b, :, slot].set(new.astype(c.dtype), mode="drop") for c, new in zip(cache, (k, v)))  # type: ignore[return-value]
+    keys, values = cache
+    return (
+        keys.at[layer, b, :, slot].set(k.astype(keys.dtype), mode="drop"),
+        values.at[layer, b, :, slot].set(v.astype(values.dtype), mode="drop"),
+    )
 
 
 def attend(q: Float[Array, "B T Q H"], cache: KV, layer: Array | int, where: Placement) -> Float[Array, "B T Q H"]:
@@ -56,7 +62,9 @@ def attend(q: Float[Array, "B T Q H"], cache: KV, layer: Array | int, where: Pla
         new_top = jnp.maximum(top, jnp.max(score, axis=-1, keepdims=True))
         keep = jnp.exp(top - new_top)
         p = jnp.where(seen, jnp.exp(score - new_top), 0.0)
-        add = jnp.einsum("bngts,bnsh->bngth", p.astype(q.dtype), v, precision=precision, preferred_element_type=jnp.float32)
+        add = jnp.einsum(
+            "bngts,bnsh->bngth", p.astype(q.dtype), v, precision=precision, preferred_element_type=jnp.float32
+        )
         return new_top, total * keep + jnp.sum(p, axis=-1, keepdims=True), out * keep + add
 
     shape = (batch, kv_heads, group, rows)
@@ -87,7 +95,8 @@ class Attention(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"], cache: KV, layer: Array | int, where: Placement) -> tuple[Array, KV]:
         cfg = self.cfg
-        cache = write_kv(cache, layer, *self.keys_values(x, where), where)
+        k, v = self.keys_values(x, where)
+        cache = write_kv(cache, layer, k, v, where)
         heads = linear(x, self.q[...]).reshape(*x.shape[:2], cfg.q_heads, 2 * cfg.head_dim)
         q, gate = jnp.split(heads, 2, axis=-1)
         q = rotate(rms_norm(q, self.q_norm[...], cfg.norm_eps), where.turn)

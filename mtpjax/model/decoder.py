@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -17,7 +19,6 @@ from mtpjax.model.norm import rms_norm
 from mtpjax.model.params import Expert, Shapes
 from mtpjax.model.placement import Placement
 
-
 Memory = tuple[Cache, Pending | None]
 
 
@@ -28,8 +29,8 @@ class Layer(nnx.Module):
         self.cfg = cfg
         self.input_norm = new.vector(cfg.hidden_size)
         self.post_norm = new.vector(cfg.hidden_size)
-        self.mixer = Attention(cfg, new) if kind == FULL else DeltaNet(cfg, new)
-        self.mlp = Moe(cfg, new) if cfg.experts else Mlp(cfg, new, cfg.mlp_size)
+        self.mixer: Any = Attention(cfg, new) if kind == FULL else DeltaNet(cfg, new)
+        self.mlp: Any = Moe(cfg, new) if cfg.experts else Mlp(cfg, new, cfg.mlp_size)
 
     def feed_forward(self, h: Float[Array, "B T D"], expert_layer: Array | int, where: Placement) -> Array:
         return h + self.mlp(rms_norm(h, self.post_norm[...], self.cfg.norm_eps), expert_layer, where.live)
@@ -41,8 +42,8 @@ class Layer(nnx.Module):
 
     def linear(self, x: Array, memory: Memory, layer: Array | int, expert_layer: Array | int, where: Placement):  # type: ignore[no-untyped-def]
         """A DeltaNet layer. Returns the rows and the memory."""
-        y, *memory = self.mixer(rms_norm(x, self.input_norm[...], self.cfg.norm_eps), *memory, layer, where)
-        return self.feed_forward(x + y, expert_layer, where), tuple(memory)
+        y, *after = self.mixer(rms_norm(x, self.input_norm[...], self.cfg.norm_eps), *memory, layer, where)
+        return self.feed_forward(x + y, expert_layer, where), tuple(after)
 
 
 class SuperBlock(nnx.Module):
@@ -82,9 +83,10 @@ class Decoder(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"], memory: Memory, where: Placement) -> tuple[Array, Memory]:
         for number, block in enumerate(self.blocks):
-            graph, experts, dense = nnx.split(block, Expert, ...)
+            split: Any = nnx.split(block, Expert, ...)
+            graph, experts, dense = split
 
-            def body(carry: tuple[Array, Memory], at: tuple, first: int = number * self.stack, g=graph, e=experts):  # type: ignore[no-untyped-def]
+            def body(carry: tuple[Array, Memory], at: Any, first: int = number * self.stack, g=graph, e=experts):  # type: ignore[no-untyped-def]
                 inside, weights = at
                 run = nnx.merge(g, e, weights)
                 return run(*carry, first + inside, inside, where), None

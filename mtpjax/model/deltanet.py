@@ -143,9 +143,10 @@ def commit(cache: Cache, pending: Pending, accepted: Int[Array, " B"]) -> Cache:
     """Take the first `accepted` rows (0...W) of a verify window into the state and the length; forget the rest."""
     keep = cache.conv.shape[2]
     cut = jax.vmap(lambda rows, n: lax.dynamic_slice_in_dim(rows, n, keep, axis=1), (1, 0), 1)
+    some = (accepted > 0)[None, :, None, None]  # of an idle window, all padding, the inputs stand behind the cut
     return cache.replace(
         state=fold(cache.state, pending.k, pending.d, pending.decay, accepted),
-        conv=cut(pending.conv, accepted),
+        conv=jnp.where(some, cut(pending.conv, accepted), cache.conv),
         length=cache.length + accepted,
     )
 
@@ -213,7 +214,9 @@ class DeltaNet(nnx.Module):
             given = jax.tree.map(lambda a: jnp.pad(a, [(0, 0), (0, extra)] + [(0, 0)] * (a.ndim - 2)), given)
         o, d, decay, after = delta_chunk(given, cache.state[layer], chunk)
         if pending is None:
-            cache = cache.replace(state=cache.state.at[layer].set(after), conv=cache.conv.at[layer].set(inputs[:, rows:]))
+            cache = cache.replace(
+                state=cache.state.at[layer].set(after), conv=cache.conv.at[layer].set(inputs[:, rows:])
+            )
         else:
             pending = Pending(
                 conv=pending.conv.at[layer].set(inputs),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
@@ -27,7 +29,12 @@ class Model(nnx.Module):
     """
 
     def __init__(
-        self, cfg: ModelConfig, dtype: jnp.dtype = jnp.float32, *, compute_dtype: jnp.dtype | None = None, stack: int = 1
+        self,
+        cfg: ModelConfig,
+        dtype: jnp.dtype = jnp.float32,
+        *,
+        compute_dtype: jnp.dtype | None = None,
+        stack: int = 1,
     ):
         self.cfg = cfg
         self.compute_dtype = jnp.dtype(compute_dtype or dtype)
@@ -36,7 +43,7 @@ class Model(nnx.Module):
         self.decoder = Decoder(cfg, dtype, stack)
         self.norm = new.vector(cfg.hidden_size)
         self.lm_head = None if cfg.tied_embeddings else new.matrix(cfg.vocab_size, cfg.hidden_size)
-        self.mtp = Mtp(cfg, dtype) if cfg.mtp_layers else None
+        self.mtp: Any = Mtp(cfg, dtype) if cfg.mtp_layers else None
 
     def embed(self, tokens: Int[Array, "B T"], live: Bool[Array, "B T"]) -> Float[Array, "B T D"]:
         """Embedding rows in the compute dtype, zero where a row is padding (and zero it stays through every layer)."""
@@ -52,6 +59,7 @@ class Model(nnx.Module):
         """`trunk` for rows that may yet be rejected: DeltaNet layers leave them in `Pending`, for `commit`."""
         waiting = new_pending(self.cfg, *tokens.shape, dtype=cache.conv.dtype)
         rows, (cache, pending) = self.decoder(self.embed(tokens, where.live), (cache, waiting), where)
+        assert pending is not None  # what went in comes out
         return rows, cache, pending
 
     def final_norm(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -62,7 +70,9 @@ class Model(nnx.Module):
         weight = self.embedding if self.lm_head is None else self.lm_head
         return linear(hidden, weight[...], out_dtype=jnp.float32)
 
-    def mtp_sync(self, hidden: Float[Array, "B T D"], following: Int[Array, "B T"], cache: Cache, where: Placement) -> Cache:
+    def mtp_sync(
+        self, hidden: Float[Array, "B T D"], following: Int[Array, "B T"], cache: Cache, where: Placement
+    ) -> Cache:
         """`Mtp.sync` for rows whose next tokens are `following`."""
         return self.mtp.sync(self.embed(following, where.live), hidden, cache, where)
 

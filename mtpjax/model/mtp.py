@@ -38,7 +38,9 @@ class Mtp(nnx.Module):
         e, h = rms_norm(embedded, self.embed_norm[...], eps), rms_norm(hidden, self.hidden_norm[...], eps)
         return linear(jnp.concatenate([e, h], axis=-1), self.fc[...])  # embedding first
 
-    def sync(self, embedded: Float[Array, "B T D"], hidden: Float[Array, "B T D"], cache: Cache, where: Placement) -> Cache:
+    def sync(
+        self, embedded: Float[Array, "B T D"], hidden: Float[Array, "B T D"], cache: Cache, where: Placement
+    ) -> Cache:
         """Leave the keys and values of the rows in the cache and nothing else: no query, attention, expert, norm or head.
 
         Args:
@@ -46,7 +48,8 @@ class Mtp(nnx.Module):
             hidden: trunk hidden state of each row, after the final norm.
         """
         x = rms_norm(self._join(embedded, hidden), self.layer.input_norm[...], self.cfg.norm_eps)
-        k, v = write_kv((cache.mtp_k, cache.mtp_v), 0, *self.layer.mixer.keys_values(x, where), where)
+        k, v = self.layer.mixer.keys_values(x, where)
+        k, v = write_kv((cache.mtp_k, cache.mtp_v), 0, k, v, where)
         return cache.replace(mtp_k=k, mtp_v=v)
 
     def __call__(

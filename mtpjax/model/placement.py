@@ -27,7 +27,13 @@ class Placement(NamedTuple):
 
 
 def place(
-    cfg: ModelConfig, start: Int[Array, " B"], rows: int, pad: Int[Array, " B"], *, slots: int, blocks: int | None = None
+    cfg: ModelConfig,
+    start: Int[Array, " B"],
+    rows: int,
+    pad: Int[Array, " B"],
+    *,
+    slots: int,
+    blocks: int | None = None,
 ) -> Placement:
     """Rows `start - pad ... start - pad + rows - 1` of each sequence in a cache of `slots` slots."""
     steps = jnp.arange(rows)
