@@ -124,19 +124,21 @@ class Engine:
         self,
         prompts: Sequence[Sequence[int]],
         rows: OutputRows = NO_ROWS,
-        keep: bool = False,  # noqa: B008
+        keep: bool = False,
+        cache: Cache | None = None,
     ) -> tuple[Cache, Any, list[np.ndarray]]:
         """Prefill equal or unequal prompts as one batch.
 
         Args:
             rows: output rows of every chunk.
             keep: collect the logits of each chunk `[B, R, V]` on the host.
+            cache: to continue from (it is consumed); a new one unless told.
 
         Returns:
             cache, hidden state of the last rows `[B, D]`, collected logits.
         """
         batch, total = len(prompts), max((len(p) for p in prompts), default=0)
-        cache: Cache = self.empty_cache(batch)
+        cache = self.empty_cache(batch) if cache is None else cache
         hidden: Any = np.zeros((batch, self.model.cfg.hidden_size), self.model_dtype)
         kept = []
         for tokens, following, pad in self._chunks(prompts, total):
@@ -199,8 +201,9 @@ class Engine:
         empty = [()] * (batch - len(group))
         # The last prompt token is the loop's first input: a prompt program never needs the LM head.
         prompts = [r.prompt[:-1] for r in group] + empty
+        cache = jax.block_until_ready(self.empty_cache(batch))
         compiled, began = self.compile_seconds, time.perf_counter()
-        cache, hidden, _ = self.read(prompts)
+        cache, hidden, _ = self.read(prompts, cache=cache)
         jax.block_until_ready((cache, hidden))
         prefill_seconds = time.perf_counter() - began - (self.compile_seconds - compiled)
 

@@ -117,9 +117,8 @@ class StoredTree:
             tree = self._checkpointer.restore(self.path, args=args)
         except Exception as error:
             names = [".".join(map(str, path)) for path in group]
-            raise CheckpointError(
-                f"{self.path}: damaged, cannot be read between '{names[0]}' and '{names[-1]}' ({_brief(error)})"
-            ) from error
+            which = f"'{names[0]}'" + (f"...'{names[-1]}'" if len(names) > 1 else "")
+            raise CheckpointError(f"{self.path}: damaged, {which} cannot be read ({_brief(error)})") from error
         return {path: _lookup(tree, path) for path in group}
 
 

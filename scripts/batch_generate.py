@@ -4,8 +4,8 @@
 
 A line of the input is `{"id": "a", "prompt": "Once"}`, the prompt a text or a list of token ids, optionally with
 "max_tokens", "temperature" and "seed"; in a `.txt` file it is a prompt as it stands. Lines of the output have "id",
-"prompt", "text", "token_ids", "finish_reason" and "metrics", in the order of the input. While the job runs, answers that
-are ready are in OUTPUT.part. A line that cannot be used is reported and left out, and the exit status is then 1.
+"prompt", "text", "token_ids", "finish_reason" and "metrics", in the order of the input. While the job runs, answers
+that are ready are in OUTPUT.part. A line that cannot be used is reported and left out, and the exit status is then 1.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ class Totals:
         return "\n".join([
             f"prompts  {self.prompts:>9,} with {self.prompt_tokens:,} tokens",
             f"prefill  {rate(self.prompt_tokens, self.prefill_seconds)}",
-            f"decode   {rate(self.new_tokens, self.decode_seconds)}: {self.new_tokens:,} tokens in {self.rounds:,} rounds"
-            + (f", {self.new_tokens / self.rounds:.2f} a round" if self.rounds else ""),
+            f"decode   {rate(self.new_tokens, self.decode_seconds)}: {self.new_tokens:,} tokens in {self.rounds:,} rounds, "
+            f"{self.new_tokens / max(self.rounds, 1):.2f} a round",
             f"drafts   {drafts if self.drafted else 'none'}",
             f"seconds  {wall_seconds:>9,.1f} in all, {compile_seconds:,.1f} of them compiling",
         ])  # fmt: skip
@@ -186,12 +186,12 @@ def run(
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="batch_generate.py", description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--model", type=Path, metavar="DIR", help="checkpoint folder, Hugging Face or Orbax (default: the embedded model)")
+    add("--model", type=Path, metavar="DIR", help="checkpoint, Hugging Face or Orbax (default: the embedded model)")
     prompts = TINY / "prompts.jsonl"
     add("--input", type=Path, metavar="FILE", default=prompts, help="JSON lines, or .txt with a prompt a line")
     add("--output", type=Path, metavar="FILE", help="JSON lines (default: readable text on the terminal)")
     add("--overwrite", action="store_true", help="replace --output if it exists")
-    add("--draft", type=int, default=3, metavar="K", help=f"tokens drafted a round, 0...{MAX_DRAFT}; the text is the same")
+    add("--draft", type=int, default=3, metavar="K", help=f"tokens drafted a round, 0...{MAX_DRAFT}; the text stays")
     add("--max-tokens", type=int, default=128, metavar="N", help="new tokens of a prompt at most, unless its line says")
     add("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy")
     add("--seed", type=int, default=0, help="line n gets seed + n - 1, unless it says")

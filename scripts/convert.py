@@ -90,7 +90,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="convert.py", description=__doc__.split("\n")[0])
     parser.add_argument("src", type=Path, help="folder of a checkpoint")
     parser.add_argument("dst", type=Path, help="new folder")
-    parser.add_argument("--to", choices=("orbax", "hf"), help="format of DST; the other one than that of SRC unless told")
+    parser.add_argument("--to", choices=("orbax", "hf"), help="format of DST (default: the one that SRC is not)")
     parser.add_argument("--max-shard-bytes", type=int, metavar="N", help="size of a safetensors file (default: 4 GiB)")
     args = parser.parse_args(argv)
     if args.max_shard_bytes is not None and args.max_shard_bytes < 1:

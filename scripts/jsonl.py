@@ -37,7 +37,7 @@ def count_lines(file: Path) -> int | None:
 
 
 def read_jobs(file: Path) -> Iterator[Job | LineError]:
-    """The lines of `file`, one at a time: prompts as they stand (`.txt`), JSON objects otherwise. Blank lines are skipped.
+    """The lines of `file` one by one: prompts as they stand (`.txt`), JSON objects otherwise. Blank lines are skipped.
 
     A line that cannot be used comes as a LineError, and reading goes on. An id that a line does not give is its number.
     """
@@ -68,10 +68,13 @@ def _parse(raw: bytes, file: Path, number: int) -> Job:
         return Job(where, number, number, text.rstrip("\r\n"), {})
     try:
         line = json.loads(text)
-    except (ValueError, RecursionError) as error:
+    except json.JSONDecodeError as error:
+        raise LineError(f"{where}: is not JSON ({error.msg} at column {error.colno})") from None
+    except (ValueError, RecursionError) as error:  # a number without end, nesting without end
         raise LineError(f"{where}: is not JSON ({error})") from None
     if not isinstance(line, dict):
-        raise LineError(f'{where}: is a JSON {type(line).__name__}, expected an object like {{"id": "a", "prompt": "b"}}')
+        found = type(line).__name__
+        raise LineError(f'{where}: is a JSON {found}, expected an object like {{"id": "a", "prompt": "Once"}}')
     prompt, name = line.get("prompt"), line.get("id")
     if not isinstance(prompt, str | list):
         found = "has no 'prompt'" if "prompt" not in line else f"has a 'prompt' of type {type(prompt).__name__}"

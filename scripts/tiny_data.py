@@ -1,4 +1,4 @@
-"""Books for the embedded model: which titles train and which are held out, their tokenizer, and packed windows of tokens."""
+"""Books for the embedded model: which titles train, which are held out, their tokenizer, packed windows of tokens."""
 
 from __future__ import annotations
 
@@ -80,7 +80,8 @@ def train_tokenizer(texts: Iterator[str], vocab: int = VOCAB) -> Tokenizer:
     )
     tokenizer.train_from_iterator(texts, trainer)
     if tokenizer.get_vocab_size() != merges:
-        raise SystemExit(f"the books give only {tokenizer.get_vocab_size()} tokens, expected {merges}: too little text.")
+        found = tokenizer.get_vocab_size()
+        raise SystemExit(f"the books give only {found} tokens, expected {merges}: too little text.")
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIAL])
     return tokenizer
 

@@ -94,7 +94,9 @@ def measure(model: LoadedModel, tokenizer: Tokenizer, books: list[data.Book]) ->
         "bits_per_byte": nats / math.log(2) * len(tokens) / size,
         "draft_rounds": len(counts),
         "accepted": [float(np.mean(counts >= depth)) for depth in range(1, DEPTH + 1)],
-        "accepted_given_previous": [float(np.sum(counts >= d) / max(1, np.sum(counts >= d - 1))) for d in range(1, DEPTH + 1)],
+        "accepted_given_previous": [
+            float(np.mean(counts[counts >= depth - 1] >= depth)) for depth in range(1, DEPTH + 1)
+        ],
     }
 
 
@@ -104,8 +106,9 @@ def cost(spent: dict[str, Any] | None) -> str:
         return "An early snapshot: the training that made it was still running."
     passes, speed = spent["tokens"] / spent["training_tokens"], spent["tokens"] / spent["seconds"]
     return (
-        f"{spent['steps']:,} steps of {spent['batch']} windows of {BLOCK} tokens: {spent['tokens']:,} tokens, {passes:.1f} "
-        f"passes over the text,\nin {spent['seconds'] / 60:.0f} minutes on {spent['threads']} shared CPU cores "
+        f"{spent['steps']:,} steps of {spent['batch']} windows of {BLOCK} tokens: {spent['tokens']:,} tokens, "
+        f"{passes:.1f} passes over the text,\nin {spent['seconds'] / 60:.0f} minutes "
+        f"on {spent['threads']} shared CPU cores "
         f"({speed:,.0f} tokens a second). AdamW, peak rate {spent['rate']:g},\ncosine, float32, "
         f"{spent['mtp_steps']} MTP steps, seed {spent['seed']}."
     )
@@ -166,12 +169,13 @@ Trained on, tokenizer included:
 {cost(spent)}
 
 The loss is the trunk's, plus 0.3 times that of the MTP head, plus 0.15 times that of the head applied to its own output
-(on half of the windows), plus 0.01 times a load-balancing loss. How far a run gets in its minutes depends on the machine.
+(on half of the windows), plus 0.01 times a load-balancing loss. How far a run gets in its minutes depends on the
+machine; `--steps` makes a run independent of the clock.
 
 ## Held-out figures
 
-Of these weights, computed in float32, on windows of {BLOCK} tokens each read from nothing; {figures["held_out_tokens"]:,}
-tokens of {figures["bytes_per_token"]:.2f} bytes on average:
+Of these weights, computed in float32, on windows of {BLOCK} tokens each read from nothing;
+{figures["held_out_tokens"]:,} tokens of {figures["bytes_per_token"]:.2f} bytes on average:
 
 **{nats:.3f} nats a token** (perplexity {math.exp(nats):.1f}), **{per_byte:.3f} bits a byte**.
 

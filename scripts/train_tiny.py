@@ -16,7 +16,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -135,37 +135,46 @@ class Plan:
     seed: int = 0
 
 
-def train(
-    cfg: ModelConfig, tokens: np.ndarray, plan: Plan, progress: Callable[[int], float]
-) -> Iterator[tuple[LoadedModel, dict[str, float]]]:
-    """Yield the model and the parts of the loss after each step, until `progress(step)` is 1.
-
-    The yielded parameters are donated to the next step: what is to be kept must be copied.
-    """
-    model = random_model(cfg, seed=plan.seed)
-    params = model.params
-    update = optax.chain(
+def optimizer() -> optax.GradientTransformation:
+    """AdamW without its rate, which each step is given."""
+    return optax.chain(
         optax.clip_by_global_norm(CLIP),
         optax.scale_by_adam(b1=0.9, b2=0.95),
         optax.add_decayed_weights(WEIGHT_DECAY, mask=decayed),
     )
 
-    @partial(jax.jit, donate_argnums=(0, 1))
-    def step(params: Any, state: Any, tokens: Array, rate: Array) -> tuple[Any, Any, dict[str, Array]]:
-        value = partial(losses, model.graph, cfg, tokens=tokens, steps=plan.mtp_steps)
-        (_, parts), grads = jax.value_and_grad(lambda p: value(params=p), has_aux=True)(params)
-        updates, state = update.update(grads, state, params)
-        return jax.tree.map(lambda p, u: p - rate * u, params, updates), state, parts
 
-    state = update.init(params)
+@partial(jax.jit, static_argnames=("graph", "cfg", "mtp_steps"), donate_argnames=("params", "state"))
+def train_step(
+    params: Any, state: Any, tokens: Int[Array, "B T"], rate: Array, *, graph: Any, cfg: ModelConfig, mtp_steps: int
+) -> tuple[Any, Any, dict[str, Array]]:
+    """One step of `optimizer()`, whose state is `state`. Returns parameters, state and the parts of the loss."""
+    (_, parts), grads = jax.value_and_grad(losses, argnums=2, has_aux=True)(graph, cfg, params, tokens, mtp_steps)
+    updates, state = optimizer().update(grads, state, params)
+    return jax.tree.map(lambda p, u: p - rate * u, params, updates), state, parts
+
+
+def train(
+    model: LoadedModel, tokens: np.ndarray, plan: Plan, progress: Callable[[int], float]
+) -> Iterator[tuple[LoadedModel, dict[str, float]]]:
+    """Yield the model and the parts of the loss after each step, until `progress(step)` is 1.
+
+    The given and the yielded parameters are donated to the next step: what is to be kept must be copied.
+    """
+    params, state = model.params, optimizer().init(model.params)
+    static = {"graph": model.graph, "cfg": model.cfg, "mtp_steps": plan.mtp_steps}
     width = ROWS + 1 + plan.mtp_steps
     for number, window in enumerate(data.batches(tokens, plan.batch, width, ROWS, plan.seed)):
         done = progress(number)
         if done >= 1.0:
             return
         rate = plan.rate * min(1.0, (number + 1) / WARM_UP) * (0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * done)))
-        params, state, parts = step(params, state, jnp.asarray(window), jnp.float32(rate))
-        yield LoadedModel(cfg, model.graph, params), {name: float(part) for name, part in parts.items()}
+        params, state, parts = train_step(params, state, jnp.asarray(window), jnp.float32(rate), **static)
+        yield replace(model, params=params), {name: float(part) for name, part in parts.items()}
+
+
+def _as_dtype(read: Callable[[], np.ndarray], dtype: np.dtype) -> np.ndarray:
+    return read().astype(dtype)
 
 
 def save(out: Path, model: LoadedModel, side_files: Path) -> None:
@@ -178,7 +187,7 @@ def save(out: Path, model: LoadedModel, side_files: Path) -> None:
         for name, shape, _, read in export_tensors(model, 1):
             wide = name.endswith(("A_log", "linear_attn.norm.weight"))
             dtype = np.dtype(np.float32 if wide else ml_dtypes.bfloat16)
-            yield name, shape, dtype, lambda read=read, dtype=dtype: read().astype(dtype)
+            yield name, shape, dtype, partial(_as_dtype, read, dtype)
 
     stops = list(model.cfg.stop_tokens)
     new, old = (out.with_name(f".{out.name}.{what}") for what in ("new", "old"))
@@ -195,7 +204,7 @@ def save(out: Path, model: LoadedModel, side_files: Path) -> None:
 
 
 def prepare(books: list[data.Book], side_files: Path) -> tuple[np.ndarray, ModelConfig]:
-    """Train the tokenizer and write all that does not depend on the weights. Returns the training tokens and the config."""
+    """Train the tokenizer and write all but the weights. Returns the training tokens and the config."""
     training = [book for book in books if book.split == "train"]
     tokenizer = data.train_tokenizer(book.text for book in training)
     ids = {name: tokenizer.token_to_id(name) for name in data.SPECIAL}
@@ -251,8 +260,9 @@ def main(argv: list[str] | None = None) -> None:
             return step / args.steps
         return (time.monotonic() - first[0]) / (60 * args.minutes) if first else 0.0
 
-    saved, sums, model = began, {}, None
-    for number, (model, parts) in enumerate(train(cfg, tokens, plan, progress), 1):
+    saved, model = began, None
+    sums: dict[str, float] = {}  # moving averages
+    for number, (model, parts) in enumerate(train(random_model(cfg, seed=plan.seed), tokens, plan, progress), 1):
         now = time.monotonic()
         if not first:
             first.append(now)

@@ -65,7 +65,6 @@ def random_rows(total: int, ratio: int, seed: int = 0) -> tuple[Rows, np.ndarray
 def close(ours: jax.Array, theirs: np.ndarray, tolerance: float) -> None:
     assert ours.shape == theirs.shape
     worst = float(np.abs(np.asarray(ours, np.float64) - theirs).max(initial=0))
-    print("close",worst)
     assert worst <= tolerance
 
 
@@ -115,8 +114,9 @@ def test_commit_is_stepping_through_the_accepted_rows(window):
 
     cfg = tiny_config(moe=False)  # two DeltaNet layers; only its sizes of the convolution matter here
     width, size = cfg.conv_width, cfg.conv_size
-    cache = new_cache(cfg, window + 1, BLOCK).replace(state=state, length=jnp.asarray(10 * counts))
     inputs = np.random.default_rng(0).normal(size=(2, window + 1, width - 1 + window, size)).astype(np.float32)
+    before = jnp.asarray(inputs[:, :, : width - 1])
+    cache = new_cache(cfg, window + 1, BLOCK).replace(state=state, conv=before, length=jnp.asarray(10 * counts))
     cache = jax.jit(commit)(cache, Pending(jnp.asarray(inputs), k, d, decay), counts)
     assert np.array_equal(cache.state, after) and np.array_equal(cache.length, 11 * counts)
     for n in counts:  # the inputs that end at the last accepted row
@@ -175,11 +175,10 @@ def tokens_of(seed: int, rows: int) -> np.ndarray:
 
 
 def same(ours: Cache, theirs: Cache, tolerance: float = 0.0) -> None:
-    """Equal within the tolerance; 0 means every bit."""
+    """Equal within the tolerance; 0 means every bit. Keys and values, a layer further on, get ten times as much."""
     for name, a, b in zip(Cache.__dataclass_fields__, jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         worst = float(np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)).max(initial=0))
-        print(name,worst)
-        assert worst <= tolerance, name
+        assert worst <= tolerance * (10 if name in ("k", "v") else 1), name
 
 
 def one(cache: Cache, b: int) -> Cache:
@@ -202,8 +201,8 @@ def test_padding_in_front_changes_nothing(layers, start):
     rows, after = layers.read(batch, pads, many)
     for b, pad in enumerate(pads):
         alone, want = layers.read(text[None, pad:], np.zeros(1, np.int32), begun)
-        same(one(after, b), want, 1e-5)
-        close(rows[b, pad:], np.asarray(alone[0], np.float64), 1e-5)
+        same(one(after, b), want, 1e-6)
+        close(rows[b, pad:], np.asarray(alone[0], np.float64), 3e-5)
         assert after.length[b] == start + TOTAL - pad
 
 
@@ -233,7 +232,7 @@ def test_a_window_waits_outside_the_state(layers):
     assert np.array_equal(cache.state, begun.state) and np.array_equal(cache.conv, begun.conv)
     shapes = jax.tree.map(lambda x: (x.shape, x.dtype), new_pending(layers.cfg, 1, 5))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), pending) == shapes
-    same(commit(cache, pending, jnp.array([5])), layers.read(window, none, begun)[1], 1e-5)
+    same(commit(cache, pending, jnp.array([5])), layers.read(window, none, begun)[1], 1e-6)
 
 
 def test_an_idle_window_leaves_every_bit(layers):
