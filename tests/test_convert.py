@@ -215,7 +215,6 @@ def test_a_bad_checkpoint_is_refused_and_leaves_nothing(
 
 def test_ctrl_c_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     source = write(tmp_path / "hf", *dense_tied())
-    monkeypatch.setattr(orbax_tree, "AT_ONCE", 1000)
     whole, reads = type(open_checkpoint(source)).read_into, []
 
     def read_into(self: Any, name: str, *args: Any) -> None:
@@ -225,6 +224,7 @@ def test_ctrl_c_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         whole(self, name, *args)
 
     with monkeypatch.context() as patch:
+        patch.setattr(orbax_tree, "AT_ONCE", 1000)  # so that part of it is on disk by then
         patch.setattr(type(open_checkpoint(source)), "read_into", read_into)
         assert main([str(source), str(tmp_path / "orbax")]) == 130
     assert "orbax was not written" in capsys.readouterr().err

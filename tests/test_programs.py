@@ -264,6 +264,8 @@ def test_dead_values_of_loops_are_not_read():
 
     closed = jax.make_jaxpr(f)(*[shape(3), shape(), shape(3), shape(3), shape(3)])
     assert inputs_read(closed) == [True, True, False, False, False]
+    until = lambda x, n: lax.while_loop(lambda c: c[1] < 4, lambda c: (c[0] * 2, c[1] + 1), (x, n))[0]  # noqa: E731
+    assert inputs_read(jax.make_jaxpr(until)(shape(3), shape())) == [True, True]  # only the test reads n
 
     def g(a, b, c, xs):
         carry = lambda state, x: ((state[0] + state[1], state[1] * c[0], state[2] + x), state[2])  # noqa: E731
@@ -330,7 +332,9 @@ def test_temporary_memory_of_35b_does_not_grow_with_the_context():
         traced = trace(BIG, "sync", NONE, chunk=CHUNK, slots=slots, stack=BIG.repeats)
         held = made(traced)
         cache = {(n, 1, BIG.kv_heads, slots, BIG.head_dim) for n in (1, BIG.full_layers)}
-        assert {a.shape for a in held if slots in a.shape} == cache
+        whole = [a for a in held if slots in a.shape]
+        assert {a.shape for a in whole} == cache
+        assert {a.made_by for a in whole} <= {"scatter", "scan", "jit"}  # updated in place, never converted or computed
         seen = Counter((tuple("S" if n == slots else n for n in a.shape), a.dtype, a.made_by) for a in held)
         return seen, [a for a in held if slots not in a.shape]
 

@@ -13,13 +13,13 @@ from conftest import make_engine, numpy_model, tiny_config
 from checkpoints import TINY
 from mtpjax import LLM, SamplingParams
 from mtpjax.engine import Engine, Request, Result
-from mtpjax.sampling import STOPS
-from mtpjax.speculative import decode, mtp_drafter
+from mtpjax.speculative import LoopState, decode, mtp_drafter
 from mtpjax.weights import LoadedModel
 
-TOKENS, MORE = 200, 216  # new tokens of a request; of a reference that a drafter looks ahead in
-LENGTHS = (34, 1, 3, 17, 30)  # of the prompts of a batch: two chunks, none (the last token is the loop's), one
+TOKENS, MORE = 200, 208  # new tokens of a request; of a reference that a drafter looks ahead in
+LENGTHS = (34, 1, 3, 17, 31)  # of the prompts of a batch: with chunks of 32: two, none, one, one, one
 VOCAB = 96
+MAX_LEN = max(LENGTHS) + MORE
 DRAFTS = (1, 2, 3, 4, 8)
 
 
@@ -30,7 +30,7 @@ def model(kind: str) -> LoadedModel:
 
 @cache
 def engine(kind: str, draft: int) -> Engine:
-    return make_engine(model(kind), draft=draft, max_len=max(LENGTHS) + MORE)
+    return make_engine(model(kind), draft=draft, max_len=MAX_LEN)
 
 
 def requests(temperature: float, **changes) -> list[Request]:
@@ -42,9 +42,9 @@ def requests(temperature: float, **changes) -> list[Request]:
 
 
 @cache
-def plain(kind: str, temperature: float, batch: int = len(LENGTHS)) -> list[list[int]]:
+def plain(kind: str, temperature: float) -> list[list[int]]:
     """What decoding without drafts says, a few tokens beyond `TOKENS`."""
-    return [r.tokens for r in engine(kind, 0).run(requests(temperature, max_tokens=MORE), batch)]
+    return [r.tokens for r in engine(kind, 0).run(requests(temperature, max_tokens=MORE), len(LENGTHS))]
 
 
 def check_figures(result: Result, draft: int) -> None:
@@ -73,7 +73,7 @@ def test_draft_length_does_not_change_the_text(kind, draft, temperature):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-@pytest.mark.parametrize(("kind", "draft"), [("moe", 0), ("moe", 3), ("dense", 8)])
+@pytest.mark.parametrize(("kind", "draft"), [("moe", 3), ("dense", 0)])
 def test_neighbours_do_not_change_the_text(kind, draft, temperature):
     """Each request alone, in a batch of one."""
     alone = engine(kind, draft).run(requests(temperature), 1)
@@ -136,27 +136,41 @@ def test_a_stop_token_anywhere_in_a_window():
     assert all(r.stopped for r in results)
 
 
+# Slots are filled from the longest prompt down; every other slot is greedy.
+SLOTS = sorted(range(len(LENGTHS)), key=lambda i: -LENGTHS[i])
+HEAT = (0.8, 0.0, 0.8, 0.0, 0.8)
+
+
+def by_slot() -> list[Request]:
+    return [requests(heat)[i] for i, heat in zip(SLOTS, HEAT, strict=True)]
+
+
 @cache
-def scripted(kind: str, k: int, temperature: float):
-    """A drafter that proposes the true continuation for `a` tokens and wrong ones behind, a = 7 rounds + 3 slot mod k + 1.
+def future(kind: str) -> list[list[int]]:
+    """The true continuation of each slot."""
+    return [plain(kind, heat)[i] for i, heat in zip(SLOTS, HEAT, strict=True)]
+
+
+@cache
+def forcing(kind: str, k: int) -> Engine:
+    """Its drafter proposes the true continuation for `a` tokens and wrong ones behind, a = (7 rounds + 3 slot) mod (k + 1).
 
     The MTP head drafts too, and its provisional keys and values stay in its cache for `sync` to replace.
     """
-    order = sorted(range(len(LENGTHS)), key=lambda i: -LENGTHS[i])  # as the engine fills its slots
-    future = jnp.array([plain(kind, temperature)[i] for i in order])
+    texts = np.array(future(kind))
 
     def drafter(model, state, requests, k, vocab):
         _, cache = mtp_drafter(model, state, requests, k, vocab)
-        slots = jnp.arange(state.token.shape[0])
-        right = (7 * state.rounds + 3 * slots) % (k + 1)
-        true = jnp.take_along_axis(future, state.count[:, None] + jnp.arange(k), axis=1, mode="fill", fill_value=0)
+        right = (7 * state.rounds + 3 * jnp.arange(len(texts))) % (k + 1)
+        ahead = state.count[:, None] + jnp.arange(k)
+        true = jnp.take_along_axis(jnp.asarray(texts), ahead, axis=1, mode="fill", fill_value=0)
         return jnp.where(jnp.arange(k) < right[:, None], true, (true + 1) % vocab), cache
 
-    return drafter, order
+    return make_engine(model(kind), draft=k, max_len=MAX_LEN, drafter=drafter)
 
 
 def forced(slot: int, k: int) -> tuple[int, list[int]]:
-    """Rounds until `TOKENS` tokens, and how often each position was accepted."""
+    """Rounds until `TOKENS` tokens, and how often each position must have been accepted."""
     rounds, tokens, accepted = 0, 0, np.zeros(k, int)
     while tokens < TOKENS:
         right = (7 * rounds + 3 * slot) % (k + 1)
@@ -166,108 +180,80 @@ def forced(slot: int, k: int) -> tuple[int, list[int]]:
     return rounds, accepted.tolist()
 
 
-@pytest.mark.parametrize(("kind", "k", "temperature"), [("moe", 4, 0.8), ("moe", 4, 0.0), ("dense", 1, 0.0), ("dense", 8, 0.8)])
-def test_forced_acceptance(kind, k, temperature):
-    drafter, order = scripted(kind, k, temperature)
-    forcing = make_engine(model(kind), draft=k, max_len=max(LENGTHS) + MORE, drafter=drafter)
-    results = forcing.run(requests(temperature), len(LENGTHS))
-    for slot, i in enumerate(order):
-        assert results[i].tokens == plain(kind, temperature)[i][:TOKENS]
-        assert (results[i].rounds, results[i].accepted_per_position) == forced(slot, k)
-        check_figures(results[i], k)
+@pytest.mark.parametrize(("kind", "k"), [("moe", 4), ("dense", 8)])
+def test_forced_acceptance(kind, k):
+    """Every count 0...k in every slot, in changing order: the tokens of plain decoding and exactly these figures."""
+    for slot, result in enumerate(forcing(kind, k).run(by_slot(), len(LENGTHS))):
+        assert result.tokens == future(kind)[slot][:TOKENS]
+        assert (result.rounds, result.accepted_per_position) == forced(slot, k)
+        check_figures(result, k)
 
 
-def stop_rows(request_list: list[Request]) -> np.ndarray:
-    rows = np.full((len(request_list), STOPS), -1, np.int32)
-    for row, request in zip(rows, request_list, strict=True):
-        row[: len(request.stops)] = request.stops
-    return rows
+def start(by: Engine, asked: list[Request], done: list[bool]) -> LoopState:
+    """The state behind the prompts, on the host."""
+    cache, hidden, _ = by.read([r.prompt[:-1] for r in asked])
+    batch = len(asked)
+    state = LoopState(
+        cache=cache,
+        hidden=hidden,
+        token=np.array([r.prompt[-1] for r in asked], np.int32),
+        count=np.zeros(batch, np.int32),
+        done=np.array(done),
+        stopped=np.zeros(batch, bool),
+        rounds=np.zeros(batch, np.int32),
+        accepted=np.zeros((batch, by.draft), np.int32),
+    )
+    return jax.tree.map(np.array, state)
+
+
+def go_on(by: Engine, state: LoopState, asked: list[Request]) -> tuple[LoopState, list[list[int]]]:
+    """The loop's next `ROUNDS` rounds, by the program that the engine uses: state and new tokens, on the host."""
+    told = Engine._requests(asked, len(asked))
+    static = {"graph": by.model.graph, "k": by.draft, "rounds": by.rounds, "vocab": by.vocab, "drafter": by.drafter}
+    program = decode.lower(by.model.params, state, told, **static).compile()
+    state, out, used = jax.tree.map(np.array, program(by.model.params, state, told))
+    return state, [row[:count].tolist() for row, count in zip(out, used, strict=True)]
 
 
 def test_the_cache_after_forced_acceptance_is_that_of_reading_the_text():
     """State, convolution inputs, keys and values, those of the MTP head included: rejected rows have left no trace."""
-    k, temperature = 4, 0.8
-    drafter, order = scripted("moe", k, temperature)
-    by_hand = make_engine(model("moe"), draft=k, max_len=max(LENGTHS) + MORE, drafter=drafter)
-    asked = [requests(temperature)[i] for i in order]
-    state = start(by_hand, asked)
-    state, out, used = run_loop(by_hand, state, asked, rounds=23)
-    texts = []
-    for slot, request in enumerate(asked):
-        want = plain("moe", temperature)[order[slot]]
-        assert out[slot, : used[slot]].tolist() == want[: used[slot]]
-        texts.append((*request.prompt, *want[: used[slot] - 1]))  # the last token is chosen but not in the cache
-    assert len({len(t) for t in texts}) > 1
-    fresh, hidden, _ = by_hand.read(texts)
-    got = state.cache
-    assert got.length.tolist() == fresh.length.tolist() == [len(t) for t in texts]
+    by, asked = forcing("moe", 4), by_slot()
+    state, new = go_on(by, start(by, asked, [False] * 5), asked)
+    assert all(tokens == want[: len(tokens)] for tokens, want in zip(new, future("moe"), strict=True))
+    # The last token is chosen but not in the cache.
+    texts = [(*request.prompt, *tokens[:-1]) for request, tokens in zip(asked, new, strict=True)]
+    assert not any(state.done) and len({len(tokens) for tokens in new}) > 1
+    fresh, hidden, _ = by.read(texts)
+    assert state.cache.length.tolist() == fresh.length.tolist() == [len(text) for text in texts]
     assert float(np.abs(state.hidden - hidden).max()) <= 1e-4
     for name in ("state", "conv"):
-        assert float(np.abs(getattr(got, name) - getattr(fresh, name)).max()) <= 2e-5, name
+        assert float(np.abs(getattr(state.cache, name) - getattr(fresh, name)).max()) <= 2e-5, name
     for name, behind in (("k", 0), ("v", 0), ("mtp_k", 1), ("mtp_v", 1)):  # the head's last pair awaits the next draft
         for slot, text in enumerate(texts):
-            a, b = (np.asarray(getattr(c, name))[:, slot, :, : len(text) - behind] for c in (got, fresh))
+            a, b = (np.asarray(getattr(c, name))[:, slot, :, : len(text) - behind] for c in (state.cache, fresh))
             assert float(np.abs(a - b).max()) <= 2e-5, name
 
 
-def start(by_hand: Engine, asked: list[Request], done: tuple[bool, ...] | None = None):
-    from mtpjax.speculative import LoopState
-
-    cache, hidden, _ = by_hand.read([r.prompt[:-1] for r in asked])
-    batch = len(asked)
-    return LoopState(
-        cache=cache,
-        hidden=hidden,
-        token=jnp.array([r.prompt[-1] for r in asked], jnp.int32),
-        count=jnp.zeros(batch, jnp.int32),
-        done=jnp.array(done or (False,) * batch),
-        stopped=jnp.zeros(batch, bool),
-        rounds=jnp.zeros(batch, jnp.int32),
-        accepted=jnp.zeros((batch, by_hand.draft), jnp.int32),
-    )
-
-
-def run_loop(by_hand: Engine, state, asked: list[Request], rounds: int):
-    from mtpjax.sampling import Requests
-
-    told = Requests(
-        max_tokens=jnp.array([r.max_tokens for r in asked], jnp.int32),
-        temperature=jnp.array([r.temperature for r in asked], jnp.float32),
-        seed=jnp.array([r.seed for r in asked], jnp.uint32),
-        stops=stop_rows(asked),
-    )
-    state, out, used = decode(
-        by_hand.model.params, state, told, graph=by_hand.model.graph, k=by_hand.draft, rounds=rounds, vocab=VOCAB,
-        drafter=by_hand.drafter,
-    )  # fmt: skip
-    return state, np.asarray(out), np.asarray(used)
-
-
 def test_an_idle_slot_keeps_every_bit():
-    """Its state, so that it can be taken up again: only the others move."""
-    asked = requests(0.8)
-    by_hand = engine("moe", 3)
-    done = (False, True, False, True, False)
-    state = start(by_hand, asked, done)
-    before = jax.tree.map(np.array, state)
-    state, _, used = run_loop(by_hand, state, asked, rounds=5)
-    assert (used > 0).tolist() == [not d for d in done]
-    after = jax.tree.map(np.array, state)
+    """While the others move; taken up again, it goes on as if nothing had been."""
+    by, asked, want = engine("moe", 3), by_slot(), future("moe")
+    idle = [False, True, False, True, False]
+    before = start(by, asked, idle)
+    after, new = go_on(by, before, asked)
+    assert [tokens == [] for tokens in new] == idle
     for slot in (1, 3):
         for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after), strict=True):
             axis = int(a.ndim > 2)  # [layer, batch, ...] in the cache, [batch, ...] elsewhere
-            assert np.array_equal(np.take(a, slot, axis), np.take(b, slot, axis)), jax.tree_util.keystr(path)
-    # Taken up again, it goes on as if nothing had been.
-    state = state.replace(done=jnp.zeros(5, bool))
-    _, out, used = run_loop(by_hand, state, asked, rounds=5)
+            assert np.array_equal(a.take(slot, axis), b.take(slot, axis)), jax.tree_util.keystr(path)
+    _, new = go_on(by, after.replace(done=np.zeros(5, bool)), asked)
     for slot in (1, 3):
-        assert out[slot, : used[slot]].tolist() == plain("moe", 0.8)[slot][: used[slot]]
+        assert new[slot] == want[slot][: len(new[slot])] and len(new[slot]) >= by.rounds
 
 
 @pytest.mark.parametrize("draft", [0, 3])
 def test_figures_of_the_api(draft):
     """`Metrics` and finish reasons, as users see them."""
-    llm = LLM(model("moe"), draft=draft, max_len=max(LENGTHS) + MORE, max_batch=5, prefill_chunks=(32,))
+    llm = LLM(model("moe"), draft=draft, max_len=MAX_LEN, max_batch=5, prefill_chunks=(32,))
     asked = mixed()
     params = [
         SamplingParams(max_tokens=r.max_tokens, temperature=r.temperature, seed=r.seed, ignore_eos=True,
