@@ -35,7 +35,7 @@ help:
 	@echo "make lint   ruff check and mypy"
 
 demo: $(RUN_READY)
-	@$(VENV_PYTHON) scripts/batch_generate.py
+	@$(VENV_PYTHON) scripts/batch_generate.py --temperature 0.7
 
 test: $(DEV_READY)
 	@$(VENV_PYTHON) -m pytest -q $(PYTEST_ARGS)

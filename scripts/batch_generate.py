@@ -69,14 +69,16 @@ class Totals:
         def rate(count: int, seconds: float) -> str:
             return f"{count / seconds:>9,.1f} tokens/s" if seconds else f"{'-':>9} tokens/s"
 
-        position = ", ".join(f"{n / self.rounds:.0%}" for n in self.per_position) if self.rounds else ""
-        drafts = f"{self.accepted / self.drafted:.1%} of {self.drafted:,} accepted; by position {position}"
+        drafts = "none"
+        if self.drafted:
+            position = ", ".join(f"{n / self.rounds:.0%}" for n in self.per_position)
+            drafts = f"{self.accepted / self.drafted:.1%} of {self.drafted:,} accepted; by position {position}"
         return "\n".join([
             f"prompts  {self.prompts:>9,} with {self.prompt_tokens:,} tokens",
             f"prefill  {rate(self.prompt_tokens, self.prefill_seconds)}",
             f"decode   {rate(self.new_tokens, self.decode_seconds)}: {self.new_tokens:,} tokens in {self.rounds:,} rounds, "
             f"{self.new_tokens / max(self.rounds, 1):.2f} a round",
-            f"drafts   {drafts if self.drafted else 'none'}",
+            f"drafts   {drafts}",
             f"seconds  {wall_seconds:>9,.1f} in all, {compile_seconds:,.1f} of them compiling",
         ])  # fmt: skip
 
@@ -147,7 +149,12 @@ def run(
     llm: LLM, jobs: Iterable[Job | LineError], args: argparse.Namespace, answers: Answers | None, bar: tqdm
 ) -> tuple[Totals, int]:
     """Answer all jobs. Returns the sums and how many lines could not be used."""
-    totals, bad, began, new = Totals(), 0, time.perf_counter(), 0
+    totals, bad, new = Totals(), 0, 0
+
+    def clock() -> float:
+        return time.perf_counter() - llm.engine.compile_seconds
+
+    began = clock()
 
     def usable() -> Iterator[Ready]:
         nonlocal bad
@@ -167,8 +174,7 @@ def run(
         nonlocal new
         new += len(tokens)
         share = f", {totals.accepted / totals.drafted:.0%} of drafts accepted" if totals.drafted else ""
-        seconds = time.perf_counter() - began - llm.engine.compile_seconds
-        bar.set_postfix_str(f"{new / seconds:,.0f} tokens/s{share}")
+        bar.set_postfix_str(f"{new / (clock() - began):,.0f} tokens/s{share}")
 
     for batch in batches(usable(), llm.max_batch):
         outputs = answer(llm, batch, on_tokens)

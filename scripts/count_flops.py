@@ -98,7 +98,9 @@ def main() -> None:
     args = parser.parse_args()
     if not 1 <= args.chunk <= args.context:
         parser.error(f"--chunk is {args.chunk}; expected 1 ... --context = {args.context}")
-    print("| model | output rows | MTP | Tflop a chunk | / off, same rows | / off, no rows |\n|---|---|---|---|---|---|")
+    print(
+        "| model | output rows | MTP | Tflop a chunk | / off, same rows | / off, no rows |\n|---|---|---|---|---|---|"
+    )
     for name in args.model:
         try:
             cfg = config(name)

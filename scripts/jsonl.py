@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 OPTIONS = ("max_tokens", "temperature", "seed")
+# JSON lets them stand in a text, but some readers (`str.splitlines`) end a line there.
+LINE_ENDS = {ord(c): f"\\u{ord(c):04x}" for c in "\x85\u2028\u2029"}
 
 
 class LineError(ValueError):
@@ -95,6 +97,8 @@ class Answers:
     """
 
     def __init__(self, file: Path, *, overwrite: bool = False):
+        if file.is_dir():
+            raise FileExistsError(f"{file}: is a folder, expected a file name")
         self.file, self.part, self._overwrite = file, file.with_name(file.name + ".part"), overwrite
         self._places: list[tuple[int, int, int]] = []  # line of the input, offset and size in the part
         self._check_free(self.file, "exists already; choose another --output, or say --overwrite")
@@ -102,8 +106,6 @@ class Answers:
         self._stream = open(self.part, "wb")
 
     def _check_free(self, file: Path, problem: str) -> None:
-        if file.is_dir():
-            raise FileExistsError(f"{file}: is a folder, expected a file name")
         if file.exists() and not self._overwrite:
             raise FileExistsError(f"{file}: {problem}")
 
@@ -113,7 +115,7 @@ class Answers:
     def write(self, rows: list[tuple[int, dict[str, Any]]]) -> None:
         """Append answers, each with the line of the input that it belongs to, and hand them to the operating system."""
         for line, row in sorted(rows, key=lambda pair: pair[0]):
-            data = (json.dumps(row, ensure_ascii=False) + "\n").encode()
+            data = (json.dumps(row, ensure_ascii=False).translate(LINE_ENDS) + "\n").encode()
             self._places.append((line, self._stream.tell(), len(data)))
             self._stream.write(data)
         self._stream.flush()

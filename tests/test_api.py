@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from checkpoints import CheckpointError, open_checkpoint, write_safetensors_directory
 from mtpjax import LLM, SamplingParams
-from mtpjax.config import FULL, LINEAR, ConfigError
+from mtpjax.config import ConfigError
 from mtpjax.loading import load_checkpoint
 from mtpjax.weights import export_tensors, flat
 from scripts.convert import main as convert
@@ -80,7 +80,7 @@ def test_without_an_mtp_head_it_warns_once_and_decodes_without_drafts(
     config_says: int, llm: LLM, tmp_path: Path
 ) -> None:
     tensors = {name: array for name, array in TENSORS.items() if not name.startswith("mtp.")}
-    path = write(tmp_path / "hf", tensors, mtp_num_hidden_layers=config_says)
+    path = write(tmp_path / "hf", tensors, words=True, mtp_num_hidden_layers=config_says)
     with pytest.warns(UserWarning, match="hf: the checkpoint has no MTP head.*without drafts") as caught:
         plain = LLM(path, draft=2, **SMALL)
     assert len(caught) == 1 and caught[0].filename == __file__
@@ -298,8 +298,8 @@ def test_logits_and_hidden_states_are_those_of_generating(llm: LLM) -> None:
     logits, hidden = llm.logits(prompt), llm.hidden(prompt)
     assert (logits.shape, logits.dtype) == ((21, 96), np.float32)
     assert (hidden.shape, hidden.dtype) == ((21, 48), np.float32)
-    assert np.allclose(hidden @ TENSORS["lm_head.weight"].T, logits, atol=1e-4)
-    assert np.allclose(llm.logits(prompt[:20]), logits[:20], atol=1e-4)
+    assert np.allclose(hidden @ TENSORS["lm_head.weight"].T, logits, atol=1e-3)
+    assert np.allclose(llm.logits(prompt[:20]), logits[:20], atol=1e-3)
     (output,) = llm.generate([prompt], SamplingParams(max_tokens=4, ignore_eos=True))
     text = prompt + output.token_ids
     # Ids of the padded matrix that no word has are never generated.
@@ -348,13 +348,13 @@ def test_seeds(llm: LLM) -> None:
 
 
 def test_figures(llm: LLM) -> None:
-    (output,) = llm.generate([[5, 6, 7]], SamplingParams(max_tokens=9, ignore_eos=True))
+    # So hot that noise decides, which draft and trunk share: drafts are often right.
+    (output,) = llm.generate([[5, 6, 7]], SamplingParams(max_tokens=9, temperature=5.0, seed=1, ignore_eos=True))
     metrics = output.metrics
+    assert 0 < metrics.accepted < metrics.drafted
     assert metrics.prompt_tokens == 3 and metrics.drafted == 2 * metrics.rounds
     assert metrics.accepted == sum(metrics.accepted_per_position) and len(metrics.accepted_per_position) == 2
+    assert metrics.accepted_per_position[0] >= metrics.accepted_per_position[1]
     assert metrics.rounds + metrics.accepted >= 9 > metrics.rounds + metrics.accepted - 3
     assert metrics.tokens_per_round == 9 / metrics.rounds
     assert metrics.prefill_seconds > 0 and metrics.decode_seconds > 0
-
-
-assert CFG.pattern == (LINEAR, FULL)

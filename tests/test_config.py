@@ -93,7 +93,9 @@ def test_rope_values_may_stand_flat():
     flat = {k: v for k, v in MOE.items() if k != "rope_parameters"}
     cfg = ModelConfig.from_hf(flat | {"rope_theta": 5e6, "partial_rotary_factor": 0.5})
     assert (cfg.rope_theta, cfg.rotary_dim) == (5e6, 128)
-    mixed = ModelConfig.from_hf(MOE | {"rope_parameters": {"rope_theta": 3e6}, "partial_rotary_factor": 0.5, "rope_theta": 1.0})
+    mixed = ModelConfig.from_hf(
+        MOE | {"rope_parameters": {"rope_theta": 3e6}, "partial_rotary_factor": 0.5, "rope_theta": 1.0}
+    )
     assert (mixed.rope_theta, mixed.rotary_dim) == (3e6, 128)
     assert ModelConfig.from_hf(MOE | {"rope_scaling": None}) == ModelConfig.from_hf(MOE)
     assert ModelConfig.from_hf(MOE | {"rope_scaling": {"rope_type": "default"}}) == ModelConfig.from_hf(MOE)
@@ -259,7 +261,15 @@ def layer_sizes(cfg: ModelConfig) -> tuple[int, int]:
 
 @pytest.mark.parametrize(
     ("name", "billions"),
-    [("0.8b", 0.75), ("2b", 1.88), ("4b", 4.2), ("9b", 8.95), ("27b", 26.9), ("122b-a10b", 122.1), ("397b-a17b", 396.3)],
+    [
+        ("0.8b", 0.75),
+        ("2b", 1.88),
+        ("4b", 4.2),
+        ("9b", 8.95),
+        ("27b", 26.9),
+        ("122b-a10b", 122.1),
+        ("397b-a17b", 396.3),
+    ],
 )
 def test_parameters_of_the_other_sizes(name, billions):
     cfg = PRESETS[name]

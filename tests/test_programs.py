@@ -142,9 +142,17 @@ def test_mtp_share_of_an_inner_chunk_is_keys_and_values(cfg, stack):
         mtp = {p.removeprefix("mtp.") for p in read if p.startswith("mtp.")}
         assert mtp == SYNC
         idle_mtp = {p for p in idle if p.startswith("mtp.")}
-        assert {"mtp.layer.mixer.q", "mtp.layer.mixer.o", "mtp.layer.mixer.q_norm", "mtp.layer.post_norm", "mtp.norm"} < idle_mtp
+        assert {
+            "mtp.layer.mixer.q",
+            "mtp.layer.mixer.o",
+            "mtp.layer.mixer.q_norm",
+            "mtp.layer.post_norm",
+            "mtp.norm",
+        } < idle_mtp
         assert any(p.startswith("mtp.layer.mlp.") for p in idle_mtp)
-        assert idle - idle_mtp == head  # every layer of the trunk and its norm are read: the head needs all hidden states
+        assert (
+            idle - idle_mtp == head
+        )  # every layer of the trunk and its norm are read: the head needs all hidden states
 
 
 @pytest.mark.parametrize("cfg", [DENSE, MOE], ids=["dense", "moe"])
@@ -264,8 +272,11 @@ def test_dead_values_of_loops_are_not_read():
 
     closed = jax.make_jaxpr(f)(*[shape(3), shape(), shape(3), shape(3), shape(3)])
     assert inputs_read(closed) == [True, True, False, False, False]
-    until = lambda x, n: lax.while_loop(lambda c: c[1] < 4, lambda c: (c[0] * 2, c[1] + 1), (x, n))[0]  # noqa: E731
-    assert inputs_read(jax.make_jaxpr(until)(shape(3), shape())) == [True, True]  # only the test reads n
+
+    def until(x, n, step):  # only the test reads n, and only n reads step
+        return lax.while_loop(lambda c: c[1] < 4, lambda c: (c[0] * 2, c[1] + c[2], c[2]), (x, n, step))[0]
+
+    assert inputs_read(jax.make_jaxpr(until)(shape(3), shape(), shape())) == [True, True, True]
 
     def g(a, b, c, xs):
         carry = lambda state, x: ((state[0] + state[1], state[1] * c[0], state[2] + x), state[2])  # noqa: E731
@@ -343,7 +354,9 @@ def test_temporary_memory_of_35b_does_not_grow_with_the_context():
     assert small == large  # the same program but for the cache it is given
     attention = [a for a in held if "while" in a.where and "custom_vjp_call" not in a.where]
     assert max(a.size for a in attention) == BIG.q_heads * CHUNK * BLOCK  # scores of one block
-    assert max(a.nbytes for a in held) == BIG.experts_per_token * CHUNK * BIG.hidden_size * 4  # 128 MiB: each row's experts
+    assert (
+        max(a.nbytes for a in held) == BIG.experts_per_token * CHUNK * BIG.hidden_size * 4
+    )  # 128 MiB: each row's experts
 
 
 def test_one_program_serves_every_context():

@@ -1,124 +1,223 @@
-"""Sampling is exact: tokens follow the softmax, alone and through the loop with drafts; a planted bug is seen."""
-
-from functools import partial
+"""Tokens follow the model's distribution: chi-square tests, alone and through the whole loop, that planted bugs must fail."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import make_engine, numpy_model, tiny_config
+from jax.scipy.stats import chi2
 
-from mtpjax import sampling
+from mtpjax import sampling, speculative
+from mtpjax.config import FULL, LINEAR
+from mtpjax.engine import Request
+from mtpjax.rows import OutputRows
 from mtpjax.sampling import STOPS, Requests, agreeing, choose, emitted, gumbel_noise
+from mtpjax.speculative import mtp_drafter
 
-VOCAB, TEMPERATURE = 12, 0.8
-LOGITS = np.random.default_rng(5).normal(0, 1.5, VOCAB).astype(np.float32)
-# The 0.999 999 quantile of chi-square with 11 degrees of freedom: a right sampler fails once in a million runs, and
-# seeds are fixed. A wrong temperature or wrong noise exceeds it many times over.
-LIMIT_11 = 51.0
+TEMPERATURE = 0.8
+FAIR, FOUL = 1e-3, 1e-9  # chance of the data under a claim: above the first it stands, below the second it is refuted
 
 
-def requests(batch: int, *, temperature: float = TEMPERATURE, first_seed: int = 0) -> Requests:
+def softmax(logits: np.ndarray) -> np.ndarray:
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    return p / p.sum(-1, keepdims=True)
+
+
+def chance(counts: np.ndarray, p: np.ndarray) -> float:
+    """Pearson's test: the chance of counts at least as far from `p` as these. Rare cells (fewer than 5 expected) are one."""
+    counts, expected = counts.ravel().astype(float), p.ravel() * counts.sum()
+    rare = expected < 5
+    if rare.any():
+        counts, expected = (np.append(x[~rare], x[rare].sum()) for x in (counts, expected))
+    keep = expected > 0
+    assert not counts[~keep].any()
+    counts, expected = counts[keep], expected[keep]
+    statistic = float(((counts - expected) ** 2 / expected).sum())
+    return float(chi2.sf(statistic, len(counts) - 1))
+
+
+def asked(batch: int, temperature: float, *, seed: int = 0) -> Requests:
     return Requests(
-        max_tokens=jnp.full(batch, 100, jnp.int32),
+        max_tokens=jnp.full(batch, 99),
         temperature=jnp.full(batch, temperature, jnp.float32),
-        seed=jnp.arange(first_seed, first_seed + batch, dtype=jnp.uint32),
-        stops=jnp.full((batch, STOPS), -1, jnp.int32),
+        seed=jnp.arange(batch, dtype=jnp.uint32) + jnp.uint32(seed),
+        stops=jnp.full((batch, STOPS), -1),
     )
 
 
-def chi_square(tokens: np.ndarray, probabilities: np.ndarray) -> float:
-    expected = probabilities * len(tokens)
-    return float(np.sum((np.bincount(tokens, minlength=len(probabilities)) - expected) ** 2 / expected))
+LOGITS = np.array([1.5, 0.3, -0.7, 2.0, 0.0, -2.5, 1.1, 0.9, -0.2, 1.9, 0.5, -1.0], np.float32)
 
 
-def softmax(logits: np.ndarray, temperature: float) -> np.ndarray:
-    p = np.exp((logits - logits.max()).astype(np.float64) / temperature)
-    return p / p.sum()
-
-
-def sample(batch: int = 8000, position: int = 3) -> np.ndarray:
-    logits = jnp.broadcast_to(jnp.asarray(LOGITS), (batch, 1, VOCAB))
-    return np.asarray(jax.jit(partial(choose, vocab=VOCAB))(logits, jnp.full((batch, 1), position), requests(batch)))[
-        :, 0
-    ]
+def draw(seeds: int = 20_000, at: int = 17, **kw) -> np.ndarray:
+    """Counts of the tokens that many requests choose at one position with the same logits."""
+    logits = jnp.broadcast_to(LOGITS, (seeds, 1, len(LOGITS)))
+    tokens = choose(logits, jnp.full((seeds, 1), at), asked(seeds, TEMPERATURE, **kw), len(LOGITS))
+    return np.bincount(np.asarray(tokens).ravel(), minlength=len(LOGITS))
 
 
 def test_tokens_follow_the_softmax():
-    assert chi_square(sample(), softmax(LOGITS, TEMPERATURE)) < LIMIT_11
+    for kw in ({}, {"at": 0}, {"at": 100_000}, {"seed": 2**31 + 5}):
+        assert chance(draw(**kw), softmax(LOGITS / TEMPERATURE)) > FAIR
 
 
-def test_a_planted_bug_is_seen(monkeypatch):
-    monkeypatch.setattr(sampling, "gumbel_noise", lambda *args: 0.8 * gumbel_noise(*args))
-    assert chi_square(sample(), softmax(LOGITS, TEMPERATURE)) > LIMIT_11
+@pytest.mark.parametrize("wrong", [1.0, 0.7, TEMPERATURE**2])
+def test_the_test_sees_a_wrong_temperature(wrong):
+    assert chance(draw(), softmax(LOGITS / wrong)) < FOUL
 
 
-def joint(tokens_and_drafts, *, always_accept: bool) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[no-untyped-def]
-    """Two tokens of a two-step chain whose second distribution depends on the first token; one draft, one round each."""
-    table, batch = jnp.asarray(np.random.default_rng(6).normal(0, 1.5, (4, 4)).astype(np.float32)), 8000
-    asked = requests(batch, first_seed=50_000)
-
-    @jax.jit
-    def run():  # type: ignore[no-untyped-def]
-        drafts = tokens_and_drafts(table, batch, asked)  # [B, 1]
-        window = jnp.stack([jnp.broadcast_to(table[0], (batch, 4)), table[drafts[:, 0]]], axis=1)
-        tokens = choose(window, jnp.broadcast_to(jnp.array([7, 8]), (batch, 2)), asked, 4)
-        right = jnp.ones(batch, jnp.int32) if always_accept else agreeing(drafts, tokens)
-        first = jnp.where(right == 1, drafts[:, 0], tokens[:, 0])
-        again = choose(table[first][:, None], jnp.full((batch, 1), 8), asked, 4)[:, 0]
-        return first * 4 + jnp.where(right == 1, tokens[:, 1], again)
-
-    t = np.asarray(table)
-    first = softmax(t[0], TEMPERATURE)
-    return np.asarray(run()), np.concatenate([first[a] * softmax(t[a], TEMPERATURE) for a in range(4)])
+def test_the_test_sees_temperature_applied_twice(monkeypatch):
+    monkeypatch.setattr(sampling, "gumbel_noise", lambda *args: TEMPERATURE * gumbel_noise(*args))
+    assert chance(draw(), softmax(LOGITS / TEMPERATURE)) < FOUL
 
 
-def drafted(table, batch, asked):  # type: ignore[no-untyped-def]
-    """A drafter with logits of its own (not the trunk's) and the same noise."""
-    return choose(jnp.broadcast_to(table[0] + table[1], (batch, 1, 4)), jnp.full((batch, 1), 7), asked, 4)
+def test_positions_of_one_request_are_independent():
+    """One seed, many positions: the tokens follow the softmax, and pairs of neighbours the product."""
+    many, vocab = 20_000, len(LOGITS)
+    logits = jnp.broadcast_to(LOGITS, (1, many, vocab))
+    tokens = np.asarray(choose(logits, jnp.arange(many)[None], asked(1, TEMPERATURE, seed=9), vocab))[0]
+    p = softmax(LOGITS / TEMPERATURE)
+    assert chance(np.bincount(tokens, minlength=vocab), p) > FAIR
+    pairs = np.zeros((vocab, vocab))
+    np.add.at(pairs, (tokens[::2], tokens[1::2]), 1)
+    assert chance(pairs, np.outer(p, p)) > FAIR
 
 
-LIMIT_15 = 58.0  # the same quantile, 15 degrees of freedom
+def test_noise_depends_on_seed_and_position_alone():
+    """Not on the batch, the slot, the row of the window, the number of rows, nor on how large the vocabulary's padding is."""
+    rng = np.random.default_rng(0)
+    logits = jnp.asarray(rng.normal(size=(5, 4, 12)).astype(np.float32))
+    positions = jnp.asarray([[7, 8, 9, 10]] * 5)
+    requests = asked(5, TEMPERATURE, seed=40)
+    tokens = np.asarray(choose(logits, positions, requests, 12))
+
+    order = np.array([3, 0, 4, 2, 1])
+    moved = jax.tree.map(lambda x: x[order], requests)
+    assert np.array_equal(choose(logits[order], positions, moved, 12), tokens[order])
+    for b, row in np.ndindex(5, 4):
+        alone = jax.tree.map(lambda x, b=b: x[b : b + 1], requests)
+        got = choose(logits[b : b + 1, row : row + 1], positions[b : b + 1, row : row + 1], alone, 12)
+        assert got[0, 0] == tokens[b, row]
+        want = jnp.argmax(logits[b, row] + np.float32(TEMPERATURE) * gumbel_noise(requests.seed[b], 7 + row, 12))
+        assert want == tokens[b, row]
+
+    key = (jnp.uint32(3), jnp.int32(5))
+    assert np.array_equal(gumbel_noise(*key, 12), gumbel_noise(*key, 12))
+    for other in ((jnp.uint32(4), key[1]), (key[0], jnp.int32(6)), (key[1].astype(jnp.uint32), jnp.int32(3))):
+        assert not np.array_equal(gumbel_noise(*key, 12), gumbel_noise(*other, 12))
 
 
-def test_pairs_of_tokens_follow_the_exact_joint_distribution_with_drafts():
-    tokens, exact = joint(drafted, always_accept=False)
-    assert chi_square(tokens, exact) < LIMIT_15
-
-
-def test_accepting_every_draft_is_seen():
-    tokens, exact = joint(drafted, always_accept=True)
-    assert chi_square(tokens, exact) > LIMIT_15
+def test_each_request_has_its_own_temperature():
+    """A greedy request beside a sampled one is greedy, a sampled one beside greedy ones is itself."""
+    logits = jnp.broadcast_to(LOGITS, (400, 1, len(LOGITS)))
+    at = jnp.full((400, 1), 3)
+    hot = asked(400, TEMPERATURE)
+    mixed = hot.replace(temperature=jnp.where(jnp.arange(400) % 2 == 0, TEMPERATURE, 0.0))
+    want, got = (np.asarray(choose(logits, at, r, len(LOGITS)))[:, 0] for r in (hot, mixed))
+    assert np.array_equal(got[::2], want[::2])
+    assert (got[1::2] == LOGITS.argmax()).all() and len(set(got[::2].tolist())) > 5
 
 
 def test_ids_beyond_the_vocabulary_are_never_chosen():
-    logits = jnp.zeros((64, 1, 10)).at[:, :, 6:].set(50.0)
-    for temperature in (0.0, 1.0):
-        tokens = choose(logits, jnp.zeros((64, 1), jnp.int32), requests(64, temperature=temperature), 6)
-        assert int(tokens.max()) < 6
+    """The rows of a padded matrix may say anything at all."""
+    logits = np.broadcast_to(LOGITS, (3000, 1, len(LOGITS))).copy()
+    logits[..., 9:] = 50.0
+    for temperature in (0.0, TEMPERATURE, 30.0):
+        tokens = np.asarray(choose(jnp.asarray(logits), jnp.zeros((3000, 1), int), asked(3000, temperature), 9))
+        assert tokens.max() < 9
+        if temperature == TEMPERATURE:
+            counts = np.bincount(tokens[:, 0], minlength=9)
+            assert chance(counts, softmax(LOGITS[:9] / TEMPERATURE)) > FAIR
 
 
-def test_noise_belongs_to_seed_and_position():
-    one = requests(1, first_seed=7)
-    many = requests(8, first_seed=3)
-    logits = jnp.broadcast_to(jnp.asarray(LOGITS), (8, 5, VOCAB))
-    positions = jnp.broadcast_to(jnp.arange(20, 25), (8, 5))
-    alone = choose(logits[:1, 2:3], positions[:1, 2:3], one, VOCAB)
-    assert int(alone[0, 0]) == int(choose(logits, positions, many, VOCAB)[4, 2])
-    noise = [np.asarray(gumbel_noise(jnp.uint32(s), jnp.int32(p), VOCAB)) for s, p in ((1, 1), (1, 2), (2, 1))]
-    assert not np.allclose(noise[0], noise[1]) and not np.allclose(noise[0], noise[2])
+def test_agreeing_counts_the_prefix():
+    tokens = jnp.array([[1, 2, 3, 4]] * 5)
+    drafts = jnp.array([[1, 2, 3], [1, 2, 9], [1, 9, 3], [9, 2, 3], [2, 3, 4]])
+    assert agreeing(drafts, tokens).tolist() == [3, 2, 1, 0, 0]
+    assert agreeing(drafts[:, :0], tokens[:, :1]).tolist() == [0] * 5
 
 
-@pytest.mark.parametrize(
-    ("count", "room", "stops", "expected"),
-    [
-        (3, 9, [99], (3, False)),
-        (3, 2, [99], (2, False)),
-        (4, 9, [12], (3, True)),
-        (2, 9, [12], (2, False)),
-        (4, 2, [12], (2, False)),
-    ],
-)
-def test_what_leaves_the_loop(count, room, stops, expected):
-    tokens = jnp.array([[10, 11, 12, 13]])
-    number, stopped = emitted(tokens, jnp.array([count]), jnp.array([room]), jnp.array([stops + [-1] * (STOPS - 1)]))
-    assert (int(number[0]), bool(stopped[0])) == expected
+def test_emitted_ends_at_the_limit_or_the_first_stop_token():
+    tokens = jnp.array([[5, 6, 7, 6]] * 7)
+    stops = jnp.full((7, STOPS), -1).at[2:, 3].set(6).at[6, 0].set(5)
+    count, room = jnp.array([4, 2, 4, 1, 4, 3, 4]), jnp.array([9, 9, 9, 9, 1, 0, 9])
+    sent, stopped = emitted(tokens, count, room, stops)
+    assert sent.tolist() == [4, 2, 2, 1, 1, 0, 1]
+    assert stopped.tolist() == [False, False, True, False, False, False, True]
+
+
+# Through the whole loop: the joint distribution of the first two tokens against its enumeration.
+
+VOCAB, PADDED, START, SEEDS, DRAFT = 7, 8, 3, 4096, 2
+
+
+@pytest.fixture(scope="module")
+def toy():
+    """A model of eight ids, of which seven exist, and the exact joint distribution `[V, V]` of the tokens behind `START`."""
+    sizes = {"hidden_size": 16, "q_heads": 2, "kv_heads": 1, "head_dim": 8, "rotary_dim": 4, "linear_k_heads": 1}
+    sizes |= {"linear_v_heads": 2, "linear_k_dim": 8, "linear_v_dim": 8, "mlp_size": 24, "vocab_size": PADDED}
+    cfg = tiny_config(moe=False, pattern=(LINEAR, FULL), repeats=1, **sizes)
+    model = numpy_model(cfg, seed=2, scale=0.35)
+    engine = make_engine(model, draft=0, max_len=16, buckets=(2,))
+    _, _, kept = engine.read([[START, t] for t in range(VOCAB)], OutputRows.all(), keep=True)
+    p = softmax(kept[0][..., :VOCAB].astype(np.float64) / TEMPERATURE)  # [V, 2, V]
+    assert np.ptp(p[:, 0], axis=0).max() < 1e-6
+    joint = p[0, 0][:, None] * p[:, 1]
+    assert np.abs(p[:, 1] - p[0, 1]).max() > 0.05  # the second token does depend on the first
+    return model, joint
+
+
+def joint_counts(model, draft: int, drafter=mtp_drafter) -> tuple[np.ndarray, float]:
+    """Counts of the first two tokens of many requests, and the share of first drafts accepted."""
+    engine = make_engine(model, draft=draft, max_len=16, buckets=(2,), vocab=VOCAB, drafter=drafter)
+    requests = [Request(i, (START,), 2, TEMPERATURE, 1000 + i, ()) for i in range(SEEDS)]
+    results = engine.run(requests, SEEDS)
+    counts = np.zeros((VOCAB, VOCAB))
+    np.add.at(counts, tuple(np.array([r.tokens for r in results]).T), 1)
+    rounds = sum(r.rounds for r in results)
+    return counts, sum(r.accepted_per_position[0] for r in results) / rounds if draft else 0.0
+
+
+def test_the_loop_samples_the_model(toy):
+    """Plain and speculative decoding give one sample, not only one distribution, and it is the model's."""
+    model, joint = toy
+    plain, _ = joint_counts(model, 0)
+    drafted, accepted = joint_counts(model, DRAFT)
+    assert np.array_equal(plain, drafted)
+    assert 0.1 < accepted < 0.9
+    assert chance(plain, joint) > FAIR
+
+
+def planted(name: str):
+    """A drafter like the MTP's but another function, so that the loop is traced anew, with the bug in it."""
+
+    def drafter(*args):
+        return mtp_drafter(*args)
+
+    drafter.__name__ = name
+    return drafter
+
+
+def test_the_test_sees_drafts_that_are_always_accepted(toy, monkeypatch):
+    """The second token is then the trunk's answer to a first one that is not in the text."""
+    model, joint = toy
+    monkeypatch.setattr(speculative, "agreeing", lambda drafts, tokens: jnp.full(drafts.shape[:1], drafts.shape[1]))
+    counts, accepted = joint_counts(model, DRAFT, planted("always"))
+    assert accepted == 1.0
+    assert chance(counts.sum(1), joint.sum(1)) > FAIR
+    assert chance(counts, joint) < FOUL
+
+
+def test_the_test_sees_noise_that_is_shared_between_positions(toy, monkeypatch):
+    """Each token alone still follows its softmax; only the pair does not."""
+    model, joint = toy
+    monkeypatch.setattr(sampling, "gumbel_noise", lambda seed, position, vocab: gumbel_noise(seed, 0 * position, vocab))
+    counts, _ = joint_counts(model, 1, planted("shared noise"))
+    assert chance(counts.sum(1), joint.sum(1)) > FAIR
+    assert chance(counts, joint) < FOUL
+
+
+def test_the_test_sees_temperature_applied_twice_in_the_loop(toy, monkeypatch):
+    model, joint = toy
+    monkeypatch.setattr(sampling, "gumbel_noise", lambda *args: TEMPERATURE * gumbel_noise(*args))
+    counts, _ = joint_counts(model, 1, planted("twice"))
+    assert chance(counts, joint) < FOUL

@@ -1,0 +1,341 @@
+"""The batch job: every good line is answered as `LLM` answers it, every bad one is named, and nothing is lost."""
+
+import io
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import numpy_model, tiny_config
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from checkpoints import write_safetensors_directory
+from mtpjax import LLM, Metrics, RequestOutput, SamplingParams
+from mtpjax.weights import export_tensors
+from scripts import batch_generate
+from scripts.batch_generate import Totals, main
+
+CFG = tiny_config(moe=False, repeats=1, max_position=512)
+KEYS = {"id", "prompt", "text", "token_ids", "finish_reason", "metrics"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of 96 words."""
+    path = tmp_path_factory.mktemp("batch") / "model"
+    write_safetensors_directory(path, CFG.to_hf(), export_tensors(numpy_model(CFG, seed=1, scale=0.5, stack=1), 1))
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(96)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(path / "tokenizer.json"))
+    return path
+
+
+@pytest.fixture(scope="module")
+def llm(folder: Path) -> LLM:
+    return LLM(folder, draft=2, max_len=40, max_batch=3)
+
+
+@pytest.fixture
+def job(llm: LLM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., int]:
+    """`job(lines, *options)` runs the script on a file of these lines with one compiled model; answers go to out.jsonl."""
+
+    def the_same(model: Path, **arguments: Any) -> LLM:
+        assert (model.name, arguments) == ("model", {"draft": 2, "dtype": "float32", "max_len": 40, "max_batch": 3})
+        return llm
+
+    def run(lines: list[Any], *options: str, name: str = "in.jsonl") -> int:
+        data = b"".join((line if isinstance(line, bytes) else json.dumps(line).encode()) + b"\n" for line in lines)
+        (tmp_path / name).write_bytes(data)
+        where = ["--model", "model", "--input", str(tmp_path / name), "--output", str(tmp_path / "out.jsonl")]
+        return main([*where, "--draft", "2", "--max-len", "40", "--batch", "3", "--max-tokens", "6", *options])
+
+    monkeypatch.setattr(batch_generate, "LLM", the_same)
+    monkeypatch.setattr(batch_generate, "WINDOW", 2)  # six prompts
+    return run
+
+
+def rows(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def some_lines(number: int) -> list[dict[str, Any]]:
+    """Unequal prompts, as texts and as ids, some with options of their own."""
+    lines: list[dict[str, Any]] = []
+    for i, length in enumerate(np.random.default_rng(0).integers(1, 30, number).tolist()):
+        ids = [(7 * i + j) % 95 for j in range(length)]
+        lines.append({"id": f"é{i}", "prompt": ids if i % 3 else " ".join(f"w{t}" for t in ids)})
+    lines[2] |= {"max_tokens": 0}
+    lines[4] |= {"temperature": 5.0}  # so hot that noise decides, and drafts are often right
+    lines[5] |= {"temperature": 5, "seed": 77, "max_tokens": 3, "unknown": "stays out"}
+    return lines
+
+
+def test_answers_are_those_of_the_model_in_the_order_of_the_input(job: Callable, llm: LLM, tmp_path: Path) -> None:
+    lines = some_lines(14)  # windows of 6, 6 and 2; batches of 3, the last of 2
+    assert job(lines, "--ignore-eos", "--seed", "100") == 0
+    params = [
+        SamplingParams(
+            max_tokens=line.get("max_tokens", 6), temperature=line.get("temperature", 0.0),
+            seed=line.get("seed", 100 + i), ignore_eos=True,
+        )
+        for i, line in enumerate(lines)
+    ]  # fmt: skip
+    wanted = llm.generate([line["prompt"] for line in lines], params)
+    got = rows(tmp_path / "out.jsonl")
+    assert [row["id"] for row in got] == [line["id"] for line in lines]
+    for row, line, want in zip(got, lines, wanted, strict=True):
+        assert row.keys() == KEYS and row["prompt"] == line["prompt"]
+        assert (row["token_ids"], row["text"], row["finish_reason"]) == (want.token_ids, want.text, "length")
+        assert row["metrics"]["prompt_tokens"] == len(want.prompt_token_ids)
+        assert row["metrics"]["accepted"] == want.metrics.accepted
+    assert len({tuple(row["token_ids"]) for row in got}) > 10 and any(want.metrics.accepted for want in wanted)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
+    assert "é0" in (tmp_path / "out.jsonl").read_text(encoding="utf-8")  # not \u00e9
+
+
+def test_stop_tokens_and_limit(job: Callable, tmp_path: Path) -> None:
+    lines = some_lines(6)
+    assert job(lines, "--ignore-eos", "--limit", "4") == 0
+    free = rows(tmp_path / "out.jsonl")
+    assert len(free) == 4
+    stop = free[0]["token_ids"][2]
+    assert job(lines, "--ignore-eos", "--limit", "4", "--overwrite", "--stop-token-ids", "94", str(stop)) == 0
+    stopped = rows(tmp_path / "out.jsonl")
+    assert stopped[0]["token_ids"] == free[0]["token_ids"][: free[0]["token_ids"].index(stop) + 1]
+    assert (free[0]["finish_reason"], stopped[0]["finish_reason"]) == ("length", "stop")
+
+
+BAD: list[tuple[Any, str]] = [
+    (b'{"prompt": "w1"', "is not JSON .*column"),
+    (b'{"prompt": "w1"} {}', "is not JSON .*Extra data"),
+    (b'{"prompt": "\xff"}', "is not UTF-8"),
+    (b"[" * 100_000, "is not JSON"),
+    (b'{"seed": 1' + b"0" * 5000 + b"}", "is not JSON"),
+    ([1, 2], "is a JSON list, expected an object"),
+    ({"id": "x"}, "has no 'prompt', expected a text or a list of token ids"),
+    ({"prompt": None}, "has a 'prompt' of type NoneType"),
+    ({"prompt": {"text": "w1"}}, "has a 'prompt' of type dict"),
+    ({"prompt": ""}, "the prompt is empty"),
+    ({"prompt": []}, "the prompt is empty"),
+    ({"prompt": [1, "w2"]}, "'w2' is not a token id"),
+    ({"prompt": [1, 96]}, "id 96 at position 1 is outside the vocabulary"),
+    ({"prompt": [1] * 40}, "the prompt has 40 tokens, more than the 39"),
+    (b'{"prompt": "w1 \\ud800"}', "half of a surrogate pair"),
+    ({"prompt": "w1", "id": 1.5}, "has an 'id' of type float"),
+    ({"prompt": "w1", "id": True}, "has an 'id' of type bool"),
+    ({"prompt": "w1", "id": "first"}, "the id 'first' stands in line 1 already"),
+    ({"prompt": "w1", "max_tokens": -1}, "max_tokens is -1"),
+    ({"prompt": "w1", "max_tokens": "6"}, "max_tokens is '6'"),
+    ({"prompt": "w1", "temperature": -1}, "temperature is -1"),
+    (b'{"prompt": "w1", "temperature": NaN}', "temperature is nan"),
+    ({"prompt": "w1", "seed": "s"}, "seed is 's'"),
+]
+
+
+def test_bad_lines_are_named_and_the_others_answered(
+    job: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = [{"id": "first", "prompt": "w1 w2"}, {"id": None, "prompt": [3], "seed": None}, {"id": 7, "prompt": "w3"}]
+    lines = [good[0], *(line for line, _ in BAD), b"  ", *good[1:]]
+    assert job(lines) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == len(BAD) + 1
+    for number, ((_, says), line) in enumerate(zip(BAD, said, strict=False), start=2):
+        assert re.match(f"batch_generate.py: {tmp_path}/in.jsonl:{number}: .*{says}", line), line
+    assert said[-1] == f"batch_generate.py: {len(BAD)} lines of {tmp_path}/in.jsonl were left out, see above"
+    assert [row["id"] for row in rows(tmp_path / "out.jsonl")] == ["first", len(lines) - 1, 7]
+
+
+def test_a_text_file_has_a_prompt_a_line(job: Callable, tmp_path: Path) -> None:
+    lines = [b"\xef\xbb\xbfw1 w2\r", b"", b'{"prompt": "w3"}', b"w4\xe2\x80\xa8w5"]
+    assert job(lines, "--limit", "4", name="in.txt") == 0
+    assert [(row["id"], row["prompt"]) for row in rows(tmp_path / "out.jsonl")] == [
+        (1, "w1 w2"), (3, '{"prompt": "w3"}'), (4, "w4\u2028w5")
+    ]  # fmt: skip
+
+
+def test_an_input_of_bad_lines_only_gives_an_empty_file(job: Callable, tmp_path: Path) -> None:
+    assert job([[], {}, 5]) == 1
+    assert (tmp_path / "out.jsonl").read_bytes() == b""
+
+
+def watch(monkeypatch: pytest.MonkeyPatch, before: Callable[[int], None]) -> None:
+    """Call `before(n)` ahead of batch number n = 1, 2, ..."""
+    answer, number = batch_generate.answer, [0]
+
+    def watched(*args: Any) -> list[RequestOutput]:
+        number[0] += 1
+        before(number[0])
+        return answer(*args)
+
+    monkeypatch.setattr(batch_generate, "answer", watched)
+
+
+def test_answers_are_on_disk_as_soon_as_their_batch_is_done(
+    job: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    watch(monkeypatch, lambda number: found.append((len(rows(tmp_path / "out.jsonl.part")), (tmp_path / "out.jsonl").exists())))
+    assert job(some_lines(14)) == 0
+    assert found == [(n, False) for n in (0, 3, 6, 9, 12)]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_what_is_answered_stays_when_the_job_stops(
+    error: type[BaseException], job: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def stop(number: int) -> None:
+        if number == 3:
+            raise error("stopped")
+
+    lines = some_lines(14)
+    with monkeypatch.context() as patch:
+        watch(patch, stop)
+        if error is KeyboardInterrupt:
+            assert job(lines) == 130
+        else:
+            with pytest.raises(RuntimeError, match="stopped"):
+                job(lines)
+    assert f"stopped; 6 answers are in {tmp_path}/out.jsonl.part" in capsys.readouterr().err
+    assert not (tmp_path / "out.jsonl").exists()
+    left = {row["id"]: row["token_ids"] for row in rows(tmp_path / "out.jsonl.part")}
+    assert len(left) == 6
+
+    assert job(lines) == 2  # what is left behind is not thrown away unasked
+    assert "out.jsonl.part: is what an earlier run left behind" in capsys.readouterr().err
+    assert job(lines, "--overwrite") == 0
+    assert left.items() <= {row["id"]: row["token_ids"] for row in rows(tmp_path / "out.jsonl")}.items()
+    assert not (tmp_path / "out.jsonl.part").exists()
+
+
+def test_an_existing_output_is_kept(job: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out.jsonl").write_text("mine")
+    assert job(some_lines(6)) == 2
+    assert "out.jsonl: exists already" in capsys.readouterr().err
+    assert (tmp_path / "out.jsonl").read_text() == "mine" and not (tmp_path / "out.jsonl.part").exists()
+    assert job(some_lines(6), "--overwrite") == 0
+    assert len(rows(tmp_path / "out.jsonl")) == 6
+
+
+def test_an_output_that_comes_into_being_meanwhile_is_kept(
+    job: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch(monkeypatch, lambda number: (tmp_path / "out.jsonl").write_text("mine"))
+    with pytest.raises(FileExistsError, match="has come into being meanwhile"):
+        job(some_lines(6))
+    assert (tmp_path / "out.jsonl").read_text() == "mine" and len(rows(tmp_path / "out.jsonl.part")) == 6
+
+
+def test_only_a_window_of_the_input_is_read_ahead(job: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, ahead = [0], []
+    read_jobs = batch_generate.read_jobs
+
+    def counted(file: Path) -> Iterator[Any]:
+        for item in read_jobs(file):
+            read[0] += 1
+            yield item
+
+    monkeypatch.setattr(batch_generate, "read_jobs", counted)
+    watch(monkeypatch, lambda number: ahead.append(read[0]))
+    assert job(some_lines(14)) == 0
+    assert ahead == [6, 6, 12, 12, 14]
+
+
+def test_a_pipe_can_be_the_input(job: Callable, llm: LLM, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    reading, writing = os.pipe()
+    with os.fdopen(writing, "wb") as stream:
+        stream.write(b'{"prompt": "w1"}\n{"prompt": "w2 w3"}\n')
+    where = ["--model", "model", "--input", f"/dev/fd/{reading}", "--draft", "2", "--max-len", "40", "--batch", "3"]
+    assert main([*where, "--max-tokens", "3"]) == 0
+    os.close(reading)
+    said = capsys.readouterr().out
+    assert "[1] w1\n  > w" in said and "[2] w2 w3\n  > w" in said and "prompts          2 with 3 tokens" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--input", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--model", "nowhere"], "nowhere: does not exist"),
+        (["--draft", "9"], "draft is 9; expected a whole number from 0 to 8"),
+        (["--max-len", "1000"], "made for at most 512 positions"),
+        (["--output", "/nowhere/out.jsonl"], "/nowhere/out.jsonl.part"),
+        (["--output", "."], "is a folder"),
+    ],
+)
+def test_a_job_that_cannot_start(
+    options: list[str], says: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in.jsonl").write_text('{"prompt": "w1"}')
+    assert main(["--model", str(folder), "--input", "in.jsonl", "--output", "out.jsonl", *options]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("batch_generate.py: ") and says in said
+    assert [f.name for f in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+@pytest.mark.parametrize("option", ["--batch", "--limit"])
+def test_counts_are_positive(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([option, "0"])
+    assert f"{option} is 0, expected at least 1" in capsys.readouterr().err
+
+
+def test_a_small_job_computes_no_idle_rows(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "in.txt").write_text("w1\n\nw2\nw3\n")
+    asked: list[int] = []
+
+    def stop(model: Path, *, max_batch: int, **_: Any) -> LLM:
+        asked.append(max_batch)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(batch_generate, "LLM", stop)
+    for more in ([], ["--limit", "2"], ["--batch", "1"]):
+        assert main(["--input", str(tmp_path / "in.txt"), *more]) == 2
+    assert asked == [3, 2, 1]
+
+
+def output(prompt: int, tokens: int, rounds: int, positions: tuple[int, ...], seconds: float) -> RequestOutput:
+    metrics = Metrics(prompt, seconds, 2 * seconds, rounds, 2 * rounds, sum(positions), positions, tokens / max(rounds, 1))
+    return RequestOutput("p", [0] * prompt, "text", [0] * tokens, "length", 0, metrics)
+
+
+def test_the_summary_adds_up() -> None:
+    totals = Totals()
+    totals.add([output(10, 30, 12, (10, 8), 1.0), output(30, 10, 8, (2, 0), 1.0)])
+    totals.add([output(20, 0, 0, (0, 0), 3.0)])
+    assert totals.summary(4.25, 20.0).splitlines() == [
+        "prompts          3 with 60 tokens",
+        "prefill       15.0 tokens/s",  # 60 tokens in 1 + 3 seconds
+        "decode         5.0 tokens/s: 40 tokens in 20 rounds, 2.00 a round",  # in 2 + 6
+        "drafts   50.0% of 40 accepted; by position 60%, 40%",
+        "seconds       20.0 in all, 4.2 of them compiling",
+    ]
+    plain = Totals()
+    assert "drafts   none" in plain.summary(0.0, 1.0) and "- tokens/s" in plain.summary(0.0, 1.0)
+
+
+def test_without_arguments_the_embedded_model_speaks(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--limit", "1", "--max-tokens", "12", "--max-len", "100"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"(?s)^\[\S+\] \S.*\n  > \S.*\n  12 new tokens in \d+ rounds: \d+ were drafted and accepted", said)
+    assert re.search(r"drafts +\d+\.\d% of \d+ accepted; by position \d+%, \d+%, \d+%\n", said)
+
+
+def test_the_bar_shows_speed_and_acceptance(job: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    bar = batch_generate.tqdm
+
+    class OnScreen(bar):  # type: ignore[misc,valid-type]
+        def __init__(self, **kw: Any):
+            super().__init__(**(kw | {"disable": False, "file": screen, "mininterval": 0, "ncols": 120}))
+
+    monkeypatch.setattr(batch_generate, "tqdm", OnScreen)
+    assert job([*some_lines(6), b"bad"]) == 1
+    assert re.search(r"6/7 \[[^]]*, [1-9][\d,]* tokens/s, \d+% of drafts accepted\]", screen.getvalue())
