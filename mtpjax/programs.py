@@ -25,28 +25,29 @@ WhileTrips = Callable[[JaxprEqn], float]
 _CALLS = frozenset("jit pjit closed_call core_call remat2 checkpoint custom_jvp_call custom_vjp_call".split())
 # One operation for each element of the result.
 _ELEMENTWISE = frozenset(
-    "abs acos acosh add add_any asin asinh atan atan2 atanh cbrt ceil clamp cos cosh div eq erf erf_inv erfc exp exp2 expm1 "
-    "floor ge gt integer_pow is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter pow rem round rsqrt "
-    "sign sin sinh sqrt square sub tan tanh".split()
+    "abs acos acosh add add_any asin asinh atan atan2 atanh cbrt ceil clamp cos cosh div eq erf erf_inv erfc exp exp2 "
+    "expm1 floor ge gt integer_pow is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter pow rem round "
+    "rsqrt sign sin sinh sqrt square sub tan tanh".split()
 )
-# One operation for each element of the (first) operand, however many steps an implementation takes: a sort is not n log n.
+# One operation for each element of the (first) operand, whatever an implementation takes: a sort is not n log n.
 _REDUCING = frozenset(
-    "argmax argmin cumlogsumexp cummax cummin cumprod cumsum reduce_max reduce_min reduce_prod reduce_sum sort top_k".split()
+    "argmax argmin cumlogsumexp cummax cummin cumprod cumsum reduce_max reduce_min reduce_prod reduce_sum sort "
+    "top_k".split()
 )
 # One operation for each element of the updates.
 _UPDATING = frozenset("scatter-add scatter-max scatter-min scatter-mul scatter-sub scatter_add scatter_mul".split())
 # Moving, choosing, renaming and converting are not arithmetic.
 _FREE = frozenset(
     "bitcast_convert_type broadcast_in_dim concatenate convert_element_type copy copy_p device_put dynamic_slice "
-    "dynamic_update_slice empty expand_dims gather iota optimization_barrier pad real reduce_precision reshape rev scatter "
-    "select_n sharding_constraint slice split squeeze stack stop_gradient tile transpose".split()
+    "dynamic_update_slice empty expand_dims gather iota optimization_barrier pad real reduce_precision reshape rev "
+    "scatter select_n sharding_constraint slice split squeeze stack stop_gradient tile transpose".split()
 )
 
 
 @dataclass(frozen=True)
 class Held:
-    """One array of a program. `made_by` is a primitive, or "input" / "constant" of the (inner) program; `where` says where:
-    the primitives around it from the outside in, with the names of jitted functions and `jax.named_scope`s."""
+    """One array of a program. `made_by` is a primitive, or "input" / "constant" of the (inner) program; `where` names
+    what is around it from the outside in: primitives, with the names of jitted functions, and `jax.named_scope`s."""
 
     shape: tuple[int, ...]
     dtype: Any
@@ -70,7 +71,7 @@ class Flops(NamedTuple):
 
 
 def arrays(program: Jaxpr | ClosedJaxpr) -> Iterator[Held]:
-    """Every array of the program and of all programs inside it (loops, branches, calls, custom derivatives, kernels)."""
+    """Every array of the program and of all programs in it (loops, branches, calls, custom derivatives, kernels)."""
     return _arrays(_open(program), ())
 
 
@@ -103,8 +104,9 @@ def count_flops(program: Jaxpr | ClosedJaxpr, while_trips: WhileTrips | None = N
     """Floating-point operations of one call, loops multiplied out.
 
     A product of matrices counts 2 an element and contraction; arithmetic, comparisons and functions such as `exp` 1 an
-    element of the result; reductions, running sums and sorts 1 an element of the operand; integer work and moving data 0.
-    Of the branches of a `cond` the dearest counts. Equations on which no non-empty output depends count 0: XLA drops them.
+    element of the result; reductions, running sums and sorts 1 an element of the operand; integer work and moving data
+    0. Of the branches of a `cond` the dearest counts. Equations on which no non-empty output depends count 0: XLA drops
+    them.
 
     Args:
         while_trips: turns of a `while` whose number is known only when it runs; see `expected_trips`.
@@ -160,7 +162,7 @@ def _expected_blocks(rows: int, chance: float, block: int) -> float:
 
 
 class _Body(NamedTuple):
-    """A program inside an equation: which of its outputs count, and the equation's operand behind each of its inputs."""
+    """A program inside an equation: which outputs count, and the equation's operand behind each of its inputs."""
 
     jaxpr: Jaxpr
     wanted: list[bool]

@@ -2,9 +2,9 @@
 
     python scripts/count_flops.py [--model 35b-a3b ...] [--chunk 2048] [--context 8192] [--unrolled]
 
-Rows are the output rows of the chunk: none (inner chunks), last, or all. `off` has no MTP head, `sync` leaves the head's
-keys and values and nothing else (`mtpjax.steps.prefill`), `layer` runs the whole MTP layer on every row and the LM head
-on the output rows of both. Nothing is allocated or run.
+Rows are the output rows of the chunk: none (inner chunks), last, or all. `off` has no MTP head, `sync` leaves the
+head's keys and values and nothing else (`mtpjax.steps.prefill`), `layer` runs the whole MTP layer on every row and the
+LM head on the output rows of both. Nothing is allocated or run.
 """
 
 from __future__ import annotations

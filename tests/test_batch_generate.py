@@ -84,6 +84,7 @@ def test_answers_are_those_of_the_model_in_the_order_of_the_input(job: Callable,
         )
         for i, line in enumerate(lines)
     ]  # fmt: skip
+    assert llm.engine.programs == 3  # an empty cache, chunks of 16 rows, the loop: for the last batch too
     wanted = llm.generate([line["prompt"] for line in lines], params)
     got = rows(tmp_path / "out.jsonl")
     assert [row["id"] for row in got] == [line["id"] for line in lines]

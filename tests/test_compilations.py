@@ -1,4 +1,4 @@
-"""How often XLA compiles: a program for each length of prompt chunk, one for the empty cache and one for the loop, once."""
+"""How often XLA compiles: once for each length of prompt chunk, once for the empty cache, once for the loop."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Prompt programs, traced on shapes alone: what arrays they hold, which weights they read, how many operations they take."""
+"""Prompt programs, traced on shapes alone: the arrays they hold, the weights they read, the operations they take."""
 
 import re
 from collections import Counter
@@ -47,7 +47,7 @@ def program(cfg: ModelConfig, rows: OutputRows, chunk: int, *, stack: int = 1, b
 
 
 def made(traced) -> list[Held]:
-    """The arrays that the program computes: neither its inputs nor those of a program inside, which were made outside."""
+    """The arrays that the program computes: not its inputs, nor those of a program inside, which were made outside."""
     return [a for a in arrays(traced.jaxpr) if a.made_by not in ("input", "constant")]
 
 
