@@ -26,8 +26,8 @@ _CALLS = frozenset("jit pjit closed_call core_call remat2 checkpoint custom_jvp_
 # One operation for each element of the result.
 _ELEMENTWISE = frozenset(
     "abs acos acosh add add_any asin asinh atan atan2 atanh cbrt ceil clamp cos cosh div eq erf erf_inv erfc exp exp2 "
-    "expm1 floor ge gt integer_pow is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter pow rem round "
-    "rsqrt sign sin sinh sqrt square sub tan tanh".split()
+    "expm1 floor ge gt integer_pow is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter pow rem "
+    "round rsqrt sign sin sinh sqrt square sub tan tanh".split()
 )
 # One operation for each element of the (first) operand, whatever an implementation takes: a sort is not n log n.
 _REDUCING = frozenset(

@@ -68,7 +68,8 @@ def main() -> None:
     for name, row in figures.items():
         each = ", ".join(f"{x:.3f}" for x in row["accepted"])  # type: ignore[attr-defined]
         given = ", ".join(f"{x:.3f}" for x in row["accepted_given_earlier"])  # type: ignore[attr-defined]
-        print(f"{name}: {row['rounds']} rounds, {row['tokens_per_round']:.3f} tokens a round; accepted {each}; given all earlier {given}")
+        head = f"{name}: {row['rounds']} rounds, {row['tokens_per_round']:.3f} tokens a round"
+        print(f"{head}; accepted {each}; given all earlier {given}")
     if args.json:
         write_json(args.json, {"what": "acceptance", **describe(), "draft": args.draft, "figures": figures})
 

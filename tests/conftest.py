@@ -7,9 +7,9 @@ from functools import cache, partialmethod
 from pathlib import Path
 from typing import Any
 
-# A test runs a program for milliseconds and compiles it for seconds, nearly all of it in LLVM. The flags make that five
-# times faster and leave the mathematics alone; `shipped_code` undoes them where a test is about what users run. They are
-# not for GPUs, and never change flags that somebody has set: `XLA_FLAGS=--xla_backend_optimization_level=3 make test`.
+# A test runs a program for milliseconds and compiles it for seconds, nearly all of them in LLVM. These flags make that
+# five times faster and leave the mathematics alone; `shipped_code` undoes them where a test is about what users run.
+# They are not for GPUs and do not replace flags that somebody has set: XLA_FLAGS=--xla_backend_optimization_level=3
 SHIPPED = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 if not os.path.exists("/dev/nvidiactl"):
@@ -32,12 +32,11 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 @pytest.fixture(scope="session", autouse=True)
-def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Every program is compiled once a session; once for many sessions where JAX_COMPILATION_CACHE_DIR names a folder."""
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("jax")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+def compilation_cache() -> None:
+    """Where JAX_COMPILATION_CACHE_DIR names a folder, every program is kept there for the next session."""
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 @pytest.fixture
@@ -58,7 +57,7 @@ class Golden:
         self.tensors = golden_tensors(case)
         entries = [(name, a.shape, a.dtype, lambda a=a: a) for name, a in self.tensors.items()]
         write_safetensors_directory(self.path, golden_config(case), entries)
-        assert json.loads(str(self.answers["config"])) == golden_config(case), "weights.py has another config: run make.py"
+        assert json.loads(str(self.answers["config"])) == golden_config(case), f"{case}: config changed, run make.py"
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self.answers[name]
@@ -79,17 +78,18 @@ def golden(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 def tiny_config(*, moe: bool, pattern: tuple[str, ...] = (LINEAR, FULL), repeats: int = 2, **sizes: Any) -> ModelConfig:
     """A config of a few thousand parameters with every part of the architecture; the last id is its stop token."""
     whole: dict[str, Any] = {
-        "hidden_size": 48, "layers": len(pattern) * repeats, "pattern": pattern, "q_heads": 4, "kv_heads": 2, "head_dim": 16,
-        "rotary_dim": 8, "rope_theta": 1e7, "linear_k_heads": 2, "linear_v_heads": 4, "linear_k_dim": 16,
-        "linear_v_dim": 16, "conv_width": 4, "vocab_size": 96,
+        "hidden_size": 48, "layers": len(pattern) * repeats, "pattern": pattern, "q_heads": 4, "kv_heads": 2,
+        "head_dim": 16, "rotary_dim": 8, "rope_theta": 1e7, "linear_k_heads": 2, "linear_v_heads": 4,
+        "linear_k_dim": 16, "linear_v_dim": 16, "conv_width": 4, "vocab_size": 96,
     }  # fmt: skip
-    whole |= {"experts": 8, "experts_per_token": 2, "expert_size": 16, "shared_expert_size": 24} if moe else {"mlp_size": 64}
+    experts = {"experts": 8, "experts_per_token": 2, "expert_size": 16, "shared_expert_size": 24}
+    whole |= experts if moe else {"mlp_size": 64}
     whole |= sizes
     return ModelConfig(stop_tokens=(whole["vocab_size"] - 1,), **whole)
 
 
 def numpy_model(cfg: ModelConfig, *, seed: int = 0, scale: float = 0.15, stack: int | None = None) -> LoadedModel:
-    """Random weights from numpy: `random_model` compiles a program for each leaf, which here takes longer than all tests.
+    """Random weights from numpy: `random_model` compiles a program for each leaf, which takes longer than most tests.
 
     Matrices are normal with deviation `scale`, norms near neutral, decay rates as in `random_model`.
     """
@@ -113,7 +113,7 @@ def numpy_model(cfg: ModelConfig, *, seed: int = 0, scale: float = 0.15, stack: 
     return LoadedModel(cfg, graph, fill(params, make))
 
 
-def make_engine(model: LoadedModel, *, draft: int, max_len: int = 250, buckets: tuple[int, ...] = (32,), **kw: Any) -> Engine:
+def make_engine(model: LoadedModel, *, max_len: int = 250, buckets: tuple[int, ...] = (32,), **kw: Any) -> Engine:
     """A float32 engine; `vocab` is the model's unless told."""
-    vocab = kw.pop("vocab", model.cfg.vocab_size)
-    return Engine(model, draft=draft, max_len=max_len, vocab=vocab, cache_dtype=jnp.dtype("float32"), buckets=buckets, **kw)
+    settings: dict[str, Any] = {"vocab": model.cfg.vocab_size, "cache_dtype": jnp.dtype("float32")} | kw
+    return Engine(model, max_len=max_len, buckets=buckets, **settings)

@@ -68,8 +68,8 @@ def test_values_inside_win_over_those_outside():
 def test_absent_values_have_the_published_defaults():
     optional = (
         "layer_types", "head_dim", "rope_parameters", "attn_output_gate", "attention_bias", "hidden_act",
-        "rms_norm_eps", "max_position_embeddings", "linear_conv_kernel_dim", "output_gate_type", "tie_word_embeddings", "eos_token_id",
-        "full_attention_interval",
+        "rms_norm_eps", "max_position_embeddings", "linear_conv_kernel_dim", "output_gate_type",
+        "tie_word_embeddings", "eos_token_id", "full_attention_interval",
     )  # fmt: skip
     bare = {k: v for k, v in MOE.items() if k not in optional}
     assert ModelConfig.from_hf(bare) == PRESETS["35b-a3b"]

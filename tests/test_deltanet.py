@@ -1,4 +1,4 @@
-"""Gated DeltaNet against the recurrence written out in float64: chunks, replay, convolution inputs, padding in front."""
+"""Gated DeltaNet against its recurrence in float64: chunks, replay, convolution inputs, padding in front."""
 
 from functools import partial
 from typing import NamedTuple
@@ -18,7 +18,7 @@ BATCH, KEYS, KEY_DIM, VALUE_DIM = 2, 2, 16, 24
 
 
 class Reference(NamedTuple):
-    """float64: outputs and updates `[B, T, M, V]`, and the state after every row `[B, 1 + T, M, K, V]`, the first included."""
+    """float64: outputs and updates `[B, T, M, V]`, the states before, between and behind the rows `[B, 1+T, M, K, V]`."""
 
     o: np.ndarray
     d: np.ndarray
@@ -143,7 +143,7 @@ def test_convolution_inputs_stand_behind_the_padding():
 
 
 class Layers:
-    """The trunk of a two-layer model (DeltaNet, attention) on random rows: `read` for prompts, `wait` for verify windows."""
+    """The trunk of a two-layer model (DeltaNet, attention): `read` for prompts, `wait` for verify windows."""
 
     def __init__(self) -> None:
         self.loaded = numpy_model(tiny_config(moe=True, repeats=1), seed=3)

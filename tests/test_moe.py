@@ -1,4 +1,4 @@
-"""Routed experts against every expert on every row, the plan of blocks, and attention over the cache against a plain softmax."""
+"""Routed experts against all experts on all rows, the plan of blocks, attention over the cache against a softmax."""
 
 from functools import cache
 
@@ -110,7 +110,8 @@ def test_a_row_does_not_depend_on_the_order_of_the_others():
 def test_the_whole_layer_against_its_formula():
     """Router: softmax over all experts, the best K, renormalised. The shared expert stands behind a gate of its own."""
     loaded, at = numpy_model(tiny_config(moe=True), seed=5), 1  # the second of two stacked layers
-    graph, experts, rest = nnx.split(nnx.merge(loaded.graph, loaded.params).decoder.blocks[0].layers[0].mlp, Expert, ...)
+    layer = nnx.merge(loaded.graph, loaded.params).decoder.blocks[0].layers[0]
+    graph, experts, rest = nnx.split(layer.mlp, Expert, ...)
     moe = nnx.merge(graph, experts, jax.tree.map(lambda w: w[at], rest))
     x = 2 * np.random.default_rng(6).normal(size=(2, 7, loaded.cfg.hidden_size)).astype(np.float32)
     live = np.ones((2, 7), bool)
@@ -251,7 +252,8 @@ def test_rows_are_written_at_their_positions():
 
 def test_attention_holds_rows_by_a_block_and_never_rows_by_the_context():
     rows, slots, size = 48, 12 * BLOCK, 8
-    q, kv = jax.ShapeDtypeStruct((1, rows, 4, size), jnp.float32), jax.ShapeDtypeStruct((2, 1, 2, slots, size), jnp.float32)
+    q = jax.ShapeDtypeStruct((1, rows, 4, size), jnp.float32)
+    kv = jax.ShapeDtypeStruct((2, 1, 2, slots, size), jnp.float32)
     whole = jax.ShapeDtypeStruct((1,), jnp.int32)
 
     def plain(q, kv, start, pad):

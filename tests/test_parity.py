@@ -1,4 +1,4 @@
-"""Every golden case against transformers: whole prompts, prompts in chunks, cached decoding, replay, and the MTP head."""
+"""Every golden case against transformers: whole prompts, prompts in chunks, cached decoding, replay, the MTP head."""
 
 from functools import partial
 from types import SimpleNamespace
@@ -20,7 +20,7 @@ from mtpjax.steps import draft, verify
 
 TOLERANCE = 1e-4
 PREFILL, WINDOW = 70, 4
-# Chunks of the 150 rows, the 70 and the 5: with and without padding in front, borders on and off those of the DeltaNet chunks.
+# Chunks of the 150 rows, the 70 and the 5: with and without padding in front, borders on those of DeltaNet and off.
 CHUNKS = {
     "dense_r1": (50,), "dense_r2": (64,), "dense_r3": (16, 64), "moe_r1": (64,), "moe_r2": (16, 64), "moe_r3": (29, 50),
 }  # fmt: skip
@@ -41,7 +41,8 @@ def case(request, golden):
     gold = golden(request.param)
     loaded = gold.model()
     llm = LLM(loaded, draft=WINDOW - 1, max_len=200, prefill_chunks=CHUNKS[request.param])
-    return SimpleNamespace(gold=gold, loaded=loaded, llm=llm, read=partial(llm.engine.read, rows=OutputRows.all(), keep=True))
+    read = partial(llm.engine.read, rows=OutputRows.all(), keep=True)
+    return SimpleNamespace(gold=gold, loaded=loaded, llm=llm, read=read)
 
 
 @partial(jax.jit, static_argnames="graph")

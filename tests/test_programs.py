@@ -216,6 +216,9 @@ def test_mtp_share_of_the_tiny_model():
     assert 1 < on.total / off.total < 1.1
     whole = flops(cfg, "layer", ALL, chunk=chunk, context=chunk, stack=1)
     assert whole.total / off.total > 2
+    # An inner chunk without MTP needs only keys and values of the last of its four layers; with MTP all of it.
+    inner = [flops(cfg, variant, NONE, chunk=chunk, context=chunk, stack=1).total for variant in ("off", "sync")]
+    assert 1.4 < inner[1] / inner[0] < 1.5
 
 
 def test_operations_of_a_dense_model_are_those_of_its_weights_and_attention():

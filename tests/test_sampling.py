@@ -1,4 +1,4 @@
-"""Tokens follow the model's distribution: chi-square tests, alone and through the whole loop, that planted bugs must fail."""
+"""Tokens follow the model's distribution: chi-square tests, alone and through the loop, that planted bugs must fail."""
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def chance(counts: np.ndarray, p: np.ndarray) -> float:
-    """Pearson's test: the chance of counts at least as far from `p` as these. Rare cells (fewer than 5 expected) are one."""
+    """Pearson's test: the chance of counts at least as far from `p`. Rare cells (fewer than 5 expected) are one."""
     counts, expected = counts.ravel().astype(float), p.ravel() * counts.sum()
     rare = expected < 5
     if rare.any():
@@ -83,7 +83,7 @@ def test_positions_of_one_request_are_independent():
 
 
 def test_noise_depends_on_seed_and_position_alone():
-    """Not on the batch, the slot, the row of the window, the number of rows, nor on how large the vocabulary's padding is."""
+    """Not on the batch, the slot, the row of the window, nor the number of rows."""
     rng = np.random.default_rng(0)
     logits = jnp.asarray(rng.normal(size=(5, 4, 12)).astype(np.float32))
     positions = jnp.asarray([[7, 8, 9, 10]] * 5)
@@ -152,7 +152,7 @@ VOCAB, PADDED, START, SEEDS, DRAFT = 7, 8, 3, 4096, 2
 
 @pytest.fixture(scope="module")
 def toy():
-    """A model of eight ids, of which seven exist, and the exact joint distribution `[V, V]` of the tokens behind `START`."""
+    """A model of eight ids, seven of which exist, and the joint distribution `[V, V]` of the tokens behind `START`."""
     sizes = {"hidden_size": 16, "q_heads": 2, "kv_heads": 1, "head_dim": 8, "rotary_dim": 4, "linear_k_heads": 1}
     sizes |= {"linear_v_heads": 2, "linear_k_dim": 8, "linear_v_dim": 8, "mlp_size": 24, "vocab_size": PADDED}
     cfg = tiny_config(moe=False, pattern=(LINEAR, FULL), repeats=1, **sizes)
