@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Iterator
 from functools import cache, partialmethod
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from typing import Any
 # They are not for GPUs and do not replace flags that somebody has set: XLA_FLAGS=--xla_backend_optimization_level=3
 SHIPPED = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+if tuple(map(int, version("jaxlib").split(".")[:2])) >= (0, 11):  # the flag is gone there, and an unknown one ends the process
+    del SHIPPED["xla_cpu_use_fusion_emitters"], QUICK["xla_cpu_use_fusion_emitters"]
 if not os.path.exists("/dev/nvidiactl"):
     os.environ.setdefault("XLA_FLAGS", " ".join(f"--{name}={str(value).lower()}" for name, value in QUICK.items()))
 

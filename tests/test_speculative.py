@@ -82,10 +82,9 @@ def test_draft_length_does_not_change_the_text(kind, draft, temperature):
         assert result.tokens == want[:TOKENS]
         assert result.done and not result.stopped
         check_figures(result, draft)
-    if temperature:  # the test is about something: drafts are right now and then, and not always
+    if temperature:  # the noise that both share makes drafts right far more often than one in 96, and not always
         rounds, accepted = sum(r.rounds for r in results), sum(r.accepted_per_position[0] for r in results)
-        print('RATE',kind,draft,accepted/rounds)
-        assert 0.05 < accepted / rounds < 0.95
+        assert 0.25 < accepted / rounds < 0.5
     assert len({tuple(r.tokens) for r in results}) == len(results)
 
 
