@@ -73,10 +73,10 @@ def walk(params, cache, windows, accepted, *, graph):
 
 @partial(jax.jit, static_argnames=("graph", "length"))
 def drafts(params, hidden, token, cache, *, graph, length):
-    """Greedy drafts: by hand, with their logits, and by `steps.draft`."""
+    """Greedy drafts by hand, with their logits, and by `steps.draft`; the head's keys of both."""
     model, idle = nnx.merge(graph, params), jnp.zeros(1, bool)
     greedy = Requests(jnp.full(1, 99), jnp.zeros(1), jnp.zeros(1, jnp.uint32), jnp.full((1, STOPS), -1))
-    told, _ = draft(model, hidden, token, idle, cache, greedy, length, VOCAB)
+    told, after = draft(model, hidden, token, idle, cache, greedy, length, VOCAB)
     logits = []
     for j in range(length):
         where = place(model.cfg, cache.length - 1 + j, 1, jnp.zeros(1, jnp.int32), slots=cache.slots)
@@ -84,7 +84,7 @@ def drafts(params, hidden, token, cache, *, graph, length):
         hidden = rows[:, 0]
         logits.append(model.mtp_head(rows)[0, 0])
         token = jnp.argmax(logits[-1])[None]
-    return jnp.stack(logits), told[0]
+    return jnp.stack(logits), told[0], cache.mtp_k, after.mtp_k
 
 
 def test_the_weights_are_those_of_the_answers(case):
@@ -164,8 +164,9 @@ def test_drafts_of_the_mtp_head(case):
     gold = case.gold
     cache, hidden, _ = case.read([gold["tokens"].tolist()])
     agree(hidden[0], gold["hidden"][-1])
-    logits, told = drafts(
+    logits, told, by_hand, keys = drafts(
         case.loaded.params, hidden, gold["next_token"][None], cache, graph=case.loaded.graph, length=3
     )
     agree(logits, gold["draft_logits"])
     assert np.array_equal(told, gold["draft_tokens"])
+    assert float(np.abs(keys - by_hand).max()) <= TOLERANCE  # in the same slots
