@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -35,6 +36,9 @@ CONFIG = ModelConfig(
     rope_theta=1e7, linear_k_heads=8, linear_v_heads=16, linear_k_dim=64, linear_v_dim=64, conv_width=4, vocab_size=32768,
     experts=16, experts_per_token=4, expert_size=512, shared_expert_size=512, mtp_layers=1,
 )  # fmt: skip
+DEEP = replace(  # as deep as the 35B-A3B, and as narrow as that takes
+    CONFIG, layers=40, hidden_size=256, linear_k_heads=4, linear_v_heads=8, expert_size=192, shared_expert_size=192
+)
 OFF, WHOLE, ON, ALL = "MTP off", "MTP off, whole layers", "MTP on", "MTP on, rows = all"
 
 
@@ -68,19 +72,21 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--prompts", type=int, nargs="+", default=[512, 2048, 8192])
     parser.add_argument("--chunk", type=int, default=512, help="rows of a prompt chunk; divides the prompt lengths")
+    parser.add_argument("--deep", action="store_true", help="40 layers of width 256 instead of 12 of width 384")
     parser.add_argument("--json", help="write the figures to this file")
     args = parser.parse_args()
-    size, plain, longest = args.chunk, CONFIG.without_mtp(), max(args.prompts) + 8
+    cfg = DEEP if args.deep else CONFIG
+    size, plain, longest = args.chunk, cfg.without_mtp(), max(args.prompts) + 8
     side = {
         OFF: Side(plain, size, longest),
         WHOLE: Side(plain, size, longest, whole=True),
-        ON: Side(CONFIG, size, longest),
-        ALL: Side(CONFIG, size, longest, OutputRows.all()),
+        ON: Side(cfg, size, longest),
+        ALL: Side(cfg, size, longest, OutputRows.all()),
     }
     figures: dict[str, dict[str, list[float]]] = {}
     ratios: dict[str, dict[str, float]] = {}
     for length in args.prompts:
-        ids = np.random.default_rng(length).integers(0, CONFIG.vocab_size, (1, length + 1)).astype(np.int32)
+        ids = np.random.default_rng(length).integers(0, cfg.vocab_size, (1, length + 1)).astype(np.int32)
         speed: dict[str, list[float]] = {name: [] for name in side}
         for run in range(args.runs + 1):  # the first is a warm-up
             for each in side.values():
@@ -101,7 +107,7 @@ def main() -> None:
         print(f"{length} tokens: " + ", ".join(f"{n} = {r:.3f}" for n, r in ratios[str(length)].items()), flush=True)
     print(ratio_table(figures))
     if args.json:
-        write_json(args.json, {"what": "prefill, MTP on / off", **describe(), "figures": figures, "ratios": ratios})
+        write_json(args.json, {"what": "prefill, MTP on / off", "layers": cfg.layers, **describe(), "figures": figures, "ratios": ratios})
 
 
 if __name__ == "__main__":

@@ -8,10 +8,13 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a benchmark runs from a clone, installed or not
 
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "transformers")
 
