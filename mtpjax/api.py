@@ -14,7 +14,7 @@ import numpy as np
 from checkpoints import TINY, open_checkpoint
 from mtpjax.config import STOP_TOKENS
 from mtpjax.engine import BUCKETS, Engine, Request, Result
-from mtpjax.loading import load_checkpoint
+from mtpjax.loading import cache_dtype, load_checkpoint
 from mtpjax.rows import OutputRows
 from mtpjax.sampling import STOPS
 from mtpjax.speculative import Drafter, mtp_drafter
@@ -160,7 +160,7 @@ class LLM:
                 f"max_len is {max_len}; this checkpoint was made for at most {self.cfg.max_position} positions"
             )
         self.engine = Engine(
-            loaded, draft=self.draft, max_len=max_len, vocab=vocab, cache_dtype=jnp.dtype(DTYPES[dtype]),
+            loaded, draft=self.draft, max_len=max_len, vocab=vocab, cache_dtype=cache_dtype(DTYPES[dtype]),
             buckets=prefill_chunks, drafter=drafter,
         )  # fmt: skip
 

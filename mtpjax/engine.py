@@ -13,9 +13,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from jax import Array
 
 from mtpjax.cache import Cache, new_cache, slots_for
+from mtpjax.loading import as_bits
 from mtpjax.rows import NO_ROWS, OutputRows
 from mtpjax.sampling import STOPS, Requests
 from mtpjax.speculative import Drafter, LoopState, decode, mtp_drafter
@@ -94,7 +96,8 @@ class Engine:
         rounds: int = ROUNDS,
         drafter: Drafter = mtp_drafter,
     ):
-        self.model, self.draft, self.max_len, self.vocab = model, draft, max_len, vocab
+        self.model, self.draft, self.max_len, self.vocab = as_bits(model), draft, max_len, vocab
+        self.compute_dtype = nnx.merge(model.graph, model.params).compute_dtype
         self.slots = slots_for(max_len, draft + 1)
         self.cache_dtype, self.rounds, self.drafter = cache_dtype, rounds, drafter
         fitting = sorted(b for b in set(buckets) if b < max_len)
@@ -139,7 +142,7 @@ class Engine:
         """
         batch, total = len(prompts), max((len(p) for p in prompts), default=0)
         cache = self.empty_cache(batch) if cache is None else cache
-        hidden: Any = np.zeros((batch, self.model.cfg.hidden_size), self.model_dtype)
+        hidden: Any = np.zeros((batch, self.model.cfg.hidden_size), self.compute_dtype)
         kept = []
         for tokens, following, pad in self._chunks(prompts, total):
             static = {"graph": self.model.graph, "rows": rows}
@@ -161,10 +164,6 @@ class Engine:
             )
             out.append(np.asarray(rows[0]))
         return np.concatenate(out)[-len(prompt) :]
-
-    @property
-    def model_dtype(self) -> Any:
-        return self.cache_dtype
 
     def _chunks(
         self, prompts: Sequence[Sequence[int]], total: int

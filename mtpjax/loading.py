@@ -23,6 +23,7 @@ from flax import nnx
 from checkpoints import CheckpointError, OrbaxDirectory, TensorSource
 from mtpjax.config import ModelConfig
 from mtpjax.model import abstract_model
+from mtpjax.model.params import Expert
 from mtpjax.orbax_tree import LazyLeaf, StoredTree, TreePath, write_tree
 from mtpjax.weights import LoadedModel, Location, _check, config_of, fill, flat, load_model, locations
 
@@ -40,6 +41,33 @@ def storage(dtype: jnp.dtype, cfg: ModelConfig) -> dict[str, Any]:
     """
     cpu = jax.default_backend() == "cpu"
     return {"dtype": dtype, "compute_dtype": dtype, "stack": 1 if cpu else cfg.repeats}
+
+
+def cache_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """Dtype of keys, values and convolution inputs for a compute dtype.
+
+    A CPU keeps them in float32, which holds bfloat16 exactly: XLA's CPU backend would convert a whole bfloat16 cache to
+    float32 and back for every row written to it.
+    """
+    return jnp.dtype(jnp.float32) if jax.default_backend() == "cpu" else jnp.dtype(dtype)
+
+
+def as_bits(model: LoadedModel) -> LoadedModel:
+    """The model with its bfloat16 experts as uint16 bit patterns where a CPU computes; otherwise as it is. No copy.
+
+    XLA's CPU backend slices bfloat16 by converting the whole operand to float32 first: all experts of a layer for one.
+    What it takes for integers it leaves alone; `expert_mlp` reads the one matrix that it sliced as bfloat16 again.
+    """
+    if jax.default_backend() != "cpu":
+        return model
+
+    def bits(leaf: jax.Array) -> jax.Array:
+        return jax.device_put(np.asarray(leaf).view(np.uint16)) if leaf.dtype == jnp.bfloat16 else leaf
+
+    split: Any = nnx.split(nnx.merge(model.graph, model.params), Expert, ...)
+    graph, experts, rest = split
+    graph, params = nnx.split(nnx.merge(graph, jax.tree.map(bits, experts), rest))
+    return replace(model, graph=graph, params=params)
 
 
 def load_checkpoint(source: TensorSource | OrbaxDirectory, *, dtype: jnp.dtype, mtp: bool = True) -> LoadedModel:

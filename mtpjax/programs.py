@@ -134,7 +134,8 @@ def expected_trips(cfg: ModelConfig, *, rows: int, context: int) -> WhileTrips:
     """
 
     def trips(eqn: JaxprEqn) -> float:
-        carried = [v.aval.shape for v in eqn.outvars if jnp.issubdtype(v.aval.dtype, jnp.floating)]
+        kinds = (jnp.floating, jnp.uint16)  # the latter: rows of bfloat16, carried as bits
+        carried = [v.aval.shape for v in eqn.outvars if any(jnp.issubdtype(v.aval.dtype, kind) for kind in kinds)]
         if [len(s) for s in carried] == [5, 5, 5] and carried[0][-1] == carried[1][-1] == 1:
             return -(-context // BLOCK)
         if cfg.experts and [s[1:] for s in carried] == [(cfg.hidden_size,)]:

@@ -62,7 +62,7 @@ def main() -> None:
 
         from mtpjax.loading import load_checkpoint
 
-        loaded = load_checkpoint(open_checkpoint(args.model), dtype=llm.engine.cache_dtype)
+        loaded = load_checkpoint(open_checkpoint(args.model), dtype=llm.engine.compute_dtype)
         variants["pre-norm"] = LLM(pre_norm(loaded), draft=args.draft, max_len=args.prompt + args.new)
     figures = {name: measure(variant, prompts, args.new) for name, variant in variants.items()}
     for name, row in figures.items():

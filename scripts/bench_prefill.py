@@ -107,7 +107,8 @@ def main() -> None:
         print(f"{length} tokens: " + ", ".join(f"{n} = {r:.3f}" for n, r in ratios[str(length)].items()), flush=True)
     print(ratio_table(figures))
     if args.json:
-        write_json(args.json, {"what": "prefill, MTP on / off", "layers": cfg.layers, **describe(), "figures": figures, "ratios": ratios})
+        what = {"what": "prefill, MTP on / off", "layers": cfg.layers}
+        write_json(args.json, what | describe() | {"figures": figures, "ratios": ratios})
 
 
 if __name__ == "__main__":

@@ -17,9 +17,16 @@ from jaxtyping import Float, Int
 from kernels_pallas.matmul import linear
 
 
+def _reread(x: Array, dtype: jnp.dtype) -> Array:
+    """The same bits as another dtype of that width."""
+    return x if x.dtype == dtype else lax.bitcast_convert_type(x, dtype)
+
+
 def _expert(stack: Float[Array, "P E O D"], layer: Array, expert: Array) -> Float[Array, "O D"]:
+    """One expert's matrix. A uint16 stack holds the bit patterns of bfloat16 (see `mtpjax.loading.as_bits`)."""
     at = (layer, expert, 0, 0)
-    return lax.dynamic_slice(stack, at, (1, 1, *stack.shape[2:])).reshape(stack.shape[2:])
+    w = lax.dynamic_slice(stack, at, (1, 1, *stack.shape[2:])).reshape(stack.shape[2:])
+    return _reread(w, jnp.bfloat16) if w.dtype == jnp.uint16 else w
 
 
 def _block(x: Array, index: Array, block: int) -> Array:
@@ -45,13 +52,14 @@ def block_mlp(
 
     Rows of the second axis of `gate_up`: I gate rows, then I up rows (as published).
     """
+    store = jnp.uint16 if x.dtype == jnp.bfloat16 else x.dtype  # of bfloat16 a CPU would convert all rows, every turn
 
     def body(i: Array, out: Array) -> Array:
         hidden = linear(_block(x, i, block), _expert(gate_up, layer, expert[i]))
         y = linear(_swiglu(hidden), _expert(down, layer, expert[i]))
-        return lax.dynamic_update_slice(out, y, (i * block, 0))
+        return lax.dynamic_update_slice(out, _reread(y, store), (i * block, 0))
 
-    return lax.fori_loop(0, count, body, jnp.zeros_like(x))
+    return _reread(lax.fori_loop(0, count, body, jnp.zeros(x.shape, store)), x.dtype)
 
 
 def _forward(x, gate_up, down, layer, expert, count, block):  # type: ignore[no-untyped-def]
