@@ -32,6 +32,7 @@ from mtpjax.weights import LoadedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import tiny_data as data
+from train_tiny import BALANCE_WEIGHT, GAIN_SPREAD, MTP_WEIGHTS, Plan
 
 DEPTH = 4  # drafts a round
 PREFIXES = (64, 128, 192, 248)  # rows before the drafts; with them they fit in one block of attention
@@ -105,8 +106,10 @@ def cost(spent: dict[str, Any] | None) -> str:
     if spent is None:
         return "An early snapshot: the training that made it was still running."
     passes, speed = spent["tokens"] / spent["training_tokens"], spent["tokens"] / spent["seconds"]
-    return (
-        f"{spent['steps']:,} steps of {spent['batch']} windows of {BLOCK} tokens: {spent['tokens']:,} tokens, "
+    before = cost(spent["start"]) + "\n\nFrom these weights on (`--start`), optimiser and rate anew: " if "start" in spent else ""
+    whole = f" of {planned:,}" if (planned := spent.get("of_steps")) not in (None, spent["steps"]) else ""
+    return before + (
+        f"{spent['steps']:,}{whole} steps of {spent['batch']} windows of {BLOCK} tokens: {spent['tokens']:,} tokens, "
         f"{passes:.1f} passes over the text,\nin {spent['seconds'] / 60:.0f} minutes "
         f"on {spent['threads']} shared CPU cores "
         f"({speed:,.0f} tokens a second). AdamW, peak rate {spent['rate']:g},\ncosine, float32, "
@@ -126,6 +129,8 @@ def card(model: LoadedModel, folder: Path, figures: dict[str, Any], books: list[
     cfg = model.cfg
     training = folder / "training.json"
     spent = json.loads(training.read_text()) if training.is_file() else None
+    steps = (spent or vars(Plan()))["mtp_steps"]
+    further = ", ".join(map(str, MTP_WEIGHTS[1:steps]))
     parameters = sum(leaf.size for leaf in jax.tree.leaves(model.params))
     megabytes = sum(file.stat().st_size for file in folder.iterdir() if file.name != "README.md") / 1e6
     held = " and ".join(f"*{name.split('_')[1].replace('-', ' ').title()}*" for name in data.HELD_OUT)
@@ -168,9 +173,15 @@ Trained on, tokenizer included:
 
 {cost(spent)}
 
-The loss is the trunk's, plus 0.3 times that of the MTP head, plus 0.15 times that of the head applied to its own output
-(on half of the windows), plus 0.01 times a load-balancing loss. How far a run gets in its minutes depends on the
-machine; `--steps` makes a run independent of the clock.
+The loss is the trunk's, plus {MTP_WEIGHTS[0]} times that of the MTP head, plus {further} times
+those of the head applied to its own output (each on half as many windows), plus {BALANCE_WEIGHT} times a load-balancing loss.
+The target of the head is the trunk's own distribution, because a draft counts when it is the trunk's choice. How far a
+run gets in its minutes depends on the machine; `--steps` makes a run independent of the clock.
+
+The gains of the two norms that the MTP head reads from, `model.norm` and `mtp.norm`, start log-normal (deviation
+{GAIN_SPREAD} of the logarithm) and not at one. Those of published checkpoints are far from uniform; with uniform ones nobody
+could measure whether the head is fed before or after them, since it normalises what it reads.
+`scripts/acceptance.py --pre-norm` shows the difference.
 
 ## Held-out figures
 

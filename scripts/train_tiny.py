@@ -3,8 +3,9 @@
     python scripts/train_tiny.py --books DIR --out DIR [--minutes 30] [--seed 0]
     python scripts/tiny_report.py --books DIR --model DIR   # measures it, writes its README.md
 
-It trains the modules that serve. The MTP head is trained as it drafts: step 1 reads the trunk's hidden states, step 2
-its own output, each with the true next token.
+It trains the modules that serve. The MTP head is trained as it drafts: step 1 reads the trunk's hidden states, each
+further step its own output, all with the true next token. Its target is the trunk's own distribution, because a draft
+counts when it is the trunk's choice, whatever the book says.
 """
 
 from __future__ import annotations
@@ -33,9 +34,10 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float, Int
 
-from checkpoints import write_safetensors_directory
+from checkpoints import open_checkpoint, write_safetensors_directory
 from mtpjax.cache import BLOCK, new_cache
 from mtpjax.config import FULL, LINEAR, ModelConfig
+from mtpjax.loading import load_checkpoint
 from mtpjax.model import Placement, place
 from mtpjax.model.moe import Moe
 from mtpjax.weights import LoadedModel, export_tensors, random_model
@@ -44,7 +46,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import tiny_data as data
 
 ROWS = BLOCK  # tokens of a training window: one block of attention
-MTP_WEIGHTS = (0.3, 0.15, 0.1)  # of the losses of MTP steps 1, 2, 3
+MTP_WEIGHTS = (0.3, 0.15, 0.1, 0.07)  # of the losses of MTP steps 1, 2, 3, 4
+GAIN_SPREAD = 0.7  # standard deviation of log(1 + w) in the norms before the LM head, at the start
 BALANCE_WEIGHT, WEIGHT_DECAY, WARM_UP, CLIP = 0.01, 0.1, 100, 1.0
 SAVE_SECONDS = 300.0
 
@@ -62,6 +65,30 @@ def tiny_config(vocab: int, stop_tokens: tuple[int, ...]) -> ModelConfig:
 def cross_entropy(logits: Float[Array, "B T V"], target: Int[Array, "B T"]) -> Float[Array, ""]:
     """Mean over rows, in nats."""
     return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, target))
+
+
+def distillation(logits: Float[Array, "B T V"], target: Float[Array, "B T V"]) -> Float[Array, ""]:
+    """Mean over rows of the cross entropy with `softmax(target)`, in nats; no gradient enters the target."""
+    return jnp.mean(optax.softmax_cross_entropy(logits, jax.nn.softmax(jax.lax.stop_gradient(target))))
+
+
+def spread_gains(model: LoadedModel, seed: int) -> LoadedModel:
+    """Log-normal gains in the two norms whose output the MTP head reads, the final one and its own.
+
+    Those of published checkpoints are far from uniform. Uniform gains, where training starts and nearly stays at this
+    size, would hide from every measurement whether the head is fed before or after them: it normalises what it reads.
+    """
+
+    places = ("norm", "mtp.norm")
+
+    def spread(path: tuple[Any, ...], leaf: Array) -> Array:
+        place = ".".join(str(getattr(key, "key", "")) for key in path).strip(".")
+        if place not in places:
+            return leaf
+        rng = np.random.default_rng([seed, places.index(place)])
+        return jnp.asarray(np.expm1(rng.normal(0.0, GAIN_SPREAD, leaf.shape)), leaf.dtype)
+
+    return replace(model, params=jax.tree_util.tree_map_with_path(spread, model.params))
 
 
 def balance(p: Float[Array, "N E"], chosen: Int[Array, "N K"]) -> Float[Array, ""]:
@@ -102,14 +129,16 @@ def losses(
     with recording(seen):
         y, cache = model.trunk(tokens[:, :ROWS], cache, where)
         hidden = model.final_norm(y)
-        parts = {"lm": cross_entropy(model.head(hidden), tokens[:, 1 : ROWS + 1])}
+        trunk = model.head(hidden)
+        parts = {"lm": cross_entropy(trunk, tokens[:, 1 : ROWS + 1])}
         for step in range(1, steps + 1):
             # Row t of step s: its hidden state knows the tokens up to t + s - 1, reads t + s and predicts t + s + 1.
             # RoPE counts distances only, so the rows may stay at position t. Each further step has half the windows.
+            # The trunk predicts that token at row t + s, which the last s rows of a window lack.
             some = max(1, tokens.shape[0] >> step - 1)
             cache, where = fresh(cfg, some)
             hidden, _ = model.mtp_step(hidden[:some], tokens[:some, step : ROWS + step], cache, where)
-            parts[f"mtp{step}"] = cross_entropy(model.mtp_head(hidden), tokens[:some, step + 1 : ROWS + step + 1])
+            parts[f"mtp{step}"] = distillation(model.mtp_head(hidden[:, :-step]), trunk[:some, step:])
     parts["balance"] = jnp.mean(jnp.stack(seen))
     weights = {"lm": 1.0, "balance": BALANCE_WEIGHT} | {f"mtp{s + 1}": w for s, w in enumerate(MTP_WEIGHTS)}
     return sum((weights[name] * part for name, part in parts.items()), jnp.zeros(())), parts
@@ -131,7 +160,7 @@ class Plan:
 
     batch: int = 4
     rate: float = 2.5e-3
-    mtp_steps: int = 2
+    mtp_steps: int = 3
     seed: int = 0
 
 
@@ -226,10 +255,24 @@ def prepare(books: list[data.Book], side_files: Path) -> tuple[np.ndarray, Model
     return data.pack(training, tokenizer), cfg
 
 
+def write_spent(
+    side_files: Path, args: argparse.Namespace, plan: Plan, training_tokens: int, steps: int, seconds: float
+) -> None:
+    """training.json: what it took to get here, that of the weights it started from included."""
+    spent: dict[str, Any] = vars(plan) | {
+        "steps": steps, "of_steps": args.steps, "tokens": steps * plan.batch * ROWS, "training_tokens": training_tokens,
+        "seconds": round(seconds), "threads": os.cpu_count(),
+    }  # fmt: skip
+    if args.start and (before := args.start / "training.json").is_file():
+        spent["start"] = json.loads(before.read_text())
+    (side_files / "training.json").write_text(json.dumps(spent, indent=2) + "\n")
+
+
 def options(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train the embedded tiny model.")
     parser.add_argument("--books", type=Path, required=True, help="folder of plain texts, author_title.txt")
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint; replaced every five minutes")
+    parser.add_argument("--start", type=Path, help="weights to go on from; the optimiser and the rate begin anew")
     parser.add_argument("--minutes", type=float, default=30.0, help="training time, start-up not counted")
     parser.add_argument("--steps", type=int, help="train for this many steps instead, whatever the time")
     parser.add_argument("--batch", type=int, default=Plan.batch, help=f"windows of {ROWS} tokens a step")
@@ -261,8 +304,14 @@ def main(argv: list[str] | None = None) -> None:
         return (time.monotonic() - first[0]) / (60 * args.minutes) if first else 0.0
 
     saved, model = began, None
+    if args.start:
+        start = load_checkpoint(open_checkpoint(args.start), dtype=jnp.float32)
+        if start.cfg != cfg:
+            raise SystemExit(f"--start {args.start}: another model than the one trained here:\n{start.cfg}\n{cfg}")
+    else:
+        start = spread_gains(random_model(cfg, seed=plan.seed), plan.seed)
     sums: dict[str, float] = {}  # moving averages
-    for number, (model, parts) in enumerate(train(random_model(cfg, seed=plan.seed), tokens, plan, progress), 1):
+    for number, (model, parts) in enumerate(train(start, tokens, plan, progress), 1):
         now = time.monotonic()
         if not first:
             first.append(now)
@@ -274,19 +323,16 @@ def main(argv: list[str] | None = None) -> None:
             shown = "  ".join(f"{name} {value:.3f}" for name, value in sums.items())
             print(f"step {number:5}  {now - first[0]:6.0f} s  {speed:6.0f} tokens/s  {shown}", flush=True)
         if now - saved > SAVE_SECONDS:
+            write_spent(side_files, args, plan, len(tokens), number, now - first[0])
             save(out, model, side_files)
             saved = now
     if model is None:
         raise SystemExit("--minutes or --steps leaves no time for a single step.")
     seconds = time.monotonic() - first[0]
-    spent = {
-        "steps": number, "tokens": number * plan.batch * ROWS, "training_tokens": len(tokens),
-        "seconds": round(seconds), "threads": os.cpu_count(),
-    }  # fmt: skip
-    (side_files / "training.json").write_text(json.dumps(vars(plan) | spent, indent=2) + "\n")
+    write_spent(side_files, args, plan, len(tokens), number, seconds)
     save(out, model, side_files)
     shutil.rmtree(side_files)
-    print(f"{out}: {number} steps, {spent['tokens']:,} tokens in {seconds:.0f} s", flush=True)
+    print(f"{out}: {number} steps, {number * plan.batch * ROWS:,} tokens in {seconds:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from checkpoints import TINY, open_checkpoint
 from kernels_pallas.grouped_matmul import expert_mlp
 from mtpjax.config import ModelConfig
+from mtpjax.loading import load_checkpoint
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 import tiny_data
@@ -34,6 +35,33 @@ def test_same_seed_same_losses() -> None:
     assert len(first) == 3 and set(first[0]) == {"lm", "mtp1", "mtp2", "balance"}
     assert first == run(0)
     assert first != run(1)
+
+
+def test_distillation_teaches_the_head_alone() -> None:
+    """Least where both distributions are equal, and then the entropy; the target is given no gradient."""
+    target = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 9)), jnp.float32)
+    p = jax.nn.softmax(target)
+    entropy = -jnp.mean(jnp.sum(p * jnp.log(p), axis=-1))
+    np.testing.assert_allclose(train_tiny.distillation(target + 5, target), entropy, rtol=1e-5)
+    assert train_tiny.distillation(0.5 * target, target) > entropy + 1e-3
+    to_logits, to_target = jax.grad(train_tiny.distillation, argnums=(0, 1))(0.5 * target, target)
+    assert np.asarray(to_logits).any() and not np.asarray(to_target).any()
+
+
+def test_gains_are_spread_in_the_two_norms_the_head_reads() -> None:
+    model = numpy_model(tiny_config(moe=True, repeats=1), stack=1)
+    spread = train_tiny.spread_gains(model, seed=0).params
+    before, after = (dict(jax.tree_util.tree_leaves_with_path(tree)) for tree in (model.params, spread))
+    changed = {jax.tree_util.keystr(path) for path in before if not np.array_equal(before[path], after[path])}
+    assert changed == {"['norm'].value", "['mtp']['norm'].value"}
+    gains = np.log1p(np.concatenate([np.asarray(spread["norm"][...]), np.asarray(spread["mtp"]["norm"][...])]))
+    assert 0.5 * train_tiny.GAIN_SPREAD < gains.std() < 1.5 * train_tiny.GAIN_SPREAD
+
+
+def test_the_embedded_model_tells_before_a_norm_from_after_it() -> None:
+    """Its gains are spread like those of published checkpoints, without which no acceptance could tell."""
+    params = load_checkpoint(open_checkpoint(TINY), dtype=jnp.float32).params
+    assert all(np.log1p(np.asarray(norm[...])).std() > 0.4 for norm in (params["norm"], params["mtp"]["norm"]))
 
 
 @pytest.mark.parametrize("rows", [1, 7, 64])
