@@ -61,7 +61,9 @@ def test_gains_are_spread_in_the_two_norms_the_head_reads() -> None:
 def test_the_embedded_model_tells_before_a_norm_from_after_it() -> None:
     """Its gains are spread like those of published checkpoints, without which no acceptance could tell."""
     params = load_checkpoint(open_checkpoint(TINY), dtype=jnp.float32).params
-    assert all(np.log1p(np.asarray(norm[...])).std() > 0.4 for norm in (params["norm"], params["mtp"]["norm"]))
+    for norm in (params["norm"], params["mtp"]["norm"]):
+        gains = 1 + np.asarray(norm[...])
+        assert gains.std() > 0.3 * gains.mean()
 
 
 @pytest.mark.parametrize("rows", [1, 7, 64])
