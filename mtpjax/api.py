@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from checkpoints import TINY, open_checkpoint
+from mtpjax.chat import Message
 from mtpjax.config import STOP_TOKENS
 from mtpjax.engine import BUCKETS, Engine, Request, Result
 from mtpjax.loading import cache_dtype, load_checkpoint
@@ -191,6 +192,31 @@ class LLM:
         call = (lambda result, new: on_tokens(result.request.index, new)) if on_tokens else None
         results = self.engine.run(requests, min(self.max_batch, max(len(requests), 1)), call)
         return [self._output(p, r) for p, r in zip(many, results, strict=True)]
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        **template: Any,
+    ) -> list[RequestOutput]:
+        """Answer one conversation, a list of messages `{"role": "user", "content": "..."}`, or each of several.
+
+        Args:
+            template: handed to the checkpoint's chat template, as `enable_thinking=False` or `tools=[...]`.
+
+        Raises:
+            ValueError: as `generate`; or the checkpoint has no chat template, or the template refuses a conversation.
+        """
+        many: Any = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        return self.generate([self.chat_prompt(one, **template) for one in many], sampling_params)
+
+    def chat_prompt(self, messages: Sequence[Message], **template: Any) -> str:
+        """The prompt that `chat` makes of one conversation. Raises ValueError where it would."""
+        if self.tokenizer is None or self.tokenizer.chat_template is None:
+            raise ValueError(
+                "the checkpoint has no chat template (chat_template.jinja, or in tokenizer_config.json); use generate"
+            )
+        return self.tokenizer.chat_template.render(messages, **template)
 
     def check(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> list[int]:
         """Token ids of a prompt that `generate` would accept. Raises ValueError where it would."""

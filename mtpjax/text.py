@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
+from pathlib import Path
 from typing import Any
+
+from mtpjax.chat import ChatTemplate, find_chat_template
 
 
 @dataclass(frozen=True)
@@ -13,6 +16,7 @@ class Tokenizer:
     """A `tokenizers.Tokenizer` with what the engine needs. No BOS is added; special tokens are left out of decoded text."""
 
     backend: Any
+    chat_template: ChatTemplate | None = None
 
     @property
     def size(self) -> int:
@@ -27,10 +31,11 @@ class Tokenizer:
 
 
 def load_tokenizer(path: str | PathLike[str]) -> Tokenizer:
-    """Read a `tokenizer.json`. Raises ValueError that names the file when it cannot be read."""
+    """Read a `tokenizer.json`, and the chat template beside it. Raises ValueError that names a file that cannot be read."""
     import tokenizers  # a slow import that research on token ids does not need
 
     try:
-        return Tokenizer(tokenizers.Tokenizer.from_file(str(path)))
+        backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the package raises bare Exceptions
         raise ValueError(f"{path}: not a readable tokenizer.json: {error}") from None
+    return Tokenizer(backend, find_chat_template(Path(path).parent))

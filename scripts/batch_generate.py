@@ -3,7 +3,8 @@
     python scripts/batch_generate.py [--model DIR] [--input prompts.jsonl] [--output answers.jsonl]
 
 A line of the input is `{"id": "a", "prompt": "Once"}`, the prompt a text or a list of token ids, optionally with
-"max_tokens", "temperature" and "seed"; in a `.txt` file it is a prompt as it stands. Lines of the output have "id",
+"max_tokens", "temperature" and "seed"; `"messages": [{"role": "user", "content": "Hello"}]` in place of the prompt goes
+through the checkpoint's chat template. In a `.txt` file a line is a prompt as it stands. Lines of the output have "id",
 "prompt", "text", "token_ids", "finish_reason" and "metrics", in the order of the input. While the job runs, answers
 that are ready are in OUTPUT.part. A line that cannot be used is reported and left out, and the exit status is then 1.
 """
@@ -15,7 +16,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
@@ -96,6 +97,8 @@ def check(llm: LLM, job: Job, args: argparse.Namespace) -> Ready:
     """Raises LineError for what `generate` would refuse. The seed depends on the line alone, not on its neighbours."""
     given = {"max_tokens": args.max_tokens, "temperature": args.temperature, "seed": args.seed + job.line - 1}
     try:
+        if job.messages is not None:
+            job = replace(job, prompt=llm.chat_prompt(job.messages))
         stops, ignore = tuple(args.stop_token_ids), args.ignore_eos
         params = SamplingParams(**(given | job.options), stop_token_ids=stops, ignore_eos=ignore)
         return Ready(job, llm.check(job.prompt, params), params)

@@ -21,12 +21,16 @@ class LineError(ValueError):
 
 @dataclass(frozen=True)
 class Job:
-    """One line: `options` are those of `OPTIONS` that it gives. `where` is file and line for messages."""
+    """One line: a prompt, or a conversation in `messages`, which becomes the prompt through a chat template.
+
+    `options` are those of `OPTIONS` that it gives. `where` is file and line for messages.
+    """
 
     where: str
     line: int
     id: str | int
     prompt: str | list[Any]
+    messages: list[Any] | None
     options: dict[str, Any]
 
 
@@ -67,7 +71,7 @@ def _parse(raw: bytes, file: Path, number: int) -> Job:
     except UnicodeDecodeError as error:
         raise LineError(f"{where}: is not UTF-8 ({error})") from None
     if file.suffix == ".txt":
-        return Job(where, number, number, text.rstrip("\r\n"), {})
+        return Job(where, number, number, text.rstrip("\r\n"), None, {})
     try:
         line = json.loads(text)
     except json.JSONDecodeError as error:
@@ -77,16 +81,26 @@ def _parse(raw: bytes, file: Path, number: int) -> Job:
     if not isinstance(line, dict):
         found = type(line).__name__
         raise LineError(f'{where}: is a JSON {found}, expected an object like {{"id": "a", "prompt": "Once"}}')
-    prompt, name = line.get("prompt"), line.get("id")
+    prompt, name, messages = line.get("prompt"), line.get("id"), line.get("messages")
+    if messages is not None:
+        if prompt is not None:
+            raise LineError(f"{where}: has both 'prompt' and 'messages', expected one of them")
+        if not isinstance(messages, list):
+            raise LineError(f"{where}: has 'messages' of type {type(messages).__name__}, expected a list")
+        prompt = ""
     if not isinstance(prompt, str | list):
         found = "has no 'prompt'" if "prompt" not in line else f"has a 'prompt' of type {type(prompt).__name__}"
-        raise LineError(f"{where}: {found}, expected a text or a list of token ids")
-    if isinstance(prompt, str) and any("\ud800" <= c <= "\udfff" for c in prompt):
+        raise LineError(f"{where}: {found}, expected a text or a list of token ids, or 'messages'")
+    if _half_surrogate(prompt) or _half_surrogate(json.dumps(messages, ensure_ascii=False)):
         raise LineError(f"{where}: the prompt holds half of a surrogate pair (\\ud800...\\udfff), which is no text")
     if isinstance(name, bool) or not isinstance(name, str | int | None):
         raise LineError(f"{where}: has an 'id' of type {type(name).__name__}, expected a text or a whole number")
     options = {key: line[key] for key in OPTIONS if line.get(key) is not None}
-    return Job(where, number, number if name is None else name, prompt, options)
+    return Job(where, number, number if name is None else name, prompt, messages, options)
+
+
+def _half_surrogate(text: object) -> bool:
+    return isinstance(text, str) and any("\ud800" <= c <= "\udfff" for c in text)
 
 
 class Answers:

@@ -1,8 +1,11 @@
 """The training of the embedded model, and what it left in checkpoints/tiny."""
 
+import itertools
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,23 +21,89 @@ from mtpjax.loading import load_checkpoint
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 import tiny_data
+import tiny_loss
 import train_tiny
+from tiny_state import Plan, Progress, Saves
+
+
+def run(plan: Plan, steps: int = 3, last: int | None = None) -> tuple[list[dict[str, float]], dict[str, Any]]:
+    """The parts of the loss of each of the first `last` steps of a run of `steps`, and the state that they leave."""
+    cfg = tiny_config(moe=True, repeats=1)
+    tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, 6000, dtype=np.int32)
+    first = train_tiny.new_state(numpy_model(cfg, seed=plan.seed, stack=1), plan)
+    each = list(itertools.islice(train_tiny.train(cfg, first, tokens, plan, lambda step: step / steps), last))
+    return [parts for _, parts in each], each[-1][0]
 
 
 def test_same_seed_same_losses() -> None:
     """Two runs of three steps agree to the last bit; another seed does not."""
+    plan = Plan(batch=2, mtp_steps=2)
+    first, _ = run(plan)
+    assert len(first) == 3 and set(first[0]) == {"rate", "lm", "mtp1", "mtp2", "balance"}
+    assert first == run(plan)[0]
+    assert first != run(replace(plan, seed=1))[0]
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
+    """To the last bit: weights, averages, optimiser and the order of the windows come back from the save."""
+    plan = Plan(batch=2, mtp_steps=2)
+    whole, _ = run(plan, 4)
+    begun, state = run(plan, 4, last=2)
+    saves = Saves(tmp_path / "state", plan)
+    saves.save(state, Progress(2, 1.5, [{"step": 2, "lm": 3.0}]))
+
     cfg = tiny_config(moe=True, repeats=1)
-    tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, 4000, dtype=np.int32)
+    tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, 6000, dtype=np.int32)
+    like = train_tiny.new_state(numpy_model(cfg, seed=7, stack=1), plan)
+    found = saves.latest(like)
+    assert found is not None
+    restored, progress = found
+    assert (progress.step, progress.seconds, progress.rows) == (2, 1.5, [{"step": 2, "lm": 3.0}])
+    rest = [parts for _, parts in train_tiny.train(cfg, restored, tokens, plan, lambda step: step / 4, progress.step)]
+    assert begun + rest == whole
 
-    def run(seed: int) -> list[dict[str, float]]:
-        model = numpy_model(cfg, seed=seed, stack=1)
-        plan = train_tiny.Plan(batch=2, mtp_steps=2, seed=seed)
-        return [parts for _, parts in train_tiny.train(model, tokens, plan, lambda step: step / 3)]
+    with pytest.raises(SystemExit, match="has mtp_steps = 2, this one 3"):
+        Saves(tmp_path / "state", replace(plan, mtp_steps=3)).latest(like)
+    assert Saves(tmp_path / "elsewhere", plan).latest(like) is None
 
-    first = run(0)
-    assert len(first) == 3 and set(first[0]) == {"lm", "mtp1", "mtp2", "balance"}
-    assert first == run(0)
-    assert first != run(1)
+
+def test_accumulated_parts_are_the_mean_of_the_batch() -> None:
+    """The same windows read in two parts; only the balance of experts, not linear in the batch, may differ."""
+    plan = Plan(batch=4, mtp_steps=1, optimizer="adamw")
+    (first, second), _ = run(plan, 2)
+    (halved, after), _ = run(replace(plan, accumulate=2), 2)
+    for name in ("lm", "mtp1"):
+        np.testing.assert_allclose(halved[name], first[name], rtol=1e-5)
+        np.testing.assert_allclose(after[name], second[name], rtol=1e-3)
+
+
+def test_bfloat16_computes_while_the_weights_stay_float32() -> None:
+    plan = Plan(batch=2, mtp_steps=1)
+    (wide,), _ = run(plan, 1)
+    (narrow,), state = run(replace(plan, dtype="bfloat16"), 1)
+    assert narrow["lm"] != wide["lm"]
+    np.testing.assert_allclose(narrow["lm"], wide["lm"], rtol=2e-2)
+    assert {leaf.dtype for leaf in jax.tree.leaves(state["params"])} == {jnp.dtype(jnp.float32)}
+
+
+def test_the_manifest_names_the_text_that_differs(tmp_path: Path) -> None:
+    texts = [tiny_data.Document(domain, f"{domain}-1", "text", "train") for domain in tiny_data.LICENCES]
+    file = tmp_path / "manifest.json"
+    file.write_text(json.dumps(tiny_data.manifest(texts, train_tiny.tiny_config(4096, (1, 2)), {})))
+    tiny_data.check_manifest(texts, file)
+    with pytest.raises(SystemExit, match="python: python-1 is not the text that is listed there"):
+        tiny_data.check_manifest([texts[0], replace(texts[1], text="other"), texts[2]], file)
+    with pytest.raises(SystemExit, match="books: books-0 is not listed there"):
+        tiny_data.check_manifest([replace(texts[0], name="books-0"), *texts], file)
+
+
+def test_talk_is_the_same_each_time_and_its_held_out_part_is_new() -> None:
+    training, held_out = tiny_data.read_talk()
+    listed = json.loads((TINY / "manifest.json").read_text())["domains"]["talk"]["documents"]
+    assert [training.manifest_line(), held_out.manifest_line()] == listed
+    seen = set(training.text.split(tiny_data.END_OF_TEXT))
+    kept = held_out.text.split(tiny_data.END_OF_TEXT)
+    assert len(kept) == tiny_data.HELD_OUT_TALKS and not seen & set(kept)
 
 
 def test_distillation_teaches_the_head_alone() -> None:
@@ -42,20 +111,20 @@ def test_distillation_teaches_the_head_alone() -> None:
     target = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 9)), jnp.float32)
     p = jax.nn.softmax(target)
     entropy = -jnp.mean(jnp.sum(p * jnp.log(p), axis=-1))
-    np.testing.assert_allclose(train_tiny.distillation(target + 5, target), entropy, rtol=1e-5)
-    assert train_tiny.distillation(0.5 * target, target) > entropy + 1e-3
-    to_logits, to_target = jax.grad(train_tiny.distillation, argnums=(0, 1))(0.5 * target, target)
+    np.testing.assert_allclose(tiny_loss.distillation(target + 5, target), entropy, rtol=1e-5)
+    assert tiny_loss.distillation(0.5 * target, target) > entropy + 1e-3
+    to_logits, to_target = jax.grad(tiny_loss.distillation, argnums=(0, 1))(0.5 * target, target)
     assert np.asarray(to_logits).any() and not np.asarray(to_target).any()
 
 
 def test_gains_are_spread_in_the_two_norms_the_head_reads() -> None:
     model = numpy_model(tiny_config(moe=True, repeats=1), stack=1)
-    spread = train_tiny.spread_gains(model, seed=0).params
+    spread = tiny_loss.spread_gains(model, seed=0).params
     before, after = (dict(jax.tree_util.tree_leaves_with_path(tree)) for tree in (model.params, spread))
     changed = {jax.tree_util.keystr(path) for path in before if not np.array_equal(before[path], after[path])}
     assert changed == {"['norm'].value", "['mtp']['norm'].value"}
     gains = np.log1p(np.concatenate([np.asarray(spread["norm"][...]), np.asarray(spread["mtp"]["norm"][...])]))
-    assert 0.5 * train_tiny.GAIN_SPREAD < gains.std() < 1.5 * train_tiny.GAIN_SPREAD
+    assert 0.5 * tiny_loss.GAIN_SPREAD < gains.std() < 1.5 * tiny_loss.GAIN_SPREAD
 
 
 def test_the_embedded_model_tells_before_a_norm_from_after_it() -> None:
@@ -107,7 +176,8 @@ def test_the_embedded_files_fit_together() -> None:
     stops = [ids["<|im_end|>"], ids["<|endoftext|>"]]
     assert manifest["eos_token_id"] == source.generation_config["eos_token_id"] == list(cfg.stop_tokens) == stops
     assert cfg == train_tiny.tiny_config(cfg.vocab_size, cfg.stop_tokens)
-    assert {Path(b["file"]).stem for b in manifest["books"] if b["split"] == "held-out"} == set(tiny_data.HELD_OUT)
+    books = manifest["domains"]["books"]["documents"]
+    assert {Path(b["name"]).stem for b in books if b["split"] == "held-out"} == set(tiny_data.HELD_OUT)
     assert sum(file.stat().st_size for file in TINY.iterdir()) <= 12_000_000
 
     text = "“Curiouser and curiouser!” cried Alice; 1865, cafe\u0301.\n\n"
