@@ -50,6 +50,7 @@ def plan_blocks(chosen: Int[Array, "N K"], live: Bool[Array, " N"], experts: int
     return BlockPlan(
         source=jnp.full(blocks * block, total, jnp.int32).at[place].set(order.astype(jnp.int32), mode="drop"),
         place=jnp.zeros(total, jnp.int32).at[order].set(place.astype(jnp.int32)).reshape(rows, k),
-        expert=jnp.minimum(jnp.searchsorted(ends, jnp.arange(blocks), side="right"), experts - 1).astype(jnp.int32),
+        # Not searchsorted, which is a loop: a GPU would wait for the host at each turn.
+        expert=jnp.minimum(jnp.sum(ends <= jnp.arange(blocks)[:, None], axis=1), experts - 1).astype(jnp.int32),
         count=ends[-1],
     )
