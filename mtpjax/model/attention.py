@@ -13,6 +13,7 @@ from jax import Array, lax
 from jaxtyping import Float
 
 from kernels_pallas.matmul import linear
+from kernels_pallas.target import target
 from mtpjax.cache import BLOCK
 from mtpjax.config import ModelConfig
 from mtpjax.model.norm import rms_norm
@@ -57,7 +58,11 @@ def attend(q: Float[Array, "B T Q H"], cache: KV, layer: Array | int, where: Pla
         k, v = (lax.dynamic_slice(c, at, (1, batch, kv_heads, BLOCK, size))[0].astype(q.dtype) for c in cache)
         seen = where.live[..., None] & (i * BLOCK + jnp.arange(BLOCK) <= where.positions[..., None])  # [B, T, S]
         seen = seen[:, None, None]
-        score = jnp.einsum("bngth,bnsh->bngts", q, k, precision=precision, preferred_element_type=jnp.float32)
+        if target() == "cpu":
+            score = jnp.einsum("bngth,bnsh->bngts", q, k, precision=precision, preferred_element_type=jnp.float32)
+        else:  # keys first: as the second operand XLA wants them transposed, and transposes the whole cache to have it
+            score = jnp.einsum("bnsh,bngth->bnsgt", k, q, precision=precision, preferred_element_type=jnp.float32)
+            score = jnp.moveaxis(score, 2, 4)
         score = jnp.where(seen, score, NEGATIVE)
         new_top = jnp.maximum(top, jnp.max(score, axis=-1, keepdims=True))
         keep = jnp.exp(top - new_top)
