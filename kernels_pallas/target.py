@@ -8,10 +8,6 @@ from contextvars import ContextVar
 
 import jax
 
-# Arguments of `jax.stages.Lowered.compile` by platform. Rematerialisation: where weights fill most of the memory, XLA
-# computes small things again and again to save kilobytes that it does not need.
-COMPILER_OPTIONS: dict[str, dict[str, str]] = {"cuda": {"xla_disable_hlo_passes": "rematerialization"}}
-
 _target: ContextVar[str | None] = ContextVar("target", default=None)
 
 
@@ -36,3 +32,11 @@ def compiling_for(platform: str) -> Iterator[None]:
         yield
     finally:
         _target.reset(token)
+
+
+def compile_options() -> dict[str, dict[str, str]]:
+    """Keyword arguments of `jax.stages.Lowered.compile` that suit the target."""
+    if target() != "cuda":
+        return {}
+    # Where weights fill most of the memory, XLA computes small things again and again to save kilobytes nobody needs.
+    return {"compiler_options": {"xla_disable_hlo_passes": "rematerialization"}}

@@ -16,6 +16,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -164,8 +165,14 @@ def weight_shapes(params: Any) -> tuple[set[str], set[str]]:
 # Worker: one process, one card
 
 
-def work(card: str, cases: list[str], dump: str) -> None:
+def work(card: str, cases: list[str]) -> None:
     """Compile cases one by one, a line of JSON before and after each."""
+    with tempfile.TemporaryDirectory() as dump:
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={dump}"
+        _work(card, cases, Path(dump))
+
+
+def _work(card: str, cases: list[str], dump: Path) -> None:
     from scripts.cuda_target import CARDS as DESCRIBED
     from scripts.cuda_target import Target
 
@@ -174,18 +181,21 @@ def work(card: str, cases: list[str], dump: str) -> None:
         print(json.dumps({"start": name}), flush=True)
         began = time.perf_counter()
         try:
-            found = program_report(target, name) if name in ("prefill", "decode") else kernel_report(target, kernels[name])
+            if name in ("prefill", "decode"):
+                found = program_report(target, name)
+            else:
+                found = kernel_report(target, kernels[name], dump)
         except Exception as error:  # whatever the compiler says is the result
             found = {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"}
         print(json.dumps({"case": name, "seconds": round(time.perf_counter() - began, 1), **found}), flush=True)
 
 
-def kernel_report(target: Any, make: Callable[[], tuple[Any, tuple[Any, ...]]]) -> dict[str, Any]:
+def kernel_report(target: Any, make: Callable[[], tuple[Any, tuple[Any, ...]]], dump: Path) -> dict[str, Any]:
     from scripts.cuda_target import kernel_resources, memory
 
     fn, args = make()
     compiled = target.compile(fn, *args)
-    ours = {n: r for n, r in kernel_resources(compiled).items() if n.startswith(("matmul_", "experts_"))}
+    ours = kernel_resources(dump, ("matmul_", "experts_"))
     if not ours:
         raise RuntimeError("the compiled program holds none of our kernels")
     return {"kernels": ours, "temp": memory(compiled)["temp"]}
@@ -270,8 +280,9 @@ def show(result: dict[str, Any]) -> str:
             f"of other packed weights {sum(result['packed_copies'].values())}"
         )
     each = ", ".join(
-        f"{kernel} {r.get('registers')} registers" + (f", {r['local_bytes']} B spilled" if r.get("local_bytes") else "")
-        for kernel, r in result["kernels"].items()
+        f"{kernel}: {use.get('registers', '?')} registers, {use['shared'] / 1024:.0f} KiB shared"
+        + (f", {use['spilled']} B SPILLED" if use.get("spilled") else "")
+        for kernel, use in result["kernels"].items()
     )
     return f"{name} {each}"
 
@@ -284,7 +295,7 @@ def main() -> int:
     parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        work(args.worker[0], args.worker[1:], "")
+        work(args.worker[0], args.worker[1:])
         return 0
     results, bad = [], 0
     for card in CARDS:

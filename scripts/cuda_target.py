@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-import struct
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec, use_abstract_mesh
 
-from kernels_pallas.target import COMPILER_OPTIONS, compiling_for
+from kernels_pallas.target import compile_options, compiling_for
 
 GIB = 2**30
 
@@ -81,7 +81,7 @@ class Target:
         put = NamedSharding(self.mesh, PartitionSpec())
         args = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=put), shapes)
         with compiling_for("cuda"), use_abstract_mesh(self.mesh.abstract_mesh):
-            return fn.lower(*args, **static).compile(compiler_options=COMPILER_OPTIONS["cuda"])
+            return fn.lower(*args, **static).compile(**compile_options())
 
 
 def memory(compiled: Any) -> dict[str, int]:
@@ -176,36 +176,33 @@ class Program:
 
 # The machine code
 
-_REGISTERS, _FRAME = 0x2F, 0x11  # attributes of .nv.info: registers a thread, bytes of local memory
 
+def kernel_resources(dump: Path, prefixes: tuple[str, ...]) -> dict[str, dict[str, int]]:
+    """What each kernel whose name starts so takes, from a folder that `--xla_dump_to` filled (it is emptied): registers
+    a thread, spilled bytes a thread, bytes of shared memory of a block, threads of a block, blocks.
 
-def kernel_resources(compiled: Any) -> dict[str, dict[str, int]]:
-    """Registers a thread and bytes of local memory (spilled registers) of each kernel, from its ELF image."""
-    blob = compiled.runtime_executable().serialize()
+    `ptxas` (package nvidia-cuda-nvcc-cu12) counts the registers; without it they are left out.
+    """
     found: dict[str, dict[str, int]] = {}
-    start = blob.find(b"\x7fELF")
-    while start >= 0:
-        elf = blob[start:]
-        offset, = struct.unpack_from("<Q", elf, 0x28)
-        size, count, names_at = struct.unpack_from("<HHH", elf, 0x3A)
-        heads = [struct.unpack_from("<IIQQQQIIQQ", elf, offset + i * size) for i in range(count)]
-        text = [_string(elf, heads[names_at][4] + h[0]) for h in heads]
-        parts = {name: elf[h[4] : h[4] + h[5]] for name, h in zip(text, heads, strict=True)}
-        symbols, strings = parts[".symtab"], parts[".strtab"]
-        info, at = parts.get(".nv.info", b""), 0
-        while at + 4 <= len(info):
-            form, attribute, length = struct.unpack_from("<BBH", info, at)
-            at += 4
-            if form != 4:
-                continue
-            if attribute in (_REGISTERS, _FRAME) and length == 8:
-                symbol, value = struct.unpack_from("<II", info, at)
-                name = _string(strings, struct.unpack_from("<I", symbols, 24 * symbol)[0])
-                found.setdefault(name, {})["registers" if attribute == _REGISTERS else "local_bytes"] = value
-            at += length
-        start = blob.find(b"\x7fELF", start + 4)
+    launch = re.compile(r" (\S+) grid: \[([\d, ]+)\] threads: \[(\d+)[\d, ]+\]  shared_memory: (\d+) bytes")
+    for file in dump.glob("*.thunk_sequence.txt"):
+        for name, grid, threads, shared in launch.findall(file.read_text()):
+            blocks = [int(n) for n in grid.split(",")]
+            found[name] = {"shared": int(shared), "threads": int(threads), "blocks": blocks[0] * blocks[1] * blocks[2]}
+    found = {name: use for name, use in found.items() if name.startswith(prefixes)}
+    tools = list(Path(sys.prefix).glob("lib/python*/site-packages/nvidia/cuda_nvcc/bin/ptxas"))
+    for file in dump.glob("*.ptx"):
+        ptx = file.read_text()
+        mine = [name for name in re.findall(r"\.entry (\w+)\(", ptx) if name in found]
+        if tools and mine:
+            arch = re.search(r"\.target (\w+)", ptx)[1]  # type: ignore[index]
+            command = [str(tools[0]), "-v", "-arch", arch, "-o", os.devnull, str(file)]
+            said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+            for name, spilled, registers in re.findall(
+                r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers", said, re.DOTALL
+            ):
+                if name in found:
+                    found[name] |= {"registers": int(registers), "spilled": int(spilled)}
+    for file in dump.iterdir():
+        file.unlink()
     return found
-
-
-def _string(blob: bytes, at: int) -> str:
-    return blob[at : blob.index(b"\0", at)].decode()

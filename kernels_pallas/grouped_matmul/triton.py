@@ -141,22 +141,20 @@ def grouped_mlp(
     plan: BlockPlan = plan_blocks(chosen, live, experts, block)
     blocks = plan.expert.shape[0]
     static = {"block": block, "asm": not interpret}
-    call = partial(
-        pl.pallas_call,
-        compiler_params=plt.CompilerParams(num_warps=4, num_stages=3),
-        interpret=interpret,
-    )
+    call = partial(pl.pallas_call, interpret=interpret)
     index = (jnp.asarray(layer, jnp.int32).reshape(1), plan.expert, plan.count.astype(jnp.int32).reshape(1), plan.source)
     hidden = call(
         partial(_gate_up_kernel, form=up_form, down=down_form, chosen=k, **static),
         grid=(blocks, -(-inner // OUT_TILE)),
         out_shape=jax.ShapeDtypeStruct((blocks * block, inner), x.dtype),
+        compiler_params=plt.CompilerParams(num_warps=8, num_stages=3),  # two accumulators spill on four warps
         name=f"experts_gate_up_{up_form.layout}",
     )(*index, rows_for(up_form, x), *up)
     each = call(
         partial(_down_kernel, form=down_form, **static),
         grid=(blocks, -(-x.shape[1] // OUT_TILE)),
         out_shape=jax.ShapeDtypeStruct((rows * k, x.shape[1]), jnp.float32),
+        compiler_params=plt.CompilerParams(num_warps=4, num_stages=3),
         name=f"experts_down_{down_form.layout}",
     )(*index, weights.astype(jnp.float32).reshape(-1), hidden, *down_operands)
     each = each.reshape(rows, k, -1)
