@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +95,19 @@ def kernel_cases() -> dict[str, Callable[[], tuple[Any, tuple[Any, ...]]]]:
         routing = (spec((rows, 8), jnp.int32), spec((rows, 8), jnp.float32), spec((rows,), jnp.bool_))
         return jax.jit(grouped_mlp), (spec((rows, 2048), jnp.bfloat16), *stacks, spec((), jnp.int32), *routing)
 
-    return {
-        f"{op} {form} {regime}": lambda make=make, form=form, rows=rows: make(form, rows)
+    def attention_case(rows: int) -> tuple[Any, tuple[Any, ...]]:
+        import jax
+        import jax.numpy as jnp
+
+        from kernels_pallas.attention.triton import attend_cache
+
+        spec, cache = jax.ShapeDtypeStruct, jax.ShapeDtypeStruct((10, 1, 2, CONTEXT, 256), jnp.bfloat16)
+        where = (spec((), jnp.int32), spec((1, rows), jnp.int32), spec((1, rows), jnp.bool_))
+        return jax.jit(attend_cache), (spec((1, rows, 16, 256), jnp.bfloat16), cache, cache, *where)
+
+    attention = {f"attention {regime}": partial(attention_case, rows) for regime, rows in ROWS.items()}
+    return attention | {
+        f"{op} {form} {regime}": partial(make, form, rows)
         for op, make in (("linear", linear_case), ("experts", experts_case))
         for form in FORMS
         for regime, rows in ROWS.items()
@@ -195,7 +207,7 @@ def kernel_report(target: Any, make: Callable[[], tuple[Any, tuple[Any, ...]]], 
 
     fn, args = make()
     compiled = target.compile(fn, *args)
-    ours = kernel_resources(dump, ("matmul_", "experts_"))
+    ours = kernel_resources(dump, ("matmul_", "experts_", "attention_"))
     if not ours:
         raise RuntimeError("the compiled program holds none of our kernels")
     return {"kernels": ours, "temp": memory(compiled)["temp"]}

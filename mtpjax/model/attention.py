@@ -12,6 +12,7 @@ from flax import nnx
 from jax import Array, lax
 from jaxtyping import Float
 
+from kernels_pallas.attention import KERNELS
 from kernels_pallas.matmul import linear
 from kernels_pallas.target import target
 from mtpjax.cache import BLOCK
@@ -49,7 +50,11 @@ def attend(q: Float[Array, "B T Q H"], cache: KV, layer: Array | int, where: Pla
     kv_heads = cache[0].shape[2]
     group = q_heads // kv_heads
     precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
-    q = (q.astype(jnp.float32) * size**-0.5).astype(q.dtype).reshape(batch, rows, kv_heads, group, size)
+    q = (q.astype(jnp.float32) * size**-0.5).astype(q.dtype)
+    kernel = KERNELS.get(target())
+    if kernel is not None and not isinstance(where.blocks, int):  # a fixed number of blocks: to be differentiated
+        return kernel(q, *cache, layer, where.positions, where.live)
+    q = q.reshape(batch, rows, kv_heads, group, size)
     q = q.transpose(0, 2, 3, 1, 4)  # [B, N, G, T, H]
 
     def block(i: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
@@ -58,11 +63,7 @@ def attend(q: Float[Array, "B T Q H"], cache: KV, layer: Array | int, where: Pla
         k, v = (lax.dynamic_slice(c, at, (1, batch, kv_heads, BLOCK, size))[0].astype(q.dtype) for c in cache)
         seen = where.live[..., None] & (i * BLOCK + jnp.arange(BLOCK) <= where.positions[..., None])  # [B, T, S]
         seen = seen[:, None, None]
-        if target() == "cpu":
-            score = jnp.einsum("bngth,bnsh->bngts", q, k, precision=precision, preferred_element_type=jnp.float32)
-        else:  # keys first: as the second operand XLA wants them transposed, and transposes the whole cache to have it
-            score = jnp.einsum("bnsh,bngth->bnsgt", k, q, precision=precision, preferred_element_type=jnp.float32)
-            score = jnp.moveaxis(score, 2, 4)
+        score = jnp.einsum("bngth,bnsh->bngts", q, k, precision=precision, preferred_element_type=jnp.float32)
         score = jnp.where(seen, score, NEGATIVE)
         new_top = jnp.maximum(top, jnp.max(score, axis=-1, keepdims=True))
         keep = jnp.exp(top - new_top)
