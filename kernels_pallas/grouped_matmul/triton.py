@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Bool, Float, Int
 
-from kernels_pallas.grouped_matmul.plan import BlockPlan, choose_block, plan_blocks
+from kernels_pallas.grouped_matmul.plan import choose_block, plan_blocks, plan_each
 from kernels_pallas.packed_words import (
     Form,
     dot,
@@ -34,6 +34,7 @@ from kernels_pallas.packed_words import (
 from kernels_pallas.quantized import QuantizedTensor
 
 OUT_TILE = 64
+EACH = 64  # assignments of a call up to which every one has a block of its own
 SMALLEST_BLOCK = 16  # rows of a block at least: what one tensor-core instruction takes
 
 
@@ -52,11 +53,12 @@ def _gate_up_kernel(
 ) -> None:
     """Rows of one block times `OUT_TILE` gate rows and the same up rows of its expert, and SiLU(gate) * up."""
     *weight, out_ref = refs
+    experts = weight[0].shape[1]
     z, tile, size = pl.program_id(0), pl.program_id(1), out_ref.shape[1]
     shape = (2 * size, x_ref.shape[1] // form.slots)
     select = prmt if asm else select_bytes
 
-    @pl.when(z < count_ref[0])
+    @pl.when((z < count_ref[0]) & (expert_ref[z] < experts))
     def _() -> None:
         at = (layer_ref[0], expert_ref[z])
         place = z * block + jnp.arange(block)
@@ -93,10 +95,11 @@ def _down_kernel(
     """Rows of one block times `OUT_TILE` rows of its expert's down matrix, times the routing weight, put at the place of
     the assignment."""
     *weight, out_ref = refs
+    experts = weight[0].shape[1]
     z, tile, total = pl.program_id(0), pl.program_id(1), out_ref.shape[0]
     shape = (out_ref.shape[1], hidden_ref.shape[1] // form.slots)
 
-    @pl.when(z < count_ref[0])
+    @pl.when((z < count_ref[0]) & (expert_ref[z] < experts))
     def _() -> None:
         at = (layer_ref[0], expert_ref[z])
         place = z * block + jnp.arange(block)
@@ -138,7 +141,7 @@ def grouped_mlp(
     down_form, down_operands = words(down)
     experts, inner = up[0].shape[1], up[0].shape[2] // 2
     block = max(SMALLEST_BLOCK, choose_block(rows, k, experts))
-    plan: BlockPlan = plan_blocks(chosen, live, experts, block)
+    plan = (plan_each if chosen.size <= EACH else plan_blocks)(chosen, live, experts, block)
     blocks = plan.expert.shape[0]
     static = {"block": block, "asm": not interpret}
     call = partial(pl.pallas_call, interpret=interpret)
