@@ -13,6 +13,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kernels_pallas.attention.triton import attend_cache
 from kernels_pallas.grouped_matmul import api as experts_api
 from kernels_pallas.grouped_matmul import expert_mlp
 from kernels_pallas.grouped_matmul.triton import grouped_mlp
@@ -292,3 +293,57 @@ def test_a_scanned_model_with_packed_matrices_is_the_dequantised_one(interpreted
         rows.append(np.asarray(hidden_rows(params, tokens, np.zeros(1, np.int32), cache, graph=graph)[0]))
     assert np.isfinite(rows[0]).all()
     assert_close(rows[0], rows[1].astype(np.float64), "float32")
+
+
+def test_packed_experts_on_the_lax_path() -> None:
+    chosen, share, live = route(17)
+    x = np.random.default_rng(17).normal(size=(17, HIDDEN)).astype(np.float32) / 30
+    got = jax.jit(expert_mlp)(x, *stacks("iq4_nl"), np.int32(1), chosen, share, live)
+    assert_close(got, expected(x, "iq4_nl", 1, chosen, share, live, "float32"), "float32")
+
+
+# Attention
+
+
+def attended(rows: int, dtype: str, slots: int = 1280, head: int = 32) -> tuple[Any, Any, Any]:
+    """The kernels, the loop of `mtpjax.model.attention`, and what went in: one long, one short and one idle sequence."""
+    from mtpjax.model import place
+    from mtpjax.model.attention import attend
+
+    rng = np.random.default_rng(rows)
+    cfg = tiny_config(moe=False, head_dim=head, q_heads=8)
+    cache = tuple(jnp.asarray(rng.normal(size=(2, 3, 2, slots, head)), dtype) for _ in range(2))
+    where = place(cfg, jnp.array([1200, 100, 0]), rows, jnp.array([0, rows // 2, rows]), slots=slots)
+    q = jnp.asarray(rng.normal(size=(3, rows, 8, head)), dtype)
+    scaled = (q.astype(jnp.float32) * head**-0.5).astype(q.dtype)
+    args = (scaled, *cache, 1, where.positions, where.live)
+    return attention(*args), attend(q, cache, 1, where), args
+
+
+attention = jax.jit(partial(attend_cache, interpret=True))
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_attention_is_that_of_the_loop(rows: int, dtype: str) -> None:
+    got, want, _ = attended(rows, dtype)
+    assert_close(got, np.asarray(want, np.float64), dtype)
+    assert not np.asarray(got[2]).any()  # nobody lives there
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_attention_is_invariant_to_the_batch_bit_for_bit(dtype: str) -> None:
+    """A row of a window of five alone in its window, and without the other sequences."""
+    got, _, (q, keys, values, layer, positions, live) = attended(5, dtype)
+    for row in (0, 4):
+        only = np.s_[:, row : row + 1]
+        alone = attention(q[only], keys, values, layer, positions[only], live[only])
+        assert (np.asarray(alone) == np.asarray(got[only])).all()
+    first = attention(q[:1], keys[:, :1], values[:, :1], layer, positions[:1], live[:1])
+    assert (np.asarray(first) == np.asarray(got[:1])).all()
+
+
+def test_attention_says_which_heads_it_takes() -> None:
+    cache = jnp.zeros((1, 1, 1, 64, 24))
+    with pytest.raises(ValueError, match="head size 24 must be a power of two"):
+        attend_cache(jnp.zeros((1, 1, 2, 24)), cache, cache, 0, jnp.zeros((1, 1), int), jnp.ones((1, 1), bool))

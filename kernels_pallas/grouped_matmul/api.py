@@ -43,7 +43,15 @@ def expert_mlp(
     return _plain(kernel, x, gate_up, down, layer, chosen, weights, live)
 
 
-def _blocks(x: Array, gate_up: Array, down: Array, layer: Array, chosen: Array, weights: Array, live: Array) -> Array:
+def _blocks(
+    x: Array,
+    gate_up: Array | QuantizedTensor,
+    down: Array | QuantizedTensor,
+    layer: Array,
+    chosen: Array,
+    weights: Array,
+    live: Array,
+) -> Array:
     k = chosen.shape[1]
     block = choose_block(x.shape[0], k, gate_up.shape[1])
     plan = plan_blocks(chosen, live, gate_up.shape[1], block)

@@ -143,18 +143,17 @@ def grouped_mlp(
     block = max(SMALLEST_BLOCK, choose_block(rows, k, experts))
     plan = (plan_each if chosen.size <= EACH else plan_blocks)(chosen, live, experts, block)
     blocks = plan.expert.shape[0]
-    static = {"block": block, "asm": not interpret}
     call = partial(pl.pallas_call, interpret=interpret)
     index = (jnp.asarray(layer, jnp.int32).reshape(1), plan.expert, plan.count.astype(jnp.int32).reshape(1), plan.source)
     hidden = call(
-        partial(_gate_up_kernel, form=up_form, down=down_form, chosen=k, **static),
+        partial(_gate_up_kernel, form=up_form, down=down_form, chosen=k, block=block, asm=not interpret),
         grid=(blocks, -(-inner // OUT_TILE)),
         out_shape=jax.ShapeDtypeStruct((blocks * block, inner), x.dtype),
         compiler_params=plt.CompilerParams(num_warps=8, num_stages=3),  # two accumulators spill on four warps
         name=f"experts_gate_up_{up_form.layout}",
     )(*index, rows_for(up_form, x), *up)
     each = call(
-        partial(_down_kernel, form=down_form, **static),
+        partial(_down_kernel, form=down_form, block=block, asm=not interpret),
         grid=(blocks, -(-x.shape[1] // OUT_TILE)),
         out_shape=jax.ShapeDtypeStruct((rows * k, x.shape[1]), jnp.float32),
         compiler_params=plt.CompilerParams(num_warps=4, num_stages=3),
