@@ -1,11 +1,16 @@
-# make demo | test | lint: each sets up all it needs on a fresh machine, and starts at once the next time.
+# make demo | test | lint | check-cuda: each sets up all it needs on a fresh machine, and starts at once the next time.
 # Overridable: PYTHON (interpreter that makes the environment), VENV (its folder), PYTEST_ARGS.
 
 PYTHON      ?= python3
 VENV        ?= .venv
 PYTEST_ARGS ?= -n 2 --dist worksteal
 
+# The CUDA compiler plugin has its own environment: with it installed, jax would look for a GPU.
+CUDA_VENV   ?= .venv-cuda
+CHECK_CUDA_ARGS ?= --json docs/benchmarks/cuda_check.json
+
 VENV_PYTHON := $(VENV)/bin/python
+CUDA_READY  := $(CUDA_VENV)/.installed
 RUN_READY   := $(VENV)/.installed-run
 DEV_READY   := $(VENV)/.installed-dev
 PIP_INSTALL := $(VENV_PYTHON) -m pip install --no-input --disable-pip-version-check
@@ -24,7 +29,7 @@ XLA_PYTHON_CLIENT_PREALLOCATE              ?= false
 export JAX_COMPILATION_CACHE_DIR JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES
 test: export XLA_PYTHON_CLIENT_PREALLOCATE := $(XLA_PYTHON_CLIENT_PREALLOCATE)
 
-.PHONY: help demo test lint
+.PHONY: help demo test lint check-cuda
 .DELETE_ON_ERROR:
 # demo and test share the environment: under -j, two pips must not write to it at once.
 .NOTPARALLEL:
@@ -33,6 +38,7 @@ help:
 	@echo "make demo   generate text with the embedded tiny model"
 	@echo "make test   run the tests (PYTEST_ARGS='-n 2 ...')"
 	@echo "make lint   ruff check and mypy"
+	@echo "make check-cuda   compile the GPU kernels and programs for five cards, without a GPU (CHECK_CUDA_ARGS='--cards h200 ...')"
 
 demo: $(RUN_READY)
 	@$(VENV_PYTHON) scripts/batch_generate.py --temperature 0.7
@@ -43,6 +49,16 @@ test: $(DEV_READY)
 lint: $(DEV_READY)
 	@$(VENV_PYTHON) -m ruff check .
 	@$(VENV_PYTHON) -m mypy mtpjax kernels_pallas checkpoints
+
+# Kernels and programs for GPUs that are not here: nothing runs on one.
+check-cuda: $(CUDA_READY)
+	@$(CUDA_VENV)/bin/python scripts/check_cuda.py $(CHECK_CUDA_ARGS)
+
+$(CUDA_READY): $(INSTALL_FROM)
+	@echo "Making $(CUDA_VENV) with $$($(PYTHON) --version 2>&1), jax and its CUDA compiler plugin (about 1.6 GB)"
+	@test -x $(CUDA_VENV)/bin/python || $(PYTHON) -m venv $(CUDA_VENV)
+	@$(CUDA_VENV)/bin/python -m pip install --no-input --disable-pip-version-check -qq -e '.[check-cuda]'
+	@touch $@
 
 # Order-only below: the link's date is that of the system's interpreter and says nothing.
 $(VENV_PYTHON):

@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from kernels_pallas.target import compile_options
 from mtpjax.cache import Cache, new_cache, slots_for
 from mtpjax.loading import as_bits
 from mtpjax.rows import NO_ROWS, OutputRows
@@ -114,7 +115,7 @@ class Engine:
         """Call a jitted function through an ahead-of-time compiled program, so that compile time is known apart."""
         if key not in self._programs:
             start = time.perf_counter()
-            self._programs[key] = fn.lower(*args, **static).compile()
+            self._programs[key] = fn.lower(*args, **static).compile(**compile_options())
             self.compile_seconds += time.perf_counter() - start
         return self._programs[key](*args)
 

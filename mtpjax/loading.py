@@ -21,6 +21,7 @@ import numpy as np
 from flax import nnx
 
 from checkpoints import CheckpointError, OrbaxDirectory, TensorSource
+from kernels_pallas.target import target
 from mtpjax.config import ModelConfig
 from mtpjax.model import abstract_model
 from mtpjax.model.params import Expert
@@ -39,7 +40,7 @@ def storage(dtype: jnp.dtype, cfg: ModelConfig) -> dict[str, Any]:
     A CPU reads matrices fastest in the compute dtype and unsliced, so they are converted once and layers are unrolled.
     Elsewhere one scan compiles all repeats of the layer pattern.
     """
-    cpu = jax.default_backend() == "cpu"
+    cpu = target() == "cpu"
     return {"dtype": dtype, "compute_dtype": dtype, "stack": 1 if cpu else cfg.repeats}
 
 
@@ -49,7 +50,7 @@ def cache_dtype(dtype: jnp.dtype) -> jnp.dtype:
     A CPU keeps them in float32, which holds bfloat16 exactly: XLA's CPU backend would convert a whole bfloat16 cache to
     float32 and back for every row written to it.
     """
-    return jnp.dtype(jnp.float32) if jax.default_backend() == "cpu" else jnp.dtype(dtype)
+    return jnp.dtype(jnp.float32) if target() == "cpu" else jnp.dtype(dtype)
 
 
 def as_bits(model: LoadedModel) -> LoadedModel:
@@ -58,7 +59,7 @@ def as_bits(model: LoadedModel) -> LoadedModel:
     XLA's CPU backend slices bfloat16 by converting the whole operand to float32 first: all experts of a layer for one.
     What it takes for integers it leaves alone; `expert_mlp` reads the one matrix that it sliced as bfloat16 again.
     """
-    if jax.default_backend() != "cpu":
+    if target() != "cpu":
         return model
 
     def bits(leaf: jax.Array) -> jax.Array:

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
+from kernels_pallas.grouped_matmul import triton
 from kernels_pallas.grouped_matmul.plan import choose_block, plan_blocks
 from kernels_pallas.grouped_matmul.reference import block_mlp
+from kernels_pallas.quantized import QuantizedTensor
+from kernels_pallas.target import target
+
+# Platform -> kernels with the signature of `expert_mlp`. Elsewhere: `lax`.
+KERNELS: dict[str, Callable[..., Array]] = {"cuda": triton.grouped_mlp}
 
 
 def expert_mlp(
     x: Float[Array, "N D"],
-    gate_up: Float[Array, "P E 2I D"],
-    down: Float[Array, "P E D I"],
+    gate_up: Array | QuantizedTensor,
+    down: Array | QuantizedTensor,
     layer: Int[Array, ""],
     chosen: Int[Array, "N K"],
     weights: Float[Array, "N K"],
@@ -21,9 +31,27 @@ def expert_mlp(
 ) -> Float[Array, "N D"]:
     """Sum over k of `weights[n, k] * mlp_{chosen[n, k]}(x[n])` with the experts of layer `layer` of the stack.
 
-    Only chosen experts are read, no row is dropped, and a row's result does not depend on the order of the others. Dead
-    rows cost nothing and give zero. The routing weight is applied after the down projection, in float32.
+    The stacks are `[P, E, 2 I, D]` (gate rows, then up rows) and `[P, E, D, I]`, plain or packed. Only chosen experts
+    are read, no row is dropped, and a row's result does not depend on the order of the others. Dead rows cost nothing
+    and give zero. The routing weight is applied after the down projection, in float32.
     """
+    kernel = KERNELS.get(target())
+    if kernel is None:
+        return _blocks(x, gate_up, down, layer, chosen, weights, live)
+    if isinstance(gate_up, QuantizedTensor) or isinstance(down, QuantizedTensor):
+        return kernel(x, gate_up, down, layer, chosen, weights, live)
+    return _plain(kernel, x, gate_up, down, layer, chosen, weights, live)
+
+
+def _blocks(
+    x: Array,
+    gate_up: Array | QuantizedTensor,
+    down: Array | QuantizedTensor,
+    layer: Array,
+    chosen: Array,
+    weights: Array,
+    live: Array,
+) -> Array:
     k = chosen.shape[1]
     block = choose_block(x.shape[0], k, gate_up.shape[1])
     plan = plan_blocks(chosen, live, gate_up.shape[1], block)
@@ -31,3 +59,15 @@ def expert_mlp(
     y = block_mlp(rows, gate_up, down, layer, plan.expert, plan.count, block)
     each = y.at[plan.place].get(mode="fill", fill_value=0)  # [N, K, D]
     return jnp.sum(each.astype(jnp.float32) * weights[..., None].astype(jnp.float32), axis=1).astype(x.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _plain(kernel: Callable[..., Array], *args: Array) -> Array:
+    """A kernel on plain stacks; its gradient is that of `_blocks`, so that a model trains on a GPU too."""
+    return kernel(*args)
+
+
+_plain.defvjp(
+    lambda kernel, *args: (kernel(*args), args),
+    lambda kernel, args, grad: jax.vjp(_blocks, *args)[1](grad),
+)

@@ -30,6 +30,19 @@ def choose_block(rows: int, chosen: int, experts: int) -> int:
     return block
 
 
+def plan_each(chosen: Int[Array, "N K"], live: Bool[Array, " N"], experts: int, block: int) -> BlockPlan:
+    """A block for every assignment, its row first and no other in it: nothing to sort. For a handful of rows, few of
+    which share an expert. The expert of a dead row is `experts`, which there is not."""
+    total = chosen.size
+    steps = jnp.arange(total * block, dtype=jnp.int32)
+    return BlockPlan(
+        source=jnp.where(steps % block == 0, steps // block, total),
+        place=(jnp.arange(total, dtype=jnp.int32) * block).reshape(chosen.shape),
+        expert=jnp.where(live[:, None], chosen, experts).reshape(total).astype(jnp.int32),
+        count=jnp.int32(total),
+    )
+
+
 def plan_blocks(chosen: Int[Array, "N K"], live: Bool[Array, " N"], experts: int, block: int) -> BlockPlan:
     """Sort assignments by expert and lay each run out in whole blocks; dead rows get no place.
 
@@ -50,6 +63,7 @@ def plan_blocks(chosen: Int[Array, "N K"], live: Bool[Array, " N"], experts: int
     return BlockPlan(
         source=jnp.full(blocks * block, total, jnp.int32).at[place].set(order.astype(jnp.int32), mode="drop"),
         place=jnp.zeros(total, jnp.int32).at[order].set(place.astype(jnp.int32)).reshape(rows, k),
-        expert=jnp.minimum(jnp.searchsorted(ends, jnp.arange(blocks), side="right"), experts - 1).astype(jnp.int32),
+        # Not searchsorted, which is a loop: a GPU would wait for the host at each turn.
+        expert=jnp.minimum(jnp.sum(ends <= jnp.arange(blocks)[:, None], axis=1), experts - 1).astype(jnp.int32),
         count=ends[-1],
     )

@@ -15,6 +15,7 @@ from jax import Array, lax
 from jaxtyping import Float, Int
 
 from kernels_pallas.matmul import linear
+from kernels_pallas.quantized import QuantizedTensor
 
 
 def _reread(x: Array, dtype: jnp.dtype) -> Array:
@@ -22,8 +23,13 @@ def _reread(x: Array, dtype: jnp.dtype) -> Array:
     return x if x.dtype == dtype else lax.bitcast_convert_type(x, dtype)
 
 
-def _expert(stack: Float[Array, "P E O D"], layer: Array, expert: Array) -> Float[Array, "O D"]:
-    """One expert's matrix. A uint16 stack holds the bit patterns of bfloat16 (see `mtpjax.loading.as_bits`)."""
+def _expert(
+    stack: Array | QuantizedTensor, layer: Array, expert: Array, dtype: jnp.dtype = jnp.float32
+) -> Float[Array, "O D"]:
+    """One expert's matrix, in `dtype` if it is packed. A uint16 stack holds the bit patterns of bfloat16 (see
+    `mtpjax.loading.as_bits`)."""
+    if isinstance(stack, QuantizedTensor):
+        return jax.tree.map(lambda part: _expert(part, layer, expert), stack).dequantize(dtype)
     at = (layer, expert, 0, 0)
     w = lax.dynamic_slice(stack, at, (1, 1, *stack.shape[2:])).reshape(stack.shape[2:])
     return _reread(w, jnp.bfloat16) if w.dtype == jnp.uint16 else w
@@ -41,8 +47,8 @@ def _swiglu(hidden: Float[Array, "rows 2I"]) -> Float[Array, "rows I"]:
 @partial(jax.custom_vjp, nondiff_argnums=(6,))
 def block_mlp(
     x: Float[Array, "Z*block D"],
-    gate_up: Float[Array, "P E 2I D"],
-    down: Float[Array, "P E D I"],
+    gate_up: Array | QuantizedTensor,
+    down: Array | QuantizedTensor,
     layer: Int[Array, ""],
     expert: Int[Array, " Z"],
     count: Int[Array, ""],
@@ -55,8 +61,8 @@ def block_mlp(
     store = jnp.uint16 if x.dtype == jnp.bfloat16 else x.dtype  # of bfloat16 a CPU would convert all rows, every turn
 
     def body(i: Array, out: Array) -> Array:
-        hidden = linear(_block(x, i, block), _expert(gate_up, layer, expert[i]))
-        y = linear(_swiglu(hidden), _expert(down, layer, expert[i]))
+        hidden = linear(_block(x, i, block), _expert(gate_up, layer, expert[i], x.dtype))
+        y = linear(_swiglu(hidden), _expert(down, layer, expert[i], x.dtype))
         return lax.dynamic_update_slice(out, _reread(y, store), (i * block, 0))
 
     return _reread(lax.fori_loop(0, count, body, jnp.zeros(x.shape, store)), x.dtype)

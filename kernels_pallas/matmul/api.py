@@ -3,28 +3,39 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
+from kernels_pallas.matmul import triton
 from kernels_pallas.matmul.reference import dot_last
+from kernels_pallas.quantized import QuantizedTensor
+from kernels_pallas.stacked import StackedTensor
+from kernels_pallas.target import target
+
+# Platform -> kernel for packed weights, (rows [M, D], weight, layer | None, out_dtype=) -> [M, O]. Elsewhere: `lax`.
+KERNELS: dict[str, Callable[..., Array]] = {"cuda": triton.matmul}
 
 
-def linear(x: Float[Array, "*rows D"], w: Float[Array, "O D"], *, out_dtype: jnp.dtype | None = None) -> Array:
+def linear(
+    x: Float[Array, "*rows D"], w: Array | QuantizedTensor | StackedTensor, *, out_dtype: jnp.dtype | None = None
+) -> Array:
     """`x @ w.T`, accumulated in float32.
 
     Args:
         x: rows, in the compute dtype.
-        w: weight as published, `[out, in]`, in any float dtype; read in the dtype of `x`.
+        w: weight as published, `[out, in]`, in any float dtype or packed; read in the dtype of `x`.
         out_dtype: dtype of the result; that of `x` unless told.
 
     Returns:
         `[*rows, O]`.
     """
+    if isinstance(w, QuantizedTensor | StackedTensor):
+        return _packed(x, w, out_dtype or x.dtype)
     w = w.astype(x.dtype)
-    if x.dtype == jnp.bfloat16 and math.prod(x.shape[:-1]) == 1 and jax.default_backend() == "cpu":
+    if x.dtype == jnp.bfloat16 and math.prod(x.shape[:-1]) == 1 and target() == "cpu":
         # For a single bfloat16 row XLA's CPU backend first converts the whole weight to float32, twenty times the cost
         # of the product; for two rows it multiplies bfloat16 as it is.
         two = jnp.concatenate([x.reshape(1, -1), jnp.zeros((1, x.shape[-1]), x.dtype)])
@@ -33,3 +44,18 @@ def linear(x: Float[Array, "*rows D"], w: Float[Array, "O D"], *, out_dtype: jnp
         # float32 rows ask for float32 products: a GPU would otherwise round the operands to TF32.
         y = dot_last(x, w, lax.Precision.HIGHEST if x.dtype == jnp.float32 else None)
     return y.astype(out_dtype or x.dtype)
+
+
+def _packed(x: Array, w: QuantizedTensor | StackedTensor, out_dtype: jnp.dtype) -> Array:
+    kernel = KERNELS.get(target())
+    if kernel is None:
+        whole = w.take() if isinstance(w, StackedTensor) else w
+        return linear(x, whole.dequantize(x.dtype), out_dtype=out_dtype)
+    rows = x.reshape(-1, x.shape[-1])
+    weight, layer = (w.stack, w.layer) if isinstance(w, StackedTensor) else (w, None)
+    return kernel(rows, weight, layer, out_dtype=out_dtype).reshape(*x.shape[:-1], weight.shape[-2])
+
+
+def take_rows(w: Array | QuantizedTensor, rows: Int[Array, "*B"], dtype: jnp.dtype) -> Float[Array, "*B D"]:
+    """Rows of a weight `[O, D]` in `dtype`; of a packed one only these are dequantised. FP8 blocks are not supported."""
+    return w[rows].dequantize(dtype) if isinstance(w, QuantizedTensor) else w[rows].astype(dtype)

@@ -12,7 +12,9 @@ from flax import nnx
 from jax import Array, lax
 from jaxtyping import Float
 
+from kernels_pallas.attention import KERNELS
 from kernels_pallas.matmul import linear
+from kernels_pallas.target import target
 from mtpjax.cache import BLOCK
 from mtpjax.config import ModelConfig
 from mtpjax.model.norm import rms_norm
@@ -48,7 +50,11 @@ def attend(q: Float[Array, "B T Q H"], cache: KV, layer: Array | int, where: Pla
     kv_heads = cache[0].shape[2]
     group = q_heads // kv_heads
     precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
-    q = (q.astype(jnp.float32) * size**-0.5).astype(q.dtype).reshape(batch, rows, kv_heads, group, size)
+    q = (q.astype(jnp.float32) * size**-0.5).astype(q.dtype)
+    kernel = KERNELS.get(target())
+    if kernel is not None and not isinstance(where.blocks, int):  # a fixed number of blocks: to be differentiated
+        return kernel(q, *cache, layer, where.positions, where.live)
+    q = q.reshape(batch, rows, kv_heads, group, size)
     q = q.transpose(0, 2, 3, 1, 4)  # [B, N, G, T, H]
 
     def block(i: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:

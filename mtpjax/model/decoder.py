@@ -10,6 +10,8 @@ from flax import nnx
 from jax import Array, lax
 from jaxtyping import Float
 
+from kernels_pallas.quantized import QuantizedTensor
+from kernels_pallas.stacked import StackedTensor
 from mtpjax.cache import Cache, Pending
 from mtpjax.config import FULL, ModelConfig
 from mtpjax.model.attention import KV, Attention
@@ -72,7 +74,8 @@ class Decoder(nnx.Module):
 
     With `stack = repeats` one `lax.scan` runs them all and compiles once; with `stack = 1` they are unrolled and no
     weight is ever sliced, which on a CPU saves a copy of each. Either way the cache is carried whole and updated in
-    place, and experts are closed over whole: slicing them would copy every expert of a layer.
+    place. Experts and packed weights are closed over whole, with the number of the repeat: slicing a stack for a kernel
+    would copy what is sliced, for experts all of a layer.
     """
 
     def __init__(self, cfg: ModelConfig, dtype: jnp.dtype, stack: int):
@@ -83,12 +86,12 @@ class Decoder(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"], memory: Memory, where: Placement) -> tuple[Array, Memory]:
         for number, block in enumerate(self.blocks):
-            split: Any = nnx.split(block, Expert, ...)
-            graph, experts, dense = split
+            split: Any = nnx.split(block, Expert, _packed, ...)
+            graph, experts, packed, dense = split
 
-            def body(carry: tuple[Array, Memory], at: Any, first: int = number * self.stack, g=graph, e=experts):  # type: ignore[no-untyped-def]
+            def body(carry: tuple[Array, Memory], at: Any, first=number * self.stack, g=graph, e=experts, p=packed):  # type: ignore[no-untyped-def]
                 inside, weights = at
-                run = nnx.merge(g, e, weights)
+                run = nnx.merge(g, e, _layer_of(p, inside), weights)
                 return run(*carry, first + inside, inside, where), None
 
             if self.stack == 1:
@@ -96,3 +99,18 @@ class Decoder(nnx.Module):
             else:
                 (x, memory), _ = lax.scan(body, (x, memory), (jnp.arange(self.stack), dense))
         return x, memory
+
+
+def _packed(path: Any, variable: Any) -> bool:
+    """Filter for `nnx.split`: variables that hold a packed weight."""
+    return isinstance(variable.get_value() if hasattr(variable, "get_value") else variable.value, QuantizedTensor)
+
+
+def _layer_of(state: Any, layer: Array | int) -> Any:
+    """The packed stacks of a state, each as its one layer, not sliced."""
+    index = jnp.asarray(layer, jnp.int32)
+
+    def view(leaf: Any) -> Any:
+        return StackedTensor(leaf, index) if isinstance(leaf, QuantizedTensor) else leaf
+
+    return jax.tree.map(view, state, is_leaf=lambda leaf: isinstance(leaf, QuantizedTensor))

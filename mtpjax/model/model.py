@@ -9,7 +9,7 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from kernels_pallas.matmul import linear
+from kernels_pallas.matmul import linear, take_rows
 from mtpjax.cache import Cache, Pending, new_pending
 from mtpjax.config import ModelConfig
 from mtpjax.model.decoder import Decoder
@@ -47,7 +47,7 @@ class Model(nnx.Module):
 
     def embed(self, tokens: Int[Array, "B T"], live: Bool[Array, "B T"]) -> Float[Array, "B T D"]:
         """Embedding rows in the compute dtype, zero where a row is padding (and zero it stays through every layer)."""
-        rows = self.embedding[...][tokens].astype(self.compute_dtype)
+        rows = take_rows(self.embedding[...], tokens, self.compute_dtype)
         return jnp.where(live[..., None], rows, 0)
 
     def trunk(self, tokens: Int[Array, "B T"], cache: Cache, where: Placement) -> tuple[Array, Cache]:

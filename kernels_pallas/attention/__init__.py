@@ -1,0 +1,5 @@
+"""Attention of a few or many rows over a cache of keys and values."""
+
+from kernels_pallas.attention.api import KERNELS
+
+__all__ = ["KERNELS"]

@@ -1,0 +1,210 @@
+"""How a GPU kernel reads a stored weight: 32-bit words, each holding a few elements of one row, unpacked in registers.
+
+The elements of a word come out in an order of their own, so that of `codes4` the rows that are multiplied with it are
+rearranged to that order (`rows_for`), once a call; the weight is read as it is stored. Words also keep the offsets of
+the Triton lowering in range: up to 4 GiB it counts elements in 32 signed bits, which single bytes would overflow at 2 GiB.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental.pallas import triton as plt
+from jaxtyping import Float
+
+from kernels_pallas.quantized import QuantizedTensor
+
+Select = Callable[[Array, Array, Array], Array]
+
+
+@dataclass(frozen=True)
+class Form:
+    """The static half of a stored weight. `slots` elements make a word (1: a plain array, whose elements are read as
+    they are); `offset`: whether there is one; the others as in `QuantizedTensor`."""
+
+    layout: str
+    slots: int
+    group: int = 0
+    table: tuple[int, ...] | None = None
+    offset: bool = False
+
+    @property
+    def step(self) -> int:
+        """Words along D that one turn of a kernel's loop takes. Fixed by the form, so that a row's sum is always taken
+        in the same order."""
+        return {1: 64, 4: 32, 8: 16}[self.slots]
+
+
+def words(w: Array | QuantizedTensor) -> tuple[Form, tuple[Array, ...]]:
+    """The form of a weight `[..., O, D]` and its operands: words `[..., O, D / slots]`, scale, offset if any.
+
+    Raises:
+        ValueError: D is no multiple of 32 (packed weights).
+    """
+    if not isinstance(w, QuantizedTensor):
+        return Form("plain", 1), (lax.bitcast_convert_type(w, jnp.bfloat16) if w.dtype == jnp.uint16 else w,)
+    if w.shape[-1] % 32:
+        raise ValueError(f"a packed weight of shape {list(w.shape)}: the last axis must be a multiple of 32")
+    codes, lead = w.codes, w.codes.shape[:-1]
+    if codes.dtype != jnp.uint8:
+        codes = lax.bitcast_convert_type(codes, jnp.uint8)
+    codes = lax.bitcast_convert_type(codes.reshape(*lead, -1, 4), jnp.uint32)
+    form = Form(w.layout, 8 if w.layout == "codes4" else 4, w.group, w.table, w.offset is not None)
+    return form, (codes, w.scale) if w.offset is None else (codes, w.scale, w.offset)
+
+
+def rows_for(form: Form, x: Float[Array, "M D"]) -> Float[Array, "M D"]:
+    """Rows in the order of the unpacked words: element i moves to `position(form, i)`."""
+    if form.layout != "codes4":
+        return x
+    rows, size = x.shape
+    return x.reshape(rows, size // 32, 2, 4, 4).transpose(0, 1, 3, 4, 2).reshape(rows, size)
+
+
+def position(form: Form, element: Array) -> Array:
+    """Where element `element` of a row comes out. In a block of 32 of `codes4`, byte c of word j holds elements 4 j + c
+    and 16 + 4 j + c."""
+    if form.layout != "codes4":
+        return element
+    return element // 32 * 32 + element % 16 * 2 + element // 16 % 2
+
+
+def select_bytes(a: Array, b: Array, selector: Array) -> Array:
+    """The instruction `prmt.b32` in arithmetic: byte i of the result is the byte of (a, b) that the low 3 bits of nibble
+    i of the selector name. Bit 3 of these must be 0."""
+    out = jnp.zeros_like(a)
+    for i in range(4):
+        n = selector >> jnp.uint32(4 * i) & jnp.uint32(7)
+        shift = (n & jnp.uint32(3)) * jnp.uint32(8)
+        byte = jnp.where(n < jnp.uint32(4), a >> shift, b >> shift) & jnp.uint32(255)
+        out = out | byte << jnp.uint32(8 * i)
+    return out
+
+
+def prmt(a: Array, b: Array, selector: Array) -> Array:
+    """`select_bytes` as one instruction of an NVIDIA GPU; selector bits above the low 16 are ignored by it."""
+    out = jax.ShapeDtypeStruct(selector.shape, jnp.int32)  # the lowering takes signed integers only
+    args = [lax.bitcast_convert_type(word, jnp.int32) for word in (a, b, selector)]
+    asm = "prmt.b32 $0, $1, $2, $3;"
+    [found] = plt.elementwise_inline_asm(asm, args=args, constraints="=r,r,r,r", pack=1, result_shape_dtypes=[out])
+    return lax.bitcast_convert_type(found, jnp.uint32)
+
+
+def _biased(byte: Array, bias: int) -> Array:
+    """Small unsigned integers minus `bias` as float32, without a conversion: they become the last bits of 2^23."""
+    return lax.bitcast_convert_type(byte | jnp.uint32(0x4B000000), jnp.float32) - jnp.float32(2**23 + bias)
+
+
+def unpack(form: Form, word: Array, select: Select) -> list[Array]:
+    """float32 values t of each slot of `codes4` and `codes8` words, before scale and offset; `fp8`: the values.
+
+    `codes4` looks 4 nibbles up at a time: two selections of a byte by the low three bits, in each half of the table,
+    and one between their results by bit 3.
+    """
+    if form.slots == 1:
+        return [word]
+    if form.layout == "codes8":  # two's complement with the top bit flipped is the value + 128
+        flipped = word ^ jnp.uint32(0x80808080)
+        return [_biased(flipped >> jnp.uint32(8 * n) & jnp.uint32(255), 128) for n in range(4)]
+    if form.layout == "fp8":
+        return [_e4m3(word >> jnp.uint32(8 * n) & jnp.uint32(255)) for n in range(4)]
+    assert form.table is not None
+    steps = {b - a for a, b in zip(form.table, form.table[1:], strict=False)}
+    if len(steps) == 1:  # evenly spaced: no table
+        step, first = steps.pop(), form.table[0]
+        even = [_biased(word >> jnp.uint32(4 * n) & jnp.uint32(15), 0) for n in range(8)]
+        return [t + first if step == 1 else t * step + first for t in even]
+    quarters = [sum((t + 128) << 8 * i for i, t in enumerate(form.table[4 * q : 4 * q + 4])) for q in range(4)]
+    table = [jnp.full(word.shape, jnp.uint32(q)) for q in quarters]
+    found = []
+    for nibbles in (word, word >> jnp.uint32(16)):
+        low_bits = nibbles & jnp.uint32(0x7777)
+        halves = (select(table[0], table[1], low_bits), select(table[2], table[3], low_bits))
+        found.append(select(*halves, (nibbles & jnp.uint32(0x8888)) >> jnp.uint32(1) | jnp.uint32(0x3210)))
+    return [_biased(found[n // 4] >> jnp.uint32(8 * (n % 4)) & jnp.uint32(255), 128) for n in range(8)]
+
+
+def _e4m3(byte: Array) -> Array:
+    """float8_e4m3fn (no NaN) as float32: its bits are those of a float16 whose exponent is 8 too small. No GPU before
+    compute capability 8.9 converts them itself."""
+    half = (byte & jnp.uint32(0x80)) << jnp.uint32(8) | (byte & jnp.uint32(0x7F)) << jnp.uint32(7)
+    return lax.bitcast_convert_type(half.astype(jnp.uint16), jnp.float16).astype(jnp.float32) * 256.0
+
+
+def load_tile(
+    form: Form,
+    refs: tuple[Any, ...],
+    lead: tuple[Array, ...],
+    rows: Array,
+    first_word: Array,
+    count: int,
+    shape: tuple[int, int],
+    dtype: Any,
+    select: Select,
+) -> Float[Array, "rows count*slots"]:
+    """Inside a kernel: a tile of the weight, dequantised in float32 and rounded to `dtype`, in the order of `rows_for`.
+
+    Args:
+        refs: the operands of `words`.
+        lead: indices of the leading axes.
+        rows: rows of the tile, `[rows]` int32.
+        first_word, count: words along D.
+        shape: rows and words of the weight; beyond them the tile is zero.
+    """
+    cols = first_word + jnp.arange(count)
+    o, j = grid(rows, cols)
+    inside = None
+    if shape[0] % rows.size or shape[1] % count:
+        inside = (o < shape[0]) & (j < shape[1])
+
+    def load(ref: Any, o: Array, j: Array) -> Array:
+        other = None if inside is None else 0
+        return plt.load(ref.at[(*lead, o, j)], mask=inside, other=other)
+
+    values = unpack(form, load(refs[0], o, j), select)
+    if form.slots == 1:
+        return values[0].astype(dtype)
+    if form.layout == "fp8":
+        scale = load(refs[1], o // 128, j * 4 // 128)
+        return _interleave([(t * scale).astype(dtype) for t in values])
+    if form.group >= 32 or form.slots == 4:
+        where = [j * form.slots // form.group]
+    else:  # the two halves of a block of 32 elements
+        where = [j // 4 * 2, j // 4 * 2 + 1]
+    scales = [load(refs[1], o, g).astype(jnp.float32) for g in where]
+    out = [t * scales[n % len(where)] for n, t in enumerate(values)]
+    if form.offset:
+        offsets = [load(refs[2], o, g).astype(jnp.float32) for g in where]
+        out = [v + offsets[n % len(where)] for n, v in enumerate(out)]
+    return _interleave([v.astype(dtype) for v in out])
+
+
+def _interleave(values: list[Array]) -> Array:
+    """`[rows, n]` each -> `[rows, n * len(values)]`, element by element; in registers, two at a time."""
+    if len(values) == 1:
+        return values[0]
+    pair = jnp.stack([_interleave(values[0::2]), _interleave(values[1::2])], axis=-1)
+    return pair.reshape(pair.shape[0], -1)
+
+
+def grid(rows: Array, cols: Array) -> tuple[Array, Array]:
+    """Row and column of every element of a tile."""
+    shape = (rows.size, cols.size)
+    return jnp.broadcast_to(rows[:, None], shape), jnp.broadcast_to(cols[None, :], shape)
+
+
+def load_rows(x_ref: Any, rows: Array, first: Array, count: int) -> Float[Array, "rows count"]:
+    """Inside a kernel: elements `first ... first + count - 1` of rows of `x_ref`, zero beyond either end."""
+    at = grid(rows, first + jnp.arange(count))
+    return plt.load(x_ref.at[at], mask=(at[0] < x_ref.shape[0]) & (at[1] < x_ref.shape[1]), other=0)
+
+
+def dot(w: Float[Array, "O K"], x: Float[Array, "M K"]) -> Float[Array, "O M"]:
+    """`w @ x.T`, float32; weights are the left operand so that the same instruction serves any number of rows."""
+    precision = lax.Precision.HIGHEST if w.dtype == jnp.float32 else None
+    return lax.dot_general(w, x, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)

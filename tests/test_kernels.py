@@ -1,0 +1,349 @@
+"""The GPU kernels in interpret mode against dequantised weights and plain products, and the seam that picks them."""
+
+from functools import cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from conftest import numpy_model, tiny_config
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels_pallas.attention.triton import attend_cache
+from kernels_pallas.grouped_matmul import api as experts_api
+from kernels_pallas.grouped_matmul import expert_mlp
+from kernels_pallas.grouped_matmul.triton import grouped_mlp
+from kernels_pallas.matmul import api as linear_api
+from kernels_pallas.matmul import linear
+from kernels_pallas.matmul.triton import FEW, matmul
+from kernels_pallas.packed_words import Form, position, rows_for, select_bytes, unpack
+from kernels_pallas.quantized import QuantizedTensor, pack4
+from kernels_pallas.stacked import StackedTensor
+from kernels_pallas.target import compile_options, compiling_for, target
+from mtpjax.weights import fill
+
+IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+FORMS = {  # layout, group, table, offset
+    "iq4_nl": ("codes4", 32, IQ4_NL, False),
+    "awq": ("codes4", 128, tuple(range(16)), True),
+    "halves": ("codes4", 16, tuple(range(-8, 8)), True),
+    "q8_0": ("codes8", 32, None, False),
+    "q6_k": ("codes8", 16, None, True),
+    "fp8": ("fp8", 128, None, False),
+}
+ROWS = (1, 3, 16, 17, 64, 257)
+BOUNDS = {"float32": 1e-5, "bfloat16": 1e-2}
+
+
+@cache
+def packed(name: str, shape: tuple[int, ...], seed: int = 0) -> QuantizedTensor:
+    """Random codes and scales; values of about unit size."""
+    layout, group, table, with_offset = FORMS[name]
+    rng = np.random.default_rng(seed)
+    *lead, size = shape
+    if layout == "fp8":
+        codes: Any = rng.normal(size=shape).astype(ml_dtypes.float8_e4m3fn)
+        blocks = (*lead[:-1], -(-lead[-1] // 128), -(-size // 128))
+        return QuantizedTensor(codes, rng.uniform(0.5, 1.5, blocks).astype(np.float32), None, layout, 128, None)
+    scale = rng.uniform(0.5, 1.5, (*lead, size // group)).astype(np.float16) / np.float16(64 if table == IQ4_NL else 8)
+    offset = rng.normal(size=scale.shape).astype(np.float16) if with_offset else None
+    if layout == "codes4":
+        codes = pack4(rng.integers(0, 16, shape).astype(np.uint8))
+    else:
+        codes = rng.integers(-128, 128, shape).astype(np.int8)
+        scale = scale / np.float16(8)
+    return QuantizedTensor(codes, scale, offset, layout, group, table)
+
+
+def rounded(x: np.ndarray, dtype: str) -> np.ndarray:
+    """float64 values of x as `dtype` holds them."""
+    return np.asarray(jnp.asarray(x, dtype).astype(jnp.float32)).astype(np.float64)
+
+
+def dense(w: Any, dtype: str) -> np.ndarray:
+    return rounded(np.asarray(w.dequantize(jnp.float32)) if isinstance(w, QuantizedTensor) else w, dtype)
+
+
+def assert_close(got: Any, want: np.ndarray, dtype: str) -> None:
+    got = np.asarray(got).astype(np.float64)
+    assert got.shape == want.shape
+    assert np.abs(got - want).max() <= BOUNDS[dtype] * np.abs(want).max()
+
+
+product = jax.jit(partial(matmul, interpret=True))
+mlp = jax.jit(partial(grouped_mlp, interpret=True))
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("rows", ROWS)
+def test_matmul_is_that_of_the_dequantised_weight(rows: int, dtype: str) -> None:
+    w = packed("iq4_nl", (72, 160))  # neither is a multiple of a tile
+    x = np.random.default_rng(rows).normal(size=(rows, 160))
+    assert_close(product(jnp.asarray(x, dtype), w), rounded(x, dtype) @ dense(w, dtype).T, dtype)
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("name", ["awq", "halves", "q8_0", "q6_k", "fp8"])
+def test_matmul_of_every_layout(name: str, dtype: str) -> None:
+    w = packed(name, (136, 640))
+    x = np.random.default_rng(1).normal(size=(5, 640))
+    assert_close(product(jnp.asarray(x, dtype), w), rounded(x, dtype) @ dense(w, dtype).T, dtype)
+
+
+def test_matmul_reads_one_layer_of_a_stack() -> None:
+    stack = packed("iq4_nl", (3, 64, 96))
+    x = np.random.default_rng(1).normal(size=(4, 96)).astype(np.float32)
+    for layer in range(3):
+        assert_close(product(x, stack, np.int32(layer)), x @ dense(stack, "float32")[layer].T, "float32")
+
+
+def test_matmul_is_invariant_to_the_batch_bit_for_bit() -> None:
+    """Few rows split the sum over programs, many rows do not: the same order all the same."""
+    w = packed("awq", (64, 2048))
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(257, 2048)), "bfloat16")
+    alone = np.asarray(product(x[:1], w))
+    assert all((np.asarray(product(x[:rows], w))[:1] == alone).all() for rows in (FEW, FEW + 1, 257))
+    moved = np.asarray(product(jnp.roll(x, 100, axis=0), w))
+    assert (moved[100] == alone[0]).all()
+
+
+# Experts
+
+LAYERS, EXPERTS, CHOSEN, HIDDEN, SIZE = 2, 6, 3, 160, 96
+
+
+@cache
+def stacks(name: str) -> tuple[Any, Any]:
+    shapes = (LAYERS, EXPERTS, 2 * SIZE, HIDDEN), (LAYERS, EXPERTS, HIDDEN, SIZE)
+    if name == "plain":
+        rng = np.random.default_rng(0)
+        return tuple(rng.normal(size=shape).astype(np.float32) / 10 for shape in shapes)  # type: ignore[return-value]
+    group = FORMS[name][1]
+    if shapes[0][3] % group:  # groups of 128: the sizes of this test are no multiple
+        shapes = (LAYERS, EXPERTS, 256, 256), (LAYERS, EXPERTS, 256, 128)
+    return packed(name, shapes[0]), packed(name, shapes[1], 1)
+
+
+def route(rows: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    chosen = np.argsort(rng.random((rows, EXPERTS)), axis=1)[:, :CHOSEN].astype(np.int32)
+    return chosen, rng.dirichlet(np.ones(CHOSEN), rows).astype(np.float32), rng.random(rows) < 0.8
+
+
+def expected(x: np.ndarray, name: str, layer: int, chosen: np.ndarray, share: np.ndarray, live: Any, dtype: str) -> Any:
+    """Row by row in float64; only the hidden rows are rounded, as the kernels do."""
+    up, down = (dense(w, dtype)[layer] for w in stacks(name))
+    x, out = rounded(x, dtype), np.zeros(x.shape)
+    for n, k in np.ndindex(*chosen.shape):
+        gate, linear_half = np.split(up[chosen[n, k]] @ x[n], 2)
+        hidden = rounded(gate / (1 + np.exp(-gate)) * linear_half, dtype)
+        out[n] += share[n, k] * (down[chosen[n, k]] @ hidden)
+    return out * live[:, None]
+
+
+def check_experts(rows: int, name: str, dtype: str, routing: Any = None) -> None:
+    chosen, share, live = routing or route(rows)
+    size = stacks(name)[0].shape[-1]
+    x = np.random.default_rng(rows).normal(size=(rows, size)) / 30
+    got = mlp(jnp.asarray(x, dtype), *stacks(name), np.int32(1), chosen, share, live)
+    assert_close(got, expected(x, name, 1, chosen, share, live, dtype), dtype)
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("rows", ROWS)
+def test_experts_are_those_of_the_dequantised_weights(rows: int, dtype: str) -> None:
+    check_experts(rows, "iq4_nl", dtype)
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("name", ["awq", "halves", "q8_0", "plain"])
+def test_experts_of_every_layout(name: str, dtype: str) -> None:
+    check_experts(17, name, dtype)
+
+
+def test_experts_without_rows_and_one_expert_with_all_rows() -> None:
+    rows = 257
+    chosen, share, live = route(rows)
+    everybody = np.ones(rows, bool)
+    some = np.where(chosen >= 4, chosen - 4, chosen)  # nobody chooses experts 4 and 5
+    check_experts(rows, "iq4_nl", "bfloat16", (some, share, everybody))
+    check_experts(rows, "iq4_nl", "bfloat16", (np.full_like(chosen, 3), share, everybody))
+    check_experts(rows, "iq4_nl", "bfloat16", (chosen, share, np.zeros(rows, bool)))
+
+
+def test_experts_are_invariant_to_the_batch_bit_for_bit() -> None:
+    """Blocks of 16 and of 64 rows, other neighbours, another place among the rows of the expert."""
+    chosen, share, _ = route(257)
+    live = np.ones(257, bool)
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(257, HIDDEN)) / 30, "bfloat16")
+
+    def run(rows: Any) -> np.ndarray:
+        some = mlp(x[rows], *stacks("iq4_nl"), np.int32(1), chosen[rows], share[rows], live[rows])
+        return np.asarray(some.astype(jnp.float32))
+
+    alone = run(slice(0, 1))
+    assert all((run(slice(0, rows))[:1] == alone).all() for rows in (5, 64, 257))
+    assert (run(np.arange(257)[::-1])[-1:] == alone).all()
+
+
+# Words
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(-128, 127), min_size=16, max_size=16), st.integers(0, 2**32 - 1))
+def test_a_word_of_codes_looks_up_eight_entries(table: list[int], word: int) -> None:
+    form = Form("codes4", 8, 32, tuple(table))
+    found = [float(t[0]) for t in unpack(form, jnp.full(1, word, jnp.uint32), select_bytes)]
+    assert found == [table[word >> 4 * n & 15] for n in range(8)]
+
+
+@pytest.mark.parametrize("layout", ["codes4", "codes8"])
+def test_rows_are_rearranged_to_the_order_of_the_words(layout: str) -> None:
+    form = Form(layout, 8 if layout == "codes4" else 4)
+    x = np.arange(96)
+    moved = np.asarray(rows_for(form, jnp.asarray(x[None])))[0]
+    assert (moved[np.asarray(position(form, jnp.asarray(x)))] == x).all()
+    assert (moved != x).any() == (layout == "codes4")
+
+
+def test_a_packed_weight_needs_whole_blocks() -> None:
+    w = QuantizedTensor(np.zeros((4, 24), np.int8), np.ones((4, 1), np.float16), None, "codes8", 24, None)
+    with pytest.raises(ValueError, match=r"\[4, 24\].*multiple of 32"):
+        matmul(jnp.zeros((1, 24)), w, interpret=True)
+
+
+# The seam
+
+
+def traced(fn: Any, *args: Any) -> str:
+    return str(jax.make_jaxpr(lambda *a: fn(*a))(*args))
+
+
+def test_the_target_picks_the_kernels() -> None:
+    x, w = jnp.ones((2, 96)), packed("iq4_nl", (3, 64, 96))
+    one = StackedTensor(w, jnp.int32(1))
+    chosen, share, live = route(2)
+    routed = (jnp.ones((2, HIDDEN)), *stacks("plain"), jnp.int32(0), chosen, share, live)
+    if target() == "cpu":
+        assert "pallas_call" not in traced(linear, x, one) + traced(expert_mlp, *routed)
+        assert compile_options() == {}
+    with compiling_for("cuda"):
+        assert target() == "cuda" and "compiler_options" in compile_options()
+        assert "pallas_call" in traced(linear, x, one)
+        assert "pallas_call" in traced(expert_mlp, *routed)
+        assert "pallas_call" not in traced(linear, x, jnp.ones((64, 96)))  # cuBLAS does this
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels, in interpret mode, where plain `lax` would run."""
+    monkeypatch.setitem(experts_api.KERNELS, target(), partial(grouped_mlp, interpret=True))
+    monkeypatch.setitem(linear_api.KERNELS, target(), partial(matmul, interpret=True))
+
+
+def test_linear_takes_a_layer_of_a_packed_stack(interpreted: None) -> None:
+    w, x = packed("q8_0", (3, 64, 96)), np.random.default_rng(0).normal(size=(2, 3, 96)).astype(np.float32)
+    got = linear(jnp.asarray(x), StackedTensor(w, jnp.int32(2)))
+    assert_close(got, x @ dense(w, "float32")[2].T, "float32")
+
+
+def test_plain_experts_have_the_gradient_of_the_loop(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen, share, live = route(5)
+    x = np.random.default_rng(1).normal(size=(5, HIDDEN)).astype(np.float32)
+
+    def loss(x: Any, up: Any, down: Any, share: Any) -> Any:
+        return jnp.sum(jnp.sin(expert_mlp(x, up, down, jnp.int32(1), chosen, share, live)))
+
+    got = jax.grad(loss, (0, 1, 2, 3))(x, *stacks("plain"), share)
+    monkeypatch.delitem(experts_api.KERNELS, target())
+    for mine, plain in zip(got, jax.grad(loss, (0, 1, 2, 3))(x, *stacks("plain"), share), strict=True):
+        assert_close(mine, np.asarray(plain), "float32")
+
+
+def test_a_scanned_model_with_packed_matrices_is_the_dequantised_one(interpreted: None) -> None:
+    """Packed stacks go round the scan, each layer reads its own part."""
+    from mtpjax.cache import new_cache
+    from mtpjax.steps import hidden_rows
+
+    cfg = tiny_config(moe=False, hidden_size=64, linear_v_dim=16, mlp_size=64)
+    model = numpy_model(cfg)
+
+    def pack(path: Any, leaf: Any) -> Any:
+        """8-bit, the largest of a group of 16 to 127."""
+        if path[-1] not in ("q", "k", "v", "o", "in_qkv", "in_z", "out", "gate", "up", "down", "embedding"):
+            return leaf.get_value()
+        values = np.asarray(leaf.get_value()).reshape(*leaf.shape[:-1], -1, 16)
+        scale = (np.abs(values).max(-1) / 127).astype(np.float16)
+        codes = np.round(values / scale[..., None].astype(np.float32)).clip(-128, 127).astype(np.int8)
+        return QuantizedTensor(codes.reshape(leaf.shape), scale, None, "codes8", 16, None)
+
+    def widen(path: Any, leaf: Any) -> Any:
+        whole = pack(path, leaf)
+        return whole.dequantize(jnp.float32) if isinstance(whole, QuantizedTensor) else whole
+
+    tokens = np.arange(1, 9, dtype=np.int32)[None]
+    rows = []
+    for make in (pack, widen):
+        graph, params = nnx.split(nnx.merge(model.graph, fill(model.params, make)))
+        cache = new_cache(cfg, 1, 256)
+        rows.append(np.asarray(hidden_rows(params, tokens, np.zeros(1, np.int32), cache, graph=graph)[0]))
+    assert np.isfinite(rows[0]).all()
+    assert_close(rows[0], rows[1].astype(np.float64), "float32")
+
+
+def test_packed_experts_on_the_lax_path() -> None:
+    chosen, share, live = route(17)
+    x = np.random.default_rng(17).normal(size=(17, HIDDEN)).astype(np.float32) / 30
+    got = jax.jit(expert_mlp)(x, *stacks("iq4_nl"), np.int32(1), chosen, share, live)
+    assert_close(got, expected(x, "iq4_nl", 1, chosen, share, live, "float32"), "float32")
+
+
+# Attention
+
+
+def attended(rows: int, dtype: str, slots: int = 1280, head: int = 32) -> tuple[Any, Any, Any]:
+    """The kernels, the loop of `mtpjax.model.attention`, and what went in: one long, one short and one idle sequence."""
+    from mtpjax.model import place
+    from mtpjax.model.attention import attend
+
+    rng = np.random.default_rng(rows)
+    cfg = tiny_config(moe=False, head_dim=head, q_heads=8)
+    cache = tuple(jnp.asarray(rng.normal(size=(2, 3, 2, slots, head)), dtype) for _ in range(2))
+    where = place(cfg, jnp.array([1200, 100, 0]), rows, jnp.array([0, rows // 2, rows]), slots=slots)
+    q = jnp.asarray(rng.normal(size=(3, rows, 8, head)), dtype)
+    scaled = (q.astype(jnp.float32) * head**-0.5).astype(q.dtype)
+    args = (scaled, *cache, 1, where.positions, where.live)
+    return attention(*args), attend(q, cache, 1, where), args
+
+
+attention = jax.jit(partial(attend_cache, interpret=True))
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_attention_is_that_of_the_loop(rows: int, dtype: str) -> None:
+    got, want, _ = attended(rows, dtype)
+    assert_close(got, np.asarray(want, np.float64), dtype)
+    assert not np.asarray(got[2]).any()  # nobody lives there
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_attention_is_invariant_to_the_batch_bit_for_bit(dtype: str) -> None:
+    """A row of a window of five alone in its window, and without the other sequences."""
+    got, _, (q, keys, values, layer, positions, live) = attended(5, dtype)
+    for row in (0, 4):
+        only = np.s_[:, row : row + 1]
+        alone = attention(q[only], keys, values, layer, positions[only], live[only])
+        assert (np.asarray(alone) == np.asarray(got[only])).all()
+    first = attention(q[:1], keys[:, :1], values[:, :1], layer, positions[:1], live[:1])
+    assert (np.asarray(first) == np.asarray(got[:1])).all()
+
+
+def test_attention_says_which_heads_it_takes() -> None:
+    cache = jnp.zeros((1, 1, 1, 64, 24))
+    with pytest.raises(ValueError, match="head size 24 must be a power of two"):
+        attend_cache(jnp.zeros((1, 1, 2, 24)), cache, cache, 0, jnp.zeros((1, 1), int), jnp.ones((1, 1), bool))
