@@ -15,6 +15,10 @@ from kernels_pallas.quantized import QuantizedTensor
 from kernels_pallas.stacked import StackedTensor
 from kernels_pallas.target import target
 
+# On a CPU, up to so many float32 rows are multiplied one by one with a weight of at most so many bytes, which stays in the
+# core's own cache: XLA hands two rows or more to a pool of threads, and the hand-over costs more than the product.
+FEW_ROWS, SMALL_WEIGHT = 9, 1 << 20
+
 # Platform -> kernel for packed weights, (rows [M, D], weight, layer | None, out_dtype=) -> [M, O]. Elsewhere: `lax`.
 KERNELS: dict[str, Callable[..., Array]] = {"cuda": triton.matmul}
 
@@ -35,11 +39,16 @@ def linear(
     if isinstance(w, QuantizedTensor | StackedTensor):
         return _packed(x, w, out_dtype or x.dtype)
     w = w.astype(x.dtype)
-    if x.dtype == jnp.bfloat16 and math.prod(x.shape[:-1]) == 1 and target() == "cpu":
+    rows = math.prod(x.shape[:-1])
+    if x.dtype == jnp.bfloat16 and rows == 1 and target() == "cpu":
         # For a single bfloat16 row XLA's CPU backend first converts the whole weight to float32, twenty times the cost
         # of the product; for two rows it multiplies bfloat16 as it is.
         two = jnp.concatenate([x.reshape(1, -1), jnp.zeros((1, x.shape[-1]), x.dtype)])
         y = dot_last(two, w)[:1].reshape(*x.shape[:-1], w.shape[0])
+    elif x.dtype == jnp.float32 and 1 < rows <= FEW_ROWS and w.size * 4 <= SMALL_WEIGHT and target() == "cpu":
+        each = x.reshape(rows, 1, -1)
+        y = jnp.concatenate([dot_last(each[i], w, lax.Precision.HIGHEST) for i in range(rows)])
+        y = y.reshape(*x.shape[:-1], w.shape[0])
     else:
         # float32 rows ask for float32 products: a GPU would otherwise round the operands to TF32.
         y = dot_last(x, w, lax.Precision.HIGHEST if x.dtype == jnp.float32 else None)
