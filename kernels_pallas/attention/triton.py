@@ -83,9 +83,12 @@ def _attend_kernel(
         return
     at = (pl.program_id(2), pl.program_id(1))
     rr, _ = grid(r, channel)
-    plt.store(outs[0].at[(*at, rr, cc)], out.T)
-    plt.store(outs[1].at[(*at, r)], top)
-    plt.store(outs[2].at[(*at, r)], total)
+
+    @pl.when(begin < end)  # nobody reads the others
+    def _() -> None:
+        plt.store(outs[0].at[(*at, rr, cc)], out.T)
+        plt.store(outs[1].at[(*at, r)], top)
+        plt.store(outs[2].at[(*at, r)], total)
 
 
 def _join_kernel(
