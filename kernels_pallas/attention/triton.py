@@ -85,7 +85,7 @@ def _attend_kernel(
     rr, _ = grid(r, channel)
 
     @pl.when(begin < end)  # nobody reads the others
-    def _() -> None:
+    def store() -> None:
         plt.store(outs[0].at[(*at, rr, cc)], out.T)
         plt.store(outs[1].at[(*at, r)], top)
         plt.store(outs[2].at[(*at, r)], total)
