@@ -1,7 +1,7 @@
 """Compiling for an NVIDIA GPU on a machine that has none, and reading what came out.
 
 XLA's CUDA plugin compiles down to machine code for a described device: Triton kernels, fusions, buffers. What it cannot
-do here is run, time or tune anything. Needs `jax[cuda12-local]`; import this module before jax is first used.
+do here is run, time or tune anything. Needs `jax[cuda12-local]`; make the `Target` before jax is first used.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # the plugin would ask the driver, which is not there
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
 
 import jax
 from jax.experimental import topologies
@@ -73,6 +71,8 @@ class Target:
     """A described card that programs can be compiled for."""
 
     def __init__(self, card: Card):
+        os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # the plugin would ask the driver, which is not there
+        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
         topology = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=card.config())
         self.mesh = topologies.make_mesh(topology, (1,), ("x",))
 

@@ -10,3 +10,8 @@ from kernels_pallas.attention import triton
 
 # (q, keys, values, layer, positions, live) -> rows; see `triton.attend_cache`
 KERNELS: dict[str, Callable[..., Array]] = {"cuda": triton.attend_cache}
+
+
+def pick(platform: str, size: int, slots: int) -> Callable[..., Array] | None:
+    """The kernel of a platform for heads of `size` and a cache of `slots`, if there is one."""
+    return KERNELS.get(platform) if triton.takes(size, slots) else None

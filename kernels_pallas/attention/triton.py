@@ -83,9 +83,12 @@ def _attend_kernel(
         return
     at = (pl.program_id(2), pl.program_id(1))
     rr, _ = grid(r, channel)
-    plt.store(outs[0].at[(*at, rr, cc)], out.T)
-    plt.store(outs[1].at[(*at, r)], top)
-    plt.store(outs[2].at[(*at, r)], total)
+
+    @pl.when(begin < end)  # nobody reads the others
+    def store() -> None:
+        plt.store(outs[0].at[(*at, rr, cc)], out.T)
+        plt.store(outs[1].at[(*at, r)], top)
+        plt.store(outs[2].at[(*at, r)], total)
 
 
 def _join_kernel(
@@ -115,6 +118,11 @@ def _join_kernel(
     plt.store(y_ref.at[at], out.astype(y_ref.dtype), mask=rr < rows * group)
 
 
+def takes(size: int, slots: int) -> bool:
+    """Whether the kernels take heads of this size and a cache of so many slots."""
+    return size >= 16 and size & (size - 1) == 0 and slots % SLOTS == 0
+
+
 def attend_cache(
     q: Float[Array, "B T Q H"],
     keys: Float[Array, "A B N S H"],
@@ -137,7 +145,7 @@ def attend_cache(
     """
     batch, rows, heads, size = q.shape
     kv_heads, slots = keys.shape[2:4]
-    if size < 16 or size & (size - 1) or slots % SLOTS:
+    if not takes(size, slots):
         raise ValueError(f"head size {size} must be a power of two from 16 on, {slots} slots a multiple of {SLOTS}")
     position = jnp.where(live, positions, -1).astype(jnp.int32)
     end = jnp.max(position, axis=1) + 1

@@ -12,7 +12,7 @@ from flax import nnx
 from jax import Array, lax
 from jaxtyping import Float
 
-from kernels_pallas.attention import KERNELS
+from kernels_pallas.attention import pick
 from kernels_pallas.matmul import linear
 from kernels_pallas.target import target
 from mtpjax.cache import BLOCK
@@ -51,7 +51,7 @@ def attend(q: Float[Array, "B T Q H"], cache: KV, layer: Array | int, where: Pla
     group = q_heads // kv_heads
     precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
     q = (q.astype(jnp.float32) * size**-0.5).astype(q.dtype)
-    kernel = KERNELS.get(target())
+    kernel = pick(target(), size, cache[0].shape[3])
     if kernel is not None and not isinstance(where.blocks, int):  # a fixed number of blocks: to be differentiated
         return kernel(q, *cache, layer, where.positions, where.live)
     q = q.reshape(batch, rows, kv_heads, group, size)

@@ -1,0 +1,133 @@
+"""What `check_cuda.py` compiles: every kernel in the shapes of the 35B-A3B, and the programs of the whole model. Shapes only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from kernels_pallas.attention.triton import attend_cache
+from kernels_pallas.grouped_matmul.triton import grouped_mlp
+from kernels_pallas.matmul.triton import matmul
+from kernels_pallas.quantized import QuantizedTensor
+from mtpjax.cache import new_cache, slots_for
+from mtpjax.config import preset
+from mtpjax.model import abstract_model
+from mtpjax.rows import NO_ROWS
+from mtpjax.sampling import STOPS, Requests
+from mtpjax.speculative import LoopState, decode, mtp_drafter
+from mtpjax.steps import prefill
+from mtpjax.weights import fill
+
+Case = Callable[[], tuple[Any, tuple[Any, ...]]]  # a jitted function and its arguments
+
+MODEL, DRAFT, CONTEXT, CHUNK = "35b-a3b", 4, 32768, 512
+IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+EVEN = tuple(range(16))
+# name: layout, group, table, offset
+FORMS: dict[str, tuple[str, int, tuple[int, ...] | None, bool]] = {
+    "iq4_nl": ("codes4", 32, IQ4_NL, False),
+    "q4_k": ("codes4", 32, EVEN, True),
+    "nvfp4": ("codes4", 16, (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12), False),
+    "int4 g128": ("codes4", 128, EVEN, True),
+    "q8_0": ("codes8", 32, None, False),
+    "q6_k": ("codes8", 16, None, False),
+    "fp8": ("fp8", 128, None, False),
+    "bf16": ("plain", 0, None, False),
+}
+ROWS = {"decode": 5, "prefill": 2048}
+# Matrices that the files of quantised checkpoints keep unquantised.
+UNPACKED = {"router", "shared_gate", "in_a", "in_b", "conv"}
+
+
+def packed(shape: Sequence[int], form: str) -> Any:
+    """A weight of shapes only."""
+    layout, group, table, offset = FORMS[form]
+    *lead, size = shape
+    spec = jax.ShapeDtypeStruct
+    if layout == "plain":
+        return spec(tuple(shape), jnp.bfloat16)
+    if layout == "fp8":
+        *stack, out = lead
+        scale = spec((*stack, -(-out // 128), -(-size // 128)), jnp.float32)
+        codes = spec(tuple(shape), jnp.float8_e4m3fn)
+    else:
+        scale = spec((*lead, size // group), jnp.float16)
+        codes = spec((*lead, size // 2), jnp.uint8) if layout == "codes4" else spec(tuple(shape), jnp.int8)
+    return QuantizedTensor(
+        codes=codes, scale=scale, offset=scale if offset else None, layout=layout, group=group, table=table
+    )
+
+
+def kernel_cases() -> dict[str, Case]:
+    """Every kernel in the shapes of the 35B-A3B."""
+
+    def linear_case(form: str, rows: int) -> tuple[Any, tuple[Any, ...]]:
+        return jax.jit(matmul), (jax.ShapeDtypeStruct((rows, 2048), jnp.bfloat16), packed((2048, 2048), form))
+
+    def experts_case(form: str, rows: int) -> tuple[Any, tuple[Any, ...]]:
+        spec, stacks = jax.ShapeDtypeStruct, (packed((10, 256, 1024, 2048), form), packed((10, 256, 2048, 512), form))
+        routing = (spec((rows, 8), jnp.int32), spec((rows, 8), jnp.float32), spec((rows,), jnp.bool_))
+        return jax.jit(grouped_mlp), (spec((rows, 2048), jnp.bfloat16), *stacks, spec((), jnp.int32), *routing)
+
+    def attention_case(rows: int) -> tuple[Any, tuple[Any, ...]]:
+        spec, cache = jax.ShapeDtypeStruct, jax.ShapeDtypeStruct((10, 1, 2, CONTEXT, 256), jnp.bfloat16)
+        where = (spec((), jnp.int32), spec((1, rows), jnp.int32), spec((1, rows), jnp.bool_))
+        return jax.jit(attend_cache), (spec((1, rows, 16, 256), jnp.bfloat16), cache, cache, *where)
+
+    attention = {f"attention {regime}": partial(attention_case, rows) for regime, rows in ROWS.items()}
+    return attention | {
+        f"{op} {form} {regime}": partial(make, form, rows)
+        for op, make in (("linear", linear_case), ("experts", experts_case))
+        for form in FORMS
+        for regime, rows in ROWS.items()
+    }
+
+
+def program_case(name: str) -> tuple[Any, tuple[Any, ...], dict[str, Any], Any]:
+    """"prefill" or "decode" of the whole model: jitted step, arguments, static arguments, parameters."""
+    cfg, spec = preset(MODEL), jax.ShapeDtypeStruct
+
+    def store(path: tuple[Any, ...], leaf: Any) -> Any:
+        plain = leaf.dtype != jnp.bfloat16 or path[-1] in UNPACKED
+        return spec(leaf.shape, leaf.dtype) if plain else packed(leaf.shape, "iq4_nl")
+
+    graph, params = nnx.split(abstract_model(cfg, jnp.bfloat16, stack=cfg.repeats))
+    graph, params = nnx.split(nnx.merge(graph, fill(params, store)))
+    cache = jax.eval_shape(lambda: new_cache(cfg, 1, slots_for(CONTEXT, DRAFT + 1), dtype=jnp.bfloat16))
+
+    def ints(*shape: int) -> Any:
+        return spec(shape, jnp.int32)
+
+    if name == "prefill":
+        args: tuple[Any, ...] = (params, ints(1, CHUNK), ints(1, CHUNK), ints(1), cache)
+        return prefill, args, {"graph": graph, "rows": NO_ROWS}, params
+    state = LoopState(
+        cache=cache, hidden=spec((1, cfg.hidden_size), jnp.bfloat16), token=ints(1), count=ints(1),
+        done=spec((1,), jnp.bool_), stopped=spec((1,), jnp.bool_), rounds=ints(1), accepted=ints(1, DRAFT),
+    )  # fmt: skip
+    requests = Requests(
+        max_tokens=ints(1), temperature=spec((1,), jnp.float32), seed=spec((1,), jnp.uint32), stops=ints(1, STOPS)
+    )
+    static = {"graph": graph, "k": DRAFT, "rounds": 32, "vocab": cfg.vocab_size, "drafter": mtp_drafter}
+    return decode, (params, state, requests), static, params
+
+
+def weight_shapes(params: Any) -> tuple[set[str], set[str]]:
+    """Types of what a copy of weights would be, whole stacks and single layers: (experts, other packed weights)."""
+    names = {"uint8": "u8", "float16": "f16", "bfloat16": "bf16", "float32": "f32"}
+    experts, others = set(), set()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        kind, shape = names.get(leaf.dtype.name, "other"), tuple(leaf.shape)
+        key = jax.tree_util.keystr(path)
+        if "codes" not in key and "scale" not in key:
+            continue
+        mine = experts if len(shape) == 4 else others
+        views = [(kind, shape)] + ([("u32", (*shape[:-1], shape[-1] // 4))] if kind == "u8" else [])
+        for dtype, dims in views:
+            mine |= {f"{dtype}[{','.join(map(str, d))}]" for d in (dims, dims[1:]) if len(d) >= 2}
+    return experts, others

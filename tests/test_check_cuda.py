@@ -1,0 +1,74 @@
+"""Reading compiled programs: kernels counted through loops, copies of weights found. Compiling itself is `make check-cuda`."""
+
+from scripts.check_cuda import problems
+from scripts.cuda_cases import kernel_cases, program_case, weight_shapes
+from scripts.cuda_target import Program
+
+HLO = """HloModule jit_f, is_scheduled=true
+
+%fused_slice (param_0: u8[5,64,32]) -> u8[1,64,32] {
+  %param_0 = u8[5,64,32]{2,1,0} parameter(0)
+  %zero = s32[] constant(0)
+  ROOT %slice = u8[1,64,32]{2,1,0} dynamic-slice(%param_0, %zero, %zero, %zero), dynamic_slice_sizes={1,64,32}
+}
+
+%attend (a: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %a = (s32[], f32[8]{0}) parameter(0)
+  %x = f32[8]{0} get-tuple-element(%a), index=1
+  %turn.1 = f32[8]{0} fusion(%x), kind=kLoop, calls=%fused_slice
+  %turn.2 = f32[8]{0} custom-call(%turn.1), custom_call_target="a"
+  ROOT %tuple = (s32[], f32[8]{0}) tuple(%x, %turn.2)
+}
+
+%test (a: (s32[], f32[8])) -> pred[] {
+  %a = (s32[], f32[8]{0}) parameter(0)
+  ROOT %less = pred[] fusion(%a), kind=kLoop, calls=%fused_slice
+}
+
+%layer (c: (s32[], u8[5,64,32])) -> (s32[], u8[5,64,32]) {
+  %c = (s32[], u8[5,64,32]{2,1,0}) parameter(0)
+  %w = u8[5,64,32]{2,1,0} get-tuple-element(%c), index=1
+  %view = u32[5,64,8]{2,1,0} bitcast(%w)
+  %cut = u8[1,64,32]{2,1,0} fusion(%w), kind=kLoop, calls=%fused_slice
+  %inner = (s32[], f32[8]{0}) while(%c), condition=%test, body=%attend
+  ROOT %tuple.1 = (s32[], u8[5,64,32]{2,1,0}) tuple(%c, %w)
+}
+
+ENTRY %main (w: u8[5,64,32]) -> f32[8] {
+  %w.1 = u8[5,64,32]{2,1,0} parameter(0)
+  %loop = (s32[], u8[5,64,32]{2,1,0}) while(%w.1), condition=%test, body=%layer, backend_config={"known_trip_count":{"n":"10"}}
+  %copy.1 = f32[8]{0} copy(%w.1)
+  ROOT %either = f32[8]{0} conditional(%copy.1, %w.1), branch_computations={%test, %attend}
+}
+"""
+
+
+def test_kernels_are_counted_through_loops() -> None:
+    kernels, dynamic = Program(HLO).loops()
+    # the copy, the longer branch, and ten turns of one kernel and its test
+    assert kernels == 1 + 2 + 10 * (1 + 1)
+    assert dynamic == [(2 + 1, 10)]  # kernels of a turn of the inner loop with its test; entered ten times
+
+
+def test_copies_are_made_buffers_of_the_type_of_a_weight() -> None:
+    program = Program(HLO)
+    assert program.copies({"u8[64,32]"}) == {"u8[64,32]": 1}  # by the fusion: what is inside of it makes no buffer
+    assert not program.copies({"u8[5,64,32]", "u32[5,64,8]"})  # parameters and bitcasts make none
+
+
+def test_the_shapes_of_weights_are_those_of_stacks_and_layers() -> None:
+    _, args, _, params = program_case("decode")
+    experts, others = weight_shapes(params)
+    assert {"u8[10,256,1024,1024]", "u8[256,1024,1024]", "u32[256,1024,256]", "f16[256,1024,64]"} <= experts
+    assert {"u8[10,8192,1024]", "u8[8192,1024]", "u8[248320,1024]"} <= others
+    assert args[0] is params
+
+
+def test_what_must_not_be() -> None:
+    good = {"card": "rtx3090", "case": "decode", "argument": 20 * 2**30, "temp": 0, "expert_copies": {}, "packed_copies": {}}
+    assert problems(good) == []
+    assert problems(good | {"argument": 24 * 2**30}) == ["needs 24.00 GiB of 23.0"]
+    assert problems(good | {"argument": 24 * 2**30, "card": "h200"}) == []
+    assert problems(good | {"expert_copies": {"u8[256,1024,1024]": 4}}) == ["expert copies: {'u8[256,1024,1024]': 4}"]
+    assert problems({"card": "b200", "case": "linear fp8 decode", "error": "no"}) == ["no"]
+    assert len(kernel_cases()) == 34
