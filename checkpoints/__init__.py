@@ -3,6 +3,8 @@
 from pathlib import Path
 
 from checkpoints.errors import CheckpointError
+from checkpoints.gguf_file import GgufFile
+from checkpoints.gguf_writer import write_gguf
 from checkpoints.opening import open_checkpoint
 from checkpoints.orbax_dir import OrbaxDirectory
 from checkpoints.safetensors_dir import SafetensorsDirectory
@@ -14,10 +16,12 @@ TINY = Path(__file__).parent / "tiny"  # the embedded model
 __all__ = [
     "TINY",
     "CheckpointError",
+    "GgufFile",
     "OrbaxDirectory",
     "SafetensorsDirectory",
     "TensorInfo",
     "TensorSource",
     "open_checkpoint",
+    "write_gguf",
     "write_safetensors_directory",
 ]

@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from checkpoints import TINY, open_checkpoint
+from checkpoints import TINY, GgufFile, open_checkpoint
 from mtpjax.chat import Message
 from mtpjax.config import STOP_TOKENS
 from mtpjax.engine import BUCKETS, Engine, Request, Result
@@ -19,7 +19,7 @@ from mtpjax.loading import cache_dtype, load_checkpoint
 from mtpjax.rows import OutputRows
 from mtpjax.sampling import STOPS
 from mtpjax.speculative import Drafter, mtp_drafter
-from mtpjax.text import Tokenizer, load_tokenizer
+from mtpjax.text import Tokenizer, gguf_tokenizer, load_tokenizer
 from mtpjax.weights import LoadedModel
 
 MAX_DRAFT = 8
@@ -146,6 +146,8 @@ class LLM:
             stops |= _stop_ids(source.generation_config.get("eos_token_id"))
             if self.tokenizer is None and source.tokenizer_file is not None:
                 self.tokenizer = load_tokenizer(source.tokenizer_file)
+            elif self.tokenizer is None and isinstance(source, GgufFile):
+                self.tokenizer = gguf_tokenizer(source.metadata, str(source.path))
         self.cfg = loaded.cfg
         if draft and not self.cfg.mtp_layers:
             if drafter is mtp_drafter:

@@ -141,6 +141,13 @@ def _check(source: TensorSource, table: Mapping[str, Location], cfg: ModelConfig
         )
 
 
+def check_source(source: TensorSource) -> ModelConfig:
+    """The config of a checkpoint whose tensors fit it. Raises CheckpointError or ConfigError as `load_model` would."""
+    cfg = config_of(source)
+    _check(source, locations(cfg, 1, source.tensors.__contains__), cfg)
+    return cfg
+
+
 def _leaf_dtype(leaf: Any, stored: list[np.dtype], dtype: jnp.dtype | None) -> np.dtype:
     """Matrices in `dtype` (None: as stored); small vectors in float32."""
     if leaf.dtype == jnp.float32 and len(stored) and dtype is None:

@@ -1,6 +1,7 @@
 """Convert a checkpoint from Hugging Face safetensors to Orbax or back, bit for bit, a few tensors in memory at a time.
 
     python scripts/convert.py SRC DST [--to orbax|hf] [--max-shard-bytes N]
+    python scripts/convert.py SRC DST.gguf [--type q8_0]     # any checkpoint -> GGUF, as llama.cpp reads it; whole in memory
 
 Every tensor of the text model and its MTP head keeps its name and dtype on the way there and back. What is no part of
 the text model (vision) is left out, and said.
@@ -13,7 +14,9 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -21,10 +24,13 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from checkpoints import OrbaxDirectory, SafetensorsDirectory, open_checkpoint, write_safetensors_directory
+from checkpoints import OrbaxDirectory, SafetensorsDirectory, open_checkpoint, write_gguf, write_safetensors_directory
+from checkpoints.gguf_writer import TYPES
 from checkpoints.safetensors_dir import INDEX, weight_files
 from checkpoints.safetensors_header import read_header
-from mtpjax.loading import ORIGIN, Tensor, orbax_tensors, save_orbax
+from mtpjax.loading import ORIGIN, Tensor, load_checkpoint, orbax_tensors, save_orbax
+from mtpjax.text import gguf_metadata, load_tokenizer
+from mtpjax.weights import export_tensors
 
 # Written by the converters themselves.
 OWN_FILES = {"config.json", "generation_config.json", "tokenizer.json", INDEX, ORIGIN}
@@ -65,6 +71,22 @@ def to_hf(source: OrbaxDirectory, target: Path, max_shard_bytes: int) -> int:
     return len(tensors)
 
 
+def to_gguf(source: Any, target: Path, kind: str) -> int:
+    """Returns the number of tensors written. The tokenizer and chat template go along."""
+    model = load_checkpoint(source, dtype=None)
+    cfg = model.cfg
+    words = load_tokenizer(source.tokenizer_file) if source.tokenizer_file else None
+    tokenizer = gguf_metadata(words, cfg.vocab_size, cfg.stop_tokens) if words else {}
+    tensors = [(name.removeprefix("model."), read) for name, _, _, read in export_tensors(model, 1)]
+    with _bar(len(tensors)) as bar:
+
+        def counted(read: Callable[[], np.ndarray]) -> np.ndarray:
+            bar.update()
+            return read()
+
+        return write_gguf(target, cfg.to_hf(), ((name, partial(counted, read)) for name, read in tensors), kind, tokenizer)
+
+
 def _bar(size: int) -> tqdm:
     return tqdm(total=size, unit="B", unit_scale=True, disable=None, leave=False)
 
@@ -89,8 +111,9 @@ def _grouped(names: Iterable[str]) -> str:
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="convert.py", description=__doc__.split("\n")[0])
     parser.add_argument("src", type=Path, help="folder of a checkpoint")
-    parser.add_argument("dst", type=Path, help="new folder")
-    parser.add_argument("--to", choices=("orbax", "hf"), help="format of DST (default: the one that SRC is not)")
+    parser.add_argument("dst", type=Path, help="new folder, or file ending in .gguf")
+    parser.add_argument("--to", choices=("orbax", "hf", "gguf"), help="format of DST (default: by its name, or what SRC is not)")
+    parser.add_argument("--type", choices=TYPES, default="q8_0", help="of the matrices in a GGUF file")
     parser.add_argument("--max-shard-bytes", type=int, metavar="N", help="size of a safetensors file (default: 4 GiB)")
     args = parser.parse_args(argv)
     if args.max_shard_bytes is not None and args.max_shard_bytes < 1:
@@ -103,16 +126,19 @@ def main(argv: list[str] | None = None) -> int:
     began = time.perf_counter()
     try:
         source = open_checkpoint(args.src)
-        to = args.to or ("hf" if isinstance(source, OrbaxDirectory) else "orbax")
+        other = "hf" if isinstance(source, OrbaxDirectory) else "orbax"
+        to = args.to or ("gguf" if args.dst.suffix == ".gguf" else other)
         left_out: list[str] = []
-        if isinstance(source, OrbaxDirectory) and to == "hf":
+        if to == "gguf":
+            count = to_gguf(source, args.dst, args.type)
+        elif isinstance(source, OrbaxDirectory) and to == "hf":
             count = to_hf(source, args.dst, args.max_shard_bytes or 4 << 30)
         elif isinstance(source, SafetensorsDirectory) and to == "orbax":
             if args.max_shard_bytes:
                 raise ValueError("--max-shard-bytes is for --to hf; Orbax has no such files")
             count, left_out = to_orbax(source, args.dst)
         else:
-            raise ValueError(f"{args.src} is already in the format '{to}'")
+            raise ValueError(f"{args.src} is of the kind '{source.kind}', which is not converted to '{to}'")
     except (ValueError, OSError) as error:  # CheckpointError and ConfigError are ValueErrors
         print(f"convert.py: {error}", file=sys.stderr)
         return 1

@@ -15,7 +15,9 @@ import jinja2
 import numpy as np
 from numpy.typing import NDArray
 from tiny_stories import talk
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
+
+from mtpjax.text import byte_level_bpe
 
 HELD_OUT = ("lewis-carroll_through-the-looking-glass", "l-frank-baum_the-road-to-oz")
 HELD_OUT_MODULES = ("csv", "fractions", "heapq", "shlex", "textwrap")
@@ -28,11 +30,6 @@ LICENCES = {
 }
 END_OF_TEXT, SPECIAL = "<|endoftext|>", ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 VOCAB = 4096
-# The pre-tokeniser of Qwen3.5: Qwen2's, with marks joined to letters.
-SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}|"
-    r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] not in ['system', 'user', 'assistant'] %}"
@@ -144,15 +141,7 @@ def train_tokenizer(texts: Iterable[str], vocab: int = VOCAB) -> Tokenizer:
 
     Raises SystemExit when the texts are too small for that many merges.
     """
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated", invert=False),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = byte_level_bpe(models.BPE(), "qwen35")
     merges = vocab - len(SPECIAL)
     trainer = trainers.BpeTrainer(
         vocab_size=merges, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
