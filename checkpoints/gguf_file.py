@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from checkpoints.dtypes import not_finite
 from checkpoints.errors import CheckpointError
 from checkpoints.folder import unreadable
-from checkpoints.gguf_blocks import unpack_rows
+from checkpoints.gguf_blocks import repack_rows, unpack_rows
 from checkpoints.gguf_header import GgufTensor, read_gguf_header
 from checkpoints.gguf_names import Heads, converted, names
+from checkpoints.packed import PackedArray, concatenated
 from checkpoints.source import TensorInfo
 
 ARCHITECTURES = {"qwen35moe": "qwen3_5_moe_text", "qwen35": "qwen3_5_text"}
@@ -92,6 +93,39 @@ class GgufFile:
         out = np.empty(self.tensors[name].shape, self.tensors[name].dtype)
         self.read_into(name, out)
         return out
+
+    def read_packed(self, name: str) -> PackedArray | None:
+        """Tensor `name` (canonical) packed as in the file, exactly; None where it is plain or a vector.
+
+        Value heads are put in the published order: rows, and columns by whole blocks of 32, move without requantising.
+        """
+        parts, how = self._parts[name]
+        heads = self._heads
+        if any(p.type.repack is None for p in parts) or how not in ("", "gate and up", "rows", "value rows", "columns"):
+            return None
+        if how == "columns" and heads.value_dim % 32:
+            return None
+
+        def whole(part: GgufTensor) -> PackedArray:
+            row_bytes = part.shape[-1] // part.type.elements * part.type.size
+            raw = np.fromfile(self.path, np.uint8, part.nbytes, offset=part.offset)
+            if raw.size != part.nbytes:
+                raise CheckpointError(f"{self.path}: ends inside {part.name!r}; it was longer when it was opened.")
+            rows = repack_rows(part.type, raw.reshape(-1, row_bytes))
+            return rows.each(lambda x: x.reshape(*part.shape[:-1], -1))
+
+        if how == "gate and up":
+            return concatenated([whole(part) for part in parts], axis=1)
+        packed = whole(parts[0])
+        if how == "columns":
+            size = heads.values * heads.value_dim  # of which an entry of codes or scales may hold several
+
+            def columns(x: NDArray[Any]) -> NDArray[Any]:
+                per_head = heads.value_dim * x.shape[1] // size
+                return np.ascontiguousarray(heads.reorder(np.ascontiguousarray(x.T), per_head, to_gguf=False).T)
+
+            return packed.each(columns)
+        return packed.each(lambda x: converted(x, how, heads, to_gguf=False))
 
     def _stream(self, tensor: GgufTensor, out: NDArray[Any]) -> None:
         """Values of a tensor as stored, some rows at a time, into `out` of the same shape (views are welcome)."""

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from checkpoints.errors import CheckpointError
 from checkpoints.gguf_blocks import IQ4_TABLE, pack4
 from checkpoints.gguf_names import Heads, converted, names
+from checkpoints.quantize import nearest_codes
 
 TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "iq4_nl")
 _ALWAYS_WIDE = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", "ssm_conv1d.weight", "ssm_a", "ssm_dt.bias")
@@ -22,27 +23,9 @@ _ROWS = 4096  # encoded at a time
 
 
 def encode_iq4_nl(x: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """IQ4_NL blocks of `[..., D]`, D a multiple of 32: `[..., D / 32 * 18]` bytes.
-
-    Of several scales around the one that maps the largest magnitude to an end of the table, that with the least squared
-    error after the best factor for its codes is kept, block by block.
-    """
-    table = np.asarray(IQ4_TABLE, np.float32)
-    middles = (table[1:] + table[:-1]) / 2
-    blocks = x.reshape(-1, 32).astype(np.float32)
-    largest = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=1)[:, None], axis=1)
-    best_d, best_error = np.zeros((len(blocks), 1), np.float32), np.full((len(blocks), 1), np.inf, np.float32)
-    for end in np.concatenate([-np.linspace(105, 150, 10), np.linspace(92, 132, 9)]):
-        d = largest / np.float32(end)
-        t = table[np.searchsorted(middles, blocks / np.where(d == 0, 1, d))]
-        d = np.sum(blocks * t, axis=1, keepdims=True) / np.maximum(np.sum(t * t, axis=1, keepdims=True), 1e-30)
-        error = np.sum((blocks - d * t) ** 2, axis=1, keepdims=True)
-        better = error < best_error
-        best_d, best_error = np.where(better, d, best_d), np.where(better, error, best_error)
-    half = best_d.astype(np.float16)
-    wide = half.astype(np.float32)
-    codes = np.searchsorted(middles, blocks / np.where(wide == 0, 1, wide)).astype(np.uint8)
-    raw = np.concatenate([half.view(np.uint8).reshape(-1, 2), pack4(codes)], axis=1)
+    """IQ4_NL blocks of `[..., D]`, D a multiple of 32: `[..., D / 32 * 18]` bytes."""
+    codes, scale = nearest_codes(x.reshape(-1, 32).astype(np.float32), IQ4_TABLE)
+    raw = np.concatenate([scale.view(np.uint8).reshape(-1, 2), pack4(codes)], axis=1)
     return raw.reshape(*x.shape[:-1], -1)
 
 

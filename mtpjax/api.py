@@ -99,9 +99,11 @@ class LLM:
     """A checkpoint, ready to generate.
 
     Args:
-        model: folder of a Hugging Face or Orbax checkpoint, an already loaded model, or None for the embedded tiny model.
+        model: folder of a Hugging Face or Orbax checkpoint, a GGUF file, an already loaded model, or None for the embedded tiny model.
         draft: tokens the MTP head drafts a round, 0...8; the text does not depend on it.
         dtype: compute and cache dtype, "float32" or "bfloat16".
+        weights: "int4", "int8", "iq4nl" or "fp8" quantise the matrices as they are read, "packed" keeps those of a GGUF file
+            as they are; None does what is fastest, see `mtpjax.loading.load_checkpoint`.
         max_len: prompt and new tokens of a sequence at most; memory for the cache grows with it.
         max_batch: sequences generated side by side.
         seed: base of the requests' seeds.
@@ -118,6 +120,7 @@ class LLM:
         *,
         draft: int = 3,
         dtype: str = "float32",
+        weights: str | None = None,
         max_len: int = 2048,
         max_batch: int = 8,
         seed: int = 0,
@@ -142,7 +145,7 @@ class LLM:
             loaded = model
         else:
             source = open_checkpoint(TINY if model is None else model)
-            loaded = load_checkpoint(source, dtype=DTYPES[dtype], mtp=draft > 0)
+            loaded = load_checkpoint(source, dtype=DTYPES[dtype], mtp=draft > 0, weights=weights)
             stops |= _stop_ids(source.generation_config.get("eos_token_id"))
             if self.tokenizer is None and source.tokenizer_file is not None:
                 self.tokenizer = load_tokenizer(source.tokenizer_file)

@@ -20,12 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from checkpoints import CheckpointError, OrbaxDirectory, TensorSource
+from checkpoints import CheckpointError, GgufFile, OrbaxDirectory, TensorSource
 from kernels_pallas.target import target
 from mtpjax.config import ModelConfig
 from mtpjax.model import abstract_model
 from mtpjax.model.params import Expert
 from mtpjax.orbax_tree import LazyLeaf, StoredTree, TreePath, write_tree
+from mtpjax.packing import KEEP, MODES, WEIGHTS
 from mtpjax.weights import LoadedModel, Location, _check, config_of, fill, flat, load_model, locations
 
 ORIGIN = "mtpjax.json"
@@ -71,17 +72,32 @@ def as_bits(model: LoadedModel) -> LoadedModel:
     return replace(model, graph=graph, params=params)
 
 
-def load_checkpoint(source: TensorSource | OrbaxDirectory, *, dtype: jnp.dtype, mtp: bool = True) -> LoadedModel:
+def load_checkpoint(
+    source: TensorSource | OrbaxDirectory, *, dtype: jnp.dtype, mtp: bool = True, weights: str | None = None
+) -> LoadedModel:
     """Load an opened checkpoint for computing in `dtype`; `mtp=False` leaves an MTP head out.
+
+    Args:
+        weights: how matrices lie in memory: "int4", "int8", "iq4nl", "fp8" quantise them as they are read; "packed" keeps
+            them as a GGUF file has them. None: "packed" on a GPU for a GGUF file, else arrays of `dtype`, which a CPU
+            computes with faster.
 
     Raises:
         CheckpointError: quantised, or not the tensors of the model that its config.json describes.
     """
     form = storage(dtype, _config(source))
+    if weights is not None and weights not in WEIGHTS:
+        raise ValueError(f"weights is {weights!r}; expected None or one of {', '.join(map(repr, WEIGHTS))}")
     if isinstance(source, OrbaxDirectory):
+        if weights is not None:
+            raise ValueError(f"{source.path}: weights={weights!r} is not supported for an Orbax folder; convert it back first")
         return restore_orbax(source, mtp=mtp, **form)
+    if isinstance(source, GgufFile):
+        weights = weights or (KEEP if target() != "cpu" else None)
+    elif weights == KEEP:
+        raise ValueError(f"{source.path}: weights='packed' is for GGUF files; expected one of {', '.join(map(repr, MODES))}")
     _refuse_quantised(source)
-    return load_model(source, mtp=mtp, **form)
+    return load_model(source, mtp=mtp, weights=weights, **form)
 
 
 def _config(source: TensorSource | OrbaxDirectory) -> ModelConfig:

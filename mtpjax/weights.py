@@ -13,8 +13,10 @@ import numpy as np
 from flax import nnx
 
 from checkpoints import CheckpointError, TensorSource
+from kernels_pallas.quantized import QuantizedTensor
 from mtpjax.config import FULL, ModelConfig
 from mtpjax.model import abstract_model
+from mtpjax.packing import assembled, packable, read_packed
 
 Path = tuple[str | int, ...]
 
@@ -162,6 +164,7 @@ def load_model(
     compute_dtype: jnp.dtype | None = None,
     stack: int = 1,
     mtp: bool = True,
+    weights: str | None = None,
 ) -> LoadedModel:
     """Read a checkpoint leaf by leaf: host memory beyond the parameters stays at one leaf.
 
@@ -169,6 +172,7 @@ def load_model(
         dtype: of the matrices in memory; None keeps what the file holds, for every tensor (conversion).
         stack: repeats of the layer pattern in one leaf; see `mtpjax.model.decoder.Decoder`.
         mtp: False leaves an MTP head unread.
+        weights: None for plain arrays, or one of `mtpjax.packing.WEIGHTS`: matrices become `QuantizedTensor`s.
 
     Raises:
         CheckpointError: missing, unexpected or mis-shaped tensors (all of them in one error), or NaN/Inf (names the tensor).
@@ -181,7 +185,11 @@ def load_model(
     for name, where in table.items():
         parts.setdefault(where.path, []).append((name, where))
 
-    def read(path: Path, leaf: Any) -> jax.Array:
+    def read(path: Path, leaf: Any) -> jax.Array | QuantizedTensor:
+        if weights is not None and packable(path, leaf.shape, weights):
+            packed = [(where.index, read_packed(source, name, weights)) for name, where in parts[path]]
+            if all(part is not None for _, part in packed):
+                return assembled(leaf.shape, [(index, part) for index, part in packed if part is not None])
         stored = [source.tensors[name].dtype for name, _ in parts[path]]
         whole = _aligned(leaf.shape, _leaf_dtype(leaf, stored, dtype))
         for name, where in parts[path]:

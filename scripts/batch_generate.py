@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from checkpoints import TINY
 from mtpjax import LLM, RequestOutput, SamplingParams
+from mtpjax.packing import WEIGHTS
 from mtpjax.api import DTYPES, MAX_DRAFT
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -195,7 +196,7 @@ def run(
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="batch_generate.py", description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--model", type=Path, metavar="DIR", help="checkpoint, Hugging Face or Orbax (default: the embedded model)")
+    add("--model", type=Path, metavar="PATH", help="checkpoint: Hugging Face, Orbax or GGUF (default: embedded)")
     prompts = TINY / "prompts.jsonl"
     add("--input", type=Path, metavar="FILE", default=prompts, help="JSON lines, or .txt with a prompt a line")
     add("--output", type=Path, metavar="FILE", help="JSON lines (default: readable text on the terminal)")
@@ -205,6 +206,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy")
     add("--seed", type=int, default=0, help="line n gets seed + n - 1, unless it says")
     add("--dtype", choices=tuple(DTYPES), default="float32", help="of computing")
+    add("--weights", choices=WEIGHTS, help="matrices quantised on load, or packed as in a GGUF file (default: the fastest)")
     add("--max-len", type=int, default=2048, metavar="N", help="prompt and new tokens of a sequence at most")
     add("--batch", type=int, default=8, metavar="N", help="prompts side by side")
     add("--limit", type=int, metavar="N", help="only the first N lines")
@@ -228,7 +230,9 @@ def main(argv: list[str] | None = None) -> int:
             lines = min(lines, args.limit or lines)
         # A batch wider than the job would only compute idle rows.
         batch = args.batch if lines is None else max(1, min(args.batch, lines))
-        llm = LLM(args.model, draft=args.draft, dtype=args.dtype, max_len=args.max_len, max_batch=batch)
+        llm = LLM(
+            args.model, draft=args.draft, dtype=args.dtype, weights=args.weights, max_len=args.max_len, max_batch=batch
+        )
     except (ValueError, OSError) as error:  # CheckpointError and ConfigError are ValueErrors
         if answers is not None:
             answers.discard()
