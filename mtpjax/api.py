@@ -99,11 +99,12 @@ class LLM:
     """A checkpoint, ready to generate.
 
     Args:
-        model: folder of a Hugging Face or Orbax checkpoint, a GGUF file, an already loaded model, or None for the embedded tiny model.
+        model: folder of a Hugging Face or Orbax checkpoint, a GGUF file, an already loaded model, or None for the
+            embedded tiny model.
         draft: tokens the MTP head drafts a round, 0...8; the text does not depend on it.
         dtype: compute and cache dtype, "float32" or "bfloat16".
-        weights: "int4", "int8", "iq4nl" or "fp8" quantise the matrices as they are read, "packed" keeps those of a GGUF file
-            as they are; None does what is fastest, see `mtpjax.loading.load_checkpoint`.
+        weights: "int4", "int8", "iq4nl" or "fp8" quantise matrices as they are read, "packed" keeps those of a GGUF file
+            as they are; None: see `mtpjax.loading.load_checkpoint`.
         max_len: prompt and new tokens of a sequence at most; memory for the cache grows with it.
         max_batch: sequences generated side by side.
         seed: base of the requests' seeds.

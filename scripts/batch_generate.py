@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 from checkpoints import TINY
 from mtpjax import LLM, RequestOutput, SamplingParams
-from mtpjax.packing import WEIGHTS
 from mtpjax.api import DTYPES, MAX_DRAFT
+from mtpjax.packing import WEIGHTS
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from jsonl import Answers, Job, LineError, count_lines, read_jobs
