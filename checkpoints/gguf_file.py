@@ -250,9 +250,9 @@ def _stops(metadata: Mapping[str, Any]) -> list[int]:
 
 
 def is_gguf(path: str | os.PathLike[str]) -> bool:
-    """Whether `path` is a file that begins like GGUF or is named like it."""
+    """Whether `path` is a file that is named like GGUF, or has no ending of another format and begins like it."""
     file = Path(path)
-    if not file.is_file():
+    if not file.is_file() or file.suffix in (".safetensors", ".bin", ".pt"):
         return False
     if file.suffix == ".gguf":
         return True

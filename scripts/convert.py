@@ -24,7 +24,14 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from checkpoints import OrbaxDirectory, SafetensorsDirectory, open_checkpoint, write_gguf, write_safetensors_directory
+from checkpoints import (
+    GgufFile,
+    OrbaxDirectory,
+    SafetensorsDirectory,
+    open_checkpoint,
+    write_gguf,
+    write_safetensors_directory,
+)
 from checkpoints.gguf_writer import TYPES
 from checkpoints.safetensors_dir import INDEX, weight_files
 from checkpoints.safetensors_header import read_header
@@ -138,7 +145,9 @@ def main(argv: list[str] | None = None) -> int:
                 raise ValueError("--max-shard-bytes is for --to hf; Orbax has no such files")
             count, left_out = to_orbax(source, args.dst)
         else:
-            raise ValueError(f"{args.src} is of the kind '{source.kind}', which is not converted to '{to}'")
+            if isinstance(source, GgufFile):
+                raise ValueError(f"{args.src} is a GGUF file, which is not converted to '{to}'; only to another GGUF type")
+            raise ValueError(f"{args.src} is already in the format '{to}'")
     except (ValueError, OSError) as error:  # CheckpointError and ConfigError are ValueErrors
         print(f"convert.py: {error}", file=sys.stderr)
         return 1

@@ -164,7 +164,7 @@ def gguf(path: Path) -> Path:
         (damaged(set_config(quantization_config={"quant_method": "gptq"})), CheckpointError, "'gptq'.*not supported yet"),
         (lambda path: path, CheckpointError, "does not exist"),
         (only_file, CheckpointError, "is a single file"),
-        (gguf, CheckpointError, "GGUF is not supported yet"),
+        (gguf, CheckpointError, "the version needs 4 bytes"),
     ],
     ids=["cut", "no config", "no weights", "bad json", "tokenizer", "llama", "gptq", "nothing", "file", "gguf"],
 )

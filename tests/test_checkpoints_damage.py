@@ -206,7 +206,7 @@ def test_what_is_no_checkpoint_is_refused_with_advice(tmp_path: Path) -> None:
     assert "does not exist" in message(tmp_path / "nothing")
     assert "does not exist" in message(tmp_path / ("x" * 5000))
     for name, part in {
-        "a.gguf": "GGUF is not supported yet",
+        "a.gguf": "the version needs 4 bytes at byte 4, but the file has only 4",
         "a.safetensors": "single file",
         "a.bin": "unknown",
     }.items():
