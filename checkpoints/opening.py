@@ -29,7 +29,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> TensorSource | OrbaxDirecto
         raise CheckpointError(f"{folder}: {_about_file(folder)}")
     names = list_names(folder)
     if not os.path.exists(folder / CONFIG):
-        gguf = " Give the .gguf file itself." if any(folder.glob("*.gguf")) else ""
+        gguf = " For GGUF, give the .gguf file itself." if any(folder.glob("*.gguf")) else ""
         raise CheckpointError(f"{folder}: has no {CONFIG}; found {names}. Expected {_FORMATS}.{gguf}")
     safetensors, orbax = bool(weight_files(folder)), os.path.isdir(folder / PARAMS)
     if safetensors and orbax:
