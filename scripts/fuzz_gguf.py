@@ -34,10 +34,10 @@ def flipped(raw: bytes, seed: int) -> bytes:
     return bytes(damaged[: rng.integers(len(raw))] if rng.random() < 0.1 else damaged)
 
 
-def outcome(raw: bytes, file: Path) -> str:
-    """ "loaded" or "refused"; anything else is raised. Every tensor is read."""
+def outcome(raw: bytes, file: Path, limit: float | None = None) -> str:
+    """ "loaded" or "refused"; anything else is raised, more than `limit` seconds of computing too. Every tensor is read."""
     file.write_bytes(raw)
-    began = time.monotonic()
+    began = time.process_time()
     try:
         source = open_checkpoint(file)
         check_source(source)
@@ -46,8 +46,8 @@ def outcome(raw: bytes, file: Path) -> str:
         found = "loaded"
     except (CheckpointError, ConfigError):
         found = "refused"
-    if (seconds := time.monotonic() - began) > SECONDS:
-        raise TimeoutError(f"{seconds:.1f} s for a file of {len(raw):,} bytes, expected at most {SECONDS:.0f}")
+    if limit is not None and (seconds := time.process_time() - began) > limit:
+        raise TimeoutError(f"{seconds:.1f} s for a file of {len(raw):,} bytes, expected at most {limit:.0f}")
     return found
 
 
@@ -60,7 +60,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(args.cases):
             try:
-                counts[outcome(flipped(raw, seed), Path(folder) / "f.gguf")] += 1
+                counts[outcome(flipped(raw, seed), Path(folder) / "f.gguf", SECONDS)] += 1
             except Exception:
                 print(f"case {seed}:", file=sys.stderr)
                 raise
