@@ -111,11 +111,16 @@ class Engine:
         """Programs compiled so far."""
         return len(self._programs)
 
-    def _run(self, key: tuple, fn: Any, *args: Any, static: dict[str, Any]) -> Any:
-        """Call a jitted function through an ahead-of-time compiled program, so that compile time is known apart."""
+    def _run(self, key: tuple, fn: Any, *args: Any, static: dict[str, Any], donate: str | None = None) -> Any:
+        """Call a jitted function through an ahead-of-time compiled program, so that compile time is known apart.
+
+        `donate` repeats the donated argument: the function is wrapped anew, because JAX keeps what it compiles for as long
+        as the function lives. Wrapped here, the programs go when the engine goes.
+        """
         if key not in self._programs:
             start = time.perf_counter()
-            self._programs[key] = fn.lower(*args, **static).compile(**compile_options())
+            own: Any = jax.jit(partial(fn.__wrapped__, **static), donate_argnames=donate)
+            self._programs[key] = own.lower(*args).compile(**compile_options())
             self.compile_seconds += time.perf_counter() - start
         return self._programs[key](*args)
 
@@ -149,7 +154,7 @@ class Engine:
             static = {"graph": self.model.graph, "rows": rows}
             key = ("prefill", batch, tokens.shape[1], rows)
             logits, hidden, cache = self._run(
-                key, prefill, self.model.params, tokens, following, pad, cache, static=static
+                key, prefill, self.model.params, tokens, following, pad, cache, static=static, donate="cache"
             )
             if keep:
                 kept.append(np.asarray(logits))
@@ -161,7 +166,7 @@ class Engine:
         for tokens, _, pad in self._chunks([prompt], len(prompt)):
             key = ("hidden", tokens.shape[1])
             rows, cache = self._run(
-                key, hidden_rows, self.model.params, tokens, pad, cache, static={"graph": self.model.graph}
+                key, hidden_rows, self.model.params, tokens, pad, cache, static={"graph": self.model.graph}, donate="cache"
             )
             out.append(np.asarray(rows[0]))
         return np.concatenate(out)[-len(prompt) :]
@@ -224,7 +229,9 @@ class Engine:
         seconds = 0.0
         while not all(r.done for r in results):
             compiled, began = self.compile_seconds, time.perf_counter()
-            state, out, used = self._run(("decode", batch), decode, self.model.params, state, asked, static=static)
+            state, out, used = self._run(
+                ("decode", batch), decode, self.model.params, state, asked, static=static, donate="state"
+            )
             out, used, done = np.asarray(out), np.asarray(used), np.asarray(state.done)
             seconds += time.perf_counter() - began - (self.compile_seconds - compiled)
             for i, result in enumerate(results):

@@ -1,5 +1,6 @@
 """What the tests share: quick compilation, tiny models that need no random-number programs, and the golden files."""
 
+import gc
 import json
 import os
 from collections.abc import Iterator
@@ -40,6 +41,21 @@ def compilation_cache() -> None:
     if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+# Every compiled program keeps some dozens of memory mappings for as long as JAX's caches hold it; Linux gives a process
+# 65,530 (vm.max_map_count), and a compiler that is refused one ends the process ("Aborted", "Segmentation fault").
+MAPPINGS = Path("/proc/self/maps")
+MANY_MAPPINGS = 20_000
+
+
+@pytest.fixture(autouse=True)
+def forget_programs() -> Iterator[None]:
+    """After a test that leaves many programs behind, drop those that nothing else holds."""
+    yield
+    if MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > MANY_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture

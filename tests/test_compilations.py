@@ -1,5 +1,6 @@
 """How often XLA compiles: once for each length of prompt chunk, once for the empty cache, once for the loop."""
 
+import gc
 import json
 import os
 import subprocess
@@ -66,6 +67,7 @@ def test_the_count_sees_a_single_operation(events):
 
 
 CHILD = """
+import gc
 import json
 from collections import Counter
 import jax
@@ -104,3 +106,27 @@ def test_a_second_process_compiles_nothing(tmp_path):
     assert first["counts"] == [0, 3, 3]  # hits, misses, programs
     assert second["counts"] == [3, 0, 3]
     assert first["tokens"] == second["tokens"]
+
+
+def test_programs_go_with_their_llm():
+    """JAX keeps a program as long as the function that it wraps; a process that makes many LLMs must not keep theirs.
+
+    Each holds hundreds of memory mappings, of which Linux gives a process 65,530.
+    """
+    model = numpy_model(tiny_config(moe=False, repeats=1))
+
+    def alive() -> int:
+        gc.collect()
+        return len(jax.devices()[0].client.live_executables())
+
+    def use(max_len: int) -> int:
+        llm = LLM(model, draft=1, max_len=max_len)
+        llm.generate([[1, 2, 3]], SamplingParams(max_tokens=2))
+        llm.hidden([1, 2, 3])
+        return llm.engine.programs
+
+    assert use(80) >= 4
+    before = alive()
+    for max_len in (100, 2000):
+        use(max_len)
+    assert alive() <= before
