@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from checkpoints import TINY, GgufFile, open_checkpoint
+from mtpjax.acceptance import SimulatedAcceptance, real_acceptance
 from mtpjax.chat import Message
 from mtpjax.config import STOP_TOKENS
 from mtpjax.engine import BUCKETS, Engine, Request, Result
@@ -70,7 +71,10 @@ def _whole(name: str, value: object, low: int | None, high: int | None = None, *
 
 @dataclass(frozen=True)
 class Metrics:
-    """Figures of one request. Seconds are those of its batch: synchronised with the device, compilation excluded."""
+    """Figures of one request. Seconds are those of its batch: synchronised with the device, compilation excluded.
+
+    `acceptance` is "real", or "simulated" where `LLM(acceptance=...)` drew it: then the text is not the model's.
+    """
 
     prompt_tokens: int
     prefill_seconds: float
@@ -80,6 +84,7 @@ class Metrics:
     accepted: int
     accepted_per_position: tuple[int, ...]
     tokens_per_round: float
+    acceptance: str = "real"
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,7 @@ class LLM:
         max_batch: sequences generated side by side.
         seed: base of the requests' seeds.
         prefill_chunks: lengths of prompt chunks, each compiled once when first needed.
+        acceptance: a `SimulatedAcceptance` instead of the real rule, to measure speed with weights that were not trained.
 
     Raises:
         checkpoints.CheckpointError: the checkpoint cannot be read; says which file and tensor.
@@ -128,6 +134,7 @@ class LLM:
         tokenizer: str | PathLike[str] | None = None,
         prefill_chunks: Sequence[int] = BUCKETS,
         drafter: Drafter = mtp_drafter,
+        acceptance: SimulatedAcceptance | None = None,
     ):
         _whole("draft", draft, 0, MAX_DRAFT)
         _whole("max_len", max_len, 2)
@@ -169,6 +176,7 @@ class LLM:
         self.engine = Engine(
             loaded, draft=self.draft, max_len=max_len, vocab=vocab, cache_dtype=cache_dtype(DTYPES[dtype]),
             buckets=prefill_chunks, drafter=drafter,
+            accept=acceptance.first(self.draft) if acceptance and self.draft else real_acceptance,
         )  # fmt: skip
 
     def generate(
@@ -304,6 +312,7 @@ class LLM:
                 accepted=sum(result.accepted_per_position),
                 accepted_per_position=tuple(result.accepted_per_position),
                 tokens_per_round=len(tokens) / result.rounds if result.rounds else 0.0,
+                acceptance="real" if self.engine.accept is real_acceptance else "simulated",
             ),
         )
 

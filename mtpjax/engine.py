@@ -17,6 +17,7 @@ from flax import nnx
 from jax import Array
 
 from kernels_pallas.target import compile_options
+from mtpjax.acceptance import Acceptance, real_acceptance
 from mtpjax.cache import Cache, new_cache, slots_for
 from mtpjax.loading import as_bits
 from mtpjax.rows import NO_ROWS, OutputRows
@@ -96,11 +97,12 @@ class Engine:
         buckets: Sequence[int] = BUCKETS,
         rounds: int = ROUNDS,
         drafter: Drafter = mtp_drafter,
+        accept: Acceptance = real_acceptance,
     ):
         self.model, self.draft, self.max_len, self.vocab = as_bits(model), draft, max_len, vocab
         self.compute_dtype = nnx.merge(model.graph, model.params).compute_dtype
         self.slots = slots_for(max_len, draft + 1)
-        self.cache_dtype, self.rounds, self.drafter = cache_dtype, rounds, drafter
+        self.cache_dtype, self.rounds, self.drafter, self.accept = cache_dtype, rounds, drafter, accept
         fitting = sorted(b for b in set(buckets) if b < max_len)
         self.buckets = tuple(fitting) or (min(buckets),)
         self.compile_seconds = 0.0
@@ -225,6 +227,7 @@ class Engine:
         )
         static = {
             "graph": self.model.graph, "k": self.draft, "rounds": self.rounds, "vocab": self.vocab, "drafter": self.drafter,
+            "accept": self.accept,
         }  # fmt: skip
         seconds = 0.0
         while not all(r.done for r in results):

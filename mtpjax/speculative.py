@@ -18,9 +18,10 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
 from mtpjax import steps
+from mtpjax.acceptance import Acceptance, real_acceptance
 from mtpjax.cache import Cache
 from mtpjax.model import Model, commit
-from mtpjax.sampling import Requests, agreeing, choose, emitted
+from mtpjax.sampling import Requests, choose, emitted
 
 
 class LoopState(struct.PyTreeNode):
@@ -46,7 +47,13 @@ def mtp_drafter(model: Model, state: LoopState, requests: Requests, k: int, voca
 
 
 def decoding_round(
-    model: Model, state: LoopState, requests: Requests, k: int, vocab: int, drafter: Drafter
+    model: Model,
+    state: LoopState,
+    requests: Requests,
+    k: int,
+    vocab: int,
+    drafter: Drafter,
+    accept: Acceptance = real_acceptance,
 ) -> tuple[LoopState, Int[Array, "B k+1"], Int[Array, " B"]]:
     """One round for every request that is not done. Returns the state, the window's tokens and how many of them count."""
     idle = state.done
@@ -58,7 +65,7 @@ def decoding_round(
     if k and model.mtp is not None:
         cache = steps.sync(model, hidden, drafts, idle, cache)
 
-    right = agreeing(drafts, tokens)
+    right = accept(drafts, tokens, cache.length, requests)
     count, stopped = emitted(tokens, right + 1, requests.max_tokens - state.count, requests.stops)
     count = jnp.where(idle, 0, count)
     total = state.count + count
@@ -83,7 +90,7 @@ def decoding_round(
     )
 
 
-@partial(jax.jit, static_argnames=("graph", "k", "rounds", "vocab", "drafter"), donate_argnames=("state",))
+@partial(jax.jit, static_argnames=("graph", "k", "rounds", "vocab", "drafter", "accept"), donate_argnames=("state",))
 def decode(
     params: Any,
     state: LoopState,
@@ -94,12 +101,14 @@ def decode(
     rounds: int,
     vocab: int,
     drafter: Drafter = mtp_drafter,
+    accept: Acceptance = real_acceptance,
 ) -> tuple[LoopState, Int[Array, "B rounds*(k+1)"], Int[Array, " B"]]:
     """Up to `rounds` rounds, fewer once every request is done; call again with the state to go on.
 
     Args:
         k: draft length; 0 decodes without drafts.
         vocab: ids below this exist.
+        accept: the rule of acceptance; any but the real one changes the text.
 
     Returns:
         the state, the new tokens of each request, and how many there are.
@@ -113,7 +122,7 @@ def decode(
 
     def body(carry: tuple[Array, LoopState, Array, Array]) -> tuple[Array, LoopState, Array, Array]:
         number, state, out, used = carry
-        state, tokens, count = decoding_round(model, state, requests, k, vocab, drafter)
+        state, tokens, count = decoding_round(model, state, requests, k, vocab, drafter, accept)
         at = jnp.arange(k + 1)
         slot = jnp.where(at < count[:, None], used[:, None] + at, room)
         out = out.at[jnp.arange(batch)[:, None], slot].set(tokens, mode="drop")

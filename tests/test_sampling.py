@@ -7,7 +7,7 @@ import pytest
 from conftest import make_engine, numpy_model, tiny_config
 from jax.scipy.stats import chi2
 
-from mtpjax import sampling, speculative
+from mtpjax import acceptance, sampling
 from mtpjax.config import FULL, LINEAR
 from mtpjax.engine import Request
 from mtpjax.rows import OutputRows
@@ -200,7 +200,7 @@ def planted(name: str):
 def test_the_test_sees_drafts_that_are_always_accepted(toy, monkeypatch):
     """The second token is then the trunk's answer to a first one that is not in the text."""
     model, joint = toy
-    monkeypatch.setattr(speculative, "agreeing", lambda drafts, tokens: jnp.full(drafts.shape[:1], drafts.shape[1]))
+    monkeypatch.setattr(acceptance, "agreeing", lambda drafts, tokens: jnp.full(drafts.shape[:1], drafts.shape[1]))
     counts, accepted = joint_counts(model, DRAFT, planted("always"))
     assert accepted == 1.0
     assert chance(counts.sum(1), joint.sum(1)) > FAIR
