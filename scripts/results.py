@@ -42,6 +42,16 @@ def describe() -> dict[str, Any]:
     }
 
 
+def memory_peak_mb() -> float:
+    """The device's peak so far; the process's peak resident memory where the device does not count."""
+    import resource
+
+    import jax
+
+    found = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    return found / 2**20 if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
 def ratio_table(figures: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
     """Markdown: a row a measurement, a column a side; median (lowest ... highest) of the runs."""
     sides = list(dict.fromkeys(side for row in figures.values() for side in row))

@@ -1,0 +1,234 @@
+"""The table of this project: prefill tok/s, decode tok/s and elapsed seconds by prompt length, with MTP off and by draft length.
+
+    python scripts/bench_table.py                                     # random 50 M-active MoE, simulated acceptance
+    python scripts/bench_table.py --model FOLDER_OR_GGUF --text FILE  # real acceptance
+    python scripts/bench_table.py --model tiny --contexts 128 512 1024 --out /tmp/table
+
+Sides take turns chunk by chunk while the prompt is read and run by run while decoding; the first run is a warm-up; programs are
+compiled before anything is timed. Beside the drafts stand two ablations of the prefill: every row an output row, and the whole MTP
+layer with both heads on every row. Draft 0 is measured as it runs (nothing reads the trunk's last rows, so the compiler drops most
+of the last layer) and, as "whole", with every layer on every row: what other engines call MTP off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from bench_prefill import CONFIG
+from count_flops import whole_layer
+from results import describe, memory_peak_mb, write_json
+from table_output import write_table
+
+from checkpoints import TINY, open_checkpoint
+from mtpjax.acceptance import real_acceptance, simulated
+from mtpjax.cache import new_cache, slots_for
+from mtpjax.engine import compile_options
+from mtpjax.loading import cache_dtype, load_checkpoint, storage
+from mtpjax.rows import NO_ROWS, OutputRows
+from mtpjax.sampling import STOPS, Requests
+from mtpjax.speculative import LoopState, decode
+from mtpjax.steps import hidden_rows, prefill
+from mtpjax.text import load_tokenizer
+from mtpjax.weights import LoadedModel, random_model
+
+# Mean acceptance length by draft, not thinking, of Qwen3.5-397B-A17B's own head on SPEED-Bench's coding prompts, vLLM
+# (SemiAnalysisAI/InferenceX, golden_al_distribution): what simulated runs use unless told.
+GOLDEN_LENGTH = {1: 1.92, 2: 2.70, 3: 3.33, 4: 3.83, 5: 4.20, 6: 4.48, 7: 4.73, 8: 4.71}
+ROUNDS = 16
+
+
+class Side:
+    """One column: how prompts are read, and, for a draft length, how text is decoded."""
+
+    def __init__(self, name: str, model: LoadedModel, step: Any, chunk: int, slots: int, dtype: Any):
+        self.name, self.model, self.chunk = name, model, chunk
+        self.new = jax.jit(partial(new_cache, model.cfg, 1, slots, dtype=dtype))
+        ids, pad = np.zeros((1, chunk), np.int32), np.zeros(1, np.int32)
+        self.inputs = 1 if step.func is hidden_rows else 2  # following tokens are for the MTP head
+        lowered = step.func.lower(model.params, *[ids] * self.inputs, pad, self.new(), **step.keywords)
+        self.step = lowered.compile(**compile_options())
+        memory = self.step.memory_analysis()
+        self.temporary_mb = memory.temp_size_in_bytes / 2**20 if memory else None
+
+    def begin(self) -> None:
+        self.cache, self.seconds = jax.block_until_ready(self.new()), 0.0
+
+    def read(self, tokens: np.ndarray, following: np.ndarray) -> None:
+        start = time.perf_counter()
+        out = self.step(self.model.params, *(tokens, following)[: self.inputs], np.zeros(1, np.int32), self.cache)
+        self.hidden, self.cache = jax.block_until_ready(out)[-2:]
+        self.seconds += time.perf_counter() - start
+
+
+class Decoder:
+    """Decoding behind a prompt that a side has read."""
+
+    def __init__(self, side: Side, draft: int, accept: Any, new: int, vocab: int):
+        self.side, self.draft, self.accept, self.new, self.vocab = side, draft, accept, new, vocab
+        self.program: Any = None
+
+    def __call__(self, token: int) -> dict[str, float]:
+        side, ints = self.side, np.zeros(1, np.int32)
+        asked = Requests(
+            np.array([self.new], np.int32), np.zeros(1, np.float32), np.zeros(1, np.uint32), np.full((1, STOPS), -1, np.int32)
+        )  # fmt: skip
+        hidden = side.hidden if side.model.cfg.mtp_layers else np.zeros((1, side.model.cfg.hidden_size), self.dtype())
+        state = LoopState(
+            side.cache, hidden, np.array([token], np.int32), ints, np.zeros(1, bool), np.zeros(1, bool), ints,
+            np.zeros((1, self.draft), np.int32),
+        )  # fmt: skip
+        static = {"graph": side.model.graph, "k": self.draft, "rounds": ROUNDS, "vocab": self.vocab, "accept": self.accept}
+        if self.program is None:
+            self.program = decode.lower(side.model.params, state, asked, **static).compile(**compile_options())
+        state = jax.block_until_ready(jax.device_put(state))
+        start = time.perf_counter()
+        while not bool(state.done[0]):
+            state, _, _ = self.program(side.model.params, state, asked)
+        seconds = time.perf_counter() - start
+        rounds = int(state.rounds[0])
+        accepted = (np.asarray(state.accepted[0]) / rounds).tolist()
+        return {"seconds": seconds, "tokens_per_round": self.new / rounds, "accepted": accepted}  # type: ignore[dict-item]
+
+    def dtype(self) -> Any:
+        from flax import nnx
+
+        return nnx.merge(self.side.model.graph, self.side.model.params).compute_dtype
+
+
+def sides_of(model: LoadedModel, plain: LoadedModel, args: argparse.Namespace, dtype: Any, vocab: int) -> tuple[list[Side], dict]:
+    """The columns, and the decoders of those that decode."""
+    slots = slots_for(max(args.contexts) + args.new + 1, max(args.drafts) + 1)
+    sides, decoders = [], {}
+    for k in args.drafts:
+        which = model if k else plain
+        side = Side(f"draft {k}", which, partial(prefill, graph=which.graph, rows=NO_ROWS), args.chunk, slots, dtype)
+        sides.append(side)
+        rule = simulated(args.synthetic_acceptance_length or GOLDEN_LENGTH.get(k), args.acceptance, k) if args.simulate else None
+        decoders[side.name] = Decoder(side, k, rule or real_acceptance, args.new, vocab)
+    if not args.no_ablations:
+        whole = {"graph": model.graph, "rows": OutputRows.none()}
+        sides += [
+            Side("draft 0, whole", plain, partial(hidden_rows, graph=plain.graph), args.chunk, slots, dtype),
+            Side("rows = all", model, partial(prefill, graph=model.graph, rows=OutputRows.all()), args.chunk, slots, dtype),
+            Side("whole MTP layer", model, partial(whole_layer, **whole), args.chunk, slots, dtype),
+            Side("whole MTP layer, rows = all", model, partial(whole_layer, **whole | {"rows": OutputRows.all()}), args.chunk, slots, dtype),
+        ]  # fmt: skip
+    return sides, decoders
+
+
+def measure(sides: Sequence[Side], decoders: dict[str, Decoder], ids: np.ndarray, chunk: int, runs: int) -> dict[str, dict]:
+    """Prefill and decode seconds of each side in each run over one prompt; run 0 reads one chunk and is dropped."""
+    found: dict[str, dict] = {s.name: {"prefill_seconds": [], "decode_seconds": []} for s in sides}
+    length = ids.shape[1] - 1
+    for run in range(runs + 1):
+        for side in sides:
+            side.begin()
+        for number, at in enumerate(range(0, length if run else chunk, chunk)):
+            turn = (number + run) % len(sides)
+            for side in [*sides[turn:], *sides[:turn]]:
+                side.read(ids[:, at : at + chunk], ids[:, at + 1 : at + chunk + 1])
+        for side in [*sides[run % len(sides) :], *sides[: run % len(sides)]]:
+            row = found[side.name]
+            decoded = decoders[side.name](int(ids[0, -1])) if side.name in decoders else None
+            if run:
+                row["prefill_seconds"].append(side.seconds)
+                if decoded:
+                    row["decode_seconds"].append(decoded["seconds"])
+                    row |= {"tokens_per_round": decoded["tokens_per_round"], "accepted": decoded["accepted"]}
+            side.cache = side.hidden = None
+    return found
+
+
+def load(args: argparse.Namespace) -> tuple[LoadedModel, LoadedModel, Any, Any]:
+    """(with MTP head, without, tokenizer or None, cache dtype)."""
+    dtype = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[args.dtype]
+    if args.model == "random":
+        models = [random_model(cfg, **storage(dtype, cfg)) for cfg in (CONFIG, CONFIG.without_mtp())]
+        return models[0], models[1], None, cache_dtype(dtype)
+    source = open_checkpoint(TINY if args.model == "tiny" else args.model)
+    models = [load_checkpoint(source, dtype=dtype, mtp=mtp, weights=args.weights) for mtp in (True, False)]
+    if not models[0].cfg.mtp_layers:
+        raise SystemExit(f"{args.model}: no MTP head; there is nothing to compare")
+    return models[0], models[1], source.tokenizer_file and load_tokenizer(source.tokenizer_file), cache_dtype(dtype)
+
+
+def prompt_ids(tokenizer: Any, text: Sequence[str], vocab: int, length: int) -> np.ndarray:
+    """`[1, length + 1]`: the start of the text, or random ids where there is no tokenizer."""
+    if not text:
+        return np.random.default_rng(length).integers(0, vocab, (1, length + 1)).astype(np.int32)
+    ids = [i for name in text for i in tokenizer.encode(Path(name).read_text(encoding="utf-8"))]
+    if len(ids) <= length:
+        raise SystemExit(f"--text has {len(ids)} tokens; {length + 1} are needed")
+    return np.array([ids[: length + 1]], np.int32)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="random", help="random (50 M active), tiny (embedded), or a checkpoint")
+    parser.add_argument("--weights", help="int4, int8, iq4nl, fp8 or packed, as for mtpjax.LLM")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--text", nargs="*", default=[], help="UTF-8 files that give the prompts; random token ids unless told")
+    parser.add_argument("--contexts", type=int, nargs="+", default=[512, 2048, 8192], help="prompt tokens, multiples of --chunk")
+    parser.add_argument("--drafts", type=int, nargs="+", default=[0, 2, 3, 4])
+    parser.add_argument("--new", type=int, default=64, help="tokens decoded behind each prompt")
+    parser.add_argument("--chunk", type=int, default=512, help="rows of a prompt chunk")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--synthetic-acceptance-length", type=float, help="simulated tokens a round, for every draft length")
+    parser.add_argument(
+        "--acceptance", type=lambda s: [float(x) for x in s.split(",")], help="simulated: share of rounds accepting 1, 2, ... drafts"
+    )
+    parser.add_argument("--no-ablations", action="store_true", help="the drafts alone")
+    parser.add_argument("--out", help="write PREFIX.json, .csv, .md and .png")
+    args = parser.parse_args(argv)
+    args.simulate = args.model == "random" or bool(args.synthetic_acceptance_length or args.acceptance)
+    if 0 not in args.drafts or not all(0 <= k <= 8 for k in args.drafts):
+        parser.error(f"--drafts is {args.drafts}; expected numbers from 0 to 8 with 0, the base of all ratios, among them")
+    if wrong := [c for c in args.contexts if c < 1 or c % args.chunk]:
+        parser.error(f"--contexts has {wrong}; expected positive multiples of --chunk {args.chunk}")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    args = parse(argv)
+    model, plain, tokenizer, dtype = load(args)
+    if args.text and tokenizer is None:
+        raise SystemExit(f"{args.model}: no tokenizer.json, so --text cannot be read")
+    vocab = min(model.cfg.vocab_size, tokenizer.size) if tokenizer else model.cfg.vocab_size
+    try:
+        sides, decoders = sides_of(model, plain, args, dtype, vocab)
+    except ValueError as error:
+        raise SystemExit(f"bench_table.py: {error}") from None
+    rows = []
+    for context in args.contexts:
+        ids = prompt_ids(tokenizer, args.text, vocab, context)
+        found = measure(sides, decoders, ids, args.chunk, args.runs)
+        for name, row in found.items():
+            rows.append({"prompt_tokens": context, "side": name, "new_tokens": args.new, **row})
+            base = found["draft 0, whole" if "draft 0, whole" in found else "draft 0"]["prefill_seconds"]
+            ratio = statistics.median(b / a for a, b in zip(row["prefill_seconds"], base, strict=True))
+            print(f"{context:7} {name:28} prefill {context / statistics.median(row['prefill_seconds']):8.1f} tok/s, {ratio:.3f} x", flush=True)
+    result = {
+        "what": "table", **describe(), "model": args.model, "dtype": args.dtype, "weights": args.weights, "chunk": args.chunk,
+        "acceptance": "simulated acceptance" if args.simulate else "real", "prompts": "text" if args.text else "random tokens",
+        "memory_peak_mb": memory_peak_mb(), "temporary_mb": {s.name: s.temporary_mb for s in sides}, "rows": rows,
+    }  # fmt: skip
+    if args.out:
+        write_json(args.out + ".json", result)
+    write_table(result, args.out)
+    return result
+
+
+if __name__ == "__main__":
+    main()

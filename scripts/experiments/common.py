@@ -1,0 +1,51 @@
+"""What the experiments share: the way to the library and the benchmarks, arguments, a JSON file and a plot for each."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+for folder in (ROOT, ROOT / "scripts", ROOT / "tests"):
+    sys.path.insert(0, str(folder))
+
+from results import describe, write_json  # noqa: E402
+
+OUT = ROOT / "docs" / "benchmarks"
+Experiment = Callable[[bool], dict[str, Any]]
+
+
+def run(name: str, doc: str, experiment: Experiment, plot: Callable[[dict[str, Any], Any], None]) -> None:
+    """The command line of one experiment: figures to OUT/NAME.json, plot to OUT/NAME.png."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="sizes that take seconds, to see that it runs")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder of the JSON file and the plot (%(default)s)")
+    args = parser.parse_args()
+    result = {"what": f"experiment {name}", "smoke": args.smoke, **describe(), **experiment(args.smoke)}
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_json(str(args.out / f"{name}.json"), result)
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure = plt.figure(figsize=(11, 4.6), constrained_layout=True)
+    plot(result, figure)
+    figure.savefig(args.out / f"{name}.png", dpi=100)
+    plt.close(figure)
+    print(f"wrote {args.out / f'{name}.png'}")
+
+
+def excerpts() -> list[list[int]]:
+    """Token ids of the embedded held-out excerpts."""
+    import json
+
+    from checkpoints import TINY
+    from mtpjax.text import load_tokenizer
+
+    tokenizer = load_tokenizer(TINY / "tokenizer.json")
+    lines = (TINY / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    return [tokenizer.encode(json.loads(line)["prompt"]) for line in lines]
