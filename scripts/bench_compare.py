@@ -16,7 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-NAMES = ("part", "experiment", "prompt_tokens", "side", "variant", "domain", "rows", "mtp", "batch", "temperature", "draft", "type", "name")
+NAMES = (
+    "part", "prompt_tokens", "side", "variant", "domain", "rows", "mtp", "batch", "temperature", "draft", "type", "name",
+)  # fmt: skip
 
 
 def figures(content: Any, place: str = "") -> Iterator[tuple[str, list[float]]]:

@@ -5,9 +5,9 @@
     python scripts/bench_table.py --model tiny --contexts 128 512 1024 --out /tmp/table
 
 Sides take turns chunk by chunk while the prompt is read and run by run while decoding; the first run is a warm-up; programs are
-compiled before anything is timed. Beside the drafts stand two ablations of the prefill: every row an output row, and the whole MTP
-layer with both heads on every row. Draft 0 is measured as it runs (nothing reads the trunk's last rows, so the compiler drops most
-of the last layer) and, as "whole", with every layer on every row: what other engines call MTP off.
+compiled before anything is timed. Beside the drafts stand ablations of the prefill: every row an output row, the whole MTP layer
+on every row, and both. Draft 0 is measured as it runs (nothing reads the trunk's last rows, so the compiler drops most of the
+last layer) and, as "whole", with every layer on every row: what other engines call MTP off.
 """
 
 from __future__ import annotations
@@ -119,11 +119,12 @@ def sides_of(model: LoadedModel, plain: LoadedModel, args: argparse.Namespace, d
         decoders[side.name] = Decoder(side, k, rule or real_acceptance, args.new, vocab)
     if not args.no_ablations:
         whole = {"graph": model.graph, "rows": OutputRows.none()}
+        every = {"graph": model.graph, "rows": OutputRows.all()}
         sides += [
             Side("draft 0, whole", plain, partial(hidden_rows, graph=plain.graph), args.chunk, slots, dtype),
             Side("rows = all", model, partial(prefill, graph=model.graph, rows=OutputRows.all()), args.chunk, slots, dtype),
             Side("whole MTP layer", model, partial(whole_layer, **whole), args.chunk, slots, dtype),
-            Side("whole MTP layer, rows = all", model, partial(whole_layer, **whole | {"rows": OutputRows.all()}), args.chunk, slots, dtype),
+            Side("whole MTP layer, rows = all", model, partial(whole_layer, **every), args.chunk, slots, dtype),
         ]  # fmt: skip
     return sides, decoders
 
@@ -187,7 +188,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--synthetic-acceptance-length", type=float, help="simulated tokens a round, for every draft length")
     parser.add_argument(
-        "--acceptance", type=lambda s: [float(x) for x in s.split(",")], help="simulated: share of rounds accepting 1, 2, ... drafts"
+        "--acceptance", type=lambda s: [float(x) for x in s.split(",")],
+        help="simulated: share of rounds that accept 1, 2, ... drafts",
     )
     parser.add_argument("--no-ablations", action="store_true", help="the drafts alone")
     parser.add_argument("--out", help="write PREFIX.json, .csv, .md and .png")
@@ -218,7 +220,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             rows.append({"prompt_tokens": context, "side": name, "new_tokens": args.new, **row})
             base = found["draft 0, whole" if "draft 0, whole" in found else "draft 0"]["prefill_seconds"]
             ratio = statistics.median(b / a for a, b in zip(row["prefill_seconds"], base, strict=True))
-            print(f"{context:7} {name:28} prefill {context / statistics.median(row['prefill_seconds']):8.1f} tok/s, {ratio:.3f} x", flush=True)
+            speed = context / statistics.median(row["prefill_seconds"])
+            print(f"{context:7} {name:28} prefill {speed:8.1f} tok/s, {ratio:.3f} x", flush=True)
     result = {
         "what": "table", **describe(), "model": args.model, "dtype": args.dtype, "weights": args.weights, "chunk": args.chunk,
         "acceptance": "simulated acceptance" if args.simulate else "real", "prompts": "text" if args.text else "random tokens",

@@ -49,7 +49,9 @@ def markdown(result: dict[str, Any]) -> str:
     """The table, and the reference's ratios."""
 
     def cell(x: Any) -> str:
-        return "" if x is None else f"{x:.3g}" if isinstance(x, float) and x < 100 else f"{x:.0f}" if isinstance(x, float) else str(x)
+        if not isinstance(x, float):
+            return "" if x is None else str(x)
+        return f"{x:.3g}" if x < 100 else f"{x:.0f}"
 
     lines = ["| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
     lines += ["| " + " | ".join(map(cell, row)) + " |" for row in table_rows(result)]

@@ -13,7 +13,7 @@ import common
 from mtpjax import LLM, SamplingParams
 
 PYTHON = (
-    "def read_lines(path):\n    with open(path) as file:\n        return [line.strip() for line in file]\n\n\ndef main():\n    parser = ",
+    "def read_lines(path):\n    with open(path) as file:\n        return [line.strip() for line in file]\n\n\ndef main():\n    ",
     "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n        self.items",
 )
 
@@ -34,8 +34,9 @@ def experiment(smoke: bool) -> dict[str, Any]:
                     params = SamplingParams(max_tokens=new, temperature=temperature, ignore_eos=True)
                     metrics = [llm.generate([p], params)[0].metrics for p in prompts]
                     taken = [sum(m.accepted_per_position[i] for m in metrics) for i in range(k)]
+                    seconds, rounds = sum(m.decode_seconds for m in metrics), sum(m.rounds for m in metrics)
                     if repeat:  # the first compiles
-                        found[k].append((sum(m.decode_seconds for m in metrics), sum(m.rounds for m in metrics), len(prompts), taken))
+                        found[k].append((seconds, rounds, len(prompts), taken))
             for k, runs in found.items():
                 ratios = [b[0] / a[0] for a, b in zip(runs, found[0], strict=True)]
                 rounds, count, taken = runs[0][1:]
@@ -44,7 +45,8 @@ def experiment(smoke: bool) -> dict[str, Any]:
                     "tokens_per_round": new * count / rounds, "accepted": [t / rounds for t in taken],
                     "speed_ratio": statistics.median(ratios),
                 })  # fmt: skip
-                print(f"{domain:7} T {temperature:g} draft {k}: {rows[-1]['tokens_per_round']:.2f} tokens a round, {rows[-1]['speed_ratio']:.2f} x speed", flush=True)
+                about = f"{rows[-1]['tokens_per_round']:.2f} tokens a round, {rows[-1]['speed_ratio']:.2f} x speed"
+                print(f"{domain:7} T {temperature:g} draft {k}: {about}", flush=True)
     return {"new": new, "acceptance": "real", "table": rows}
 
 

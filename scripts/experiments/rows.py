@@ -2,8 +2,8 @@
 
     python scripts/experiments/rows.py
 
-Operations and parameter bytes of one prompt chunk are counted from the program, seconds are measured with the variants taking turns.
-The model is the random Mixture-of-Experts of bench_prefill.py (50 M active parameters).
+Operations and bytes are of one prompt chunk (counted from the program; XLA's own estimate); seconds are measured with the
+variants taking turns. The model is the random Mixture-of-Experts of bench_prefill.py (50 M active parameters).
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ def experiment(smoke: bool) -> dict[str, Any]:
     """A row for each combination: operations, bytes that the compiled program moves, seconds of each run."""
     chunk, context, runs = (64, 128, 2) if smoke else (512, 2048, 7)
     slots = slots_for(context, 1)
-    models = {mtp: random_model(cfg, **storage(jnp.float32, cfg)) for mtp, cfg in ((True, CONFIG), (False, CONFIG.without_mtp()))}
+    configs = {True: CONFIG, False: CONFIG.without_mtp()}
+    models = {mtp: random_model(cfg, **storage(jnp.float32, cfg)) for mtp, cfg in configs.items()}
     ids = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (1, context)).astype(np.int32)
     rows: list[dict[str, Any]] = []
     programs = []
@@ -39,7 +40,8 @@ def experiment(smoke: bool) -> dict[str, Any]:
             model = models[variant != "off"]
             cache = new_cache(model.cfg, 1, slots, dtype=jnp.float32)
             step = whole_layer if variant == "layer" else prefill
-            lowered = step.lower(model.params, ids[:, :chunk], ids[:, :chunk], np.zeros(1, np.int32), cache, graph=model.graph, rows=which)
+            piece = ids[:, :chunk]
+            lowered = step.lower(model.params, piece, piece, np.zeros(1, np.int32), cache, graph=model.graph, rows=which)
             program = lowered.compile(**compile_options())
             cost, memory = program.cost_analysis() or {}, program.memory_analysis()
             counted = flops(CONFIG, variant, which, chunk=chunk, context=context, stack=1).total
@@ -67,7 +69,8 @@ def experiment(smoke: bool) -> dict[str, Any]:
     for row in rows:
         row["seconds_ratio"] = statistics.median(a / b for a, b in zip(row["seconds"], base, strict=True))
         row["flops_ratio"] = row["flops"] / rows[0]["flops"]
-        print(f"rows {row['rows']:5} MTP {row['mtp']:6} {row['flops_ratio']:.3f} x operations, {row['seconds_ratio']:.3f} x seconds")
+        ratios = f"{row['flops_ratio']:.3f} x operations, {row['seconds_ratio']:.3f} x seconds"
+        print(f"rows {row['rows']:5} MTP {row['mtp']:6} {ratios}")
     return {"chunk": chunk, "context": context, "table": rows}
 
 
