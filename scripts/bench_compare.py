@@ -39,7 +39,8 @@ def figures(content: Any, place: str = "") -> Iterator[tuple[str, list[float]]]:
             yield from figures(each, f"{place}[{label}]")
     elif isinstance(content, dict):
         for key, value in content.items():
-            if key not in (*NAMES, "versions", "cores", "new_tokens"):
+            named = key in NAMES and not isinstance(value, list | dict)
+            if not named and key not in ("versions", "cores", "new_tokens"):
                 yield from figures(value, f"{place}.{key}" if place else key)
 
 
