@@ -18,7 +18,8 @@ FILES = DOCS / "benchmarks"
 def about(result: dict[str, Any]) -> str:
     """Where a file's figures come from."""
     versions = ", ".join(f"{k} {v}" for k, v in result.get("versions", {}).items())
-    return f"{result.get('date')}, {result.get('device')} ({result.get('cores')} cores), {versions}, commit {result.get('commit')}."
+    machine = f"{result.get('device')} ({result.get('cores')} cores)"
+    return f"{result.get('date')}, {machine}, {versions}, commit {result.get('commit')}."
 
 
 def page() -> str:
@@ -29,11 +30,11 @@ def page() -> str:
         result = json.loads(table.read_text())
         parts += [
             "## The table",
-            f"`python scripts/bench_table.py --out docs/benchmarks/table`: {result['model']} model of about 50 M active parameters in "
-            f"{result['dtype']}, prompts of {result['prompts']}, **{result['acceptance']}** (the published lengths of "
+            f"`python scripts/bench_table.py --out docs/benchmarks/table`: {result['model']} model of about 50 M active "
+            f"parameters in {result['dtype']}, prompts of {result['prompts']}, **{result['acceptance']}** (the published lengths of "
             "Qwen3.5-397B-A17B's head). " + about(result),
-            "A ratio is the median of the ratios within each run. \"Spread\" is (slowest − fastest) ÷ median of the prefill's runs; "
-            "where it exceeds a difference, the difference is not measured.",
+            "A ratio is the median of the ratios within each run. \"Spread\" is (slowest − fastest) ÷ median of the prefill's "
+            "runs; where it exceeds a difference, the difference is not measured.",
             markdown(result),
             "![prefill ratio, decode speed and elapsed seconds by prompt length](benchmarks/table.png)",
         ]
@@ -41,7 +42,8 @@ def page() -> str:
         file = FILES / f"{name}.json"
         if file.exists():
             result = json.loads(file.read_text())
-            parts += [f"## {title}", f"`python scripts/experiments/{name}.py`. " + about(result), f"![{title}](benchmarks/{name}.png)"]
+            picture = f"![{title}](benchmarks/{name}.png)"
+            parts += [f"## {title}", f"`python scripts/experiments/{name}.py`. " + about(result), picture]
     others = sorted(f for f in FILES.glob("*.json") if f.stem not in ("table", "rows", "draft_length"))
     lines = [f"| [{f.name}](benchmarks/{f.name}) | {json.loads(f.read_text()).get('what', '')} |" for f in others]
     parts += ["## Other results", "| file | what |\n|---|---|\n" + "\n".join(lines)]
