@@ -31,8 +31,8 @@ def page() -> str:
         parts += [
             "## The table",
             f"`python scripts/bench_table.py --out docs/benchmarks/table`: {result['model']} model of about 50 M active "
-            f"parameters in {result['dtype']}, prompts of {result['prompts']}, **{result['acceptance']}** (the published lengths of "
-            "Qwen3.5-397B-A17B's head). " + about(result),
+            f"parameters in {result['dtype']}, prompts of {result['prompts']}, **{result['acceptance']}** (the published "
+            "lengths of Qwen3.5-397B-A17B's head). " + about(result),
             "A ratio is the median of the ratios within each run. \"Spread\" is (slowest − fastest) ÷ median of the prefill's "
             "runs; where it exceeds a difference, the difference is not measured.",
             markdown(result),
@@ -49,8 +49,8 @@ def page() -> str:
     parts += ["## Other results", "| file | what |\n|---|---|\n" + "\n".join(lines)]
     parts += [
         "## Not measured",
-        "No GPU has run any of this: there is no table for the 35B-A3B, no roofline, no kernel timing. On the CPU, contexts above "
-        "those of the table were not run.",
+        "No GPU has run any of this: there is no table for the 35B-A3B, no roofline, no kernel timing. On the CPU, contexts "
+        "above those of the table were not run.",
     ]
     return "\n\n".join(parts) + "\n"
 
