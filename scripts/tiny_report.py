@@ -21,52 +21,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jaxtyping import Array, Int
 from tokenizers import Tokenizer
 
 from checkpoints import open_checkpoint
 from mtpjax import LLM, SamplingParams
-from mtpjax.cache import BLOCK, new_cache
+from mtpjax.cache import BLOCK
 from mtpjax.loading import load_checkpoint
-from mtpjax.model import place
 from mtpjax.weights import LoadedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import tiny_data as data
+from draft_rounds import DEPTH, count_agreeing
 from tiny_card import card
 from tiny_loss import window_loss
 
-DEPTH = 4  # drafts a round
-PREFIXES = (64, 128, 192, 248)  # rows before the drafts; with them they fit in one block of attention
 BATCH = 16
 SAMPLE_TOKENS = 100
 SEEDS = (0, 1, 2)
 QUESTIONS = ("Tell me a story about a fox and a lantern.", "Hello! How are you today?", "What is 3 plus 4?")
 CODE = 'def read_lines(path):\n    """Read the lines of a file."""\n'
-
-
-def agreeing_drafts(graph: Any, params: Any, tokens: Int[Array, "B T"], prefix: int) -> Int[Array, " B"]:
-    """How many of `DEPTH` greedy drafts after `prefix` rows the trunk would take, as in one round of decoding.
-
-    The head reads the hidden state of the last row and the text's next token, then its own output and draft; the trunk
-    reads the same token and drafts. A draft counts when it and all before it are the trunk's first choices.
-    """
-    model = nnx.merge(graph, params)
-    cfg, batch = model.cfg, tokens.shape[0]
-    zeros = jnp.zeros(batch, jnp.int32)
-    at = partial(place, cfg, pad=zeros, slots=BLOCK, blocks=1)
-    where = at(zeros, prefix)
-    y, cache = model.trunk(tokens[:, :prefix], new_cache(cfg, batch, BLOCK), where)
-    m, cache = model.mtp_step(model.final_norm(y), tokens[:, 1 : prefix + 1], cache, where)
-    window = [tokens[:, prefix]]
-    for depth in range(1, DEPTH + 1):
-        window.append(jnp.argmax(model.mtp_head(m[:, -1:])[:, 0], axis=-1))
-        m, cache = model.mtp_step(m[:, -1:], window[-1][:, None], cache, at(zeros + prefix - 1 + depth, 1))
-    drafts = jnp.stack(window[1:], axis=1)
-    y, _ = model.trunk(jnp.stack(window[:-1], axis=1), cache, at(zeros + prefix, DEPTH))
-    right = drafts == jnp.argmax(model.head(model.final_norm(y)), axis=-1)
-    return jnp.sum(jnp.cumprod(right, axis=1), axis=1)
 
 
 def in_batches(rows: np.ndarray) -> list[np.ndarray]:
@@ -75,8 +48,7 @@ def in_batches(rows: np.ndarray) -> list[np.ndarray]:
 
 def acceptance(model: LoadedModel, windows: np.ndarray) -> dict[str, Any]:
     """Shares of single rounds in which the trunk takes draft 1..`DEPTH`: of all, and of those that took all before."""
-    drafts = jax.jit(partial(agreeing_drafts, model.graph), static_argnames="prefix")
-    counts = np.concatenate([drafts(model.params, s, prefix=p) for p in PREFIXES for s in in_batches(windows)])
+    counts = count_agreeing(model.graph, model.params, windows, batch=BATCH)
     depths = range(1, DEPTH + 1)
     return {
         "draft_rounds": len(counts),

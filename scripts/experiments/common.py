@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 for folder in (ROOT, ROOT / "scripts", ROOT / "tests"):
     sys.path.insert(0, str(folder))
@@ -15,16 +17,22 @@ for folder in (ROOT, ROOT / "scripts", ROOT / "tests"):
 from results import describe, write_json  # noqa: E402
 
 OUT = ROOT / "docs" / "benchmarks"
-Experiment = Callable[[bool], dict[str, Any]]
+Experiment = Callable[..., dict[str, Any]]
 
 
-def run(name: str, doc: str, experiment: Experiment, plot: Callable[[dict[str, Any], Any], None]) -> None:
-    """The command line of one experiment: figures to OUT/NAME.json, plot to OUT/NAME.png."""
+def run(name: str, doc: str, experiment: Experiment, plot: Callable[[dict[str, Any], Any], None], **paths: str) -> None:
+    """The command line of one experiment: figures to OUT/NAME.json, plot to OUT/NAME.png.
+
+    `paths` are further options with their help; an experiment that has some is given all arguments.
+    """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="sizes that take seconds, to see that it runs")
     parser.add_argument("--out", type=Path, default=OUT, help="folder of the JSON file and the plot (%(default)s)")
+    for option, text in paths.items():
+        parser.add_argument(f"--{option}", type=Path, help=text)
     args = parser.parse_args()
-    result = {"what": f"experiment {name}", "smoke": args.smoke, **describe(), **experiment(args.smoke)}
+    found = experiment(args.smoke, args) if paths else experiment(args.smoke)
+    result = {"what": f"experiment {name}", "smoke": args.smoke, **describe(), **found}
     args.out.mkdir(parents=True, exist_ok=True)
     write_json(str(args.out / f"{name}.json"), result)
     import matplotlib
@@ -49,3 +57,15 @@ def excerpts() -> list[list[int]]:
     tokenizer = load_tokenizer(TINY / "tokenizer.json")
     lines = (TINY / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
     return [tokenizer.encode(json.loads(line)["prompt"]) for line in lines]
+
+
+def own_texts(count: int, length: int) -> np.ndarray:
+    """`[count, length]` token ids: the embedded excerpts, continued by the embedded model at T = 0.7 with as many seeds."""
+    from mtpjax import LLM, SamplingParams
+
+    llm = LLM(draft=0, max_len=length + 1, max_batch=min(count, 32))
+    prompts = excerpts()
+    asked = [prompts[i % len(prompts)][: length - 1] for i in range(count)]
+    params = [SamplingParams(max_tokens=length - len(p), temperature=0.7, seed=i, ignore_eos=True) for i, p in enumerate(asked)]
+    outputs = llm.generate(asked, params)
+    return np.array([[*p, *o.token_ids] for p, o in zip(asked, outputs, strict=True)], np.int32)
