@@ -13,7 +13,7 @@ from checkpoints.packed import FP8_BLOCK, PackedArray
 
 MODES = ("int4", "int8", "iq4nl", "fp8")
 GROUP = 32
-_TABLES = {"int4": SIGNED4_TABLE, "iq4nl": IQ4_TABLE}
+TABLES = {"int4": SIGNED4_TABLE, "iq4nl": IQ4_TABLE}
 _ROWS = 1 << 16  # blocks of 32 at a time: the search holds a few arrays of that size
 _LARGEST_FP8 = 448.0
 
@@ -71,6 +71,6 @@ def _fp8(x: NDArray[np.float32]) -> PackedArray:
 def quantize(x: NDArray[Any], mode: str) -> PackedArray:
     """A weight `[..., O, D]` packed in `mode`, one of `MODES`; D a multiple of 32, except for fp8."""
     wide = np.ascontiguousarray(x, np.float32)
-    if mode in _TABLES:
-        return _codes4(wide, _TABLES[mode])
+    if mode in TABLES:
+        return _codes4(wide, TABLES[mode])
     return _codes8(wide) if mode == "int8" else _fp8(wide)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from checkpoints import GgufFile, TensorSource
-from checkpoints.packed import PackedArray, alike
-from checkpoints.quantize import GROUP, MODES, quantize
+from checkpoints.packed import FP8_BLOCK, PackedArray, alike
+from checkpoints.quantize import GROUP, MODES, TABLES, quantize
 from kernels_pallas.quantized import QuantizedTensor
 
 KEEP = "packed"  # as the file has it
@@ -37,6 +38,35 @@ def read_packed(source: TensorSource, name: str, weights: str) -> PackedArray | 
     if weights == KEEP:
         return source.read_packed(name) if isinstance(source, GgufFile) else None
     return quantize(source.read(name), weights)
+
+
+def random_packed(key: jax.Array, shape: tuple[int, ...], weights: str, scale: float) -> QuantizedTensor:
+    """A weight of random codes with deviation `scale`, made on the device; a stack is made layer by layer.
+
+    Raises:
+        ValueError: "packed" says nothing about a form.
+    """
+    if weights == KEEP:
+        forms = ", ".join(map(repr, MODES))
+        raise ValueError(f"weights is {KEEP!r}, which is for GGUF files; random weights take one of {forms}")
+    table, (*lead, rows, size) = TABLES.get(weights), shape
+    if weights == "fp8":
+        blocks = (*lead, -(-rows // FP8_BLOCK), -(-size // FP8_BLOCK))
+        codes = _by_layer(lambda k, s: jax.random.normal(k, s).astype(jnp.float8_e4m3fn), key, shape)
+        return QuantizedTensor(codes, jnp.full(blocks, scale, jnp.float32), None, "fp8", FP8_BLOCK)
+    spread = float(np.std(table if table else np.arange(-128, 128)))
+    scales = jnp.full((*lead, rows, size // GROUP), scale / spread, jnp.float16)
+    codes = _by_layer(lambda k, s: jax.random.bits(k, s, jnp.uint8), key, (*lead, rows, size // 2 if table else size))
+    if table:
+        return QuantizedTensor(codes, scales, None, "codes4", GROUP, table)
+    return QuantizedTensor(jax.lax.bitcast_convert_type(codes, jnp.int8), scales, None, "codes8", GROUP)
+
+
+def _by_layer(make: Callable[[jax.Array, tuple[int, ...]], jax.Array], key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """`make(key, shape)` along the first of three axes or more: random bits take a multiple of their size while being made."""
+    if len(shape) < 3:
+        return jax.jit(make, static_argnums=1)(key, shape)
+    return jax.jit(lambda keys: jax.lax.map(lambda k: make(k, shape[1:]), keys))(jax.random.split(key, shape[0]))
 
 
 def assembled(shape: tuple[int, ...], parts: Sequence[tuple[tuple[Any, ...], PackedArray]]) -> QuantizedTensor:

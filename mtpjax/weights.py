@@ -16,7 +16,7 @@ from checkpoints import CheckpointError, TensorSource
 from kernels_pallas.quantized import QuantizedTensor
 from mtpjax.config import FULL, ModelConfig
 from mtpjax.model import abstract_model
-from mtpjax.packing import assembled, packable, read_packed
+from mtpjax.packing import assembled, packable, random_packed, read_packed
 
 Path = tuple[str | int, ...]
 
@@ -223,15 +223,22 @@ def random_model(
     compute_dtype: jnp.dtype | None = None,
     stack: int = 1,
     scale: float = 0.02,
+    weights: str | None = None,
 ) -> LoadedModel:
     """A model with random weights, made on the device: matrices normal with deviation `scale`, norms neutral.
 
     Decay rates start as in Mamba: `A` uniform in 1...16, time steps log-uniform in 0.001...0.1.
+
+    Args:
+        weights: "int4", "int8", "iq4nl" or "fp8" makes the matrices that are packed in that form of random codes; they never
+            exist unpacked.
     """
     graph, params = nnx.split(abstract_model(cfg, dtype, compute_dtype=compute_dtype, stack=stack))
 
-    def make(path: Path, leaf: Any) -> jax.Array:
+    def make(path: Path, leaf: Any) -> jax.Array | QuantizedTensor:
         key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(repr(path).encode()))
+        if weights is not None and packable(path, leaf.shape, weights):
+            return random_packed(key, leaf.shape, weights, scale)
         return _random_leaf(path, key, leaf.shape, leaf.dtype, scale)
 
     return LoadedModel(cfg, graph, fill(params, make))

@@ -1,10 +1,12 @@
 """The table of this project: prefill tok/s, decode tok/s and elapsed seconds by prompt length, with MTP off and by draft length.
 
     python scripts/bench_table.py                                     # random 50 M-active MoE, simulated acceptance
+    python scripts/bench_table.py --shape 35b-a3b --weights iq4nl --turns prompt --contexts 1024 8192 32768
     python scripts/bench_table.py --model FOLDER_OR_GGUF --text FILE  # real acceptance
     python scripts/bench_table.py --model tiny --contexts 128 512 1024 --out /tmp/table
 
-Sides take turns chunk by chunk while the prompt is read and run by run while decoding; the first run is a warm-up; programs are
+Sides take turns chunk by chunk while the prompt is read (all their caches stand side by side; `--turns prompt` keeps one at a
+time) and run by run while decoding; the first run is a warm-up; programs are
 compiled before anything is timed. Beside the drafts stand ablations of the prefill: every row an output row, the whole MTP layer
 on every row, and both. Draft 0 is measured as it runs (nothing reads the trunk's last rows, so the compiler drops most of the
 last layer) and, as "whole", with every layer on every row: what other engines call MTP off.
@@ -17,6 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,12 +31,16 @@ import jax.numpy as jnp
 import numpy as np
 from bench_prefill import CONFIG
 from count_flops import whole_layer
+from flax import nnx
 from results import describe, memory_peak_mb, write_json
+from roofline import CEILINGS, Ceilings, chunk_work, measure_ceilings, round_work
 from table_output import write_table
 
 from checkpoints import TINY, open_checkpoint
+from kernels_pallas.target import target
 from mtpjax.acceptance import real_acceptance, simulated
 from mtpjax.cache import new_cache, slots_for
+from mtpjax.config import PRESETS, preset
 from mtpjax.engine import compile_options
 from mtpjax.loading import cache_dtype, load_checkpoint, storage
 from mtpjax.rows import NO_ROWS, OutputRows
@@ -52,13 +59,17 @@ ROUNDS = 16
 class Side:
     """One column: how prompts are read, and, for a draft length, how text is decoded."""
 
-    def __init__(self, name: str, model: LoadedModel, step: Any, chunk: int, slots: int, dtype: Any):
+    def __init__(self, name: str, model: LoadedModel, step: Any, chunk: int, slots: int, dtype: Any, like: Side | None = None):
+        """`like`: a side whose program this one shares; all draft lengths read prompts alike."""
         self.name, self.model, self.chunk = name, model, chunk
-        self.new = jax.jit(partial(new_cache, model.cfg, 1, slots, dtype=dtype))
-        ids, pad = np.zeros((1, chunk), np.int32), np.zeros(1, np.int32)
         self.inputs = 1 if step.func is hidden_rows else 2  # following tokens are for the MTP head
-        lowered = step.func.lower(model.params, *[ids] * self.inputs, pad, self.new(), **step.keywords)
-        self.step = lowered.compile(**compile_options())
+        if like:
+            self.new, self.step = like.new, like.step
+        else:
+            self.new = jax.jit(partial(new_cache, model.cfg, 1, slots, dtype=dtype))
+            ids, pad, cache = np.zeros((1, chunk), np.int32), np.zeros(1, np.int32), jax.eval_shape(self.new)
+            lowered = step.func.lower(model.params, *[ids] * self.inputs, pad, cache, **step.keywords)
+            self.step = lowered.compile(**compile_options())
         memory = self.step.memory_analysis()
         self.temporary_mb = memory.temp_size_in_bytes / 2**20 if memory else None
 
@@ -102,8 +113,6 @@ class Decoder:
         return {"seconds": seconds, "tokens_per_round": self.new / rounds, "accepted": accepted}  # type: ignore[dict-item]
 
     def dtype(self) -> Any:
-        from flax import nnx
-
         return nnx.merge(self.side.model.graph, self.side.model.params).compute_dtype
 
 
@@ -113,7 +122,8 @@ def sides_of(model: LoadedModel, plain: LoadedModel, args: argparse.Namespace, d
     sides, decoders = [], {}
     for k in args.drafts:
         which = model if k else plain
-        side = Side(f"draft {k}", which, partial(prefill, graph=which.graph, rows=NO_ROWS), args.chunk, slots, dtype)
+        like = next((s for s in sides if k and s.model is model), None)
+        side = Side(f"draft {k}", which, partial(prefill, graph=which.graph, rows=NO_ROWS), args.chunk, slots, dtype, like)
         sides.append(side)
         rule = simulated(args.synthetic_acceptance_length or GOLDEN_LENGTH.get(k), args.acceptance, k) if args.simulate else None
         decoders[side.name] = Decoder(side, k, rule or real_acceptance, args.new, vocab)
@@ -129,26 +139,30 @@ def sides_of(model: LoadedModel, plain: LoadedModel, args: argparse.Namespace, d
     return sides, decoders
 
 
-def measure(sides: Sequence[Side], decoders: dict[str, Decoder], ids: np.ndarray, chunk: int, runs: int) -> dict[str, dict]:
+def measure(
+    sides: Sequence[Side], decoders: dict[str, Decoder], ids: np.ndarray, chunk: int, runs: int, turns: str
+) -> dict[str, dict]:
     """Prefill and decode seconds of each side in each run over one prompt; run 0 reads one chunk and is dropped."""
     found: dict[str, dict] = {s.name: {"prefill_seconds": [], "decode_seconds": []} for s in sides}
     length = ids.shape[1] - 1
     for run in range(runs + 1):
-        for side in sides:
-            side.begin()
-        for number, at in enumerate(range(0, length if run else chunk, chunk)):
-            turn = (number + run) % len(sides)
-            for side in [*sides[turn:], *sides[:turn]]:
-                side.read(ids[:, at : at + chunk], ids[:, at + 1 : at + chunk + 1])
-        for side in [*sides[run % len(sides) :], *sides[: run % len(sides)]]:
-            row = found[side.name]
-            decoded = decoders[side.name](int(ids[0, -1])) if side.name in decoders else None
-            if run:
-                row["prefill_seconds"].append(side.seconds)
-                if decoded:
-                    row["decode_seconds"].append(decoded["seconds"])
-                    row |= {"tokens_per_round": decoded["tokens_per_round"], "accepted": decoded["accepted"]}
-            side.cache = side.hidden = None
+        rotated = [*sides[run % len(sides) :], *sides[: run % len(sides)]]
+        for together in [rotated] if turns == "chunk" else [[side] for side in rotated]:
+            for side in together:
+                side.begin()
+            for number, at in enumerate(range(0, length if run else chunk, chunk)):
+                turn = number % len(together)
+                for side in [*together[turn:], *together[:turn]]:
+                    side.read(ids[:, at : at + chunk], ids[:, at + 1 : at + chunk + 1])
+            for side in together:
+                row = found[side.name]
+                decoded = decoders[side.name](int(ids[0, -1])) if side.name in decoders else None
+                if run:
+                    row["prefill_seconds"].append(side.seconds)
+                    if decoded:
+                        row["decode_seconds"].append(decoded["seconds"])
+                        row |= {"tokens_per_round": decoded["tokens_per_round"], "accepted": decoded["accepted"]}
+                side.cache = side.hidden = None
     return found
 
 
@@ -156,13 +170,22 @@ def load(args: argparse.Namespace) -> tuple[LoadedModel, LoadedModel, Any, Any]:
     """(with MTP head, without, tokenizer or None, cache dtype)."""
     dtype = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[args.dtype]
     if args.model == "random":
-        models = [random_model(cfg, **storage(dtype, cfg)) for cfg in (CONFIG, CONFIG.without_mtp())]
-        return models[0], models[1], None, cache_dtype(dtype)
+        cfg = preset(args.shape) if args.shape else CONFIG
+        model = random_model(cfg, weights=args.weights, **storage(dtype, cfg))
+        return model, without_mtp(model), None, cache_dtype(dtype)
     source = open_checkpoint(TINY if args.model == "tiny" else args.model)
     models = [load_checkpoint(source, dtype=dtype, mtp=mtp, weights=args.weights) for mtp in (True, False)]
     if not models[0].cfg.mtp_layers:
         raise SystemExit(f"{args.model}: no MTP head; there is nothing to compare")
     return models[0], models[1], source.tokenizer_file and load_tokenizer(source.tokenizer_file), cache_dtype(dtype)
+
+
+def without_mtp(model: LoadedModel) -> LoadedModel:
+    """The trunk alone; the same arrays."""
+    merged = nnx.merge(model.graph, model.params)
+    merged.mtp, merged.cfg = None, model.cfg.without_mtp()
+    graph, params = nnx.split(merged)
+    return LoadedModel(merged.cfg, graph, params)
 
 
 def prompt_ids(tokenizer: Any, text: Sequence[str], vocab: int, length: int) -> np.ndarray:
@@ -175,11 +198,29 @@ def prompt_ids(tokenizer: Any, text: Sequence[str], vocab: int, length: int) -> 
     return np.array([ids[: length + 1]], np.int32)
 
 
+def floors_of(
+    ceilings: Ceilings, model: LoadedModel, decoder: Decoder | None, context: int, args: argparse.Namespace, row: dict
+) -> dict[str, float]:
+    """Seconds of reading and decoding that the device's copy bandwidth and matmul rate allow; see roofline.py."""
+    size = jnp.dtype(args.dtype).itemsize
+    ends = range(args.chunk, context + 1, args.chunk)
+    read = [chunk_work(model.cfg, model.params, args.chunk, end, size) for end in ends]
+    found = {"prefill_floor": sum(ceilings.floor(w.bytes, w.flops) for w in read)}
+    if decoder:
+        parts = round_work(model.cfg, model.params, decoder.draft, 1, context, size).values()
+        a_round = sum(ceilings.floor(w.bytes, w.flops) for w in parts)
+        found["decode_floor"] = a_round * args.new / row["tokens_per_round"]
+    return found
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="random", help="random (50 M active), tiny (embedded), or a checkpoint")
+    parser.add_argument("--random", dest="model", action="store_const", const="random", help="random weights, the default")
+    parser.add_argument("--shape", choices=list(PRESETS), help="shape of the random model; 50 M active parameters unless told")
     parser.add_argument("--weights", help="int4, int8, iq4nl, fp8 or packed, as for mtpjax.LLM")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="float32 on a CPU and bfloat16 elsewhere unless told")
+    parser.add_argument("--turns", choices=["chunk", "prompt"], default="chunk", help="what a side does before the next one")
     parser.add_argument("--text", nargs="*", default=[], help="UTF-8 files that give the prompts; random token ids unless told")
     parser.add_argument("--contexts", type=int, nargs="+", default=[512, 2048, 8192], help="prompt tokens, multiples of --chunk")
     parser.add_argument("--drafts", type=int, nargs="+", default=[0, 2, 3, 4])
@@ -191,9 +232,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--acceptance", type=lambda s: [float(x) for x in s.split(",")],
         help="simulated: share of rounds that accept 1, 2, ... drafts",
     )
+    parser.add_argument("--roofline", action="store_true", help="measure the device's ceilings; a column says how near we are")
     parser.add_argument("--no-ablations", action="store_true", help="the drafts alone")
     parser.add_argument("--out", help="write PREFIX.json, .csv, .md and .png")
     args = parser.parse_args(argv)
+    args.dtype = args.dtype or ("float32" if target() == "cpu" else "bfloat16")
+    if args.shape and args.model != "random":
+        parser.error(f"--shape is of random models, and --model is {args.model}; leave one out")
     args.simulate = args.model == "random" or bool(args.synthetic_acceptance_length or args.acceptance)
     if 0 not in args.drafts or not all(0 <= k <= 8 for k in args.drafts):
         parser.error(f"--drafts is {args.drafts}; expected numbers from 0 to 8 with 0, the base of all ratios, among them")
@@ -205,6 +250,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = parse(argv)
     model, plain, tokenizer, dtype = load(args)
+    ceilings = measure_ceilings(jnp.dtype(args.dtype), **CEILINGS[target()]) if args.roofline else None
     if args.text and tokenizer is None:
         raise SystemExit(f"{args.model}: no tokenizer.json, so --text cannot be read")
     vocab = min(model.cfg.vocab_size, tokenizer.size) if tokenizer else model.cfg.vocab_size
@@ -215,17 +261,20 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     rows = []
     for context in args.contexts:
         ids = prompt_ids(tokenizer, args.text, vocab, context)
-        found = measure(sides, decoders, ids, args.chunk, args.runs)
+        found = measure(sides, decoders, ids, args.chunk, args.runs, args.turns)
         for name, row in found.items():
-            rows.append({"prompt_tokens": context, "side": name, "new_tokens": args.new, **row})
+            floors = floors_of(ceilings, model, decoders.get(name), context, args, row) if ceilings else {}
+            rows.append({"prompt_tokens": context, "side": name, "new_tokens": args.new, **row, **floors})
             base = found["draft 0, whole" if "draft 0, whole" in found else "draft 0"]["prefill_seconds"]
             ratio = statistics.median(b / a for a, b in zip(row["prefill_seconds"], base, strict=True))
             speed = context / statistics.median(row["prefill_seconds"])
             print(f"{context:7} {name:28} prefill {speed:8.1f} tok/s, {ratio:.3f} x", flush=True)
     result = {
-        "what": "table", **describe(), "model": args.model, "dtype": args.dtype, "weights": args.weights, "chunk": args.chunk,
-        "acceptance": "simulated acceptance" if args.simulate else "real", "prompts": "text" if args.text else "random tokens",
-        "memory_peak_mb": memory_peak_mb(), "temporary_mb": {s.name: s.temporary_mb for s in sides}, "rows": rows,
+        "what": "table", **describe(), "model": args.shape or args.model, "dtype": args.dtype, "weights": args.weights,
+        "chunk": args.chunk, "acceptance": "simulated acceptance" if args.simulate else "real",
+        "prompts": "text" if args.text else "random tokens",
+        "memory_peak_mb": memory_peak_mb(), "temporary_mb": {s.name: s.temporary_mb for s in sides},
+        "ceilings": ceilings and asdict(ceilings), "rows": rows,
     }  # fmt: skip
     if args.out:
         write_json(args.out + ".json", result)

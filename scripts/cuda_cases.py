@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -39,7 +40,6 @@ FORMS: dict[str, tuple[str, int, tuple[int, ...] | None, bool]] = {
     "fp8": ("fp8", 128, None, False),
     "bf16": ("plain", 0, None, False),
 }
-ROWS = {"decode": 5, "prefill": 2048}
 # Matrices that the files of quantised checkpoints keep unquantised.
 UNPACKED = {"router", "shared_gate", "in_a", "in_b", "conv"}
 
@@ -63,34 +63,56 @@ def packed(shape: Sequence[int], form: str) -> Any:
     )
 
 
-def kernel_cases() -> dict[str, Case]:
-    """Every kernel in the shapes of the 35B-A3B."""
+@dataclass(frozen=True)
+class KernelSizes:
+    """Shapes of one layer's kernels; those of the 35B-A3B unless told."""
+
+    hidden: int = 2048
+    layers: int = 10
+    experts: int = 256
+    chosen: int = 8
+    expert_size: int = 512
+    heads: tuple[int, int, int] = (16, 2, 256)  # of queries, of keys and values, size
+    context: int = CONTEXT
+    rows: tuple[tuple[str, int], ...] = (("decode", 5), ("prefill", 2048))
+
+
+def kernel_cases(
+    size: KernelSizes | None = None, forms: Sequence[str] = tuple(FORMS), interpret: bool = False
+) -> dict[str, Case]:
+    """Every kernel, "OP FORM REGIME", for weights in these forms."""
+    size, spec = size or KernelSizes(), jax.ShapeDtypeStruct
+    call = partial(partial, interpret=True) if interpret else lambda fn: fn
 
     def linear_case(form: str, rows: int) -> tuple[Any, tuple[Any, ...]]:
-        return jax.jit(matmul), (jax.ShapeDtypeStruct((rows, 2048), jnp.bfloat16), packed((2048, 2048), form))
+        return jax.jit(call(matmul)), (spec((rows, size.hidden), jnp.bfloat16), packed((size.hidden, size.hidden), form))
 
     def experts_case(form: str, rows: int) -> tuple[Any, tuple[Any, ...]]:
-        spec, stacks = jax.ShapeDtypeStruct, (packed((10, 256, 1024, 2048), form), packed((10, 256, 2048, 512), form))
-        routing = (spec((rows, 8), jnp.int32), spec((rows, 8), jnp.float32), spec((rows,), jnp.bool_))
-        return jax.jit(grouped_mlp), (spec((rows, 2048), jnp.bfloat16), *stacks, spec((), jnp.int32), *routing)
+        lead, d, i = (size.layers, size.experts), size.hidden, size.expert_size
+        stacks = packed((*lead, 2 * i, d), form), packed((*lead, d, i), form)
+        routing = (spec((rows, size.chosen), jnp.int32), spec((rows, size.chosen), jnp.float32), spec((rows,), jnp.bool_))
+        return jax.jit(call(grouped_mlp)), (spec((rows, d), jnp.bfloat16), *stacks, spec((), jnp.int32), *routing)
 
     def attention_case(rows: int) -> tuple[Any, tuple[Any, ...]]:
-        spec, cache = jax.ShapeDtypeStruct, jax.ShapeDtypeStruct((10, 1, 2, CONTEXT, 256), jnp.bfloat16)
+        q, kv, each = size.heads
+        cache = spec((size.layers, 1, kv, size.context, each), jnp.bfloat16)
         where = (spec((), jnp.int32), spec((1, rows), jnp.int32), spec((1, rows), jnp.bool_))
-        return jax.jit(attend_cache), (spec((1, rows, 16, 256), jnp.bfloat16), cache, cache, *where)
+        return jax.jit(call(attend_cache)), (spec((1, rows, q, each), jnp.bfloat16), cache, cache, *where)
 
-    attention = {f"attention {regime}": partial(attention_case, rows) for regime, rows in ROWS.items()}
+    attention = {f"attention {regime}": partial(attention_case, rows) for regime, rows in size.rows}
     return attention | {
         f"{op} {form} {regime}": partial(make, form, rows)
         for op, make in (("linear", linear_case), ("experts", experts_case))
-        for form in FORMS
-        for regime, rows in ROWS.items()
+        for form in forms
+        for regime, rows in size.rows
     }
 
 
-def program_case(name: str) -> tuple[Any, tuple[Any, ...], dict[str, Any], Any]:
-    """"prefill" or "decode" of the whole model: jitted step, arguments, static arguments, parameters."""
-    cfg, spec = preset(MODEL), jax.ShapeDtypeStruct
+def program_case(
+    name: str, *, context: int = CONTEXT, draft: int = DRAFT, chunk: int = CHUNK
+) -> tuple[Any, tuple[Any, ...], dict[str, Any], Any]:
+    """"prefill" or "decode" of the whole model: jitted step, arguments, static arguments, parameters. Draft 0: no MTP head."""
+    cfg, spec = preset(MODEL) if draft else preset(MODEL).without_mtp(), jax.ShapeDtypeStruct
 
     def store(path: tuple[Any, ...], leaf: Any) -> Any:
         plain = leaf.dtype != jnp.bfloat16 or path[-1] in UNPACKED
@@ -98,22 +120,22 @@ def program_case(name: str) -> tuple[Any, tuple[Any, ...], dict[str, Any], Any]:
 
     graph, params = nnx.split(abstract_model(cfg, jnp.bfloat16, stack=cfg.repeats))
     graph, params = nnx.split(nnx.merge(graph, fill(params, store)))
-    cache = jax.eval_shape(lambda: new_cache(cfg, 1, slots_for(CONTEXT, DRAFT + 1), dtype=jnp.bfloat16))
+    cache = jax.eval_shape(lambda: new_cache(cfg, 1, slots_for(context, draft + 1), dtype=jnp.bfloat16))
 
     def ints(*shape: int) -> Any:
         return spec(shape, jnp.int32)
 
     if name == "prefill":
-        args: tuple[Any, ...] = (params, ints(1, CHUNK), ints(1, CHUNK), ints(1), cache)
+        args: tuple[Any, ...] = (params, ints(1, chunk), ints(1, chunk), ints(1), cache)
         return prefill, args, {"graph": graph, "rows": NO_ROWS}, params
     state = LoopState(
         cache=cache, hidden=spec((1, cfg.hidden_size), jnp.bfloat16), token=ints(1), count=ints(1),
-        done=spec((1,), jnp.bool_), stopped=spec((1,), jnp.bool_), rounds=ints(1), accepted=ints(1, DRAFT),
+        done=spec((1,), jnp.bool_), stopped=spec((1,), jnp.bool_), rounds=ints(1), accepted=ints(1, draft),
     )  # fmt: skip
     requests = Requests(
         max_tokens=ints(1), temperature=spec((1,), jnp.float32), seed=spec((1,), jnp.uint32), stops=ints(1, STOPS)
     )
-    static = {"graph": graph, "k": DRAFT, "rounds": 32, "vocab": cfg.vocab_size, "drafter": mtp_drafter}
+    static = {"graph": graph, "k": draft, "rounds": 32, "vocab": cfg.vocab_size, "drafter": mtp_drafter}
     return decode, (params, state, requests), static, params
 
 

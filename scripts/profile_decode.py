@@ -28,15 +28,15 @@ from mtpjax import LLM, SamplingParams
 PROGRAM = "jit_decode"
 
 
-def events(folder: Path) -> dict[str, tuple[int, float]]:
-    """Of each operation of the decode program in the newest trace under `folder`: how many events, and seconds."""
+def events(folder: Path, program: str = PROGRAM) -> dict[str, tuple[int, float]]:
+    """Of each operation of the programs so named, in the newest trace under `folder`: how many events, and seconds."""
     found: dict[str, list[float]] = collections.defaultdict(list)
     newest = max(folder.rglob("*.xplane.pb"), key=lambda file: file.stat().st_mtime)
     for plane in jax.profiler.ProfileData.from_file(str(newest)).planes:
         for line in plane.lines:
             for event in line.events:
                 about = dict(event.stats)
-                if "hlo_op" in about and str(about.get("hlo_module", "")).startswith(PROGRAM):
+                if "hlo_op" in about and str(about.get("hlo_module", "")).startswith(program):
                     found[str(about["hlo_op"])].append(event.duration_ns * 1e-9)
     return {name: (len(times), sum(times)) for name, times in found.items()}
 

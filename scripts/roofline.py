@@ -15,6 +15,9 @@ import jax.numpy as jnp
 from mtpjax.config import ModelConfig
 from mtpjax.weights import flat
 
+# Sizes for `measure_ceilings` that leave the caches behind.
+CEILINGS = {"cpu": {"megabytes": 256, "size": 2048}, "cuda": {"megabytes": 2048, "size": 8192}}
+
 
 @dataclass(frozen=True)
 class Ceilings:

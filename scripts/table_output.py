@@ -19,7 +19,7 @@ REFERENCE = {
 }
 HEADER = (
     "prompt tokens", "side", "prefill tok/s", "/ draft 0", "/ draft 0 whole", "decode tok/s", "/ draft 0", "tokens a round",
-    "elapsed s", "spread",
+    "elapsed s", "spread", "prefill of roofline", "decode of roofline",
 )  # fmt: skip
 
 
@@ -41,6 +41,8 @@ def table_rows(result: dict[str, Any]) -> list[tuple[Any, ...]]:
             against(context, side, "draft 0", "decode_seconds"), row.get("tokens_per_round"),
             statistics.median(map(sum, zip(read, wrote, strict=True))) if wrote else None,
             (max(read) - min(read)) / statistics.median(read),
+            row["prefill_floor"] / statistics.median(read) if "prefill_floor" in row else None,
+            row["decode_floor"] / statistics.median(wrote) if wrote and "decode_floor" in row else None,
         ))  # fmt: skip
     return lines
 
@@ -53,8 +55,10 @@ def markdown(result: dict[str, Any]) -> str:
             return "" if x is None else str(x)
         return f"{x:.3g}" if x < 100 else f"{x:.0f}"
 
-    lines = ["| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
-    lines += ["| " + " | ".join(map(cell, row)) + " |" for row in table_rows(result)]
+    rows = table_rows(result)
+    shown = [i for i in range(len(HEADER)) if any(row[i] is not None for row in rows)]
+    lines = ["| " + " | ".join(HEADER[i] for i in shown) + " |", "|" + "---|" * len(shown)]
+    lines += ["| " + " | ".join(cell(row[i]) for i in shown) + " |" for row in rows]
     lines += ["", "The reference, as ratios to its own run without MTP:", ""]
     lines += ["| build | prompt tokens | draft | prefill | decode |", "|---|---|---|---|---|"]
     for (build, context), drafts in REFERENCE.items():

@@ -52,3 +52,28 @@ def test_the_table_of_the_embedded_model(tmp_path):
 def test_bad_arguments_are_named(args, message):
     done = subprocess.run([*TABLE, *args], capture_output=True, text=True, timeout=100)
     assert done.returncode == 2 and message in done.stderr
+
+
+@pytest.mark.slow
+def test_the_gpu_suite_runs_at_a_toy_size(tmp_path):
+    """Every part writes its file with ceilings and a share of the roofline; the kernels are right in interpret mode."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts/gpu_suite.py", "--smoke", "--out", tmp_path], capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    names = ("kernels", "prefill", "decode", "table", "profile")
+    parts = {name: json.loads((tmp_path / f"gpu_{name}.json").read_text()) for name in names}
+    assert all(p["ceilings"]["bytes_per_second"] > 0 and not p["not_measured"] for p in parts.values())
+    rows = parts["kernels"]["rows"]
+    assert {r["case"].split()[0] for r in rows} == {"linear", "experts", "attention"}
+    assert all(r["right"] and 0 < r["error"] and 0 < r["of_roofline"] for r in rows)
+    assert {r["side"] for r in parts["prefill"]["rows"]} == {"MTP on", "MTP off"}
+    assert {(r["context"], r["draft"]) for r in parts["decode"]["rows"]} == {(c, k) for c in (256, 512) for k in (0, 2)}
+    assert all(r["prefill_floor"] > 0 for r in parts["table"]["rows"])
+    assert 0 < len(parts["profile"]["decode"]["longest"]) <= 10
+
+
+def test_the_gpu_suite_says_that_there_is_no_gpu(tmp_path):
+    command = [sys.executable, ROOT / "scripts/gpu_suite.py", "--out", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2 and "not a CUDA GPU; try --smoke" in done.stderr

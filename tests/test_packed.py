@@ -18,7 +18,8 @@ from kernels_pallas.quantized import QuantizedTensor
 from mtpjax import LLM, SamplingParams
 from mtpjax.config import FULL, LINEAR
 from mtpjax.loading import load_checkpoint
-from mtpjax.weights import LoadedModel, export_tensors
+from mtpjax.packing import packable
+from mtpjax.weights import LoadedModel, export_tensors, flat, random_model
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64, "head_dim": 32, "rotary_dim": 8, "linear_k_dim": 32, "linear_v_dim": 32, "expert_size": 32,
@@ -123,3 +124,28 @@ def test_what_cannot_be_is_said(folder: Path) -> None:
         LLM(folder, weights="int3")
     with pytest.raises(ValueError, match="weights='packed' is for GGUF files"):
         LLM(folder, weights="packed")
+
+
+@pytest.mark.parametrize("weights", ["int4", "int8", "iq4nl", "fp8"])
+def test_random_packed_weights_have_the_form_and_spread_of_loaded_ones(weights):
+    """As `load_model` would pack them: same leaves packed, same layout, shapes and dtypes; deviation as asked, none repeated."""
+    cfg = tiny_config(moe=True, repeats=2, **SIZES)
+    model = random_model(cfg, weights=weights, stack=2, scale=0.02)
+    leaves = flat(model.params)
+    packed = {path: leaf[...] for path, leaf in leaves.items() if isinstance(leaf[...], QuantizedTensor)}
+    assert packed.keys() == {path for path, leaf in leaves.items() if packable(path, leaf[...].shape, weights)}
+    assert any(path[-1] == "gate_up" for path in packed)
+    for path, leaf in packed.items():
+        want = quantize(np.ones(leaf.shape, np.float32), weights)
+        assert (leaf.layout, leaf.group, leaf.table) == (want.layout, want.group, want.table)
+        assert (leaf.codes.shape, leaf.codes.dtype) == (want.codes.shape, want.codes.dtype)
+        assert leaf.scale.shape == want.scale.shape
+        values = np.asarray(leaf.dequantize())
+        assert values.size < 1000 or abs(values.std() / 0.02 - 1) < 0.15, path
+        assert values.ndim < 3 or len(values) == 1 or (values[0] != values[1]).any()
+    LLM(model, draft=1, max_len=64, max_batch=1).generate([[1, 2, 3]], SamplingParams(max_tokens=3))
+
+
+def test_random_packed_weights_need_a_form():
+    with pytest.raises(ValueError, match="'packed', which is for GGUF files"):
+        random_model(tiny_config(moe=True, repeats=1, **SIZES), weights="packed")

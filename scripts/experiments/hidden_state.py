@@ -2,7 +2,7 @@
 
     python scripts/experiments/hidden_state.py
 
-Single rounds of four greedy drafts at four places of texts that the embedded model wrote itself (T = 0.7) behind the
+Single rounds of four greedy drafts at two places of texts that the embedded model wrote itself (T = 0.7) behind the
 embedded excerpts of held-out books; a draft counts while all before it are the trunk's own choices.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import common
 import numpy as np
-from draft_rounds import DEPTH, PREFIXES, count_agreeing
+from draft_rounds import DEPTH, count_agreeing
 from prenorm import pre_norm
 
 from checkpoints import TINY, open_checkpoint
@@ -33,7 +33,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def experiment(smoke: bool) -> dict[str, Any]:
     """A row for each variant: share of rounds that accept draft 1...4, tokens a round."""
-    texts, prefixes = (2, PREFIXES[:1]) if smoke else (160, PREFIXES)
+    texts, prefixes = (2, (128,)) if smoke else (256, (128, 248))
     names = list(VARIANTS)[:: 3 if smoke else 1]
     windows = common.own_texts(texts, BLOCK)
     model = load_checkpoint(open_checkpoint(TINY), dtype=np.dtype("float32"))

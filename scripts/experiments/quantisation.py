@@ -33,7 +33,7 @@ from kernels_pallas.quantized import QuantizedTensor
 from mtpjax import LLM, SamplingParams
 from mtpjax.cache import BLOCK
 from mtpjax.loading import load_checkpoint
-from mtpjax.weights import LoadedModel, fill
+from mtpjax.weights import LoadedModel
 
 GGUF = ("bf16", "q8_0", "q4_0", "iq4_nl")
 TYPES = (*GGUF, "int4")
@@ -55,10 +55,10 @@ def load(kind: str) -> tuple[LoadedModel, float]:
 def unpacked(model: LoadedModel) -> LoadedModel:
     """The model with dequantised float32 weights."""
 
-    def value(path: Any, leaf: Any) -> jax.Array:
-        return leaf[...].dequantize() if isinstance(leaf[...], QuantizedTensor) else leaf[...]
+    def plain(leaf: Any) -> Any:
+        return leaf.dequantize() if isinstance(leaf, QuantizedTensor) else leaf
 
-    return replace(model, params=fill(model.params, value))
+    return replace(model, params=jax.tree.map(plain, model.params, is_leaf=lambda x: isinstance(x, QuantizedTensor)))
 
 
 def held_out(books: Path | None) -> tuple[str, int, np.ndarray]:

@@ -1,0 +1,133 @@
+"""Each GPU kernel on random data: right or wrong against float32 on dequantised weights, seconds, and the roofline."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from cuda_cases import FORMS, Case, KernelSizes, kernel_cases
+from roofline import Ceilings, seconds
+
+from kernels_pallas.quantized import QuantizedTensor
+from kernels_pallas.target import target
+
+SMOKE = KernelSizes(
+    hidden=256, layers=2, experts=4, chosen=2, expert_size=128, heads=(4, 2, 64), context=512,
+    rows=(("decode", 3), ("prefill", 32)),
+)  # fmt: skip
+CHECKED = 4  # rows compared with the reference: the last ones
+BOUND = 2e-2  # of the largest magnitude: bfloat16 operands and results
+
+
+def random_like(spec: Any, key: jax.Array) -> jax.Array:
+    """Codes: any bits; scales 2^-7; floats normal. The first axis of a stack is made piece by piece."""
+    if spec.dtype in (jnp.float16, jnp.float32) and spec.ndim:
+        return jnp.full(spec.shape, 2.0**-7, spec.dtype)
+
+    def make(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        if spec.dtype in (jnp.uint8, jnp.int8):
+            return jax.lax.bitcast_convert_type(jax.random.bits(key, shape, jnp.uint8), spec.dtype)
+        return jax.random.normal(key, shape, jnp.bfloat16).astype(spec.dtype)
+
+    if spec.ndim < 3:
+        return jax.jit(make, static_argnums=1)(key, spec.shape)
+    return jax.jit(lambda keys: jax.lax.map(lambda k: make(k, spec.shape[1:]), keys))(jax.random.split(key, spec.shape[0]))
+
+
+def data_of(name: str, args: tuple[Any, ...], size: KernelSizes) -> tuple[Any, ...]:
+    """Random arguments of a case."""
+    rng = np.random.default_rng(0)
+    leaves, tree = jax.tree.flatten(args)
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    made = []
+    for spec, key in zip(leaves, keys, strict=True):
+        if spec.dtype == jnp.bool_:
+            made.append(jnp.ones(spec.shape, bool))
+        elif spec.dtype != jnp.int32:
+            made.append(random_like(spec, key))
+        elif not spec.shape:
+            made.append(jnp.int32(size.layers - 1))
+        elif name.startswith("experts"):
+            chosen = [rng.choice(size.experts, size.chosen, replace=False) for _ in range(spec.shape[0])]
+            made.append(jnp.array(chosen, jnp.int32))
+        else:
+            made.append(jnp.arange(size.context - spec.shape[1], size.context, dtype=jnp.int32)[None])
+    if name.startswith("attention"):
+        made[0] = made[0] / math.sqrt(size.heads[2])  # the kernel takes scaled queries
+    return tuple(jax.tree.unflatten(tree, made))
+
+
+def whole(w: Any, layer: Any = ...) -> jax.Array:
+    """A weight, or one layer of a stack, in float32."""
+    one = w if layer is ... else jax.tree.map(lambda part: part[layer], w)
+    return one.dequantize() if isinstance(one, QuantizedTensor) else one.astype(jnp.float32)
+
+
+def reference(name: str, args: tuple[Any, ...]) -> jax.Array:
+    """The last `CHECKED` rows in float32, by the formula."""
+    op = name.split()[0]
+    dot = partial(jnp.einsum, precision="highest")
+    if op == "linear":
+        x, w = args
+        return dot("nd,od->no", x[-CHECKED:].astype(jnp.float32), whole(w))
+    if op == "attention":
+        q, k, v, layer, positions, _ = args
+        rows = q[0, -CHECKED:].astype(jnp.float32)
+        keys, values = (jnp.repeat(x[layer, 0].astype(jnp.float32), rows.shape[1] // x.shape[2], axis=0) for x in (k, v))
+        scores = dot("tqh,qsh->tqs", rows, keys)
+        seen = jnp.arange(k.shape[3]) <= positions[0, -CHECKED:, None, None]
+        return dot("tqs,qsh->tqh", jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1), values)
+    x, gate_up, down, layer, chosen, weights, _ = args
+    rows, chosen, weights = x[-CHECKED:].astype(jnp.float32), chosen[-CHECKED:], weights[-CHECKED:]
+    gates, downs = whole(gate_up, layer), whole(down, layer)
+    total = jnp.zeros_like(rows)
+    for slot in range(chosen.shape[1]):
+        gate, up = jnp.split(dot("nd,nod->no", rows, gates[chosen[:, slot]]), 2, axis=-1)
+        total += weights[:, slot, None] * dot("ni,ndi->nd", jax.nn.silu(gate) * up, downs[chosen[:, slot]])
+    return total
+
+
+def least(name: str, args: tuple[Any, ...], size: KernelSizes) -> tuple[float, float]:
+    """Bytes and operations of a case at the least."""
+    op = name.split()[0]
+    if op == "linear":
+        x, w = args
+        return w.nbytes + 2 * x.nbytes, 2.0 * x.shape[0] * math.prod(w.shape)
+    if op == "attention":
+        q, k = args[:2]
+        _, rows, heads, each = q.shape
+        return 2 * k.nbytes / size.layers + 2 * q.nbytes, 4.0 * rows * heads * each * size.context
+    x, gate_up, down, _, chosen = args[:5]
+    touched, matrices = len(np.unique(np.asarray(chosen))), size.layers * size.experts
+    flops = 2.0 * chosen.size * (math.prod(gate_up.shape) + math.prod(down.shape)) / matrices
+    return (gate_up.nbytes + down.nbytes) / matrices * touched + 2 * x.nbytes, flops
+
+
+def measure(name: str, make: Case, size: KernelSizes, ceilings: Ceilings, runs: int) -> dict[str, Any]:
+    """One case: the largest error over the largest magnitude, seconds, and the share of the roofline."""
+    fn, specs = make()
+    args = data_of(name, specs, size)
+    got = fn(*args)
+    want = reference(name, args)
+    rows = jnp.asarray(got, jnp.float32).reshape(-1, *want.shape[1:])[-CHECKED:]
+    error = float(jnp.max(jnp.abs(rows - want)) / jnp.max(jnp.abs(want)))
+    times = seconds(lambda: fn(*args), runs)
+    moved, flops = least(name, args, size)
+    return {
+        "case": name, "error": error, "right": error <= BOUND, "seconds": times,
+        "of_roofline": ceilings.floor(moved, flops) / statistics.median(times), "limit": ceilings.limit(moved, flops),
+    }  # fmt: skip
+
+
+def measure_all(smoke: bool, ceilings: Ceilings, go_on: Callable[[str], bool]) -> Iterator[dict[str, Any]]:
+    """Every kernel; `go_on(case)` is asked before each."""
+    size, forms = (SMOKE, ("iq4_nl", "q8_0", "fp8")) if smoke else (KernelSizes(), tuple(FORMS))
+    for name, make in kernel_cases(size, forms, interpret=target() != "cuda").items():
+        if go_on(name):
+            yield measure(name, make, size, ceilings, 2 if smoke else 20)
