@@ -13,6 +13,29 @@ from table_output import markdown
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 FILES = DOCS / "benchmarks"
+EXPERIMENTS = {
+    "rows": (
+        "Output rows and the MTP head while reading",
+        "Which rows leave the trunk (none, the last, all) x what the MTP head does with a prompt (nothing, keys and values, its "
+        "whole layer). Operations are counted from the program, seconds measured.",
+    ),
+    "hidden_state": (
+        "What the MTP head is fed",
+        "Hidden states after or before the norms; paired with the following token or one off; with keys and values of the whole "
+        "prompt, of its last rows, or of none of it (what an engine does that lets the head begin with the first draft).",
+    ),
+    "draft_length": ("Draft length, temperature and domain", "Real acceptance and decode speed of the embedded model."),
+    "cost_model": (
+        "Cost of a round",
+        "Draft, verify and commit timed by themselves, beside the longer of bytes ÷ copy bandwidth and operations ÷ matmul "
+        "rate, both measured in the same run. A draft length pays where more tokens a round are expected than its break-even line "
+        "asks for.",
+    ),
+    "quantisation": (
+        "Quantisation",
+        "Bytes, bits a byte, acceptance and decode speed by weight type; weights stay packed in memory.",
+    ),
+}
 
 
 def about(result: dict[str, Any]) -> str:
@@ -22,35 +45,63 @@ def about(result: dict[str, Any]) -> str:
     return f"{result.get('date')}, {machine}, {versions}, commit {result.get('commit')}."
 
 
+def the_table(result: dict[str, Any]) -> list[str]:
+    return [
+        "## The table",
+        f"`python scripts/bench_table.py --contexts 512 2048 8192 32768 --out docs/benchmarks/table`: {result['model']} model of "
+        f"about 50 M active parameters in {result['dtype']}, prompts of {result['prompts']}, **{result['acceptance']}** (the "
+        "published lengths of Qwen3.5-397B-A17B's head). " + about(result),
+        "A ratio is the median of the ratios within each run. \"Spread\" is (slowest − fastest) ÷ median of the prefill's "
+        "runs; where it exceeds a difference, the difference is not measured. Drafts 2, 3 and 4 read the prompt with the same "
+        "program, so what lies between them is noise.",
+        "\"Draft 0\" leaves out the last layer's queries, attention and experts, since nothing reads their rows: a saving that "
+        "MTP cannot have, because its head reads the last layer's output of every row. It is one layer of 12 here, one of 40 in "
+        "a 35B-A3B; at 32,768 tokens it is also a third of all attention here, a tenth there. \"Draft 0, whole\" is MTP off in "
+        "engines that run every layer for every row.",
+        markdown(result),
+        "![prefill ratio, decode speed and elapsed seconds by prompt length](benchmarks/table.png)",
+    ]
+
+
+def memory(result: dict[str, Any]) -> list[str]:
+    lines = ["| rows of a chunk | draft | context | temporaries | cache (updated in place) |", "|---|---|---|---|---|"]
+    lines += [
+        f"| {r['chunk']} | {r['draft']} | {r['context']:,} | {r['temp'] / 2**20:.1f} MiB | {r['alias'] / 2**20:,.0f} MiB |"
+        for r in result["rows"]
+    ]
+    return [
+        "## Memory of reading a long prompt",
+        f"`.venv-cuda/bin/python scripts/prefill_memory.py --json docs/benchmarks/prefill_memory.json`: the prefill program of a "
+        f"35B-A3B with IQ4_NL weights, compiled for an {result['card']} (what XLA knows of an RTX 3090) without one. "
+        + about(result),
+        "One program reads every prompt that fits its cache: the position is data, and attention's loop over the cache has as "
+        "many turns as it needs.",
+        "\n".join(lines),
+    ]
+
+
 def page() -> str:
     """The Markdown text."""
     parts = ["# Benchmarks", "Made by `python scripts/benchmarks_page.py` from the JSON files in `docs/benchmarks/`."]
-    table = FILES / "table.json"
-    if table.exists():
-        result = json.loads(table.read_text())
-        parts += [
-            "## The table",
-            f"`python scripts/bench_table.py --out docs/benchmarks/table`: {result['model']} model of about 50 M active "
-            f"parameters in {result['dtype']}, prompts of {result['prompts']}, **{result['acceptance']}** (the published "
-            "lengths of Qwen3.5-397B-A17B's head). " + about(result),
-            "A ratio is the median of the ratios within each run. \"Spread\" is (slowest − fastest) ÷ median of the prefill's "
-            "runs; where it exceeds a difference, the difference is not measured.",
-            markdown(result),
-            "![prefill ratio, decode speed and elapsed seconds by prompt length](benchmarks/table.png)",
-        ]
-    for name, title in (("rows", "Output rows and the MTP head while reading"), ("draft_length", "Draft length")):
-        file = FILES / f"{name}.json"
-        if file.exists():
+    shown = set()
+    for name, section in (("table", the_table), ("prefill_memory", memory)):
+        if (file := FILES / f"{name}.json").exists():
+            parts += section(json.loads(file.read_text()))
+            shown.add(name)
+    for name, (title, text) in EXPERIMENTS.items():
+        if (file := FILES / f"{name}.json").exists():
             result = json.loads(file.read_text())
             picture = f"![{title}](benchmarks/{name}.png)"
-            parts += [f"## {title}", f"`python scripts/experiments/{name}.py`. " + about(result), picture]
-    others = sorted(f for f in FILES.glob("*.json") if f.stem not in ("table", "rows", "draft_length"))
+            parts += [f"## {title}", text, f"`python scripts/experiments/{name}.py`. " + about(result), picture]
+            shown.add(name)
+    others = sorted(f for f in FILES.glob("*.json") if f.stem not in shown)
     lines = [f"| [{f.name}](benchmarks/{f.name}) | {json.loads(f.read_text()).get('what', '')} |" for f in others]
     parts += ["## Other results", "| file | what |\n|---|---|\n" + "\n".join(lines)]
     parts += [
         "## Not measured",
-        "No GPU has run any of this: there is no table for the 35B-A3B, no roofline, no kernel timing. On the CPU, contexts "
-        "above those of the table were not run.",
+        "No GPU has run any of this: there is no table for the 35B-A3B, no roofline and no kernel timing. `scripts/gpu_suite.py` "
+        "would make them (`--part kernels`, `prefill`, `decode`, `table`, `profile`); with `--smoke` it runs anywhere at a toy "
+        "size, and those figures mean nothing. On the CPU, contexts above those of the table were not run.",
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -111,11 +111,11 @@ def plot(result: dict[str, Any], figure: Any) -> None:
     axes = figure.subplots(1, 3)
     table = result["table"]
     names = [r["type"] for r in table]
-    least = min(r["bits_per_byte"] for r in table)
-    axes[0].bar(names, [r["bits_per_byte"] for r in table])
-    axes[0].set_ylim(bottom=least * 0.98)
+    bits = [r["bits_per_byte"] for r in table]
+    axes[0].bar(names, bits)
+    axes[0].set_ylim(min(bits) * 0.98, max(bits) * 1.01)
     axes[0].set_ylabel(f"bits a byte of {result['text']} (axis cut)")
-    for row, height in zip(table, [r["bits_per_byte"] for r in table], strict=True):
+    for row, height in zip(table, bits, strict=True):
         axes[0].annotate(f"{row['megabytes']:.1f} MB", (row["type"], height), ha="center", va="bottom", fontsize=8)
     for row in table:
         axes[1].plot(range(1, len(row["accepted"]) + 1), row["accepted"], "o-", label=row["type"])
