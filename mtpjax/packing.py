@@ -16,8 +16,8 @@ from kernels_pallas.quantized import QuantizedTensor
 
 KEEP = "packed"  # as the file has it
 WEIGHTS = (KEEP, *MODES)
-# Small, and sensitive: never packed. Vectors are not either.
-_PLAIN = {"router", "shared_gate", "in_a", "in_b", "conv"}
+# Small, and sensitive: never packed. Vectors are not either, though a stack of them looks like a matrix.
+_PLAIN = {"router", "shared_gate", "in_a", "in_b", "conv", "a_log", "dt_bias"}
 _TABLES = {"embedding"}  # rows are looked up, so no blocks of rows
 
 

@@ -28,8 +28,8 @@ EXPERIMENTS = {
     "cost_model": (
         "Cost of a round",
         "Draft, verify and commit timed by themselves, beside the longer of bytes ÷ copy bandwidth and operations ÷ matmul "
-        "rate, both measured in the same run. A draft length pays where more tokens a round are expected than its break-even line "
-        "asks for.",
+        "rate, both measured in the same run. A draft length pays where more tokens a round are expected than its break-even "
+        "line asks for.",
     ),
     "quantisation": (
         "Quantisation",

@@ -149,3 +149,12 @@ def test_random_packed_weights_have_the_form_and_spread_of_loaded_ones(weights):
 def test_random_packed_weights_need_a_form():
     with pytest.raises(ValueError, match="'packed', which is for GGUF files"):
         random_model(tiny_config(moe=True, repeats=1, **SIZES), weights="packed")
+
+
+@pytest.mark.parametrize("weights", MODES)
+def test_a_stack_of_vectors_is_no_matrix(weights):
+    """On a GPU the layers lie in stacks: one decay rate a head for ten layers is `[10, 32]`, which would make whole groups."""
+    cfg = tiny_config(moe=True, repeats=2, **{**SIZES, "linear_v_heads": 32, "linear_k_heads": 16})
+    leaves = flat(random_model(cfg, weights=weights, stack=2).params)
+    names = {path[-1] for path, leaf in leaves.items() if isinstance(leaf[...], QuantizedTensor)}
+    assert ("gate_up" in names) and not names & {"a_log", "dt_bias", "conv", "norm", "input_norm", "router", "shared_gate"}
