@@ -7,6 +7,7 @@ from checkpoints.gguf_file import GgufFile
 from checkpoints.gguf_writer import write_gguf
 from checkpoints.opening import open_checkpoint
 from checkpoints.orbax_dir import OrbaxDirectory
+from checkpoints.quantised_dir import QuantisedDirectory, quantisation
 from checkpoints.safetensors_dir import SafetensorsDirectory
 from checkpoints.source import TensorInfo, TensorSource
 from checkpoints.writer import write_safetensors_directory
@@ -18,10 +19,12 @@ __all__ = [
     "CheckpointError",
     "GgufFile",
     "OrbaxDirectory",
+    "QuantisedDirectory",
     "SafetensorsDirectory",
     "TensorInfo",
     "TensorSource",
     "open_checkpoint",
+    "quantisation",
     "write_gguf",
     "write_safetensors_directory",
 ]

@@ -6,9 +6,10 @@ import os
 from pathlib import Path
 
 from checkpoints.errors import CheckpointError
-from checkpoints.folder import CONFIG, list_names
+from checkpoints.folder import CONFIG, list_names, read_json_file
 from checkpoints.gguf_file import GgufFile, is_gguf
 from checkpoints.orbax_dir import PARAMS, OrbaxDirectory
+from checkpoints.quantised_dir import QuantisedDirectory, quantisation
 from checkpoints.safetensors_dir import SafetensorsDirectory, weight_files
 from checkpoints.source import TensorSource
 
@@ -38,7 +39,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> TensorSource | OrbaxDirecto
             "Move the other elsewhere."
         )
     if safetensors:
-        return SafetensorsDirectory(folder)
+        quantised = quantisation(read_json_file(folder / CONFIG))
+        return QuantisedDirectory(folder) if quantised else SafetensorsDirectory(folder)
     if orbax:
         return OrbaxDirectory(folder)
     raise CheckpointError(

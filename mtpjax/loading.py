@@ -20,13 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from checkpoints import CheckpointError, GgufFile, OrbaxDirectory, TensorSource
+from checkpoints import CheckpointError, OrbaxDirectory, TensorSource, quantisation
 from kernels_pallas.target import target
 from mtpjax.config import ModelConfig
 from mtpjax.model import abstract_model
 from mtpjax.model.params import Expert
 from mtpjax.orbax_tree import LazyLeaf, StoredTree, TreePath, write_tree
-from mtpjax.packing import KEEP, MODES, WEIGHTS
+from mtpjax.packing import KEEP, MODES, PACKED, WEIGHTS
 from mtpjax.weights import LoadedModel, Location, _check, config_of, fill, flat, load_model, locations
 
 ORIGIN = "mtpjax.json"
@@ -79,8 +79,8 @@ def load_checkpoint(
 
     Args:
         weights: how matrices lie in memory: "int4", "int8", "iq4nl", "fp8" quantise them as they are read; "packed" keeps
-            them as a GGUF file has them. None: "packed" on a GPU for a GGUF file, else arrays of `dtype`, which a CPU
-            computes with faster.
+            them as a GGUF file or a quantised folder has them. None: "packed" on a GPU for these, else arrays of `dtype`,
+            which a CPU computes with faster.
 
     Raises:
         CheckpointError: quantised, or not the tensors of the model that its config.json describes.
@@ -92,11 +92,11 @@ def load_checkpoint(
         if weights is not None:
             raise ValueError(f"{source.path}: weights={weights!r} is not supported for an Orbax folder; convert it back first")
         return restore_orbax(source, mtp=mtp, **form)
-    if isinstance(source, GgufFile):
+    if isinstance(source, PACKED):
         weights = weights or (KEEP if target() != "cpu" else None)
     elif weights == KEEP:
-        raise ValueError(f"{source.path}: weights='packed' is for GGUF files; expected one of {', '.join(map(repr, MODES))}")
-    _refuse_quantised(source)
+        forms = ", ".join(map(repr, MODES))
+        raise ValueError(f"{source.path}: weights='packed' is for GGUF files and quantised folders; expected one of {forms}")
     return load_model(source, mtp=mtp, weights=weights, **form)
 
 
@@ -105,14 +105,12 @@ def _config(source: TensorSource | OrbaxDirectory) -> ModelConfig:
 
 
 def _refuse_quantised(source: TensorSource) -> None:
-    for config in (source.config, source.config.get("text_config")):
-        settings = config.get("quantization_config") if isinstance(config, Mapping) else None
-        if settings:
-            method = settings.get("quant_method") if isinstance(settings, Mapping) else settings
-            raise CheckpointError(
-                f"{source.path}: is quantised (quant_method {method!r}), which is not supported yet in this version; "
-                "use the BF16 files of the same model"
-            )
+    if settings := quantisation(source.config):
+        method = settings.get("quant_method") if isinstance(settings, Mapping) else settings
+        raise CheckpointError(
+            f"{source.path}: is quantised (quant_method {method!r}); converting that to Orbax is not supported yet in this "
+            "version. mtpjax.LLM reads the folder as it is; to convert, use the BF16 files of the same model"
+        )
 
 
 def _shapes(cfg: ModelConfig) -> dict[TreePath, tuple[int, ...]]:

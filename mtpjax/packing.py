@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from checkpoints import GgufFile, TensorSource
+from checkpoints import GgufFile, QuantisedDirectory, TensorSource
 from checkpoints.packed import FP8_BLOCK, PackedArray, alike
 from checkpoints.quantize import GROUP, MODES, TABLES, quantize
 from kernels_pallas.quantized import QuantizedTensor
 
+PACKED = (GgufFile, QuantisedDirectory)  # files whose weights can be kept as they are
 KEEP = "packed"  # as the file has it
 WEIGHTS = (KEEP, *MODES)
 # Small, and sensitive: never packed. Vectors are not either, though a stack of them looks like a matrix.
@@ -33,10 +34,15 @@ def packable(path: Sequence[str | int], shape: Sequence[int], weights: str) -> b
     return name not in _TABLES if weights == "fp8" else shape[-1] % GROUP == 0
 
 
+def sliced_in_blocks(index: tuple[int | slice, ...], packed: PackedArray) -> bool:
+    """Whether rows that lie at `index` of a leaf can be packed there: those of fp8 share scales in blocks."""
+    return packed.layout != "fp8" or all(i.start % FP8_BLOCK == 0 == i.stop % FP8_BLOCK for i in index if isinstance(i, slice))
+
+
 def read_packed(source: TensorSource, name: str, weights: str) -> PackedArray | None:
     """One tensor packed: as the file holds it, or quantised here. None where the file holds it unquantised."""
     if weights == KEEP:
-        return source.read_packed(name) if isinstance(source, GgufFile) else None
+        return source.read_packed(name) if isinstance(source, PACKED) else None
     return quantize(source.read(name), weights)
 
 
@@ -77,19 +83,18 @@ def assembled(shape: tuple[int, ...], parts: Sequence[tuple[tuple[Any, ...], Pac
     same = alike([part for _, part in parts])
     first = same[0]
 
-    def whole(pieces: list[np.ndarray]) -> jax.Array:
-        rows, size = pieces[0].shape[-2:]
-        fp8_scale = first.layout == "fp8" and pieces[0] is first.scale
-        out = np.empty((*shape[:-2], rows if fp8_scale else shape[-2], size), pieces[0].dtype)
+    def whole(pieces: list[np.ndarray], block: int = 1) -> jax.Array:
+        out = np.empty((*shape[:-2], -(-shape[-2] // block), pieces[0].shape[-1]), pieces[0].dtype)
         for (index, _), piece in zip(parts, pieces, strict=True):
-            target = out[index]
+            at = [slice(i.start // block, -(-i.stop // block)) if isinstance(i, slice) else i for i in index]
+            target = out[tuple(at)]
             target[...] = piece.reshape(target.shape)
         return jax.device_put(out)
 
     offsets = [part.offset for part in same if part.offset is not None]
     return QuantizedTensor(
         codes=whole([part.codes for part in same]),
-        scale=whole([part.scale for part in same]),
+        scale=whole([part.scale for part in same], FP8_BLOCK if first.layout == "fp8" else 1),
         offset=whole(offsets) if offsets else None,
         layout=first.layout,
         group=first.group,

@@ -122,7 +122,7 @@ def test_the_embedded_model_in_four_bits() -> None:
 def test_what_cannot_be_is_said(folder: Path) -> None:
     with pytest.raises(ValueError, match="weights is 'int3'; expected None or one of 'packed', 'int4'"):
         LLM(folder, weights="int3")
-    with pytest.raises(ValueError, match="weights='packed' is for GGUF files"):
+    with pytest.raises(ValueError, match="weights='packed' is for GGUF files and quantised folders"):
         LLM(folder, weights="packed")
 
 
