@@ -1,6 +1,8 @@
 """GGUF: every block type exact, the conventions undone, a damaged file refused in words."""
 
+import itertools
 import json
+import math
 import struct
 import sys
 from pathlib import Path
@@ -32,12 +34,12 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 
 
-def random_blocks(name: str, rows: int, blocks: int, seed: int) -> np.ndarray:
-    """Random bytes whose half-precision scales are finite."""
+def random_blocks(name: str, rows: int, blocks: int, seed: int, scale: float = 1.0) -> np.ndarray:
+    """Random bytes whose half-precision scales are finite, about `scale`."""
     rng = np.random.default_rng(seed)
     raw = rng.integers(0, 256, (rows, blocks, QUANTISED[name].size), dtype=np.uint8)
     for at in HALVES[name]:
-        raw[..., at : at + 2] = rng.normal(size=(rows, blocks, 1)).astype("<f2").view(np.uint8)
+        raw[..., at : at + 2] = (scale * rng.normal(size=(rows, blocks, 1))).astype("<f2").view(np.uint8)
     return raw.reshape(rows, -1)
 
 
@@ -90,6 +92,41 @@ def test_what_is_read_is_what_the_file_says(kind: str, tmp_path: Path) -> None:
     np.testing.assert_array_equal(source.read("layers.1.mlp.experts.gate_up_proj").astype(np.float32), fused)
     types = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
     assert types["blk.0.ssm_out.weight"] == kind.upper() and types["blk.0.ffn_gate_inp.weight"] == "F32"
+
+
+def test_a_model_of_k_types_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in "UD" files, the type changes from matrix to matrix: packed the model computes what it computes dequantised.
+
+    Nothing here writes K-types, so the matrices are random blocks; gate and up of the same experts differ in type.
+    """
+    sizes = {"Q4_K": 5e-5, "Q5_K": 2e-5, "Q6_K": 1e-5, "IQ4_XS": 1e-5, "Q8_0": 1e-3}
+    kinds, written = itertools.cycle(sizes), {}
+    add = gguf.GGUFWriter.add_tensor
+
+    def add_blocks(self: Any, name: str, tensor: np.ndarray, raw_dtype: Any = None) -> None:
+        if raw_dtype == gguf.GGMLQuantizationType.Q8_0 and tensor.shape[-1] % (256 // 32 * 34) == 0:
+            kind = written[name] = next(kinds)
+            *lead, row = tensor.shape
+            elements = row // 34 * 32
+            blocks = random_blocks(kind, math.prod(lead), elements // QUANTISED[kind].elements, len(written), sizes[kind])
+            tensor, raw_dtype = blocks.reshape(*lead, -1), getattr(gguf.GGMLQuantizationType, kind)
+        add(self, name, tensor, raw_dtype=raw_dtype)
+
+    monkeypatch.setattr(gguf.GGUFWriter, "add_tensor", add_blocks)
+    wide = {"hidden_size": 256, "expert_size": 256, "shared_expert_size": 256, "vocab_size": 128}
+    save(tiny_config(moe=True, pattern=(LINEAR, FULL), repeats=1, **SIZES | wide), tmp_path / "m.gguf", "q8_0")
+    assert set(written.values()) == set(sizes)
+    assert written["blk.0.ffn_gate_exps.weight"] != written["blk.0.ffn_up_exps.weight"]
+    source = open_checkpoint(tmp_path / "m.gguf")
+    assert isinstance(source, GgufFile)
+    for name in source.tensors:
+        if (packed := source.read_packed(name)) is not None:
+            np.testing.assert_array_equal(packed.dequantize(), source.read(name), err_msg=name)
+    ids = np.random.default_rng(1).integers(0, 90, 30).tolist()
+    want = LLM(tmp_path / "m.gguf", draft=2, max_len=64).logits(ids)
+    got = LLM(tmp_path / "m.gguf", draft=2, max_len=64, weights="packed").logits(ids)
+    assert np.isfinite(want).all() and want.std() > 0
+    assert np.abs(got - want).max() <= 1e-3 * np.abs(want).max()
 
 
 def test_iq4_nl_keeps_four_bits_worth() -> None:
