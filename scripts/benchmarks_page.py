@@ -95,7 +95,7 @@ def page() -> str:
             parts += [f"## {title}", text, f"`python scripts/experiments/{name}.py`. " + about(result), picture]
             shown.add(name)
     others = sorted(f for f in FILES.glob("*.json") if f.stem not in shown)
-    lines = [f"| [{f.name}](benchmarks/{f.name}) | {json.loads(f.read_text()).get('what', '')} |" for f in others]
+    lines = [f"| [{f.name}](benchmarks/{f.name}) | {json.loads(f.read_text()).get('what', f.stem)} |" for f in others]
     parts += ["## Other results", "| file | what |\n|---|---|\n" + "\n".join(lines)]
     parts += [
         "## Not measured",

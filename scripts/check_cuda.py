@@ -177,7 +177,8 @@ def main() -> int:
                 bad += 1
                 print(f"         ^ must not be: {problem}", flush=True)
     if args.json:
-        about = {"model": MODEL, "weights": "iq4_nl", "draft": DRAFT, "context": CONTEXT, "chunk": CHUNK}
+        what = {"what": "kernels and programs compiled for cards that are not here", "model": MODEL, "weights": "iq4_nl"}
+        about = {**what, "draft": DRAFT, "context": CONTEXT, "chunk": CHUNK}
         args.json.write_text(json.dumps({**about, "results": results}, indent=1) + "\n", encoding="utf-8")
     print(f"{len(results)} programs compiled for {len({r['card'] for r in results})} cards, {bad} problems")
     return int(bad > 0)
