@@ -47,7 +47,7 @@ def table_rows(result: dict[str, Any]) -> list[tuple[Any, ...]]:
     return lines
 
 
-def markdown(result: dict[str, Any]) -> str:
+def markdown(result: dict[str, Any], reference: bool = True) -> str:
     """The table, and the reference's ratios."""
 
     def cell(x: Any) -> str:
@@ -59,6 +59,8 @@ def markdown(result: dict[str, Any]) -> str:
     shown = [i for i in range(len(HEADER)) if any(row[i] is not None for row in rows)]
     lines = ["| " + " | ".join(HEADER[i] for i in shown) + " |", "|" + "---|" * len(shown)]
     lines += ["| " + " | ".join(cell(row[i]) for i in shown) + " |" for row in rows]
+    if not reference:
+        return "\n".join(lines)
     lines += ["", "The reference, as ratios to its own run without MTP:", ""]
     lines += ["| build | prompt tokens | draft | prefill | decode |", "|---|---|---|---|---|"]
     for (build, context), drafts in REFERENCE.items():
