@@ -127,11 +127,11 @@ def sides_of(model: LoadedModel, plain: LoadedModel, args: argparse.Namespace, d
         sides.append(side)
         rule = simulated(args.synthetic_acceptance_length or GOLDEN_LENGTH.get(k), args.acceptance, k) if args.simulate else None
         decoders[side.name] = Decoder(side, k, rule or real_acceptance, args.new, vocab)
+    sides.append(Side("draft 0, whole", plain, partial(hidden_rows, graph=plain.graph), args.chunk, slots, dtype))
     if not args.no_ablations:
         whole = {"graph": model.graph, "rows": OutputRows.none()}
         every = {"graph": model.graph, "rows": OutputRows.all()}
         sides += [
-            Side("draft 0, whole", plain, partial(hidden_rows, graph=plain.graph), args.chunk, slots, dtype),
             Side("rows = all", model, partial(prefill, graph=model.graph, rows=OutputRows.all()), args.chunk, slots, dtype),
             Side("whole MTP layer", model, partial(whole_layer, **whole), args.chunk, slots, dtype),
             Side("whole MTP layer, rows = all", model, partial(whole_layer, **every), args.chunk, slots, dtype),
@@ -233,7 +233,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="simulated: share of rounds that accept 1, 2, ... drafts",
     )
     parser.add_argument("--roofline", action="store_true", help="measure the device's ceilings; a column says how near we are")
-    parser.add_argument("--no-ablations", action="store_true", help="the drafts alone")
+    parser.add_argument("--no-ablations", action="store_true", help="the drafts, and MTP off with whole layers, alone")
     parser.add_argument("--out", help="write PREFIX.json, .csv, .md and .png")
     args = parser.parse_args(argv)
     args.dtype = args.dtype or ("float32" if target() == "cpu" else "bfloat16")
@@ -265,13 +265,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         for name, row in found.items():
             floors = floors_of(ceilings, model, decoders.get(name), context, args, row) if ceilings else {}
             rows.append({"prompt_tokens": context, "side": name, "new_tokens": args.new, **row, **floors})
-            base = found["draft 0, whole" if "draft 0, whole" in found else "draft 0"]["prefill_seconds"]
+            base = found["draft 0, whole"]["prefill_seconds"]
             ratio = statistics.median(b / a for a, b in zip(row["prefill_seconds"], base, strict=True))
             speed = context / statistics.median(row["prefill_seconds"])
             print(f"{context:7} {name:28} prefill {speed:8.1f} tok/s, {ratio:.3f} x", flush=True)
     result = {
         "what": "table", **describe(), "model": args.shape or args.model, "dtype": args.dtype, "weights": args.weights,
-        "chunk": args.chunk, "acceptance": "simulated acceptance" if args.simulate else "real",
+        "chunk": args.chunk, "acceptance": "simulated acceptance" if args.simulate else "real acceptance",
         "prompts": "text" if args.text else "random tokens",
         "memory_peak_mb": memory_peak_mb(), "temporary_mb": {s.name: s.temporary_mb for s in sides},
         "ceilings": ceilings and asdict(ceilings), "rows": rows,

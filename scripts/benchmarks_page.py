@@ -67,11 +67,11 @@ def the_tiny_table(result: dict[str, Any]) -> list[str]:
     return [
         "## The embedded model, real acceptance",
         "`python scripts/bench_table.py --model tiny --text LICENSE --contexts 128 512 2048 --chunk 128 --drafts 0 1 2 3 4 "
-        f"--new 96 --runs 5 --no-ablations --out docs/benchmarks/table_tiny`, prompts of {result['prompts']} (the LICENSE file), acceptance "
-        f"{result['acceptance']}. " + about(result),
+        f"--new 96 --runs 5 --no-ablations --out docs/benchmarks/table_tiny`, prompts of {result['prompts']} (the LICENSE "
+        f"file), {result['acceptance']}. " + about(result),
         "Drafting slows this model: its 5 M parameters lie in the processor's cache, so that a row of verification costs as much "
         "as a row of decoding. It was trained on windows of 256 tokens of stories, books and code; longer prompts of legal text "
-        "are far from that, and acceptance falls. One of its four layers is what draft 0 drops while it reads a prompt.",
+        "are far from that, and acceptance falls. What draft 0 drops while it reads a prompt is most of one layer of four.",
         markdown(result, reference=False),
     ]
 

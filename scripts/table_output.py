@@ -79,11 +79,10 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
     figure, axes = plt.subplots(1, 3, figsize=(16, 4.8), constrained_layout=True)
     rows = table_rows(result)
-    whole = any(r[4] is not None for r in rows)
     for side in dict.fromkeys(r[1] for r in rows):
         mine = [r for r in rows if r[1] == side]
         xs = [r[0] for r in mine]
-        axes[0].plot(xs, [r[4] if whole else r[3] for r in mine], "o-", label=side)
+        axes[0].plot(xs, [r[4] for r in mine], "o-", label=side)
         if mine[0][5] is not None:
             axes[1].plot(xs, [r[5] for r in mine], "o-", label=side)
             axes[2].plot(xs, [r[8] for r in mine], "o-", label=side)
@@ -91,12 +90,13 @@ def plot(result: dict[str, Any], path: Path) -> None:
         found = [(c, d[4][0] / d[0][0]) for (b, c), d in REFERENCE.items() if b == build]
         axes[0].plot(*zip(*found, strict=True), f"k{style}", label=f"llama.cpp {build} its fix, draft 4")
     axes[0].axhline(1, color="grey", lw=0.8)
-    axes[0].set_ylabel("prefill tok/s ÷ MTP off" + (", whole layers" if whole else ""))
+    axes[0].set_ylabel("prefill tok/s ÷ MTP off, whole layers")
     axes[1].set_ylabel("decode (tok/s)")
     axes[2].set_ylabel("prompt read and text decoded (s)")
     for axis in axes:
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter("{x:,.0f}")
+        axis.tick_params(axis="x", labelsize=8)
         axis.set_xlabel("prompt (tokens)")
         axis.grid(alpha=0.3)
     axes[1].set_ylim(bottom=0)
