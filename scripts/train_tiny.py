@@ -38,7 +38,8 @@ from checkpoints import open_checkpoint, write_safetensors_directory
 from mtpjax.config import FULL, LINEAR, ModelConfig
 from mtpjax.loading import load_checkpoint
 from mtpjax.model import abstract_model
-from mtpjax.weights import LoadedModel, export_tensors, random_model
+from mtpjax.orbax_tree import TreePath
+from mtpjax.weights import LoadedModel, export_tensors, fill, flat, random_model
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import tiny_data as data
@@ -51,10 +52,13 @@ HELD_OUT_WINDOWS = 32  # read at every save
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
-def tiny_config(vocab: int, stop_tokens: tuple[int, ...]) -> ModelConfig:
+LAYERS = 8
+
+
+def tiny_config(vocab: int, stop_tokens: tuple[int, ...], layers: int = LAYERS) -> ModelConfig:
     """The shape of the embedded model: every part of Qwen3.5-MoE, small."""
     return ModelConfig(
-        hidden_size=256, layers=4, pattern=(LINEAR, LINEAR, LINEAR, FULL), q_heads=4, kv_heads=2, head_dim=64,
+        hidden_size=256, layers=layers, pattern=(LINEAR, LINEAR, LINEAR, FULL), q_heads=4, kv_heads=2, head_dim=64,
         rotary_dim=16, rope_theta=1e7, linear_k_heads=2, linear_v_heads=4, linear_k_dim=64, linear_v_dim=64,
         conv_width=4, vocab_size=vocab, experts=8, experts_per_token=2, expert_size=64, shared_expert_size=128,
         tied_embeddings=True, max_position=2048, stop_tokens=stop_tokens,
@@ -201,12 +205,12 @@ def export(out: Path, model: LoadedModel, side_files: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def prepare(documents: list[data.Document], side_files: Path) -> tuple[np.ndarray, np.ndarray, ModelConfig]:
+def prepare(documents: list[data.Document], side_files: Path, layers: int = LAYERS) -> tuple[np.ndarray, np.ndarray, ModelConfig]:
     """Train the tokenizer and write all but the weights. Returns the tokens to train on, some held-out windows, the config."""
     training = [document for document in documents if document.split == "train"]
     tokenizer = data.train_tokenizer(document.text for document in training)
     ids = {name: tokenizer.token_to_id(name) for name in data.SPECIAL}
-    cfg = tiny_config(tokenizer.get_vocab_size(), (ids["<|im_end|>"], ids["<|endoftext|>"]))
+    cfg = tiny_config(tokenizer.get_vocab_size(), (ids["<|im_end|>"], ids["<|endoftext|>"]), layers)
     tokenizer.save(str(side_files / "tokenizer.json"))
     names = {
         "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
@@ -228,7 +232,11 @@ def options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint; replaced at every save")
     parser.add_argument("--manifest", type=Path, help="train only if the texts are those that this file lists")
     parser.add_argument("--resume", action="store_true", help="go on from the last save of the same command")
-    parser.add_argument("--start", type=Path, help="weights to begin with; the optimiser and the rate begin anew")
+    parser.add_argument(
+        "--start", type=Path,
+        help="weights to begin with; a model of fewer layers is stacked. The optimiser and the rate begin anew",
+    )  # fmt: skip
+    parser.add_argument("--layers", type=int, default=LAYERS, help="layers of the trunk, a multiple of 4 (%(default)s)")
     parser.add_argument("--minutes", type=float, default=30.0, help="training time, start-up not counted")
     parser.add_argument("--steps", type=int, help="train for this many steps instead, whatever the time")
     parser.add_argument("--batch", type=int, default=default["batch"], help=f"windows of {ROWS} tokens a step")
@@ -240,6 +248,8 @@ def options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: bfloat16 on a GPU, float32 on a CPU")
     parser.add_argument("--seed", type=int, default=default["seed"])
     args = parser.parse_args(argv)
+    if args.layers < 4 or args.layers % 4:
+        parser.error(f"--layers {args.layers} is not 4, 8, 12, ...: whole repeats of three DeltaNet layers and one of attention.")
     if args.accumulate < 1 or args.batch % args.accumulate:
         parser.error(f"--accumulate {args.accumulate} does not divide --batch {args.batch}.")
     return args
@@ -251,11 +261,30 @@ def plan_of(args: argparse.Namespace) -> Plan:
     return replace(Plan(), **given | {"dtype": dtype, "minutes": None if args.steps else args.minutes})
 
 
+def stacked(model: LoadedModel, layers: int) -> LoadedModel:
+    """The model with its layers repeated in order until there are `layers`: a deeper one that need not learn from nothing.
+
+    Depth-wise stacking as in Du et al. 2024 ("Stacking Your Transformers"). The MTP head stays as it is.
+    """
+    cfg = replace(model.cfg, layers=layers)
+    graph, params = nnx.split(abstract_model(cfg, jnp.float32, stack=1))
+    given = flat(model.params)
+
+    def take(path: TreePath, leaf: Any) -> Array:
+        if path[:2] == ("decoder", "blocks"):
+            path = (*path[:2], int(path[2]) % model.cfg.repeats, *path[3:])
+        return jnp.copy(given[path])
+
+    return LoadedModel(cfg, graph, fill(params, take))
+
+
 def first_state(args: argparse.Namespace, cfg: ModelConfig, plan: Plan) -> dict[str, Any]:
     """Random weights with spread gains, or those of --start."""
     if args.start is None:
         return new_state(spread_gains(random_model(cfg, seed=plan.seed), plan.seed), plan)
     start = load_checkpoint(open_checkpoint(args.start), dtype=jnp.float32)
+    if replace(start.cfg, layers=cfg.layers) == cfg and cfg.layers % start.cfg.layers == 0:
+        start = stacked(start, cfg.layers)
     if start.cfg != cfg:
         raise SystemExit(f"--start {args.start}: another model than the one trained here:\n{start.cfg}\n{cfg}")
     return new_state(start, plan)
@@ -302,7 +331,7 @@ def main(argv: list[str] | None = None) -> None:
     side_files = out.with_name(f".{out.name}.side")
     shutil.rmtree(side_files, ignore_errors=True)
     side_files.mkdir(parents=True)
-    tokens, held_out, cfg = prepare(documents, side_files)
+    tokens, held_out, cfg = prepare(documents, side_files, args.layers)
     state, progress = first_state(args, cfg, plan), Progress()
     if not args.resume:
         saves.clear()
