@@ -26,6 +26,7 @@ class Cache(struct.PyTreeNode):
     mtp_k: Float[Array, "1 B N S H"]
     mtp_v: Float[Array, "1 B N S H"]
     length: Int[Array, " B"]  # committed tokens; = position of the next one
+    mtp_start: Int[Array, " B"]  # position of slot 0 of the head's keys and values; 0 unless it skips part of the prompt
 
     @property
     def slots(self) -> int:
@@ -65,6 +66,7 @@ def new_cache(cfg: ModelConfig, batch: int, slots: int, *, dtype: jnp.dtype = jn
         mtp_k=jnp.zeros((cfg.mtp_layers, *kv), dtype),
         mtp_v=jnp.zeros((cfg.mtp_layers, *kv), dtype),
         length=jnp.zeros(batch, jnp.int32),
+        mtp_start=jnp.zeros(batch, jnp.int32),
     )
 
 

@@ -81,6 +81,7 @@ class Engine:
 
     Args:
         draft: tokens drafted a round; 0 turns the MTP head off.
+        mtp_prompt: how many of the last prompt tokens the MTP head reads; all unless told.
         max_len: prompt and generated tokens of one sequence at most.
         vocab: ids below this exist.
         buckets: lengths of prompt chunks that get a program each.
@@ -96,12 +97,13 @@ class Engine:
         cache_dtype: Any,
         buckets: Sequence[int] = BUCKETS,
         rounds: int = ROUNDS,
+        mtp_prompt: int | None = None,
         drafter: Drafter = mtp_drafter,
         accept: Acceptance = real_acceptance,
     ):
         self.model, self.draft, self.max_len, self.vocab = as_bits(model), draft, max_len, vocab
         self.compute_dtype = nnx.merge(model.graph, model.params).compute_dtype
-        self.slots = slots_for(max_len, draft + 1)
+        self.slots, self.mtp_prompt = slots_for(max_len, draft + 1), mtp_prompt
         self.cache_dtype, self.rounds, self.drafter, self.accept = cache_dtype, rounds, drafter, accept
         fitting = sorted(b for b in set(buckets) if b < max_len)
         self.buckets = tuple(fitting) or (min(buckets),)
@@ -137,6 +139,7 @@ class Engine:
         rows: OutputRows = NO_ROWS,
         keep: bool = False,
         cache: Cache | None = None,
+        mtp_prompt: int | None = None,
     ) -> tuple[Cache, Any, list[np.ndarray]]:
         """Prefill equal or unequal prompts as one batch.
 
@@ -144,6 +147,8 @@ class Engine:
             rows: output rows of every chunk.
             keep: collect the logits of each chunk `[B, R, V]` on the host.
             cache: to continue from (it is consumed); a new one unless told.
+            mtp_prompt: how many of the last rows leave keys and values for the MTP head; all unless told. Only into an empty
+                cache: what the head reads has no gaps.
 
         Returns:
             cache, hidden state of the last rows `[B, D]`, collected logits.
@@ -151,10 +156,14 @@ class Engine:
         batch, total = len(prompts), max((len(p) for p in prompts), default=0)
         cache = self.empty_cache(batch) if cache is None else cache
         hidden: Any = np.zeros((batch, self.model.cfg.hidden_size), self.compute_dtype)
+        if mtp_prompt is not None:
+            skipped = [max(0, len(p) - mtp_prompt) for p in prompts]
+            cache = cache.replace(mtp_start=_host(np.array(skipped, np.int32)))
         kept = []
-        for tokens, following, pad in self._chunks(prompts, total):
-            static = {"graph": self.model.graph, "rows": rows}
-            key = ("prefill", batch, tokens.shape[1], rows)
+        for tokens, following, pad, behind in self._chunks(prompts, total):
+            tapped = None if mtp_prompt is None else max(0, min(mtp_prompt - behind, tokens.shape[1]))
+            static = {"graph": self.model.graph, "rows": rows, "mtp_rows": tapped}
+            key = ("prefill", batch, tokens.shape[1], rows, tapped)
             logits, hidden, cache = self._run(
                 key, prefill, self.model.params, tokens, following, pad, cache, static=static, donate="cache"
             )
@@ -165,7 +174,7 @@ class Engine:
     def hidden(self, prompt: Sequence[int]) -> np.ndarray:
         """Hidden states after the final norm of every row of one prompt, `[T, D]`."""
         cache, out = self.empty_cache(1), []
-        for tokens, _, pad in self._chunks([prompt], len(prompt)):
+        for tokens, _, pad, _ in self._chunks([prompt], len(prompt)):
             key = ("hidden", tokens.shape[1])
             rows, cache = self._run(
                 key, hidden_rows, self.model.params, tokens, pad, cache, static={"graph": self.model.graph}, donate="cache"
@@ -175,7 +184,8 @@ class Engine:
 
     def _chunks(
         self, prompts: Sequence[Sequence[int]], total: int
-    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, int]]:
+        """Of each chunk: ids, the ids that follow them, rows of padding, and how many rows of the prompts come behind it."""
         plan = plan_chunks(total, self.buckets)
         width = sum(plan)
         ids = np.zeros((len(prompts), width + 1), np.int32)
@@ -185,7 +195,8 @@ class Engine:
         start = 0
         for rows in plan:
             end = start + rows
-            yield ids[:, start:end], ids[:, start + 1 : end + 1], np.clip(pads - start, 0, rows).astype(np.int32)
+            pad = np.clip(pads - start, 0, rows).astype(np.int32)
+            yield ids[:, start:end], ids[:, start + 1 : end + 1], pad, width - end
             start = end
 
     def run(
@@ -210,7 +221,7 @@ class Engine:
         prompts = [r.prompt[:-1] for r in group] + empty
         cache = jax.block_until_ready(self.empty_cache(batch))
         compiled, began = self.compile_seconds, time.perf_counter()
-        cache, hidden, _ = self.read(prompts, cache=cache)
+        cache, hidden, _ = self.read(prompts, cache=cache, mtp_prompt=self.mtp_prompt if self.draft else None)
         jax.block_until_ready((cache, hidden))
         prefill_seconds = time.perf_counter() - began - (self.compile_seconds - compiled)
 

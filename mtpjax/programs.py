@@ -119,7 +119,7 @@ def count_flops(program: Jaxpr | ClosedJaxpr, while_trips: WhileTrips | None = N
     return Flops(sum(counts.values()), dict(counts.most_common()))
 
 
-def expected_trips(cfg: ModelConfig, *, rows: int, context: int) -> WhileTrips:
+def expected_trips(cfg: ModelConfig, *, rows: int, context: int, kept: int = 0) -> WhileTrips:
     """Turns of the model's two loops with a dynamic count, known by what they carry, for a step of live rows.
 
     Attention over the cache: exactly the blocks that hold `context` tokens. Experts: the expected number of blocks in
@@ -128,6 +128,7 @@ def expected_trips(cfg: ModelConfig, *, rows: int, context: int) -> WhileTrips:
     Args:
         rows: batch x rows of the step, no padding.
         context: committed tokens of the longest sequence after the step.
+        kept: batch x rows that the last layer returns, where these are fewer.
 
     Raises (the function returned):
         ValueError: another loop, or expert blocks that are not those of `rows` rows.
@@ -139,10 +140,11 @@ def expected_trips(cfg: ModelConfig, *, rows: int, context: int) -> WhileTrips:
         if [len(s) for s in carried] == [5, 5, 5] and carried[0][-1] == carried[1][-1] == 1:
             return -(-context // BLOCK)
         if cfg.experts and [s[1:] for s in carried] == [(cfg.hidden_size,)]:
-            assigned = rows * cfg.experts_per_token
-            block = choose_block(rows, cfg.experts_per_token, cfg.experts)
-            if carried[0][0] == (assigned // block + min(cfg.experts, assigned)) * block:
-                return cfg.experts * _expected_blocks(rows, cfg.experts_per_token / cfg.experts, block)
+            for live in filter(None, (rows, kept)):
+                assigned = live * cfg.experts_per_token
+                block = choose_block(live, cfg.experts_per_token, cfg.experts)
+                if carried[0][0] == (assigned // block + min(cfg.experts, assigned)) * block:
+                    return cfg.experts * _expected_blocks(live, cfg.experts_per_token / cfg.experts, block)
         raise ValueError(
             f"a loop that carries {carried} is neither attention nor the experts of {rows} rows of this model"
         )

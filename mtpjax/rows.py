@@ -42,21 +42,29 @@ class OutputRows:
         """Rows selected from a chunk of `chunk` rows."""
         return chunk if self.rows is None else len(self.rows)
 
-    def take(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B R D"]:
+    def reach(self, chunk: int) -> int:
+        """How many of the last rows of a chunk of `chunk` rows hold all output rows."""
+        return chunk if self.rows is None else max((chunk - row % chunk for row in self.rows), default=0)
+
+    def take(self, hidden: Float[Array, "B T D"], chunk: int | None = None) -> Float[Array, "B R D"]:
         """Slice the output rows; R is static. An empty array when there are none.
+
+        Args:
+            chunk: rows of the chunk, if `hidden` has only the last ones of it (`reach` of them or more).
 
         Raises:
             IndexError: a row outside the chunk.
         """
         if self.rows is None:
             return hidden
-        chunk = hidden.shape[1]
+        chunk = hidden.shape[1] if chunk is None else chunk
+        missing = chunk - hidden.shape[1]
         for row in self.rows:
             if not -chunk <= row < chunk:
                 raise IndexError(f"output row {row} is outside a chunk of {chunk} rows")
         if not self.rows:
             return hidden[:, :0]
-        return jnp.concatenate([hidden[:, row % chunk : row % chunk + 1] for row in self.rows], axis=1)
+        return jnp.concatenate([hidden[:, at : at + 1] for row in self.rows for at in [row % chunk - missing]], axis=1)
 
 
 NO_ROWS = OutputRows.none()

@@ -20,27 +20,37 @@ from mtpjax.rows import NO_ROWS, OutputRows
 from mtpjax.sampling import Requests, choose
 
 
-def _chunk(model: Model, tokens: Array, pad: Array, cache: Cache) -> tuple[Array, Cache, Any]:
-    """A prompt chunk through the trunk: rows before the final norm; the rows enter the state."""
+def _chunk(model: Model, tokens: Array, pad: Array, cache: Cache, keep: int | None = None) -> tuple[Array, Cache]:
+    """A prompt chunk through the trunk: its last `keep` rows before the final norm; all rows enter the state."""
     where = place(model.cfg, cache.length, tokens.shape[1], pad, slots=cache.slots)
-    rows, cache = model.trunk(tokens, cache, where)
-    return rows, cache.replace(length=cache.length + tokens.shape[1] - pad), where
+    rows, cache = model.trunk(tokens, cache, where, keep)
+    return rows, cache.replace(length=cache.length + tokens.shape[1] - pad)
 
 
 def prefill_chunk(
-    model: Model, tokens: Array, following: Array, pad: Array, cache: Cache, rows: OutputRows
+    model: Model, tokens: Array, following: Array, pad: Array, cache: Cache, rows: OutputRows, mtp_rows: int | None = None
 ) -> tuple[Float[Array, "B R V"], Float[Array, "B D"], Cache]:
     """`prefill` on a merged model."""
-    out, cache, where = _chunk(model, tokens, pad, cache)
-    if model.mtp is None:
-        logits = model.head(model.final_norm(rows.take(out)))
-        return logits, jnp.zeros_like(out[:, -1]), cache
-    hidden = model.final_norm(out)  # for every row: this is what the MTP head reads
-    cache = model.mtp_sync(hidden, following, cache, where)
-    return model.head(rows.take(hidden)), hidden[:, -1], cache
+    chunk = tokens.shape[1]
+    tapped = 0 if model.mtp is None else chunk if mtp_rows is None else min(mtp_rows, chunk)
+    out, cache = _chunk(model, tokens, pad, cache, max(tapped, rows.reach(chunk)))
+    if not tapped:
+        logits = model.head(model.final_norm(rows.take(out, chunk)))
+        return logits, jnp.zeros((out.shape[0], out.shape[2]), out.dtype), cache
+    hidden = model.final_norm(out)  # for every row that the MTP head reads
+    seen = hidden[:, hidden.shape[1] - tapped :]
+    cache = sync_prompt(model, seen, following[:, chunk - tapped :], jnp.maximum(pad - (chunk - tapped), 0), cache)
+    return model.head(rows.take(hidden, chunk)), hidden[:, -1], cache
 
 
-@partial(jax.jit, static_argnames=("graph", "rows"), donate_argnames=("cache",))
+def sync_prompt(model: Model, hidden: Float[Array, "B T D"], following: Int[Array, "B T"], pad: Array, cache: Cache) -> Cache:
+    """Keys and values of the MTP head for the last T rows in `cache`, of which the first `pad` are padding."""
+    rows = hidden.shape[1]
+    where = place(model.cfg, cache.length - cache.mtp_start - rows + pad, rows, pad, slots=cache.slots)
+    return model.mtp_sync(hidden, following, cache, where)
+
+
+@partial(jax.jit, static_argnames=("graph", "rows", "mtp_rows"), donate_argnames=("cache",))
 def prefill(
     params: Any,
     tokens: Int[Array, "B T"],
@@ -50,6 +60,7 @@ def prefill(
     *,
     graph: Any,
     rows: OutputRows = NO_ROWS,
+    mtp_rows: int | None = None,
 ) -> tuple[Float[Array, "B R V"], Float[Array, "B D"], Cache]:
     """Read one chunk of the prompts. Continues from any cache; padding stands in front and changes nothing.
 
@@ -59,12 +70,14 @@ def prefill(
         pad: rows of padding in front of each sequence, 0...T.
         graph: static half of the split model.
         rows: rows whose logits are wanted. With none there is no LM head in the program.
+        mtp_rows: how many of the last rows leave keys and values for the MTP head; all unless told, and 0 makes this the
+            program of a model without the head. The first such row of a sequence must be the one at `cache.mtp_start`.
 
     Returns:
-        logits of the output rows (float32), hidden state of the last row (after the final norm; zero without an MTP head,
-        which alone needs it), and the cache.
+        logits of the output rows (float32), hidden state of the last row (after the final norm; zero if no row is for the
+        MTP head, which alone needs it), and the cache.
     """
-    return prefill_chunk(nnx.merge(graph, params), tokens, following, pad, cache, rows)
+    return prefill_chunk(nnx.merge(graph, params), tokens, following, pad, cache, rows, mtp_rows)
 
 
 @partial(jax.jit, static_argnames=("graph",), donate_argnames=("cache",))
@@ -73,7 +86,7 @@ def hidden_rows(
 ) -> tuple[Float[Array, "B T D"], Cache]:
     """Hidden states after the final norm, of every row of a chunk (for research)."""
     model = nnx.merge(graph, params)
-    rows, cache, _ = _chunk(model, tokens, pad, cache)
+    rows, cache = _chunk(model, tokens, pad, cache)
     return model.final_norm(rows), cache
 
 
@@ -107,13 +120,13 @@ def draft(
 ) -> tuple[Int[Array, "B k"], Cache]:
     """`length` tokens from the MTP head, applied again and again to its own hidden state (after `mtp.norm`).
 
-    `hidden` belongs to the last committed row and `token` follows it. Step j writes slot `cache.length - 1 + j` of the
-    head's cache; all but the first of these are provisional and overwritten by `sync`.
+    `hidden` belongs to the last committed row and `token` follows it. Step j writes the slot of
+    position `cache.length - 1 + j` in the head's cache; all but the first of these are provisional and overwritten by `sync`.
     """
 
     def step(carry: tuple[Array, Array, Cache], j: Array) -> tuple[tuple[Array, Array, Cache], Array]:
         hidden, token, cache = carry
-        where = place(model.cfg, cache.length - 1 + j, 1, idle.astype(jnp.int32), slots=cache.slots)
+        where = place(model.cfg, cache.length - cache.mtp_start - 1 + j, 1, idle.astype(jnp.int32), slots=cache.slots)
         rows, cache = model.mtp_step(hidden[:, None], token[:, None], cache, where)
         token = choose(model.mtp_head(rows), (cache.length + 1 + j)[:, None], requests, vocab)[:, 0]
         return (rows[:, 0], token, cache), token
@@ -128,5 +141,5 @@ def sync(model: Model, hidden: Float[Array, "B W D"], drafts: Int[Array, "B k"],
     Row k is the first draft step of the next round. Rows past the accepted ones are stale and overwritten later.
     """
     k = drafts.shape[1]
-    where = place(model.cfg, cache.length, k, jnp.where(idle, k, 0), slots=cache.slots)
+    where = place(model.cfg, cache.length - cache.mtp_start, k, jnp.where(idle, k, 0), slots=cache.slots)
     return model.mtp_sync(hidden[:, :k], drafts, cache, where)

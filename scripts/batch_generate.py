@@ -202,6 +202,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--output", type=Path, metavar="FILE", help="JSON lines (default: readable text on the terminal)")
     add("--overwrite", action="store_true", help="replace --output if it exists")
     add("--draft", type=int, default=3, metavar="K", help=f"tokens drafted a round, 0...{MAX_DRAFT}; the text stays")
+    add("--mtp-prompt", type=int, metavar="N", help="let the MTP head read the last N tokens of a prompt only")
     add("--max-tokens", type=int, default=128, metavar="N", help="new tokens of a prompt at most, unless its line says")
     add("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy")
     add("--seed", type=int, default=0, help="line n gets seed + n - 1, unless it says")
@@ -231,7 +232,8 @@ def main(argv: list[str] | None = None) -> int:
         # A batch wider than the job would only compute idle rows.
         batch = args.batch if lines is None else max(1, min(args.batch, lines))
         llm = LLM(
-            args.model, draft=args.draft, dtype=args.dtype, weights=args.weights, max_len=args.max_len, max_batch=batch
+            args.model, draft=args.draft, mtp_prompt=args.mtp_prompt, dtype=args.dtype, weights=args.weights,
+            max_len=args.max_len, max_batch=batch,
         )
     except (ValueError, OSError) as error:  # CheckpointError and ConfigError are ValueErrors
         if answers is not None:

@@ -2,9 +2,12 @@
 
     python scripts/bench_prefill.py --runs 5 --json docs/benchmarks/prefill.json
 
-"MTP off" is measured twice. As the engine runs it, nothing reads the trunk's last rows, and the compiler leaves out what
-only they need: queries, attention and experts of the last layer, 1 / layers of the work. "Whole layers" keeps them, as
+"MTP off" is measured twice. As the engine runs it, nothing reads the trunk's last rows, and what only they need is left
+out: queries, attention and experts of the last layer, 1 / layers of the work. "Whole layers" keeps them, as
 engines do that run every layer for every row. What the MTP head itself does is the difference to the latter.
+
+"MTP on" is measured twice as well: with a head that reads the whole prompt, and with `LLM(mtp_prompt=64)`, whose chunks but the
+last are those of MTP off.
 
 A random Mixture-of-Experts of about 50 M active parameters with a 32k vocabulary, batch 1. The sides take
 turns chunk by chunk, so a drifting machine hits all alike; ratios are those within a run, and medians are quoted.
@@ -39,13 +42,23 @@ CONFIG = ModelConfig(
 DEEP = replace(  # as deep as the 35B-A3B, and as narrow as that takes
     CONFIG, layers=40, hidden_size=256, linear_k_heads=4, linear_v_heads=8, expert_size=192, shared_expert_size=192
 )
+READ = 64
 OFF, WHOLE, ON, ALL = "MTP off", "MTP off, whole layers", "MTP on", "MTP on, rows = all"
+PART = f"MTP on, last {READ} tokens"
 
 
 class Side:
     """One way to read prompts; time adds up chunk by chunk, so that the sides can take turns within a prompt."""
 
-    def __init__(self, cfg: ModelConfig, chunk: int, max_len: int, rows: OutputRows = NO_ROWS, whole: bool = False):
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        chunk: int,
+        max_len: int,
+        rows: OutputRows = NO_ROWS,
+        whole: bool = False,
+        read: int | None = None,
+    ):
         self.model = random_model(cfg, **storage(jnp.float32, cfg))
         self.new = jax.jit(partial(new_cache, cfg, 1, slots_for(max_len, 1)))
         self.pad = jnp.zeros(1, jnp.int32)
@@ -54,15 +67,20 @@ class Side:
             if whole
             else partial(prefill, graph=self.model.graph, rows=rows)
         )
-        self.whole = whole
+        self.whole, self.tapped = whole, read
 
-    def begin(self) -> None:
-        self.cache, self.seconds = jax.block_until_ready(self.new()), 0.0
+    def begin(self, length: int) -> None:
+        cache = self.new()
+        if self.tapped is not None:
+            cache = cache.replace(mtp_start=jnp.full(1, max(0, length - self.tapped), jnp.int32))
+        self.cache, self.seconds = jax.block_until_ready(cache), 0.0
 
-    def read(self, tokens: np.ndarray, following: np.ndarray) -> None:
+    def read(self, tokens: np.ndarray, following: np.ndarray, behind: int) -> None:
+        """One chunk, with `behind` tokens of the prompt behind it."""
         start = time.perf_counter()
         inputs = (tokens, self.pad) if self.whole else (tokens, following, self.pad)
-        out = jax.block_until_ready(self.step(self.model.params, *inputs, self.cache))
+        rows = {} if self.tapped is None else {"mtp_rows": max(0, min(self.tapped - behind, tokens.shape[1]))}
+        out = jax.block_until_ready(self.step(self.model.params, *inputs, self.cache, **rows))
         self.seconds += time.perf_counter() - start
         self.cache = out[-1]
 
@@ -81,6 +99,7 @@ def main() -> None:
         OFF: Side(plain, size, longest),
         WHOLE: Side(plain, size, longest, whole=True),
         ON: Side(cfg, size, longest),
+        PART: Side(cfg, size, longest, read=READ),
         ALL: Side(cfg, size, longest, OutputRows.all()),
     }
     figures: dict[str, dict[str, list[float]]] = {}
@@ -90,11 +109,14 @@ def main() -> None:
         speed: dict[str, list[float]] = {name: [] for name in side}
         for run in range(args.runs + 1):  # the first is a warm-up
             for each in side.values():
-                each.begin()
-            for number, at in enumerate(range(0, length if run else size, size)):
+                each.begin(length)
+            # The warm-up reads the first and the last chunk: what is compiled for either is compiled then.
+            starts = range(0, length, size) if run else sorted({0, length - size})
+            for number, at in enumerate(starts):
                 order = list(side.values())
-                for each in order[(number + run) % 4 :] + order[: (number + run) % 4]:
-                    each.read(ids[:, at : at + size], ids[:, at + 1 : at + size + 1])
+                turn = (number + run) % len(order)
+                for each in order[turn:] + order[:turn]:
+                    each.read(ids[:, at : at + size], ids[:, at + 1 : at + size + 1], length - at - size)
             for name, each in side.items():
                 if run:
                     speed[name].append(length / each.seconds)
@@ -102,7 +124,7 @@ def main() -> None:
         ratios[str(length)] = {
             f"{name} / {base}": statistics.median(a / b for a, b in zip(speed[name], speed[base], strict=True))
             for base in (WHOLE, OFF)
-            for name in (ON, ALL)
+            for name in (ON, PART, ALL)
         }
         print(f"{length} tokens: " + ", ".join(f"{n} = {r:.3f}" for n, r in ratios[str(length)].items()), flush=True)
     print(ratio_table(figures))

@@ -53,21 +53,57 @@ def whole_layer(
 
 
 def trace(
-    cfg: ModelConfig, variant: str, rows: OutputRows, *, chunk: int, slots: int, stack: int, dtype: Any = jnp.bfloat16
+    cfg: ModelConfig,
+    variant: str,
+    rows: OutputRows,
+    *,
+    chunk: int,
+    slots: int,
+    stack: int,
+    dtype: Any = jnp.bfloat16,
+    mtp_rows: int | None = None,
 ) -> Any:
-    """The program of one chunk of one sequence (`jax.stages.Traced`). `stack`: see `mtpjax.model.decoder.Decoder`."""
+    """The program of one chunk of one sequence (`jax.stages.Traced`).
+
+    Args:
+        stack: see `mtpjax.model.decoder.Decoder`.
+        mtp_rows: see `mtpjax.steps.prefill`.
+    """
     cfg = cfg.without_mtp() if variant == "off" else cfg
     graph, params = nnx.split(abstract_model(cfg, dtype, stack=stack))
     cache = jax.eval_shape(lambda: new_cache(cfg, 1, slots, dtype=dtype))
     ids, pad = jax.ShapeDtypeStruct((1, chunk), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
-    step = whole_layer if variant == "layer" else prefill
-    return step.trace(params, ids, ids, pad, cache, graph=graph, rows=rows)
+    if variant == "layer":
+        return whole_layer.trace(params, ids, ids, pad, cache, graph=graph, rows=rows)
+    return prefill.trace(params, ids, ids, pad, cache, graph=graph, rows=rows, mtp_rows=mtp_rows)
 
 
-def flops(cfg: ModelConfig, variant: str, rows: OutputRows, *, chunk: int, context: int, stack: int) -> Flops:
+def flops(
+    cfg: ModelConfig,
+    variant: str,
+    rows: OutputRows,
+    *,
+    chunk: int,
+    context: int,
+    stack: int,
+    mtp_rows: int | None = None,
+) -> Flops:
     """Operations of one chunk that ends at `context` committed tokens."""
-    program = trace(cfg, variant, rows, chunk=chunk, slots=slots_for(context, 1), stack=stack).jaxpr
-    return count_flops(program, expected_trips(cfg, rows=chunk, context=context))
+    program = trace(cfg, variant, rows, chunk=chunk, slots=slots_for(context, 1), stack=stack, mtp_rows=mtp_rows).jaxpr
+    kept = max(rows.reach(chunk), mtp_rows or 0 if variant == "sync" else 0)
+    return count_flops(program, expected_trips(cfg, rows=chunk, context=context, kept=kept))
+
+
+def prompt_flops(cfg: ModelConfig, *, prompt: int, chunk: int, stack: int, mtp_prompt: int | None) -> tuple[float, float]:
+    """Operations of reading a whole prompt in chunks: without the head, and with one that reads the last `mtp_prompt`
+    tokens (all: None). No row is an output row, as in the engine."""
+    off = on = 0.0
+    for end in range(chunk, prompt + 1, chunk):
+        tapped = None if mtp_prompt is None else max(0, min(mtp_prompt - (prompt - end), chunk))
+        count = partial(flops, cfg, rows=OutputRows.none(), chunk=chunk, context=end, stack=stack)
+        off += count("off").total
+        on += count("sync", mtp_rows=tapped).total
+    return off, on
 
 
 def table(cfg: ModelConfig, *, chunk: int, context: int, stack: int) -> list[tuple[str, str, float, float, float]]:
@@ -94,6 +130,10 @@ def main() -> None:
     parser.add_argument("--model", nargs="+", default=["35b-a3b"], help=f"{', '.join(PRESETS)}, or checkpoint folders")
     parser.add_argument("--chunk", type=int, default=2048, help="rows of the prompt chunk (%(default)s)")
     parser.add_argument("--context", type=int, default=8192, help="tokens read when the chunk ends (%(default)s)")
+    parser.add_argument(
+        "--mtp-prompt", type=int, nargs="+", metavar="N",
+        help="also: a whole prompt of --context tokens, of which the head reads all or the last N",
+    )  # fmt: skip
     parser.add_argument("--unrolled", action="store_true", help="layers one by one, as on a CPU, instead of one scan")
     args = parser.parse_args()
     if not 1 <= args.chunk <= args.context:
@@ -111,6 +151,10 @@ def main() -> None:
         stack = 1 if args.unrolled else cfg.repeats
         for rows, variant, total, same, least in table(cfg, chunk=args.chunk, context=args.context, stack=stack):
             print(f"| {name} | {rows} | {variant} | {total / 1e12:.4g} | {same:.4f} | {least:.4f} |")
+        for read in (None, *args.mtp_prompt) if args.mtp_prompt else ():
+            off, on = prompt_flops(cfg, prompt=args.context, chunk=args.chunk, stack=stack, mtp_prompt=read)
+            what = "all" if read is None else f"the last {read}"
+            print(f"{name}, a prompt of {args.context} tokens, the head reads {what}: {on / off:.4f} of MTP off")
 
 
 if __name__ == "__main__":

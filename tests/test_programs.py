@@ -21,7 +21,7 @@ from mtpjax.model import abstract_model, place
 from mtpjax.programs import Held, arrays, count_flops, expected_trips, inputs_read
 from mtpjax.rows import OutputRows
 from mtpjax.steps import prefill
-from scripts.count_flops import config, flops, main, table, trace
+from scripts.count_flops import config, flops, main, prompt_flops, table, trace
 
 NONE, LAST, ALL = OutputRows.none(), OutputRows.last(), OutputRows.all()
 VOCAB = 1009  # a prime: an array of whole rows of logits has a multiple of it in elements, whatever its shape
@@ -210,16 +210,45 @@ def test_all_rows_and_the_whole_layer_are_not_free():
 
 
 def test_mtp_share_of_the_tiny_model():
-    """One MTP layer beside four: its fc, k and v are a visible share of so small a model, and nothing else is added."""
+    """Beside so few layers the head's fc, k and v are a visible share, and nothing else is added."""
     cfg, chunk = config(str(TINY)), 512
-    off, on = (flops(cfg, variant, LAST, chunk=chunk, context=chunk, stack=1) for variant in ("off", "sync"))
+    first = OutputRows.at(0)  # the last layer returns every row, with the head or without
+    off, on = (flops(cfg, variant, first, chunk=chunk, context=chunk, stack=1) for variant in ("off", "sync"))
     assert on.by_primitive["dot_general"] - off.by_primitive["dot_general"] == pytest.approx(sync_products(cfg, chunk))
     assert 1 < on.total / off.total < 1.1
     whole = flops(cfg, "layer", ALL, chunk=chunk, context=chunk, stack=1)
     assert whole.total / off.total > 2
-    # An inner chunk without MTP needs only keys and values of the last of its four layers; with MTP all of it.
+    # An inner chunk without MTP needs only keys and values of the last of its layers; with MTP all of it.
     inner = [flops(cfg, variant, NONE, chunk=chunk, context=chunk, stack=1).total for variant in ("off", "sync")]
-    assert 1.4 < inner[1] / inner[0] < 1.5
+    assert 1.1 < inner[1] / inner[0] < 1.5
+
+
+@pytest.mark.parametrize("name", [str(TINY), "35b-a3b"])
+def test_a_head_that_reads_the_last_tokens_is_free_at_prefill(name):
+    """Of a whole prompt, against MTP off as the engine runs it: without the last layer's unread rows."""
+    cfg = config(name)
+    ratios = {}
+    for read in (None, 64, 0):
+        off, on = prompt_flops(cfg, prompt=8192, chunk=512, stack=1, mtp_prompt=read)
+        ratios[read] = on / off
+    assert ratios[0] == 1
+    assert 1 < ratios[64] <= 1.01
+    assert ratios[None] > 1.03
+
+
+@pytest.mark.parametrize("cfg", [DENSE, MOE], ids=["dense", "moe"])
+def test_a_chunk_that_the_head_does_not_read_is_that_of_a_model_without_one(cfg):
+    def program_of(cfg: ModelConfig, **rows) -> tuple[Counter, set[str]]:
+        traced = trace(cfg, "sync" if cfg.mtp_layers else "off", NONE, chunk=64, slots=BLOCK, stack=1, **rows)
+        names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in jax.tree.leaves_with_path(
+            nnx.split(abstract_model(cfg))[1])]
+        read = {n for n, r in zip(names, inputs_read(traced.jaxpr), strict=False) if r}
+        return Counter(a.made_by for a in made(traced) if a.size), read
+
+    assert program_of(cfg, mtp_rows=0) == program_of(cfg.without_mtp())
+    some = program_of(cfg, mtp_rows=7)
+    assert some[0]["dot_general"] > program_of(cfg, mtp_rows=0)[0]["dot_general"]
+    assert any(name.startswith("mtp.fc") for name in some[1])
 
 
 def test_operations_of_a_dense_model_are_those_of_its_weights_and_attention():

@@ -96,6 +96,35 @@ def test_neighbours_do_not_change_the_text(kind, draft, temperature):
     assert [r.tokens for r in alone] == [tokens[:TOKENS] for tokens in plain(kind, temperature)]
 
 
+@pytest.mark.parametrize("read", [1, 5, 32, 33])
+def test_how_much_of_the_prompt_the_head_reads_does_not_change_the_text(read):
+    """Chunks of 32: rows that the head skips end inside a chunk, at its edge, or behind it."""
+    for temperature in (0.0, 0.8):
+        results = make_engine(model("moe"), draft=3, max_len=MAX_LEN, mtp_prompt=read).run(requests(temperature), len(LENGTHS))
+        assert [r.tokens for r in results] == [tokens[:TOKENS] for tokens in plain("moe", temperature)]
+        for result in results:
+            check_figures(result, 3)
+
+
+def test_a_head_that_reads_the_last_tokens_has_their_values_and_no_others():
+    prompts = [r.prompt for r in requests(0.0)]
+    whole, _, _ = engine("moe", 3).read(prompts)
+    for read in (1, 5, 33, MAX_LEN):
+        part, hidden, _ = engine("moe", 3).read(prompts, mtp_prompt=read)
+        for i, prompt in enumerate(prompts):
+            rows = min(read, len(prompt))
+            assert int(part.mtp_start[i]) == len(prompt) - rows
+            seen, all_of = np.asarray(part.mtp_v[0, i]), np.asarray(whole.mtp_v[0, i])
+            np.testing.assert_allclose(seen[:, :rows], all_of[:, len(prompt) - rows : len(prompt)], atol=1e-5)
+            assert not seen[:, rows:].any() and all_of[:, : len(prompt)].any()
+        assert np.asarray(hidden).any()
+    # Where that is the whole prompt, keys are the same as well, and so is all that follows.
+    np.testing.assert_allclose(np.asarray(part.mtp_k), np.asarray(whole.mtp_k), atol=1e-5)
+    a = make_engine(model("moe"), draft=3, max_len=MAX_LEN, mtp_prompt=MAX_LEN).run(requests(0.8), len(LENGTHS))
+    b = engine("moe", 3).run(requests(0.8), len(LENGTHS))
+    assert [r.accepted_per_position for r in a] == [r.accepted_per_position for r in b]
+
+
 def test_a_half_empty_batch():
     for few in ([2], [4, 1, 3]):
         asked = requests(0.8)

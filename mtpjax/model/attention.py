@@ -99,10 +99,16 @@ class Attention(nnx.Module):
         k = rms_norm(linear(x, self.k[...]).reshape(heads), self.k_norm[...], self.cfg.norm_eps)
         return rotate(k, where.turn), linear(x, self.v[...]).reshape(heads)
 
-    def __call__(self, x: Float[Array, "B T D"], cache: KV, layer: Array | int, where: Placement) -> tuple[Array, KV]:
+    def __call__(
+        self, x: Float[Array, "B T D"], cache: KV, layer: Array | int, where: Placement, keep: int
+    ) -> tuple[Float[Array, "B keep D"], KV]:
+        """Keys and values of all rows go to the cache; queries, attention and output are those of the last `keep`."""
         cfg = self.cfg
         k, v = self.keys_values(x, where)
         cache = write_kv(cache, layer, k, v, where)
+        if keep == 0:
+            return x[:, :0], cache
+        x, where = x[:, x.shape[1] - keep :], where.last(keep)
         heads = linear(x, self.q[...]).reshape(*x.shape[:2], cfg.q_heads, 2 * cfg.head_dim)
         q, gate = jnp.split(heads, 2, axis=-1)
         q = rotate(rms_norm(q, self.q_norm[...], cfg.norm_eps), where.turn)

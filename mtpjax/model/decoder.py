@@ -35,17 +35,29 @@ class Layer(nnx.Module):
         self.mlp: Any = Moe(cfg, new) if cfg.experts else Mlp(cfg, new, cfg.mlp_size)
 
     def feed_forward(self, h: Float[Array, "B T D"], expert_layer: Array | int, where: Placement) -> Array:
+        if h.shape[1] == 0:
+            return h
         return h + self.mlp(rms_norm(h, self.post_norm[...], self.cfg.norm_eps), expert_layer, where.live)
 
-    def attention(self, x: Array, kv: KV, layer: Array | int, expert_layer: Array | int, where: Placement):  # type: ignore[no-untyped-def]
-        """A full-attention layer over key/value stacks. Returns the rows and the stacks."""
-        y, kv = self.mixer(rms_norm(x, self.input_norm[...], self.cfg.norm_eps), kv, layer, where)
-        return self.feed_forward(x + y, expert_layer, where), kv
+    def attention(  # type: ignore[no-untyped-def]
+        self, x: Array, kv: KV, layer: Array | int, expert_layer: Array | int, where: Placement, keep: int | None = None
+    ):
+        """A full-attention layer over key/value stacks. Returns the rows, the last `keep` of them, and the stacks."""
+        keep = x.shape[1] if keep is None else keep
+        y, kv = self.mixer(rms_norm(x, self.input_norm[...], self.cfg.norm_eps), kv, layer, where, keep)
+        return self.feed_forward(_last(x, keep) + y, expert_layer, where.last(keep)), kv
 
-    def linear(self, x: Array, memory: Memory, layer: Array | int, expert_layer: Array | int, where: Placement):  # type: ignore[no-untyped-def]
-        """A DeltaNet layer. Returns the rows and the memory."""
+    def linear(  # type: ignore[no-untyped-def]
+        self, x: Array, memory: Memory, layer: Array | int, expert_layer: Array | int, where: Placement, keep: int | None = None
+    ):
+        """A DeltaNet layer. Returns the rows, the last `keep` of them, and the memory, which all rows enter."""
+        keep = x.shape[1] if keep is None else keep
         y, *after = self.mixer(rms_norm(x, self.input_norm[...], self.cfg.norm_eps), *memory, layer, where)
-        return self.feed_forward(x + y, expert_layer, where), tuple(after)
+        return self.feed_forward(_last(x + y, keep), expert_layer, where.last(keep)), tuple(after)
+
+
+def _last(x: Float[Array, "B T D"], keep: int) -> Float[Array, "B keep D"]:
+    return x[:, x.shape[1] - keep :]
 
 
 class SuperBlock(nnx.Module):
@@ -55,16 +67,22 @@ class SuperBlock(nnx.Module):
         self.cfg = cfg
         self.layers = nnx.List([Layer(cfg, new, kind) for kind in cfg.pattern])
 
-    def __call__(self, x: Array, memory: Memory, repeat: Array | int, inside: Array | int, where: Placement):  # type: ignore[no-untyped-def]
-        """Run repeat number `repeat` of the model, which is number `inside` of this stack (for its experts)."""
+    def __call__(  # type: ignore[no-untyped-def]
+        self, x: Array, memory: Memory, repeat: Array | int, inside: Array | int, where: Placement, keep: int | None = None
+    ):
+        """Run repeat number `repeat` of the model, which is number `inside` of this stack (for its experts).
+
+        `keep`: rows that the last layer returns, the last ones; all unless told.
+        """
         full, lin = repeat * self.cfg.full_per_block, repeat * self.cfg.linear_per_block
-        for layer, kind in zip(self.layers, self.cfg.pattern, strict=True):
+        for number, (layer, kind) in enumerate(zip(self.layers, self.cfg.pattern, strict=True), 1):
+            wanted = keep if number == len(self.cfg.pattern) else None
             if kind == FULL:
                 cache, pending = memory
-                x, (k, v) = layer.attention(x, (cache.k, cache.v), full, inside, where)
+                x, (k, v) = layer.attention(x, (cache.k, cache.v), full, inside, where, wanted)
                 memory, full = (cache.replace(k=k, v=v), pending), full + 1
             else:
-                x, memory = layer.linear(x, memory, lin, inside, where)
+                x, memory = layer.linear(x, memory, lin, inside, where, wanted)
                 lin = lin + 1
         return x, memory
 
@@ -84,21 +102,33 @@ class Decoder(nnx.Module):
         self.stack = stack
         self.blocks = nnx.List([SuperBlock(cfg, Shapes(dtype, stack)) for _ in range(cfg.repeats // stack)])
 
-    def __call__(self, x: Float[Array, "B T D"], memory: Memory, where: Placement) -> tuple[Array, Memory]:
+    def __call__(
+        self, x: Float[Array, "B T D"], memory: Memory, where: Placement, keep: int | None = None
+    ) -> tuple[Float[Array, "B keep D"], Memory]:
+        """All layers on all rows; returns the last `keep` rows (all unless told) and the memory.
+
+        Unrolled layers do no more than these need: of the last layer, the others leave their keys and values or their part
+        of the state. In a scan all layers are alike, so there the rows are only cut off.
+        """
+        keep = x.shape[1] if keep is None else keep
         for number, block in enumerate(self.blocks):
             split: Any = nnx.split(block, Expert, _packed, ...)
             graph, experts, packed, dense = split
 
-            def body(carry: tuple[Array, Memory], at: Any, first=number * self.stack, g=graph, e=experts, p=packed):  # type: ignore[no-untyped-def]
+            def body(  # type: ignore[no-untyped-def]
+                carry: tuple[Array, Memory], at: Any, rows: int | None = None,
+                first=number * self.stack, g=graph, e=experts, p=packed,
+            ):  # fmt: skip
                 inside, weights = at
                 run = nnx.merge(g, e, _layer_of(p, inside), weights)
-                return run(*carry, first + inside, inside, where), None
+                return run(*carry, first + inside, inside, where, rows), None
 
             if self.stack == 1:
-                (x, memory), _ = body((x, memory), (0, jax.tree.map(lambda w: w[0], dense)))
+                rows = keep if number == len(self.blocks) - 1 else None
+                (x, memory), _ = body((x, memory), (0, jax.tree.map(lambda w: w[0], dense)), rows)
             else:
                 (x, memory), _ = lax.scan(body, (x, memory), (jnp.arange(self.stack), dense))
-        return x, memory
+        return _last(x, keep), memory
 
 
 def _packed(path: Any, variable: Any) -> bool:

@@ -50,9 +50,12 @@ class Model(nnx.Module):
         rows = take_rows(self.embedding[...], tokens, self.compute_dtype)
         return jnp.where(live[..., None], rows, 0)
 
-    def trunk(self, tokens: Int[Array, "B T"], cache: Cache, where: Placement) -> tuple[Array, Cache]:
-        """All layers. Returns rows *before* the final norm `[B, T, D]` and the cache, `length` still that of before."""
-        rows, (cache, _) = self.decoder(self.embed(tokens, where.live), (cache, None), where)
+    def trunk(
+        self, tokens: Int[Array, "B T"], cache: Cache, where: Placement, keep: int | None = None
+    ) -> tuple[Float[Array, "B keep D"], Cache]:
+        """All layers. Returns the last `keep` rows (all unless told) *before* the final norm and the cache, `length` still
+        that of before."""
+        rows, (cache, _) = self.decoder(self.embed(tokens, where.live), (cache, None), where, keep)
         return rows, cache
 
     def trunk_pending(self, tokens: Int[Array, "B W"], cache: Cache, where: Placement) -> tuple[Array, Cache, Pending]:

@@ -25,6 +25,16 @@ class Placement(NamedTuple):
     blocks: Array | int
     turn: Rotary
 
+    def last(self, rows: int) -> Placement:
+        """The last `rows` rows of the step, where they were."""
+        first = self.positions.shape[1] - rows
+        return self._replace(
+            positions=self.positions[:, first:],
+            live=self.live[:, first:],
+            pad=jnp.maximum(self.pad - first, 0),
+            turn=Rotary(*(angle[:, first:] for angle in self.turn)),
+        )
+
 
 def place(
     cfg: ModelConfig,
