@@ -8,8 +8,9 @@
 Sides take turns chunk by chunk while the prompt is read (all their caches stand side by side; `--turns prompt` keeps one at a
 time) and run by run while decoding; the first run is a warm-up; programs are
 compiled before anything is timed. Beside the drafts stand ablations of the prefill: every row an output row, the whole MTP layer
-on every row, and both. Draft 0 is measured as it runs (nothing reads the trunk's last rows, so the compiler drops most of the
-last layer) and, as "whole", with every layer on every row: what other engines call MTP off.
+on every row, and both. Draft 0 is measured as it runs (nothing reads the trunk's last rows, so most of the
+last layer is left out) and, as "whole", with every layer on every row: what other engines call MTP off. The best draft length
+for most texts, 3, is measured with a head that reads the last tokens of the prompt only as well (`LLM(mtp_prompt=64)`).
 """
 
 from __future__ import annotations
@@ -54,31 +55,57 @@ from mtpjax.weights import LoadedModel, random_model
 # (SemiAnalysisAI/InferenceX, golden_al_distribution): what simulated runs use unless told.
 GOLDEN_LENGTH = {1: 1.92, 2: 2.70, 3: 3.33, 4: 3.83, 5: 4.20, 6: 4.48, 7: 4.73, 8: 4.71}
 ROUNDS = 16
+SEEN_DRAFT, SEEN = 3, 64
 
 
 class Side:
     """One column: how prompts are read, and, for a draft length, how text is decoded."""
 
-    def __init__(self, name: str, model: LoadedModel, step: Any, chunk: int, slots: int, dtype: Any, like: Side | None = None):
-        """`like`: a side whose program this one shares; all draft lengths read prompts alike."""
-        self.name, self.model, self.chunk = name, model, chunk
+    def __init__(
+        self,
+        name: str,
+        model: LoadedModel,
+        step: Any,
+        chunk: int,
+        slots: int,
+        dtype: Any,
+        like: Side | None = None,
+        seen: int | None = None,
+    ):
+        """
+        Args:
+            like: a side whose program this one shares; all draft lengths read prompts alike.
+            seen: how many of the last prompt tokens the MTP head reads, at most `chunk`; all unless told.
+        """
+        self.name, self.model, self.chunk, self.seen = name, model, chunk, seen
         self.inputs = 1 if step.func is hidden_rows else 2  # following tokens are for the MTP head
         if like:
-            self.new, self.step = like.new, like.step
+            self.new, self.step, self.inner = like.new, like.step, like.inner
         else:
             self.new = jax.jit(partial(new_cache, model.cfg, 1, slots, dtype=dtype))
             ids, pad, cache = np.zeros((1, chunk), np.int32), np.zeros(1, np.int32), jax.eval_shape(self.new)
-            lowered = step.func.lower(model.params, *[ids] * self.inputs, pad, cache, **step.keywords)
-            self.step = lowered.compile(**compile_options())
+
+            def compiled(**more: Any) -> Any:
+                lowered = step.func.lower(model.params, *[ids] * self.inputs, pad, cache, **step.keywords, **more)
+                return lowered.compile(**compile_options())
+
+            self.step = compiled() if seen is None else compiled(mtp_rows=seen)
+            self.inner = self.step if seen is None else compiled(mtp_rows=0)
         memory = self.step.memory_analysis()
         self.temporary_mb = memory.temp_size_in_bytes / 2**20 if memory else None
 
-    def begin(self) -> None:
-        self.cache, self.seconds = jax.block_until_ready(self.new()), 0.0
+    def begin(self, length: int = 0) -> None:
+        """An empty cache for a prompt of `length` tokens."""
+        cache = self.new()
+        if self.seen is not None:
+            cache = cache.replace(mtp_start=jax.device_put(np.full(1, length - self.seen, np.int32)))
+        self.cache, self.seconds = jax.block_until_ready(cache), 0.0
 
-    def read(self, tokens: np.ndarray, following: np.ndarray) -> None:
+    def read(self, tokens: np.ndarray, following: np.ndarray, last: bool = True) -> None:
+        """One chunk; `last`: that of the prompt."""
         start = time.perf_counter()
-        out = self.step(self.model.params, *(tokens, following)[: self.inputs], np.zeros(1, np.int32), self.cache)
+        step = self.step if last else self.inner
+        out = step(self.model.params, *(tokens, following)[: self.inputs], np.zeros(1, np.int32), self.cache)
         self.hidden, self.cache = jax.block_until_ready(out)[-2:]
         self.seconds += time.perf_counter() - start
 
@@ -127,6 +154,10 @@ def sides_of(model: LoadedModel, plain: LoadedModel, args: argparse.Namespace, d
         sides.append(side)
         rule = simulated(args.synthetic_acceptance_length or GOLDEN_LENGTH.get(k), args.acceptance, k) if args.simulate else None
         decoders[side.name] = Decoder(side, k, rule or real_acceptance, args.new, vocab)
+        if k == SEEN_DRAFT:
+            step, seen = partial(prefill, graph=model.graph, rows=NO_ROWS), min(SEEN, args.chunk)
+            sides.append(Side(f"{side.name}, last {seen} tokens", model, step, args.chunk, slots, dtype, seen=seen))
+            decoders[sides[-1].name] = Decoder(sides[-1], k, rule or real_acceptance, args.new, vocab)
     sides.append(Side("draft 0, whole", plain, partial(hidden_rows, graph=plain.graph), args.chunk, slots, dtype))
     if not args.no_ablations:
         whole = {"graph": model.graph, "rows": OutputRows.none()}
@@ -149,11 +180,11 @@ def measure(
         rotated = [*sides[run % len(sides) :], *sides[: run % len(sides)]]
         for together in [rotated] if turns == "chunk" else [[side] for side in rotated]:
             for side in together:
-                side.begin()
-            for number, at in enumerate(range(0, length if run else chunk, chunk)):
+                side.begin(length)
+            for number, at in enumerate(range(0, length, chunk) if run else [length - chunk]):
                 turn = number % len(together)
                 for side in [*together[turn:], *together[:turn]]:
-                    side.read(ids[:, at : at + chunk], ids[:, at + 1 : at + chunk + 1])
+                    side.read(ids[:, at : at + chunk], ids[:, at + 1 : at + chunk + 1], at + chunk == length)
             for side in together:
                 row = found[side.name]
                 decoded = decoders[side.name](int(ids[0, -1])) if side.name in decoders else None

@@ -27,14 +27,15 @@ def test_compare_flags_what_lies_beyond_the_spread():
 @pytest.mark.slow
 def test_the_table_of_the_embedded_model(tmp_path):
     """Every side in every file; the simulated acceptance is what was asked and is named in each of them."""
-    args = ["--model", "tiny", "--contexts", "32", "--chunk", "16", "--drafts", "0", "2", "--new", "24", "--runs", "2"]
-    args += ["--acceptance", "1,1", "--out", str(tmp_path / "t")]
+    args = ["--model", "tiny", "--contexts", "32", "--chunk", "16", "--drafts", "0", "3", "--new", "24", "--runs", "2"]
+    args += ["--acceptance", "1,1,1", "--out", str(tmp_path / "t")]
     done = subprocess.run([*TABLE, *args], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "t.json").read_text())
     rows = {r["side"]: r for r in result["rows"]}
-    assert len(rows) == 6 and all(len(r["prefill_seconds"]) == 2 for r in rows.values())
-    assert rows["draft 2"]["tokens_per_round"] == 3 and rows["draft 0"]["tokens_per_round"] == 1
+    assert len(rows) == 7 and all(len(r["prefill_seconds"]) == 2 for r in rows.values())
+    assert rows["draft 3"]["tokens_per_round"] == 4 and rows["draft 0"]["tokens_per_round"] == 1
+    assert rows["draft 3, last 16 tokens"]["tokens_per_round"] == 4
     assert all(megabytes > 0 for megabytes in result["temporary_mb"].values())
     with open(tmp_path / "t.csv", newline="") as file:
         assert {r["acceptance"] for r in csv.DictReader(file)} == {"simulated acceptance"}
