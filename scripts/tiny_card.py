@@ -27,12 +27,17 @@ def quoted(text: str) -> str:
 
 
 def cost(spent: dict[str, Any]) -> str:
-    """One paragraph from training.json."""
+    """A paragraph for each run, from training.json."""
+    first = f"{cost(spent['start'])}\n\nThen, starting from those weights, their layers stacked: " if "start" in spent else ""
+    return first + one_run(spent)
+
+
+def one_run(spent: dict[str, Any]) -> str:
     passes, speed = spent["tokens"] / spent["training_tokens"], spent["tokens"] / spent["seconds"]
     weights = "the last ones" if spent["weights"] == "last" else f"their moving average ({spent['ema']:g})"
     return (
-        f"{spent['done_steps']:,} steps of {spent['batch']} windows of {ROWS} tokens: {spent['tokens']:,} tokens, "
-        f"{passes:.2f} passes over\nthe text, in {spent['seconds'] / 60:.0f} minutes on {spent['threads']} CPU cores "
+        f"{spent['layers']} layers, {spent['done_steps']:,} steps of {spent['batch']} windows of {ROWS} tokens: "
+        f"{spent['tokens']:,} tokens, {passes:.2f} passes over\nthe text, in {spent['seconds'] / 60:.0f} minutes on {spent['threads']} CPU cores "
         f"({speed:,.0f} tokens a second). Optimiser: {spent['optimizer']},\npeak rate {spent['rate']:g}, warm-up of "
         f"{spent['warm_up']} steps, then cosine; {spent['dtype']}; seed {spent['seed']}. Of the last weights and their\n"
         f"moving average, those with the lower loss on 32 held-out windows were kept: here {weights}."
@@ -147,7 +152,7 @@ Books to train on, tokenizer included:
 
 ## Training
 
-    python scripts/train_tiny.py --books DIR --out DIR --steps {spent['steps']} --manifest checkpoints/tiny/manifest.json
+    python scripts/train_tiny.py --books DIR --out DIR --like checkpoints/tiny
     python scripts/tiny_report.py --books DIR --model DIR
 
 {cost(spent)}

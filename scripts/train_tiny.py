@@ -2,6 +2,7 @@
 
     python scripts/train_tiny.py --books DIR --out DIR [--minutes 30] [--seed 0]
     python scripts/train_tiny.py --books DIR --out DIR --manifest checkpoints/tiny/manifest.json   # the very same texts
+    python scripts/train_tiny.py --books DIR --out DIR --like checkpoints/tiny   # the very same model: texts, steps, stages
     python scripts/tiny_report.py --books DIR --model DIR   # measures it, writes its README.md
 
 It trains the modules that serve; tiny_loss.py has the objective. A run saves itself every few minutes beside --out and
@@ -225,12 +226,38 @@ def prepare(documents: list[data.Document], side_files: Path, layers: int = LAYE
     return data.pack(training, tokenizer), spread, cfg
 
 
+def stages(spent: dict[str, Any]) -> list[list[str]]:
+    """The options of each run that led to a `training.json`, the first one first."""
+    names = ("layers", "steps", "batch", "accumulate", "rate", "optimizer", "mtp_steps", "ema", "dtype", "seed")
+    given = {name: spent["done_steps" if name == "steps" else name] for name in names}
+    own = [part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    return [*(stages(spent["start"]) if "start" in spent else []), own]
+
+
+def train_like(model: Path, argv: list[str], out: Path) -> None:
+    """All runs that led to the checkpoint `model`, on its own texts; those before the last go beside `out`."""
+    runs = stages(json.loads((model / "training.json").read_text()))
+    start: list[str] = []
+    for number, run in enumerate(runs, 1):
+        here = out if number == len(runs) else out.with_name(f"{out.name}.stage{number}")
+        print(f"stage {number} of {len(runs)}: {' '.join(run)}", flush=True)
+        done = here / "training.json"
+        if "--resume" in argv and done.is_file() and stages(json.loads(done.read_text()))[number - 1] == run:
+            print(f"{here}: is done", flush=True)
+        else:
+            main([*argv, "--out", str(here), "--manifest", str(model / "manifest.json"), *run, *start])
+        start = ["--start", str(here)]
+
+
 def options(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train the embedded tiny model.")
     default = {field.name: field.default for field in fields(Plan)}
     parser.add_argument("--books", type=Path, required=True, help="folder of plain texts, author_title.txt")
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint; replaced at every save")
     parser.add_argument("--manifest", type=Path, help="train only if the texts are those that this file lists")
+    parser.add_argument(
+        "--like", type=Path, help="train again what is in this folder; only --books, --out and --resume count beside it"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the last save of the same command")
     parser.add_argument(
         "--start", type=Path,
@@ -321,6 +348,8 @@ class Run:
 def main(argv: list[str] | None = None) -> None:
     args = options(argv)
     out: Path = args.out.resolve()
+    if args.like:
+        return train_like(args.like, ["--books", str(args.books), *["--resume"][: args.resume]], out)
     documents = data.read_all(args.books)
     if args.manifest:
         data.check_manifest(documents, args.manifest)
@@ -343,6 +372,7 @@ def main(argv: list[str] | None = None) -> None:
     spent: dict[str, Any] = {"training_tokens": len(tokens)}
     if args.start and (before := args.start / "training.json").is_file():
         spent["start"] = json.loads(before.read_text())
+    spent["layers"] = cfg.layers
     run = Run(out, side_files, saves, cfg, held_out, spent)
     size = sum(leaf.size for leaf in jax.tree.leaves(state["params"]))
     print(f"{len(tokens):,} training tokens, {len(documents)} texts; {size:,} parameters", flush=True)

@@ -178,7 +178,7 @@ def test_the_embedded_files_fit_together() -> None:
     assert cfg == train_tiny.tiny_config(cfg.vocab_size, cfg.stop_tokens)
     books = manifest["domains"]["books"]["documents"]
     assert {Path(b["name"]).stem for b in books if b["split"] == "held-out"} == set(tiny_data.HELD_OUT)
-    assert sum(file.stat().st_size for file in TINY.iterdir()) <= 12_000_000
+    assert sum(file.stat().st_size for file in TINY.iterdir()) <= 17_000_000
 
     text = "“Curiouser and curiouser!” cried Alice; 1865, cafe\u0301.\n\n"
     assert tokenizer.decode(tokenizer.encode(text).ids) == text.replace("e\u0301", "é")  # NFC
@@ -193,3 +193,38 @@ def test_missing_books_are_named(tmp_path: Path) -> None:
     (tmp_path / "somebody_a-book.txt").write_text("Once upon a time.")
     with pytest.raises(SystemExit, match=f"found 1 texts but not {tiny_data.HELD_OUT[1]}.txt"):
         train_tiny.main(["--books", str(tmp_path), "--out", str(tmp_path / "out")])
+
+
+def test_a_deeper_model_starts_with_the_layers_of_a_shallower_one() -> None:
+    small = numpy_model(tiny_config(moe=True, repeats=1), stack=1)
+    deep = train_tiny.stacked(small, 3 * small.cfg.layers)
+    assert deep.cfg == tiny_config(moe=True, repeats=3)
+    before, after = (dict(jax.tree_util.tree_leaves_with_path(tree)) for tree in (small.params, deep.params))
+    assert len(after) > len(before)
+    for path, leaf in after.items():
+        name = jax.tree_util.keystr(path)
+        for repeat in "12":
+            name = name.replace(f"['blocks'][{repeat}]", "['blocks'][0]")
+        (source,) = [value for key, value in before.items() if jax.tree_util.keystr(key) == name]
+        np.testing.assert_array_equal(leaf, source)
+
+
+def test_training_like_a_checkpoint_repeats_every_run_that_led_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    train_like = train_tiny.train_like
+    monkeypatch.setattr(train_tiny, "main", lambda argv: calls.append(train_tiny.options(argv)))
+    train_like(TINY, ["--books", "books"], tmp_path / "out")
+    spent = json.loads((TINY / "training.json").read_text())
+    assert [run.steps for run in calls] == [spent["start"]["done_steps"], spent["done_steps"]]
+    assert [run.layers for run in calls] == [4, 8] and [run.seed for run in calls] == [0, 1]
+    assert [run.mtp_steps for run in calls] == [spent["start"]["mtp_steps"], spent["mtp_steps"]]
+    assert [run.out for run in calls] == [tmp_path / "out.stage1", tmp_path / "out"]
+    assert [run.start for run in calls] == [None, tmp_path / "out.stage1"]
+    assert all(train_tiny.plan_of(run).minutes is None and run.manifest == TINY / "manifest.json" for run in calls)
+
+    # Resumed, a stage that is done is not run again.
+    (tmp_path / "out.stage1").mkdir()
+    (tmp_path / "out.stage1" / "training.json").write_text(json.dumps(spent["start"]))
+    calls.clear()
+    train_like(TINY, ["--books", "books", "--resume"], tmp_path / "out")
+    assert [run.out for run in calls] == [tmp_path / "out"]
