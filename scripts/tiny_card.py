@@ -37,7 +37,8 @@ def one_run(spent: dict[str, Any]) -> str:
     weights = "the last ones" if spent["weights"] == "last" else f"their moving average ({spent['ema']:g})"
     return (
         f"{spent['layers']} layers, {spent['done_steps']:,} steps of {spent['batch']} windows of {ROWS} tokens: "
-        f"{spent['tokens']:,} tokens, {passes:.2f} passes over\nthe text, in {spent['seconds'] / 60:.0f} minutes on {spent['threads']} CPU cores "
+        f"{spent['tokens']:,} tokens, "
+        f"{passes:.2f} passes over\nthe text, in {spent['seconds'] / 60:.0f} minutes on {spent['threads']} CPU cores "
         f"({speed:,.0f} tokens a second). Optimiser: {spent['optimizer']},\npeak rate {spent['rate']:g}, warm-up of "
         f"{spent['warm_up']} steps, then cosine; {spent['dtype']}; seed {spent['seed']}. Of the last weights and their\n"
         f"moving average, those with the lower loss on 32 held-out windows were kept: here {weights}."

@@ -187,6 +187,7 @@ def test_what_cannot_be_loaded_is_named(
         ({"max_len": 1}, "max_len is 1; expected a whole number >= 2"),
         ({"max_len": 513}, "max_len is 513; this checkpoint was made for at most 512 positions"),
         ({"max_batch": 0}, "max_batch is 0"),
+        ({"mtp_prompt": 0}, "mtp_prompt is 0; expected a whole number >= 1 or None"),
         ({"seed": "a"}, "seed is 'a'"),
         ({"prefill_chunks": ()}, "prefill_chunks is empty"),
         ({"prefill_chunks": (0, 16)}, "prefill_chunks is 0"),
