@@ -17,20 +17,26 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from convert import main as convert
+from flax import nnx
 from results import describe, write_json
 
 from checkpoints import TINY, open_checkpoint
 from checkpoints.gguf_names import converted
 from checkpoints.gguf_writer import TYPES
 from mtpjax import LLM, SamplingParams
+from mtpjax.cache import new_cache, slots_for
+from mtpjax.loading import load_checkpoint
+from mtpjax.model import place
 
 FTYPES = {  # llama.h
     "Q8_0": 7, "Q4_0": 2, "Q4_K_S": 14, "Q4_K_M": 15, "Q5_K_M": 17, "Q6_K": 18, "IQ4_NL": 25, "IQ4_XS": 30,
@@ -109,7 +115,10 @@ class Llama:
 
     def load(self, file: Path) -> None:
         self.close()
-        self.model = self._lib.llama_model_load_from_file(str(file).encode(), self._lib.llama_model_default_params())
+        params = self._lib.llama_model_default_params()
+        if tuple(params.raw[72:78]) == (0, 0, 1, 0, 0, 0):  # six flags, the last of them `load_mtp` (2026)
+            params.raw[77] = 1
+        self.model = self._lib.llama_model_load_from_file(str(file).encode(), params)
         if not self.model:
             raise SystemExit(f"llama.cpp does not open {file}: {self.said[-3:]}")
 
@@ -131,39 +140,71 @@ class Llama:
         count = self._lib.llama_tokenize(vocab, raw, len(raw), out, len(out), False, True)
         return list(out[:count])
 
-    def logits(self, ids: Sequence[int], greedy: int = 0) -> tuple[np.ndarray, list[int]]:
-        """Logits `[len(ids), V]` of one batch, and `greedy` further tokens, one at a time."""
+    def _context(self, size: int, mtp: bool = False) -> Any:
         params = self._lib.llama_context_default_params()
-        size = len(ids) + greedy
-        struct.pack_into("<IIII", params.raw, 0, size, size, size, 1)  # n_ctx, n_batch, n_ubatch, n_seq_max
         words = struct.unpack_from("<64i", bytes(params.raw))
         cache = [i for i in range(18, 40) if words[i : i + 2] == (1, 1)]  # the types of keys and values: float16 by default
         if len(cache) != 1:
             raise SystemExit(f"this libllama ({self.version()}) has parameters of an unknown layout: no types of its cache")
+        struct.pack_into("<IIII", params.raw, 0, size, size, size, 1)  # n_ctx, n_batch, n_ubatch, n_seq_max
         struct.pack_into("<ii", params.raw, 4 * cache[0], 0, 0)
+        if mtp:
+            if words[9:14] != (0, -1, -1, -1, -1):  # the type of context, and four settings left to the model
+                return None
+            struct.pack_into("<i", params.raw, 36, 1)
         context = self._lib.llama_init_from_model(self.model, params)
-        if not context:
+        if context:
+            self._lib.llama_set_n_threads(context, 1, 1)
+        elif not mtp:
             raise SystemExit(f"llama.cpp makes no context: {self.said[-3:]}")
-        self._lib.llama_set_n_threads(context, 1, 1)
-        width = self._lib.llama_vocab_n_tokens(self._lib.llama_model_get_vocab(self.model))
-        rows = self._decode(context, ids, 0, width)
+        return context
+
+    def logits(self, ids: Sequence[int], greedy: int = 0) -> tuple[np.ndarray, list[int]]:
+        """Logits `[len(ids), V]` of one batch, and `greedy` further tokens, one at a time."""
+        context = self._context(len(ids) + greedy)
+        rows = self._decode(context, ids, 0)
         more = [int(rows[-1].argmax())] if greedy else []
         while len(more) < greedy:
-            more.append(int(self._decode(context, more[-1:], len(ids) + len(more) - 1, width)[-1].argmax()))
+            more.append(int(self._decode(context, more[-1:], len(ids) + len(more) - 1)[-1].argmax()))
         self._lib.llama_free(context)
         return rows, more
 
-    def _decode(self, context: Any, ids: Sequence[int], start: int, width: int) -> np.ndarray:
+    def mtp_logits(self, following: Sequence[int], hidden: np.ndarray) -> np.ndarray | None:
+        """The MTP head's logits of hidden states `[T, D]` and the tokens that follow them; None if this libllama has no MTP."""
+        if not (context := self._context(len(following), mtp=True)):
+            return None
+        rows = self._decode(context, following, 0, np.ascontiguousarray(hidden, np.float32))
+        self._lib.llama_free(context)
+        return rows
+
+    def _decode(self, context: Any, ids: Sequence[int], start: int, hidden: np.ndarray | None = None) -> np.ndarray:
+        width = self._lib.llama_vocab_n_tokens(self._lib.llama_model_get_vocab(self.model))
         batch = self._lib.llama_batch_init(len(ids), 0, 1)
-        batch.n_tokens = len(ids)
+        batch.n_tokens, batch.embd = len(ids), None if hidden is None else hidden.ctypes.data
         for i, token in enumerate(ids):
             batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = token, start + i, 1, 0, 1
         code = self._lib.llama_decode(context, batch)
         if code:
             raise SystemExit(f"llama_decode returned {code}: {self.said[-3:]}")
-        rows = [np.ctypeslib.as_array(self._lib.llama_get_logits_ith(context, i), (width,)).copy() for i in range(len(ids))]
+        pointers = (self._lib.llama_get_logits_ith(context, i) for i in range(len(ids)))
+        rows = [np.ctypeslib.as_array(pointer, (width,)).copy() for pointer in pointers]
+        batch.embd = None  # not C's to free
         self._lib.llama_batch_free(batch)
         return np.stack(rows)
+
+
+@partial(jax.jit, static_argnames="graph")
+def mtp_logits(params: Any, following: jax.Array, hidden: jax.Array, *, graph: Any) -> jax.Array:
+    """Ours, of hidden states `[T, D]` and the tokens that follow them."""
+    model = nnx.merge(graph, params)
+    zero, slots = jnp.zeros(1, jnp.int32), slots_for(len(following), 1)
+    where = place(model.cfg, zero, len(following), zero, slots=slots)
+    rows, _ = model.mtp_step(hidden[None], following[None], new_cache(model.cfg, 1, slots), where)
+    return model.mtp_head(rows)[0]
+
+
+def relative(ours: np.ndarray, theirs: np.ndarray) -> float:
+    return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
 
 
 def unequal_tensors(file: Path) -> tuple[dict[str, int], list[str]]:
@@ -192,10 +233,14 @@ def unequal_tensors(file: Path) -> tuple[dict[str, int], list[str]]:
 def compare(llama: Llama, file: Path, new_tokens: int) -> dict[str, Any]:
     """Both programs on one file."""
     llama.load(file)
-    llm = LLM(file, max_len=512)
+    llm, loaded = LLM(file, max_len=512), load_checkpoint(open_checkpoint(file), dtype=jnp.dtype(jnp.float32))
     ids = llm.tokenizer.encode(PASSAGE)  # type: ignore[union-attr]
     ours, (theirs, _) = llm.logits(ids), llama.logits(ids)
-    log_p, log_q = (x - np.logaddexp.reduce(x, axis=-1, keepdims=True) for x in (theirs.astype(np.float64), ours.astype(np.float64)))
+    hidden = np.asarray(llm.hidden(ids), np.float32)[:-1]
+    mtp_theirs = llama.mtp_logits(ids[1:], hidden)
+    mtp = np.asarray(mtp_logits(loaded.params, jnp.array(ids[1:]), jnp.array(hidden), graph=loaded.graph))
+    wide = (x.astype(np.float64) for x in (theirs, ours))
+    log_p, log_q = (x - np.logaddexp.reduce(x, axis=-1, keepdims=True) for x in wide)
     top = np.sort(theirs, axis=-1)
     differ = ours.argmax(-1) != theirs.argmax(-1)
     same = []
@@ -209,12 +254,14 @@ def compare(llama: Llama, file: Path, new_tokens: int) -> dict[str, Any]:
         "types": types,
         "unequal_tensors": unequal,
         "positions": len(ids),
-        "relative_error": float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)),
+        "relative_error": relative(ours, theirs),
         "largest_difference": float(np.abs(ours - theirs).max()),
         "largest_logit": float(np.abs(theirs).max()),
         "kl_divergence": float((np.exp(log_p) * (log_p - log_q)).sum(-1).mean()),
         "argmax_agreement": float(1 - differ.mean()),
         "largest_margin_where_argmax_differs": float((top[:, -1] - top[:, -2])[differ].max(initial=0)),
+        "mtp_relative_error": None if mtp_theirs is None else relative(mtp, mtp_theirs),
+        "mtp_argmax_agreement": None if mtp_theirs is None else float((mtp.argmax(-1) == mtp_theirs.argmax(-1)).mean()),
         "equal_greedy_tokens": same,
         "tokenizer_differs_on": [s for s in SENTENCES if llama.tokenize(s) != llm.tokenizer.encode(s)],  # type: ignore[union-attr]
     }
@@ -241,7 +288,7 @@ def main() -> None:
     args = parser.parse_args()
     llama = Llama(find_library(args.libllama))
     print(f"{llama.version()}")
-    print(f"{'written by':12}{'type':8}{'tensors':>9}{'rel. error':>12}{'KL':>10}{'arg-max':>9}  greedy, of {args.new_tokens}")
+    print(f"{'written by':12}{'type':8}{'tensors':>9}{'rel. error':>12}{'MTP':>9}{'KL':>9}{'arg-max':>9}  greedy tokens")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for writer, kind in [("convert.py", k) for k in TYPES] + [("llama.cpp", k) for k in args.types]:
@@ -253,13 +300,17 @@ def main() -> None:
                 llama.quantize(Path(folder, "convert.py-f32.gguf"), file, FTYPES[kind])
             row = {"written_by": writer, "type": kind} | compare(llama, file, args.new_tokens)
             rows.append(row)
-            equal = f"{sum(row['types'].values()) - len(row['unequal_tensors'])}/{sum(row['types'].values())}"
+            count = sum(row["types"].values())
+            equal = f"{count - len(row['unequal_tensors'])}/{count}"
+            mtp = "-" if row["mtp_relative_error"] is None else f"{row['mtp_relative_error']:.1e}"
             print(
-                f"{writer:12}{kind:8}{equal:>9}{row['relative_error']:12.1e}{row['kl_divergence']:10.1e}"
-                f"{row['argmax_agreement']:9.1%}  {row['equal_greedy_tokens']} {row['types']}"
-                + (f"  tokenizer differs: {row['tokenizer_differs_on']}" if row["tokenizer_differs_on"] else ""),
+                f"{writer:12}{kind:8}{equal:>9}"
+                f"{row['relative_error']:12.1e}{mtp:>9}{row['kl_divergence']:9.1e}{row['argmax_agreement']:9.1%}  "
+                f"{row['equal_greedy_tokens']} of {args.new_tokens}; {row['types']}",
                 flush=True,
             )
+            for text in row["tokenizer_differs_on"]:
+                print(f"  tokens differ: {text!r}")
     llama.close()
     told = list(dict.fromkeys(llama.said))
     write_json(args.out, {"run": describe(), "llama_cpp": llama.version(), "warnings": told, "rows": rows})
