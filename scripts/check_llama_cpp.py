@@ -41,6 +41,7 @@ from mtpjax.model import place
 FTYPES = {  # llama.h
     "Q8_0": 7, "Q4_0": 2, "Q4_K_S": 14, "Q4_K_M": 15, "Q5_K_M": 17, "Q6_K": 18, "IQ4_NL": 25, "IQ4_XS": 30,
 }  # fmt: skip
+NARROW = (14, 15, 17)  # Q4_K and Q5_K
 PASSAGE = (
     "Alice was beginning to get very tired of sitting by her sister on the bank, and of having nothing to do: once or twice "
     "she had peeped into the book her sister was reading, but it had no pictures or conversations in it, “and what is the "
@@ -61,6 +62,12 @@ class _Params(c.Structure):
     """Parameters that only llama.cpp fills, passed on by value: larger than any version's, so the version does not matter."""
 
     _fields_ = [("raw", c.c_uint8 * 1024)]
+
+
+class _Rule(c.Structure):
+    """The type of the tensors whose names match."""
+
+    _fields_ = [("pattern", c.c_char_p), ("type", c.c_int32)]
 
 
 class _Batch(c.Structure):
@@ -130,6 +137,9 @@ class Llama:
     def quantize(self, source: Path, target: Path, ftype: int) -> None:
         params = self._lib.llama_model_quantize_default_params()
         struct.pack_into("<ii", params.raw, 0, 1, ftype)
+        if ftype in NARROW:  # rows of less than 256 would become Q5_0 or Q5_1, which this program does not read
+            rules = (_Rule * 3)(_Rule(b"ffn_down_exps", 8), _Rule(b"ffn_down_shexp", 8), _Rule(None, 0))
+            struct.pack_into("<Q", params.raw, 40, c.addressof(rules))
         if code := self._lib.llama_model_quantize(str(source).encode(), str(target).encode(), c.byref(params)):
             raise SystemExit(f"llama.cpp does not quantise {source} to {target.name}: code {code}, {self.said[-3:]}")
 
@@ -282,6 +292,7 @@ def find_library(given: Path | None) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--libllama", type=Path, help="default: that of an installed llama-cpp-python")
+    parser.add_argument("--written", nargs="*", choices=TYPES, default=list(TYPES), help="by convert.py; f32 always")
     parser.add_argument("--types", nargs="*", choices=FTYPES, default=list(FTYPES), help="of llama.cpp's quantiser")
     parser.add_argument("--new-tokens", type=int, default=64, help="greedy tokens of each of the four starts")
     parser.add_argument("--out", default="docs/benchmarks/llama_cpp.json")
@@ -290,8 +301,9 @@ def main() -> None:
     print(f"{llama.version()}")
     print(f"{'written by':12}{'type':8}{'tensors':>9}{'rel. error':>12}{'MTP':>9}{'KL':>9}{'arg-max':>9}  greedy tokens")
     rows = []
+    kinds = [("convert.py", k) for k in dict.fromkeys(["f32", *args.written])] + [("llama.cpp", k) for k in args.types]
     with tempfile.TemporaryDirectory() as folder:
-        for writer, kind in [("convert.py", k) for k in TYPES] + [("llama.cpp", k) for k in args.types]:
+        for writer, kind in kinds:
             file = Path(folder, f"{writer}-{kind}.gguf")
             if writer == "convert.py":
                 if convert([str(TINY), str(file), "--type", kind]):
