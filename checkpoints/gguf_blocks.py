@@ -58,6 +58,25 @@ def _nibbles(table: tuple[int, ...]) -> Callable[[Bytes], PackedArray]:
     return lambda raw: PackedArray(_rows(raw[..., 2:]), _rows(_half(raw[..., :2])), None, "codes4", 32, table)
 
 
+def _q4_1(raw: Bytes) -> PackedArray:
+    return PackedArray(_rows(raw[..., 4:]), _rows(_half(raw[..., :2])), _rows(_half(raw[..., 2:4])), "codes4", 32, PLAIN4_TABLE)
+
+
+def _five_bits(raw: Bytes) -> NDArray[np.int8]:
+    """4 bytes of fifth bits, one an element, and 16 of nibbles, the low ones first: codes 0...31, `[..., N, 32]`."""
+    fifth = np.unpackbits(raw[..., :4], axis=-1, bitorder="little")
+    return (np.concatenate([raw[..., 4:] & 15, raw[..., 4:] >> 4], axis=-1) | fifth << 4).astype(np.int8)
+
+
+def _q5_0(raw: Bytes) -> PackedArray:
+    return PackedArray(_rows(_five_bits(raw[..., 2:]) - np.int8(16)), _rows(_half(raw[..., :2])), None, "codes8", 32)
+
+
+def _q5_1(raw: Bytes) -> PackedArray:
+    scale, offset = _rows(_half(raw[..., :2])), _rows(_half(raw[..., 2:4]))
+    return PackedArray(_rows(_five_bits(raw[..., 4:])), scale, offset, "codes8", 32)
+
+
 def _iq4_xs(raw: Bytes) -> PackedArray:
     d = _half(raw[..., :2]).astype(np.float32)
     high = np.ascontiguousarray(raw[..., 2:4]).view("<u2").astype(np.int32)
@@ -112,6 +131,9 @@ TYPES: dict[int, BlockType] = {
     30: BlockType("BF16", 1, 2, np.dtype(ml_dtypes.bfloat16)),
     8: BlockType("Q8_0", 32, 34, repack=_q8_0),
     2: BlockType("Q4_0", 32, 18, repack=_nibbles(SIGNED4_TABLE)),
+    3: BlockType("Q4_1", 32, 20, repack=_q4_1),
+    6: BlockType("Q5_0", 32, 22, repack=_q5_0),
+    7: BlockType("Q5_1", 32, 24, repack=_q5_1),
     20: BlockType("IQ4_NL", 32, 18, repack=_nibbles(IQ4_TABLE)),
     23: BlockType("IQ4_XS", 256, 136, repack=_iq4_xs),
     12: BlockType("Q4_K", 256, 144, repack=_q4_k),

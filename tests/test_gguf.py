@@ -26,7 +26,10 @@ from mtpjax.weights import export_tensors
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 import convert
 
-HALVES = {"Q8_0": (0,), "Q4_0": (0,), "IQ4_NL": (0,), "IQ4_XS": (0,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
+HALVES = {
+    "Q8_0": (0,), "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "IQ4_NL": (0,), "IQ4_XS": (0,),
+    "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,),
+}  # fmt: skip
 QUANTISED = {t.name: t for t in TYPES.values() if t.repack is not None}
 SIZES: dict[str, Any] = {
     "hidden_size": 64, "head_dim": 32, "rotary_dim": 8, "linear_k_dim": 32, "linear_v_dim": 32, "expert_size": 32,
