@@ -39,9 +39,8 @@ from mtpjax.loading import load_checkpoint
 from mtpjax.model import place
 
 FTYPES = {  # llama.h
-    "Q8_0": 7, "Q4_0": 2, "Q4_K_S": 14, "Q4_K_M": 15, "Q5_K_M": 17, "Q6_K": 18, "IQ4_NL": 25, "IQ4_XS": 30,
+    "Q8_0": 7, "Q4_0": 2, "Q4_K_S": 14, "Q4_K_M": 15, "Q5_K_S": 16, "Q5_K_M": 17, "Q6_K": 18, "IQ4_NL": 25, "IQ4_XS": 30,
 }  # fmt: skip
-NARROW = (14, 15, 17)  # Q4_K and Q5_K
 PASSAGE = (
     "Alice was beginning to get very tired of sitting by her sister on the bank, and of having nothing to do: once or twice "
     "she had peeped into the book her sister was reading, but it had no pictures or conversations in it, “and what is the "
@@ -62,12 +61,6 @@ class _Params(c.Structure):
     """Parameters that only llama.cpp fills, passed on by value: larger than any version's, so the version does not matter."""
 
     _fields_ = [("raw", c.c_uint8 * 1024)]
-
-
-class _Rule(c.Structure):
-    """The type of the tensors whose names match."""
-
-    _fields_ = [("pattern", c.c_char_p), ("type", c.c_int32)]
 
 
 class _Batch(c.Structure):
@@ -137,9 +130,6 @@ class Llama:
     def quantize(self, source: Path, target: Path, ftype: int) -> None:
         params = self._lib.llama_model_quantize_default_params()
         struct.pack_into("<ii", params.raw, 0, 1, ftype)
-        if ftype in NARROW:  # rows of less than 256 would become Q5_0 or Q5_1, which this program does not read
-            rules = (_Rule * 3)(_Rule(b"ffn_down_exps", 8), _Rule(b"ffn_down_shexp", 8), _Rule(None, 0))
-            struct.pack_into("<Q", params.raw, 40, c.addressof(rules))
         if code := self._lib.llama_model_quantize(str(source).encode(), str(target).encode(), c.byref(params)):
             raise SystemExit(f"llama.cpp does not quantise {source} to {target.name}: code {code}, {self.said[-3:]}")
 

@@ -20,6 +20,7 @@ from scripts import batch_generate
 from scripts.batch_generate import Totals, main
 
 CFG = tiny_config(moe=False, repeats=1, max_position=512)
+SETTINGS = ("--draft", "2", "--mtp-prompt", "9", "--max-len", "40", "--batch", "3")
 KEYS = {"id", "prompt", "text", "token_ids", "finish_reason", "metrics"}
 
 
@@ -44,7 +45,7 @@ def job(llm: LLM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[.
     """`job(lines, *options)` runs the script on a file of these lines with one compiled model; answers go to out.jsonl."""
 
     def the_same(model: Path, **arguments: Any) -> LLM:
-        wanted = {"draft": 2, "dtype": "float32", "weights": None, "max_len": 40, "max_batch": 3}
+        wanted = {"draft": 2, "mtp_prompt": 9, "dtype": "float32", "weights": None, "max_len": 40, "max_batch": 3}
         assert (model.name, arguments) == ("model", wanted)
         return llm
 
@@ -52,7 +53,7 @@ def job(llm: LLM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[.
         data = b"".join((line if isinstance(line, bytes) else json.dumps(line).encode()) + b"\n" for line in lines)
         (tmp_path / name).write_bytes(data)
         where = ["--model", "model", "--input", str(tmp_path / name), "--output", str(tmp_path / "out.jsonl")]
-        return main([*where, "--draft", "2", "--max-len", "40", "--batch", "3", "--max-tokens", "6", *options])
+        return main([*where, *SETTINGS, "--max-tokens", "6", *options])
 
     monkeypatch.setattr(batch_generate, "LLM", the_same)
     monkeypatch.setattr(batch_generate, "WINDOW", 2)  # six prompts
@@ -252,7 +253,7 @@ def test_a_pipe_can_be_the_input(job: Callable, llm: LLM, tmp_path: Path, capsys
     reading, writing = os.pipe()
     with os.fdopen(writing, "wb") as stream:
         stream.write(b'{"prompt": "w1"}\n{"prompt": "w2 w3"}\n')
-    where = ["--model", "model", "--input", f"/dev/fd/{reading}", "--draft", "2", "--max-len", "40", "--batch", "3"]
+    where = ["--model", "model", "--input", f"/dev/fd/{reading}", *SETTINGS]
     assert main([*where, "--max-tokens", "3"]) == 0
     os.close(reading)
     said = capsys.readouterr().out
