@@ -217,7 +217,7 @@ def test_mtp_share_of_the_tiny_model():
     assert on.by_primitive["dot_general"] - off.by_primitive["dot_general"] == pytest.approx(sync_products(cfg, chunk))
     assert 1 < on.total / off.total < 1.1
     whole = flops(cfg, "layer", ALL, chunk=chunk, context=chunk, stack=1)
-    assert whole.total / off.total > 2
+    assert whole.total / off.total > 1.5
     # An inner chunk without MTP needs only keys and values of the last of its layers; with MTP all of it.
     inner = [flops(cfg, variant, NONE, chunk=chunk, context=chunk, stack=1).total for variant in ("off", "sync")]
     assert 1.1 < inner[1] / inner[0] < 1.5
