@@ -22,9 +22,13 @@ EXPERIMENTS = {
     "hidden_state": (
         "What the MTP head is fed",
         "Hidden states after or before the norms; paired with the following token or one off; with keys and values of the whole "
-        "prompt, of its last rows, or of none of it (what an engine does that lets the head begin with the first draft).",
+        "prompt, of its last rows, or of none of it (what an engine does that lets the head begin with the first draft). Of the "
+        "model embedded before the present one (four layers).",
     ),
-    "draft_length": ("Draft length, temperature and domain", "Real acceptance and decode speed of the embedded model."),
+    "draft_length": (
+        "Draft length, temperature and domain",
+        "Real acceptance and decode speed of the model embedded before the present one (four layers).",
+    ),
     "cost_model": (
         "Cost of a round",
         "Draft, verify and commit timed by themselves, beside the longer of bytes ÷ copy bandwidth and operations ÷ matmul "
@@ -33,7 +37,8 @@ EXPERIMENTS = {
     ),
     "quantisation": (
         "Quantisation",
-        "Bytes, bits a byte, acceptance and decode speed by weight type; weights stay packed in memory.",
+        "Bytes, bits a byte, acceptance and decode speed by weight type; weights stay packed in memory. Of the model embedded "
+        "before the present one (four layers).",
     ),
 }
 
@@ -70,7 +75,8 @@ def the_tiny_table(result: dict[str, Any]) -> list[str]:
         "`python scripts/bench_table.py --model tiny --text LICENSE --contexts 128 512 2048 --chunk 128 --drafts 0 1 2 3 4 "
         f"--new 96 --runs 5 --no-ablations --out docs/benchmarks/table_tiny`, prompts of {result['prompts']} (the LICENSE "
         f"file), {result['acceptance']}. " + about(result),
-        "Drafting slows this model: its 5 M parameters lie in the processor's cache, so that a row of verification costs as much "
+        "Measured on the model embedded before the present one (four layers). Drafting slowed it: its 5 M parameters lay in the "
+        "processor's cache, so that a row of verification cost as much "
         "as a row of decoding. It was trained on windows of 256 tokens of stories, books and code; longer prompts of legal text "
         "are far from that, and acceptance falls. What draft 0 drops while it reads a prompt is most of one layer of four.",
         markdown(result, reference=False),
