@@ -11,8 +11,8 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from kernels_pallas.grouped_matmul import triton
-from kernels_pallas.grouped_matmul.plan import choose_block, plan_blocks
-from kernels_pallas.grouped_matmul.reference import block_mlp
+from kernels_pallas.grouped_matmul.plan import choose_windows, plan_windows
+from kernels_pallas.grouped_matmul.reference import window_mlp
 from kernels_pallas.quantized import QuantizedTensor
 from kernels_pallas.target import target
 
@@ -37,13 +37,13 @@ def expert_mlp(
     """
     kernel = KERNELS.get(target())
     if kernel is None:
-        return _blocks(x, gate_up, down, layer, chosen, weights, live)
+        return _windows(x, gate_up, down, layer, chosen, weights, live)
     if isinstance(gate_up, QuantizedTensor) or isinstance(down, QuantizedTensor):
         return kernel(x, gate_up, down, layer, chosen, weights, live)
     return _plain(kernel, x, gate_up, down, layer, chosen, weights, live)
 
 
-def _blocks(
+def _windows(
     x: Array,
     gate_up: Array | QuantizedTensor,
     down: Array | QuantizedTensor,
@@ -53,21 +53,24 @@ def _blocks(
     live: Array,
 ) -> Array:
     k = chosen.shape[1]
-    block = choose_block(x.shape[0], k, gate_up.shape[1])
-    plan = plan_blocks(chosen, live, gate_up.shape[1], block)
+    sizes = choose_windows(x.shape[0], k, gate_up.shape[1])
+    plan = plan_windows(chosen, live, gate_up.shape[1], sizes)
     rows = x.at[plan.source // k].get(mode="fill", fill_value=0)
-    y = block_mlp(rows, gate_up, down, layer, plan.expert, plan.count, block)
-    each = y.at[plan.place].get(mode="fill", fill_value=0)  # [N, K, D]
-    return jnp.sum(each.astype(jnp.float32) * weights[..., None].astype(jnp.float32), axis=1).astype(x.dtype)
+    y = window_mlp(rows, gate_up, down, layer, plan.expert, plan.start, plan.first, sizes)
+    out = jnp.zeros(x.shape, jnp.float32)
+    for i in range(k):  # not one gather of [N, K, D], which would be written to memory first
+        each = y.at[plan.place[:, i]].get(mode="fill", fill_value=0)
+        out = out + each.astype(jnp.float32) * weights[:, i, None].astype(jnp.float32)
+    return out.astype(x.dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _plain(kernel: Callable[..., Array], *args: Array) -> Array:
-    """A kernel on plain stacks; its gradient is that of `_blocks`, so that a model trains on a GPU too."""
+    """A kernel on plain stacks; its gradient is that of `_windows`, so that a model trains on a GPU too."""
     return kernel(*args)
 
 
 _plain.defvjp(
     lambda kernel, *args: (kernel(*args), args),
-    lambda kernel, args, grad: jax.vjp(_blocks, *args)[1](grad),
+    lambda kernel, args, grad: jax.vjp(_windows, *args)[1](grad),
 )

@@ -1,4 +1,4 @@
-"""The expert MLP over blocks of rows in plain `lax`: the oracle of the kernels, the CPU path, and differentiable.
+"""The expert MLP over windows of rows in plain `lax`: the oracle of the kernels, the CPU path, and differentiable.
 
 A loop with a dynamic trip count reads one expert a turn out of the whole stack, so experts that nobody chose are never
 read and nothing the size of the stack is ever copied.
@@ -6,7 +6,9 @@ read and nothing the size of the stack is ever copied.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,8 +37,8 @@ def _expert(
     return _reread(w, jnp.bfloat16) if w.dtype == jnp.uint16 else w
 
 
-def _block(x: Array, index: Array, block: int) -> Array:
-    return lax.dynamic_slice(x, (index * block, 0), (block, x.shape[1]))
+def _rows(x: Array, start: Array, size: int) -> Array:
+    return lax.dynamic_slice(x, (start, 0), (size, x.shape[1]))
 
 
 def _swiglu(hidden: Float[Array, "rows 2I"]) -> Float[Array, "rows I"]:
@@ -44,55 +46,64 @@ def _swiglu(hidden: Float[Array, "rows 2I"]) -> Float[Array, "rows I"]:
     return (jax.nn.silu(gate) * up).astype(hidden.dtype)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(6,))
-def block_mlp(
-    x: Float[Array, "Z*block D"],
+@partial(jax.custom_vjp, nondiff_argnums=(7,))
+def window_mlp(
+    x: Float[Array, "Z D"],
     gate_up: Array | QuantizedTensor,
     down: Array | QuantizedTensor,
     layer: Int[Array, ""],
-    expert: Int[Array, " Z"],
-    count: Int[Array, ""],
-    block: int,
-) -> Float[Array, "Z*block D"]:
-    """`down_e(silu(gate_e x) * up_e x)` for the first `count` blocks of rows, e the expert of the block; zero elsewhere.
+    expert: Int[Array, " W"],
+    start: Int[Array, " W"],
+    first: Int[Array, " C+1"],
+    sizes: tuple[int, ...],
+) -> Float[Array, "Z D"]:
+    """`down_e(silu(gate_e x) * up_e x)` for the rows of each window in use, e its expert; other rows as they are.
 
-    Rows of the second axis of `gate_up`: I gate rows, then I up rows (as published).
+    Rows of the second axis of `gate_up`: I gate rows, then I up rows (as published). For the windows see `WindowPlan`.
     """
     store = jnp.uint16 if x.dtype == jnp.bfloat16 else x.dtype  # of bfloat16 a CPU would convert all rows, every turn
 
-    def body(i: Array, out: Array) -> Array:
-        hidden = linear(_block(x, i, block), _expert(gate_up, layer, expert[i], x.dtype))
+    def turn(size: int, i: Array, rows: Array) -> Array:  # a window is read once, so its result can take its place
+        hidden = linear(_reread(_rows(rows, start[i], size), x.dtype), _expert(gate_up, layer, expert[i], x.dtype))
         y = linear(_swiglu(hidden), _expert(down, layer, expert[i], x.dtype))
-        return lax.dynamic_update_slice(out, _reread(y, store), (i * block, 0))
+        return lax.dynamic_update_slice(rows, _reread(y, store), (start[i], 0))
 
-    return _reread(lax.fori_loop(0, count, body, jnp.zeros(x.shape, store)), x.dtype)
-
-
-def _forward(x, gate_up, down, layer, expert, count, block):  # type: ignore[no-untyped-def]
-    return block_mlp(x, gate_up, down, layer, expert, count, block), (x, gate_up, down, layer, expert, count)
+    return _reread(_each_window(turn, first, sizes, _reread(x, store)), x.dtype)
 
 
-def _backward(block, saved, grad):  # type: ignore[no-untyped-def]
-    """One more pass over the blocks: recompute the hidden rows, add each block's share to its expert's gradient."""
-    x, gate_up, down, layer, expert, count = saved
+def _each_window(turn: Callable[[int, Array, Any], Any], first: Array, sizes: tuple[int, ...], carry: Any) -> Any:
+    """`carry = turn(size, number, carry)` for every window in use: one loop a size."""
+    for c, size in enumerate(sizes):
+        carry = lax.fori_loop(first[c], first[c + 1], partial(turn, size), carry)
+    return carry
+
+
+def _forward(x, gate_up, down, layer, expert, start, first, sizes):  # type: ignore[no-untyped-def]
+    args = (x, gate_up, down, layer, expert, start, first)
+    return window_mlp(*args, sizes), args
+
+
+def _backward(sizes, saved, grad):  # type: ignore[no-untyped-def]
+    """One more pass over the windows: recompute the hidden rows, add each window's share to its expert's gradient."""
+    x, gate_up, down, layer, expert, start, first = saved
 
     def add(stack: Array, e: Array, update: Array) -> Array:
         new = _expert(stack, layer, e) + update.astype(stack.dtype)
         return lax.dynamic_update_slice(stack, new[None, None], (layer, e, 0, 0))
 
-    def body(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+    def turn(size: int, i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         dx, d_gate_up, d_down = carry
-        e, rows, dy = expert[i], _block(x, i, block), _block(grad, i, block)
+        e, rows, dy = expert[i], _rows(x, start[i], size), _rows(grad, start[i], size)
         hidden = linear(rows, _expert(gate_up, layer, e))
         act, pull = jax.vjp(_swiglu, hidden)
         (d_hidden,) = pull(linear(dy, _expert(down, layer, e).T))
-        dx = lax.dynamic_update_slice(dx, linear(d_hidden, _expert(gate_up, layer, e).T), (i * block, 0))
+        dx = lax.dynamic_update_slice(dx, linear(d_hidden, _expert(gate_up, layer, e).T), (start[i], 0))
         return dx, add(d_gate_up, e, linear(d_hidden.T, rows.T)), add(d_down, e, linear(dy.T, act.T))
 
-    start = (jnp.zeros_like(x), jnp.zeros_like(gate_up), jnp.zeros_like(down))
-    dx, d_gate_up, d_down = lax.fori_loop(0, count, body, start)
-    whole = [np.zeros(np.shape(a), jax.dtypes.float0) for a in (layer, expert, count)]
+    zeros = (jnp.zeros_like(x), jnp.zeros_like(gate_up), jnp.zeros_like(down))
+    dx, d_gate_up, d_down = _each_window(turn, first, sizes, zeros)
+    whole = [np.zeros(np.shape(a), jax.dtypes.float0) for a in (layer, expert, start, first)]
     return dx, d_gate_up, d_down, *whole
 
 
-block_mlp.defvjp(_forward, _backward)
+window_mlp.defvjp(_forward, _backward)
