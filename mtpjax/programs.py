@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
-from kernels_pallas.grouped_matmul.plan import choose_block
+from kernels_pallas.grouped_matmul.plan import choose_windows, window_places
 from mtpjax.cache import BLOCK
 from mtpjax.config import ModelConfig
 
@@ -122,8 +122,8 @@ def count_flops(program: Jaxpr | ClosedJaxpr, while_trips: WhileTrips | None = N
 def expected_trips(cfg: ModelConfig, *, rows: int, context: int, kept: int = 0) -> WhileTrips:
     """Turns of the model's two loops with a dynamic count, known by what they carry, for a step of live rows.
 
-    Attention over the cache: exactly the blocks that hold `context` tokens. Experts: the expected number of blocks in
-    use if every row chose its experts uniformly and on its own, so that an expert's run is binomially distributed.
+    Attention over the cache: exactly the blocks that hold `context` tokens. Experts: the expected number of windows of the
+    loop's size if every row chose its experts uniformly and on its own, so that an expert's run is binomially distributed.
 
     Args:
         rows: batch x rows of the step, no padding.
@@ -131,7 +131,7 @@ def expected_trips(cfg: ModelConfig, *, rows: int, context: int, kept: int = 0) 
         kept: batch x rows that the last layer returns, where these are fewer.
 
     Raises (the function returned):
-        ValueError: another loop, or expert blocks that are not those of `rows` rows.
+        ValueError: another loop, or expert windows that are not those of `rows` rows.
     """
 
     def trips(eqn: JaxprEqn) -> float:
@@ -141,10 +141,10 @@ def expected_trips(cfg: ModelConfig, *, rows: int, context: int, kept: int = 0) 
             return -(-context // BLOCK)
         if cfg.experts and [s[1:] for s in carried] == [(cfg.hidden_size,)]:
             for live in filter(None, (rows, kept)):
-                assigned = live * cfg.experts_per_token
-                block = choose_block(live, cfg.experts_per_token, cfg.experts)
-                if carried[0][0] == (assigned // block + min(cfg.experts, assigned)) * block:
-                    return cfg.experts * _expected_blocks(live, cfg.experts_per_token / cfg.experts, block)
+                sizes = choose_windows(live, cfg.experts_per_token, cfg.experts)
+                size = _rows_written(eqn)
+                if size in sizes and carried[0][0] == window_places(live * cfg.experts_per_token, cfg.experts, sizes):
+                    return cfg.experts * _expected_windows(live, cfg.experts_per_token / cfg.experts, sizes, size)
         raise ValueError(
             f"a loop that carries {carried} is neither attention nor the experts of {rows} rows of this model"
         )
@@ -152,16 +152,25 @@ def expected_trips(cfg: ModelConfig, *, rows: int, context: int, kept: int = 0) 
     return trips
 
 
-def _expected_blocks(rows: int, chance: float, block: int) -> float:
-    """E[ceil(X / block)], X ~ Binomial(rows, chance)."""
-    if chance >= 1:
-        return -(-rows // block)
+def _rows_written(loop: JaxprEqn) -> int | None:
+    """Rows of the slice that a turn of the loop updates."""
+    body = _open(loop.params["body_jaxpr"])
+    updates = [eqn.invars[1].aval.shape[0] for eqn in body.eqns if eqn.primitive.name == "dynamic_update_slice"]
+    return updates[0] if len(updates) == 1 else None
+
+
+def _expected_windows(rows: int, chance: float, sizes: Sequence[int], size: int) -> float:
+    """Expected windows of one size (see `plan_windows`) for a run of X ~ Binomial(rows, chance) rows."""
+    step, longest = sizes[0], sizes[-1]
     n = np.arange(rows + 1)
+    windows = (-(-(n % longest) // step) * step == size) + (n // longest if size == longest else 0)
+    if chance >= 1:
+        return float(windows[rows])
     log_factorial = np.concatenate([[0.0], np.cumsum(np.log(n[1:]))])
     log_p = (
         log_factorial[rows] - log_factorial - log_factorial[::-1] + n * np.log(chance) + (rows - n) * np.log1p(-chance)
     )
-    return float(np.sum(np.exp(log_p) * -(-n // block)))
+    return float(np.sum(np.exp(log_p) * windows))
 
 
 class _Body(NamedTuple):

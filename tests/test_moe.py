@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels_pallas.grouped_matmul import expert_mlp
-from kernels_pallas.grouped_matmul.plan import choose_block, plan_blocks
+from kernels_pallas.grouped_matmul.plan import choose_block, choose_windows, plan_blocks, plan_windows, window_places
+from kernels_pallas.matmul import linear, take_rows
 from mtpjax.cache import BLOCK
 from mtpjax.model import Expert, place
 from mtpjax.model.attention import attend, write_kv
@@ -181,6 +182,78 @@ def test_the_size_of_a_block_follows_the_mean_run():
     for rows in range(1, 5000, 37):
         block, mean = choose_block(rows, 8, 256), rows * 8 / 256
         assert block in (1, 2, 4, 8, 16, 32, 64) and (block >= mean or block == 64) and (block == 1 or block < 2 * mean)
+
+
+@cache
+def window_planner(experts: int, sizes: tuple[int, ...]):
+    return jax.jit(lambda chosen, live: plan_windows(chosen, live, experts, sizes))
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    st.sampled_from([(20, 1, 3), (20, 2, 9), (40, 2, 3), (1, 2, 4)]),
+    st.sampled_from([(1,), (4,), (2, 4, 6), (4, 8)]),
+    st.data(),
+)
+def test_the_plan_of_windows(shape, sizes, data):
+    rows, k, experts = shape
+    favourites = data.draw(st.permutations(range(experts)))  # so that some runs are longer than any window
+    chosen = np.array([data.draw(st.sampled_from([favourites, favourites[::-1]]))[:k] for _ in range(rows)], np.int32)
+    live = np.array(data.draw(st.lists(st.booleans(), min_size=rows, max_size=rows)))
+    plan = jax.tree.map(np.asarray, window_planner(experts, sizes)(chosen, live))
+    runs = np.bincount(chosen[live].ravel(), minlength=experts)
+    places = window_places(rows * k, experts, sizes)
+    assert len(plan.source) == places
+
+    step, longest = sizes[0], sizes[-1]
+    owner = np.full(places, -1)
+    for c, size in enumerate(sizes):
+        for w in range(plan.first[c], plan.first[c + 1]):
+            span = slice(plan.start[w], plan.start[w] + size)
+            assert plan.start[w] + size <= places and (owner[span] == -1).all()  # within the layout, and no two overlap
+            owner[span] = plan.expert[w]
+        rest = -(-(runs % longest) // step) * step == size
+        full = runs // longest if size == longest else 0
+        used = plan.expert[plan.first[c] : plan.first[c + 1]]
+        assert np.array_equal(np.bincount(used, minlength=experts), rest + full)
+    assert np.array_equal(owner[plan.place[live]], chosen[live])  # everyone in a window of the expert it chose
+    assert (plan.place[~live] == places).all()
+    alive = plan.place[live].ravel()
+    assert len(set(alive.tolist())) == len(alive)
+    assert np.array_equal(plan.source[alive], np.arange(rows * k).reshape(rows, k)[live].ravel())
+    assert (np.delete(plan.source, alive) == rows * k).all()
+
+
+def test_the_sizes_of_windows_follow_the_mean_run():
+    assert choose_windows(1, 8, 256) == (1,) and choose_windows(256, 8, 256) == (8,)
+    assert choose_windows(512, 8, 64) == (16, 32, 48, 64, 80, 96, 112, 128)
+    assert choose_windows(2048, 8, 64) == (64, 128, 192, 256, 320, 384, 448, 512)
+    for rows in range(300, 5000, 37):
+        sizes, mean = choose_windows(rows, 8, 256), rows * 8 / 256
+        assert sizes == (8,) or (sizes[0] >= 16 and sizes[-1] >= min(2 * mean, 512) and len(sizes) <= 8)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_row_has_the_same_bits_in_a_window_of_any_size(dtype):
+    """So a prompt's keys, values and states do not depend on what else is read beside it."""
+    rng = np.random.default_rng(3)
+    for outputs, inputs in ((512, 1024), (1024, 256), (384, 192), (192, 96)):
+        w, x = (jnp.asarray(rng.normal(size=shape), dtype) for shape in ((outputs, inputs), (512, inputs)))
+        of = jax.jit(linear)
+        want = of(x, w)
+        for rows in (16, 32, 48, 64, 96, 128, 192, 320, 448):
+            assert jnp.array_equal(of(x[:rows], w), want[:rows]), (outputs, inputs, rows)
+
+
+def test_embedding_rows_are_read_as_bits_and_have_their_gradient():
+    w = jnp.asarray(np.random.default_rng(0).normal(size=(640, 32)), jnp.bfloat16)
+    ids = jnp.array([[3, 3, 639], [0, 5, 3]])
+    take = jax.jit(lambda w: take_rows(w, ids, jnp.bfloat16))
+    assert jnp.array_equal(take(w), w[ids])
+    assert "f32[640,32]" not in take.lower(w).compile().as_text()  # converted whole, once a call
+    share = jnp.asarray(np.random.default_rng(1).normal(size=(2, 3, 32)), jnp.bfloat16)
+    got, want = (jax.grad(lambda w, f=f: jnp.sum(f(w) * share).astype(jnp.float32))(w) for f in (take, lambda w: w[ids]))
+    assert jnp.array_equal(got, want) and got[3].any()
 
 
 # Attention over the cache.

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Int
 
-
 WINDOW_STEP = 16  # rows
 LONGEST_WINDOW = 512  # rows; products of more are no faster
 

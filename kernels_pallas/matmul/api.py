@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int
@@ -67,4 +68,20 @@ def _packed(x: Array, w: QuantizedTensor | StackedTensor, out_dtype: jnp.dtype) 
 
 def take_rows(w: Array | QuantizedTensor, rows: Int[Array, "*B"], dtype: jnp.dtype) -> Float[Array, "*B D"]:
     """Rows of a weight `[O, D]` in `dtype`; of a packed one only these are dequantised. FP8 blocks are not supported."""
-    return w[rows].dequantize(dtype) if isinstance(w, QuantizedTensor) else w[rows].astype(dtype)
+    if isinstance(w, QuantizedTensor):
+        return w[rows].dequantize(dtype)
+    if w.dtype == jnp.bfloat16 and target() == "cpu":
+        return _take_bits(w, rows).astype(dtype)
+    return w[rows].astype(dtype)
+
+
+@jax.custom_vjp
+def _take_bits(w: Float[Array, "O D"], rows: Int[Array, "*B"]) -> Float[Array, "*B D"]:
+    """`w[rows]` by way of integers: of bfloat16, XLA's CPU backend would first convert the whole weight to float32."""
+    return lax.bitcast_convert_type(lax.bitcast_convert_type(w, jnp.uint16)[rows], w.dtype)
+
+
+_take_bits.defvjp(
+    lambda w, rows: (_take_bits(w, rows), (w, rows)),
+    lambda saved, grad: jax.vjp(lambda w: w[saved[1]], saved[0])[1](grad) + (None,),
+)
