@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ def whole_layer(
     return model.head(rows.take(hidden)), model.mtp_head(rows.take(drafted)), drafted, cache
 
 
+@lru_cache(maxsize=4)  # the chunks of a prompt have few programs
 def trace(
     cfg: ModelConfig,
     variant: str,
@@ -87,9 +88,11 @@ def flops(
     context: int,
     stack: int,
     mtp_rows: int | None = None,
+    max_len: int = 0,
 ) -> Flops:
-    """Operations of one chunk that ends at `context` committed tokens."""
-    program = trace(cfg, variant, rows, chunk=chunk, slots=slots_for(context, 1), stack=stack, mtp_rows=mtp_rows).jaxpr
+    """Operations of one chunk that ends at `context` committed tokens, in a cache that holds `max_len` if these are more."""
+    slots = slots_for(max(context, max_len), 1)
+    program = trace(cfg, variant, rows, chunk=chunk, slots=slots, stack=stack, mtp_rows=mtp_rows).jaxpr
     kept = max(rows.reach(chunk), mtp_rows or 0 if variant == "sync" else 0)
     return count_flops(program, expected_trips(cfg, rows=chunk, context=context, kept=kept))
 
@@ -100,7 +103,7 @@ def prompt_flops(cfg: ModelConfig, *, prompt: int, chunk: int, stack: int, mtp_p
     off = on = 0.0
     for end in range(chunk, prompt + 1, chunk):
         tapped = None if mtp_prompt is None else max(0, min(mtp_prompt - (prompt - end), chunk))
-        count = partial(flops, cfg, rows=OutputRows.none(), chunk=chunk, context=end, stack=stack)
+        count = partial(flops, cfg, rows=OutputRows.none(), chunk=chunk, context=end, stack=stack, max_len=prompt)
         off += count("off").total
         on += count("sync", mtp_rows=tapped).total
     return off, on
