@@ -16,6 +16,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
 from kernels_pallas.matmul import linear
+from kernels_pallas.target import target
 from mtpjax.cache import Cache, Pending
 from mtpjax.config import ModelConfig
 from mtpjax.model.norm import gated_rms_norm, l2_norm
@@ -132,11 +133,24 @@ def fold(
     counted = (jnp.arange(decay.shape[2]) < accepted[:, None])[None, :, :, None]
     weight = jnp.where(counted, jnp.exp(jnp.where(counted, last - decay, 0.0)), 0.0)  # [L, B, W, M]
     keep = jnp.where(accepted[:, None] > 0, jnp.exp(last[:, :, 0]), 1.0)  # [L, B, M]
-    state = state * keep[..., None, None]
-    for i in range(decay.shape[2]):
-        key = jnp.repeat(k[:, :, i], ratio, axis=2)
-        state = state + key[..., :, None] * (d[:, :, i] * weight[:, :, i, :, None])[..., None, :]
-    return state
+    rows = (keep, jnp.repeat(k, ratio, axis=3), d * weight[..., None])
+
+    def add(state: Array, keep: Array, keys: Array, d: Array) -> Array:
+        state = state * keep[..., None, None]
+        for i in range(keys.shape[-3]):
+            state = state + keys[..., i, :, :, None] * d[..., i, :, None, :]
+        return state
+
+    if decay.shape[2] > 1 or target() != "cpu":
+        return add(state, *rows)
+
+    # Of a single row, XLA's CPU backend would fuse all that k and d are made from into the pass, to compute it anew for every
+    # element of the state. What the turns of a loop read is there before it.
+    def layer(i: Array, state: Array) -> Array:
+        new = add(*(lax.dynamic_index_in_dim(a, i, keepdims=False) for a in (state, *rows)))
+        return lax.dynamic_update_index_in_dim(state, new, i, 0)
+
+    return lax.fori_loop(0, state.shape[0], layer, state)
 
 
 def commit(cache: Cache, pending: Pending, accepted: Int[Array, " B"]) -> Cache:
