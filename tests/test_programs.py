@@ -17,7 +17,7 @@ from kernels_pallas.grouped_matmul.plan import choose_windows, plan_windows, win
 from mtpjax.cache import BLOCK, new_cache, slots_for
 from mtpjax.config import FULL, LINEAR, PRESETS, ModelConfig
 from mtpjax.engine import BUCKETS
-from mtpjax.model import abstract_model, place
+from mtpjax.model import abstract_model, commit, place
 from mtpjax.programs import Held, arrays, count_flops, expected_trips, inputs_read
 from mtpjax.rows import OutputRows
 from mtpjax.steps import prefill
@@ -322,6 +322,24 @@ def test_dead_values_of_loops_are_not_read():
 
     assert wanted("first") == [True, True, True, False]
     assert wanted("both") == [True, False, False, True]
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_committed_row_is_not_computed_anew_for_every_element_of_the_state(rows):
+    """What a compiler fuses into the pass over the state is computed once an element: operands of it, no more."""
+    cfg = replace(MOE, layers=6, mtp_layers=0)
+    graph, params = nnx.split(abstract_model(cfg))
+
+    def step(params, tokens, cache):
+        where = place(cfg, cache.length, rows, jnp.zeros(1, jnp.int32), slots=cache.slots)
+        _, cache, pending = nnx.merge(graph, params).trunk_pending(tokens, cache, where)
+        return commit(cache, pending, jnp.ones(1, jnp.int32))
+
+    cache = jax.eval_shape(lambda: new_cache(cfg, 1, BLOCK))
+    text = jax.jit(step).lower(params, shape(1, rows, dtype=jnp.int32), cache).compile().as_text()
+    of = ",".join(map(str, cache.state.shape))
+    passes = re.findall(rf"= f32\[{of}\]\S* fusion\(([^)]*)\)", text)
+    assert passes and max(operands.count("%") for operands in passes) <= 4 + 2 * rows
 
 
 # The loops whose number of turns is known only when they run

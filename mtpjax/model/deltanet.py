@@ -126,7 +126,7 @@ def fold(
     """State after the first `accepted` rows of a window: `exp(G_n) S + sum_{i<=n} exp(G_n - G_i) k_i d_i^T`.
 
     The d of a row does not depend on later rows, so this equals stepping through them. Zero rows: the state, unchanged.
-    All layers at once and without a product the size of the state in between: one pass that reads and writes it.
+    Without a product the size of the state in between: one pass that reads and writes it.
     """
     ratio = state.shape[2] // k.shape[3]
     last = jnp.take_along_axis(decay, jnp.maximum(accepted - 1, 0)[None, :, None, None], axis=2)  # [L, B, 1, M]
