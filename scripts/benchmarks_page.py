@@ -22,12 +22,11 @@ EXPERIMENTS = {
     "hidden_state": (
         "What the MTP head is fed",
         "Hidden states after or before the norms; paired with the following token or one off; with keys and values of the whole "
-        "prompt, of its last rows, or of none of it (what an engine does that lets the head begin with the first draft). Of the "
-        "model embedded before the present one (four layers).",
+        "prompt, of its last rows, or of none of it (what an engine does that lets the head begin with the first draft).",
     ),
     "draft_length": (
         "Draft length, temperature and domain",
-        "Real acceptance and decode speed of the model embedded before the present one (four layers).",
+        "Real acceptance and decode speed of the embedded model, batch 1.",
     ),
     "cost_model": (
         "Cost of a round",
@@ -37,8 +36,7 @@ EXPERIMENTS = {
     ),
     "quantisation": (
         "Quantisation",
-        "Bytes, bits a byte, acceptance and decode speed by weight type; weights stay packed in memory. Of the model embedded "
-        "before the present one (four layers).",
+        "Bytes, bits a byte, acceptance and decode speed by weight type; weights stay packed in memory.",
     ),
 }
 
