@@ -32,6 +32,8 @@ from mtpjax.engine import Engine  # noqa: E402
 from mtpjax.model import abstract_model  # noqa: E402
 from mtpjax.weights import LoadedModel, fill, load_model  # noqa: E402
 
+cpu_only = pytest.mark.skipif(jax.default_backend() != "cpu", reason="about XLA's CPU backend")
+
 GOLDEN = Path(__file__).parent / "golden"
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import numpy_model, tiny_config
+from conftest import cpu_only, numpy_model, tiny_config
 from flax import nnx
 
 from kernels_pallas.grouped_matmul import expert_mlp
@@ -16,7 +16,6 @@ from mtpjax.model import abstract_model
 from mtpjax.weights import LoadedModel
 
 EXPERTS, CHOSEN, SIZE, HIDDEN, ROWS = 8, 2, 24, 40, 56
-cpu_only = pytest.mark.skipif(jax.default_backend() != "cpu", reason="about XLA's CPU backend")
 
 
 def arguments(rows: int = ROWS):  # type: ignore[no-untyped-def]

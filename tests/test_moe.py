@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import numpy_model, tiny_config
+from conftest import cpu_only, numpy_model, tiny_config
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -233,6 +233,7 @@ def test_the_sizes_of_windows_follow_the_mean_run():
         assert sizes == (8,) or (sizes[0] >= 16 and sizes[-1] >= min(2 * mean, 512) and len(sizes) <= 8)
 
 
+@cpu_only
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_row_has_the_same_bits_in_a_window_of_any_size(dtype):
     """So a prompt's keys, values and states do not depend on what else is read beside it."""
@@ -245,6 +246,7 @@ def test_a_row_has_the_same_bits_in_a_window_of_any_size(dtype):
             assert jnp.array_equal(of(x[:rows], w), want[:rows]), (outputs, inputs, rows)
 
 
+@cpu_only
 def test_embedding_rows_are_read_as_bits_and_have_their_gradient():
     w = jnp.asarray(np.random.default_rng(0).normal(size=(640, 32)), jnp.bfloat16)
     ids = jnp.array([[3, 3, 639], [0, 5, 3]])

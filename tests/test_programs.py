@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import cpu_only
 from flax import nnx
 from jax import lax
 from jax.extend.core import Jaxpr, Literal
@@ -324,6 +325,7 @@ def test_dead_values_of_loops_are_not_read():
     assert wanted("both") == [True, False, False, True]
 
 
+@cpu_only
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_committed_row_is_not_computed_anew_for_every_element_of_the_state(rows):
     """What a compiler fuses into the pass over the state is computed once an element: operands of it, no more."""
