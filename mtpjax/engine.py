@@ -19,7 +19,7 @@ from jax import Array
 from kernels_pallas.target import compile_options
 from mtpjax.acceptance import Acceptance, real_acceptance
 from mtpjax.cache import Cache, new_cache, slots_for
-from mtpjax.loading import as_bits
+from mtpjax.loading import suited
 from mtpjax.rows import NO_ROWS, OutputRows
 from mtpjax.sampling import STOPS, Requests
 from mtpjax.speculative import Drafter, LoopState, decode, mtp_drafter
@@ -101,7 +101,7 @@ class Engine:
         drafter: Drafter = mtp_drafter,
         accept: Acceptance = real_acceptance,
     ):
-        self.model, self.draft, self.max_len, self.vocab = as_bits(model), draft, max_len, vocab
+        self.model, self.draft, self.max_len, self.vocab = suited(model), draft, max_len, vocab
         self.compute_dtype = nnx.merge(model.graph, model.params).compute_dtype
         self.slots, self.mtp_prompt = slots_for(max_len, draft + 1), mtp_prompt
         self.cache_dtype, self.rounds, self.drafter, self.accept = cache_dtype, rounds, drafter, accept

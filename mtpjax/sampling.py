@@ -14,6 +14,8 @@ from flax import struct
 from jax import Array, lax
 from jaxtyping import Float, Int, UInt32
 
+from kernels_pallas.target import target
+
 STOPS = 8  # stop tokens a request can have
 
 
@@ -47,14 +49,24 @@ def choose(
         def row(at: tuple[Array, Array]) -> Array:
             row_logits, row_positions = at
             noise = jax.vmap(gumbel_noise, (0, 0, None))(requests.seed, row_positions, logits.shape[-1])
-            return jnp.argmax(row_logits + requests.temperature[:, None] * noise, axis=-1)
+            return best(row_logits + requests.temperature[:, None] * noise)
 
         return lax.map(row, (logits.swapaxes(0, 1), positions.T)).T
 
-    def greedy(logits: Array) -> Array:
-        return jnp.argmax(logits, axis=-1)
+    return lax.cond(jnp.any(requests.temperature > 0), sampled, best, logits).astype(jnp.int32)
 
-    return lax.cond(jnp.any(requests.temperature > 0), sampled, greedy, logits).astype(jnp.int32)
+
+def best(logits: Float[Array, "*rows V"]) -> Int[Array, "*rows"]:
+    """`argmax` over the last axis, the first of equal ones.
+
+    On a CPU as the largest value and then the first place that has it, each of them a reduction that XLA vectorises, as it
+    does not that of pairs of value and place.
+    """
+    if target() != "cpu":
+        return jnp.argmax(logits, axis=-1)
+    largest = jnp.max(logits, axis=-1, keepdims=True)
+    last = logits.shape[-1] - 1
+    return jnp.min(jnp.where(logits >= largest, jnp.arange(last + 1), last), axis=-1)
 
 
 def agreeing(drafts: Int[Array, "B k"], tokens: Int[Array, "B W"]) -> Int[Array, " B"]:

@@ -11,7 +11,7 @@ from flax import nnx
 
 from kernels_pallas.grouped_matmul import expert_mlp
 from mtpjax import LLM, SamplingParams
-from mtpjax.loading import as_bits, cache_dtype
+from mtpjax.loading import cache_dtype, suited
 from mtpjax.model import abstract_model
 from mtpjax.weights import LoadedModel
 
@@ -66,9 +66,10 @@ def test_experts_as_bits_are_never_converted_whole() -> None:
 
 
 @cpu_only
-def test_the_engine_holds_experts_as_bits_without_a_copy() -> None:
+def test_the_engine_holds_experts_as_bits_without_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mtpjax.loading.SMALL_WEIGHT", 0)
     model = bfloat16(numpy_model(tiny_config(moe=True, repeats=1)))
-    held = as_bits(model)
+    held = suited(model)
     stacks = [leaf for leaf in jax.tree.leaves(held.params) if leaf.dtype == jnp.uint16]
     layers = model.cfg.layers + model.cfg.mtp_layers
     assert len(stacks) == 2 * layers and all(leaf.ndim == 4 for leaf in stacks)

@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels_pallas.grouped_matmul import expert_mlp
+from kernels_pallas.grouped_matmul.api import ALL_EXPERTS_ROWS
 from kernels_pallas.grouped_matmul.plan import choose_block, choose_windows, plan_blocks, plan_windows, window_places
 from kernels_pallas.matmul import linear, take_rows
+from kernels_pallas.turned import ExpertsAbreast, TurnedTensor
 from mtpjax.cache import BLOCK
 from mtpjax.model import Expert, place
 from mtpjax.model.attention import attend, write_kv
@@ -97,6 +99,29 @@ def test_dead_rows_give_zero_and_touch_no_other(rows):
     nobody = routed(x, *weights(), np.int32(1), chosen, share, np.zeros(rows, bool))
     assert not np.asarray(nobody).any()
     assert plan_blocks(jnp.asarray(chosen), jnp.zeros(rows, bool), EXPERTS, 4).count == 0
+
+
+def abreast() -> tuple[ExpertsAbreast, TurnedTensor]:
+    up, down = weights()
+    return ExpertsAbreast(jnp.asarray(up.transpose(0, 3, 1, 2))), TurnedTensor(jnp.asarray(down.swapaxes(2, 3)))
+
+
+@cpu_only
+@pytest.mark.parametrize("rows", [1, 2, 5, 64, 65])
+def test_experts_that_lie_abreast_give_the_same(rows):
+    """By windows or all at once; a dead row is zero, and an expert that nobody chose is not heard even where it overflows."""
+    x, chosen, share = route(rows)
+    live = np.arange(rows) != 1
+    stacks = abreast()
+    got = np.asarray(routed(x, *stacks, np.int32(1), chosen, share, live))
+    assert np.abs(got - dense(x, 1, chosen, share, live)).max() <= 5e-6 and (rows == 1 or not got[1].any())
+    products = str(jax.make_jaxpr(expert_mlp)(x, *stacks, np.int32(1), chosen, share, live)).count("dot_general")
+    loops = str(jax.make_jaxpr(expert_mlp)(x, *stacks, np.int32(1), chosen, share, live)).count("while[")
+    assert (products == 2 and not loops) if rows in ALL_EXPERTS_ROWS else loops
+    lonely = np.broadcast_to(np.arange(CHOSEN, dtype=np.int32), chosen.shape)
+    broken = ExpertsAbreast(stacks[0].array.at[1, :, CHOSEN:].set(np.inf))
+    again = np.asarray(routed(x, broken, stacks[1], np.int32(1), lonely, share, live))
+    np.testing.assert_array_equal(again, routed(x, *stacks, np.int32(1), lonely, share, live))
 
 
 def test_a_row_does_not_depend_on_the_order_of_the_others():

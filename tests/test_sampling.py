@@ -11,7 +11,7 @@ from mtpjax import acceptance, sampling
 from mtpjax.config import FULL, LINEAR
 from mtpjax.engine import Request
 from mtpjax.rows import OutputRows
-from mtpjax.sampling import STOPS, Requests, agreeing, choose, emitted, gumbel_noise
+from mtpjax.sampling import STOPS, Requests, agreeing, best, choose, emitted, gumbel_noise
 from mtpjax.speculative import mtp_drafter
 
 TEMPERATURE = 0.8
@@ -115,6 +115,13 @@ def test_each_request_has_its_own_temperature():
     want, got = (np.asarray(choose(logits, at, r, len(LOGITS)))[:, 0] for r in (hot, mixed))
     assert np.array_equal(got[::2], want[::2])
     assert (got[1::2] == LOGITS.argmax()).all() and len(set(got[::2].tolist())) > 5
+
+
+def test_the_best_is_the_first_of_the_largest():
+    rng = np.random.default_rng(0)
+    logits = rng.integers(0, 5, (50, 3, 12)).astype(np.float32)  # full of ties
+    logits[0], logits[1, :, :6] = -np.inf, -np.inf
+    assert np.array_equal(jax.jit(best)(logits), logits.argmax(-1))
 
 
 def test_ids_beyond_the_vocabulary_are_never_chosen():

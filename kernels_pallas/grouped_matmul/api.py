@@ -12,9 +12,12 @@ from jaxtyping import Bool, Float, Int
 
 from kernels_pallas.grouped_matmul import triton
 from kernels_pallas.grouped_matmul.plan import choose_windows, plan_windows
-from kernels_pallas.grouped_matmul.reference import window_mlp
+from kernels_pallas.grouped_matmul.reference import Experts, all_experts_mlp, window_mlp
 from kernels_pallas.quantized import QuantizedTensor
 from kernels_pallas.target import target
+from kernels_pallas.turned import ExpertsAbreast, TurnedTensor
+
+ALL_EXPERTS_ROWS = range(2, 65)  # for which small experts are all multiplied: one row reads too few, more want windows
 
 # Platform -> kernels with the signature of `expert_mlp`. Elsewhere: `lax`.
 KERNELS: dict[str, Callable[..., Array]] = {"cuda": triton.grouped_mlp}
@@ -22,8 +25,8 @@ KERNELS: dict[str, Callable[..., Array]] = {"cuda": triton.grouped_mlp}
 
 def expert_mlp(
     x: Float[Array, "N D"],
-    gate_up: Array | QuantizedTensor,
-    down: Array | QuantizedTensor,
+    gate_up: Experts,
+    down: Experts,
     layer: Int[Array, ""],
     chosen: Int[Array, "N K"],
     weights: Float[Array, "N K"],
@@ -33,10 +36,14 @@ def expert_mlp(
 
     The stacks are `[P, E, 2 I, D]` (gate rows, then up rows) and `[P, E, D, I]`, plain or packed. Only chosen experts
     are read, no row is dropped, and a row's result does not depend on the order of the others. Dead rows cost nothing
-    and give zero. The routing weight is applied after the down projection, in float32.
+    and give zero. The routing weight is applied after the down projection, in float32. Small experts that lie abreast
+    are all read by a few rows, and the routing weight is applied before the down projection.
     """
     kernel = KERNELS.get(target())
     if kernel is None:
+        if isinstance(gate_up, ExpertsAbreast) and isinstance(down, TurnedTensor) and x.shape[0] in ALL_EXPERTS_ROWS:
+            mine = (chosen[..., None] == jnp.arange(gate_up.shape[1])) & live[:, None, None]
+            return all_experts_mlp(x, gate_up, down, layer, jnp.sum(jnp.where(mine, weights[..., None], 0), axis=1))
         return _windows(x, gate_up, down, layer, chosen, weights, live)
     if isinstance(gate_up, QuantizedTensor) or isinstance(down, QuantizedTensor):
         return kernel(x, gate_up, down, layer, chosen, weights, live)
@@ -45,8 +52,8 @@ def expert_mlp(
 
 def _windows(
     x: Array,
-    gate_up: Array | QuantizedTensor,
-    down: Array | QuantizedTensor,
+    gate_up: Experts,
+    down: Experts,
     layer: Array,
     chosen: Array,
     weights: Array,

@@ -18,6 +18,9 @@ from jaxtyping import Float, Int
 
 from kernels_pallas.matmul import linear
 from kernels_pallas.quantized import QuantizedTensor
+from kernels_pallas.turned import ExpertsAbreast, TurnedTensor
+
+Experts = Array | QuantizedTensor | TurnedTensor | ExpertsAbreast
 
 
 def _reread(x: Array, dtype: jnp.dtype) -> Array:
@@ -25,23 +28,30 @@ def _reread(x: Array, dtype: jnp.dtype) -> Array:
     return x if x.dtype == dtype else lax.bitcast_convert_type(x, dtype)
 
 
-def _expert(
-    stack: Array | QuantizedTensor, layer: Array, expert: Array, dtype: jnp.dtype = jnp.float32
-) -> Float[Array, "O D"]:
-    """One expert's matrix, in `dtype` if it is packed. A uint16 stack holds the bit patterns of bfloat16 (see
-    `mtpjax.loading.as_bits`)."""
+def _expert(stack: Any, layer: Array, expert: Array, dtype: jnp.dtype = jnp.float32) -> Any:
+    """One expert's matrix `[O, D]`, in `dtype` if it is packed. A uint16 stack holds the bit patterns of bfloat16 (see
+    `mtpjax.loading.suited`)."""
     if isinstance(stack, QuantizedTensor):
         return jax.tree.map(lambda part: _expert(part, layer, expert), stack).dequantize(dtype)
+    if isinstance(stack, TurnedTensor):
+        return TurnedTensor(_expert(_bits(stack.array), layer, expert))
+    if isinstance(stack, ExpertsAbreast):
+        return TurnedTensor(_expert(jnp.swapaxes(_bits(stack.array), 1, 2), layer, expert))
     at = (layer, expert, 0, 0)
     w = lax.dynamic_slice(stack, at, (1, 1, *stack.shape[2:])).reshape(stack.shape[2:])
     return _reread(w, jnp.bfloat16) if w.dtype == jnp.uint16 else w
+
+
+def _bits(stack: Array) -> Array:
+    """bfloat16 as uint16: a CPU would slice it by converting all of it."""
+    return _reread(stack, jnp.uint16) if stack.dtype == jnp.bfloat16 else stack
 
 
 def _rows(x: Array, start: Array, size: int) -> Array:
     return lax.dynamic_slice(x, (start, 0), (size, x.shape[1]))
 
 
-def _swiglu(hidden: Float[Array, "rows 2I"]) -> Float[Array, "rows I"]:
+def _swiglu(hidden: Float[Array, "*rows 2I"]) -> Float[Array, "*rows I"]:
     gate, up = jnp.split(hidden.astype(jnp.float32), 2, axis=-1)
     return (jax.nn.silu(gate) * up).astype(hidden.dtype)
 
@@ -49,8 +59,8 @@ def _swiglu(hidden: Float[Array, "rows 2I"]) -> Float[Array, "rows I"]:
 @partial(jax.custom_vjp, nondiff_argnums=(7,))
 def window_mlp(
     x: Float[Array, "Z D"],
-    gate_up: Array | QuantizedTensor,
-    down: Array | QuantizedTensor,
+    gate_up: Experts,
+    down: Experts,
     layer: Int[Array, ""],
     expert: Int[Array, " W"],
     start: Int[Array, " W"],
@@ -69,6 +79,28 @@ def window_mlp(
         return lax.dynamic_update_slice(rows, _reread(y, store), (start[i], 0))
 
     return _reread(_each_window(turn, first, sizes, _reread(x, store)), x.dtype)
+
+
+def all_experts_mlp(
+    x: Float[Array, "N D"],
+    gate_up: ExpertsAbreast,
+    down: TurnedTensor,
+    layer: Int[Array, ""],
+    share: Float[Array, "N E"],
+) -> Float[Array, "N D"]:
+    """Sum over e of `share[n, e] * mlp_e(x[n])`: every expert for every row, as two products.
+
+    For few rows of small experts, where choosing one costs more than multiplying all.
+    """
+    inputs, experts, wide = gate_up.array.shape[1:]
+
+    def of_layer(stack: Array) -> Array:
+        return stack[0] if stack.shape[0] == 1 else lax.dynamic_index_in_dim(stack, layer, keepdims=False)
+
+    joined = TurnedTensor(of_layer(gate_up.array).reshape(inputs, experts * wide))
+    act = _swiglu(linear(x, joined, out_dtype=jnp.float32).reshape(-1, experts, wide))
+    act = jnp.where(share[..., None] > 0, act * share[..., None], 0)  # not chosen: zero even where the product is not finite
+    return linear(act.astype(x.dtype).reshape(x.shape[0], -1), TurnedTensor(of_layer(down.array).reshape(-1, inputs)))
 
 
 def _each_window(turn: Callable[[int, Array, Any], Any], first: Array, sizes: tuple[int, ...], carry: Any) -> Any:

@@ -3,35 +3,37 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jaxtyping import Float, Int
 
 from kernels_pallas.matmul import triton
-from kernels_pallas.matmul.reference import dot_last
+from kernels_pallas.matmul.reference import dot_first, dot_last
 from kernels_pallas.quantized import QuantizedTensor
 from kernels_pallas.stacked import StackedTensor
 from kernels_pallas.target import target
-
-# On a CPU, up to so many float32 rows are multiplied one by one with a weight of at most so many bytes, which stays in the
-# core's own cache: XLA hands two rows or more to a pool of threads, and the hand-over costs more than the product.
-FEW_ROWS, SMALL_WEIGHT = 9, 1 << 20
+from kernels_pallas.turned import TurnedTensor
 
 # Platform -> kernel for packed weights, (rows [M, D], weight, layer | None, out_dtype=) -> [M, O]. Elsewhere: `lax`.
 KERNELS: dict[str, Callable[..., Array]] = {"cuda": triton.matmul}
 
 
 def linear(
-    x: Float[Array, "*rows D"], w: Array | QuantizedTensor | StackedTensor, *, out_dtype: jnp.dtype | None = None
+    x: Float[Array, "*rows D"],
+    w: Array | QuantizedTensor | StackedTensor | TurnedTensor,
+    *,
+    out_dtype: jnp.dtype | None = None,
 ) -> Array:
     """`x @ w.T`, accumulated in float32.
 
     Args:
         x: rows, in the compute dtype.
-        w: weight as published, `[out, in]`, in any float dtype or packed; read in the dtype of `x`.
+        w: weight `[out, in]` in any float dtype, turned or packed; read in the dtype of `x`.
         out_dtype: dtype of the result; that of `x` unless told.
 
     Returns:
@@ -39,21 +41,31 @@ def linear(
     """
     if isinstance(w, QuantizedTensor | StackedTensor):
         return _packed(x, w, out_dtype or x.dtype)
-    w = w.astype(x.dtype)
+    # float32 rows ask for float32 products: a GPU would otherwise round the operands to TF32.
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     rows = math.prod(x.shape[:-1])
-    if x.dtype == jnp.bfloat16 and rows == 1 and target() == "cpu":
+    alone = x.dtype == jnp.bfloat16 and rows == 1 and target() == "cpu"
+    if alone:
         # For a single bfloat16 row XLA's CPU backend first converts the whole weight to float32, twenty times the cost
         # of the product; for two rows it multiplies bfloat16 as it is.
-        two = jnp.concatenate([x.reshape(1, -1), jnp.zeros((1, x.shape[-1]), x.dtype)])
-        y = dot_last(two, w)[:1].reshape(*x.shape[:-1], w.shape[0])
-    elif x.dtype == jnp.float32 and 1 < rows <= FEW_ROWS and w.size * 4 <= SMALL_WEIGHT and target() == "cpu":
-        each = x.reshape(rows, 1, -1)
-        y = jnp.concatenate([dot_last(each[i], w, lax.Precision.HIGHEST) for i in range(rows)])
-        y = y.reshape(*x.shape[:-1], w.shape[0])
+        given, x = x, jnp.concatenate([x.reshape(1, -1), jnp.zeros((1, x.shape[-1]), x.dtype)])
+    if isinstance(w, TurnedTensor):
+        y = dot_first(x, w.array.astype(x.dtype), precision)
     else:
-        # float32 rows ask for float32 products: a GPU would otherwise round the operands to TF32.
-        y = dot_last(x, w, lax.Precision.HIGHEST if x.dtype == jnp.float32 else None)
+        y = dot_last(x, w.astype(x.dtype), precision)
+    if alone:
+        y = y[:1].reshape(*given.shape[:-1], y.shape[-1])
     return y.astype(out_dtype or x.dtype)
+
+
+def linears(x: Float[Array, "*rows D"], *weights: Any, out_dtypes: Sequence[jnp.dtype | None] | None = None) -> list[Array]:
+    """`linear` of the same rows with each weight, into its own dtype; one product if they lie side by side in the first."""
+    dtypes = out_dtypes or [None] * len(weights)
+    first = weights[0]
+    if not (isinstance(first, TurnedTensor) and first.parts):
+        return [linear(x, w, out_dtype=dtype) for w, dtype in zip(weights, dtypes, strict=True)]
+    each = jnp.split(linear(x, first, out_dtype=jnp.float32), np.cumsum(first.parts)[:-1].tolist(), axis=-1)
+    return [y.astype(dtype or x.dtype) for y, dtype in zip(each, dtypes, strict=True)]
 
 
 def _packed(x: Array, w: QuantizedTensor | StackedTensor, out_dtype: jnp.dtype) -> Array:

@@ -13,3 +13,11 @@ def dot_last(
     """Contract the last axis of both operands; float32 result."""
     contract = (((x.ndim - 1,), (w.ndim - 1,)), ((), ()))
     return lax.dot_general(x, w, contract, precision=precision, preferred_element_type=jnp.float32)
+
+
+def dot_first(
+    x: Float[Array, "*rows D"], w: Float[Array, "D O"], precision: lax.Precision | None = None
+) -> Float[Array, "*rows O"]:
+    """Contract the last axis of the rows with the first of the weight; float32 result."""
+    contract = (((x.ndim - 1,), (0,)), ((), ()))
+    return lax.dot_general(x, w, contract, precision=precision, preferred_element_type=jnp.float32)

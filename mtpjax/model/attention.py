@@ -13,7 +13,7 @@ from jax import Array, lax
 from jaxtyping import Float
 
 from kernels_pallas.attention import pick
-from kernels_pallas.matmul import linear
+from kernels_pallas.matmul import linear, linears
 from kernels_pallas.target import target
 from mtpjax.cache import BLOCK
 from mtpjax.config import ModelConfig
@@ -63,8 +63,9 @@ def attend(q: Float[Array, "B T Q H"], cache: KV, layer: Array | int, where: Pla
         k, v = (lax.dynamic_slice(c, at, (1, batch, kv_heads, BLOCK, size))[0].astype(q.dtype) for c in cache)
         seen = where.live[..., None] & (i * BLOCK + jnp.arange(BLOCK) <= where.positions[..., None])  # [B, T, S]
         seen = seen[:, None, None]
-        score = jnp.einsum("bngth,bnsh->bngts", q, k, precision=precision, preferred_element_type=jnp.float32)
-        score = jnp.where(seen, score, NEGATIVE)
+        # Keys first: a product whose second operand they are would begin with a transposed copy of them on a CPU.
+        score = jnp.einsum("bnsh,bngth->bnsgt", k, q, precision=precision, preferred_element_type=jnp.float32)
+        score = jnp.where(seen, jnp.moveaxis(score, 2, -1), NEGATIVE)
         new_top = jnp.maximum(top, jnp.max(score, axis=-1, keepdims=True))
         keep = jnp.exp(top - new_top)
         p = jnp.where(seen, jnp.exp(score - new_top), 0.0)
@@ -96,8 +97,9 @@ class Attention(nnx.Module):
     def keys_values(self, x: Float[Array, "B T D"], where: Placement) -> KV:
         """Keys (normed, turned) and values `[B, T, N, H]` of the rows: all that a prompt row must leave behind."""
         heads = (*x.shape[:2], self.cfg.kv_heads, self.cfg.head_dim)
-        k = rms_norm(linear(x, self.k[...]).reshape(heads), self.k_norm[...], self.cfg.norm_eps)
-        return rotate(k, where.turn), linear(x, self.v[...]).reshape(heads)
+        k, v = linears(x, self.k[...], self.v[...])
+        k = rms_norm(k.reshape(heads), self.k_norm[...], self.cfg.norm_eps)
+        return rotate(k, where.turn), v.reshape(heads)
 
     def __call__(
         self, x: Float[Array, "B T D"], cache: KV, layer: Array | int, where: Placement, keep: int

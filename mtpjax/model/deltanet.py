@@ -15,7 +15,7 @@ from flax import nnx
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
-from kernels_pallas.matmul import linear
+from kernels_pallas.matmul import linear, linears
 from kernels_pallas.target import target
 from mtpjax.cache import Cache, Pending
 from mtpjax.config import ModelConfig
@@ -194,18 +194,26 @@ class DeltaNet(nnx.Module):
         self.norm = new.vector(cfg.linear_v_dim)  # plain weight, not zero-centred
         self.out = new.matrix(cfg.hidden_size, cfg.value_size)
 
-    def _rows(self, x: Array, inputs: Float[Array, "B P+T C"], live: Bool[Array, "B T"]) -> Rows:
-        cfg, (batch, rows) = self.cfg, x.shape[:2]
+    def _rows(
+        self,
+        inputs: Float[Array, "B P+T C"],
+        b: Float[Array, "B T M"],
+        a: Float[Array, "B T M"],
+        live: Bool[Array, "B T"],
+        dtype: jnp.dtype,
+    ) -> Rows:
+        """What the recurrence reads: from the inputs of the convolution, rounded to `dtype` behind it, and the two gates."""
+        cfg, (batch, rows) = self.cfg, live.shape
         taps = self.conv[...].astype(jnp.float32)
         wide = inputs.astype(jnp.float32)
         u = sum(wide[:, i : i + rows] * taps[:, i] for i in range(cfg.conv_width))
-        u = jax.nn.silu(u).astype(x.dtype).astype(jnp.float32)
+        u = jax.nn.silu(u).astype(dtype).astype(jnp.float32)
         q, k, v = jnp.split(u, [cfg.key_size, 2 * cfg.key_size], axis=-1)
         keys = (batch, rows, cfg.linear_k_heads, cfg.linear_k_dim)
         some = live[..., None]
         k = jnp.where(some[..., None], l2_norm(k.reshape(keys)), 0.0)
-        beta = jax.nn.sigmoid(linear(x, self.in_b[...], out_dtype=jnp.float32))
-        step = jax.nn.softplus(linear(x, self.in_a[...], out_dtype=jnp.float32) + self.dt_bias[...])
+        beta = jax.nn.sigmoid(b)
+        step = jax.nn.softplus(a + self.dt_bias[...])
         return Rows(
             q=l2_norm(q.reshape(keys)) * cfg.linear_k_dim**-0.5,
             k=k,
@@ -220,8 +228,10 @@ class DeltaNet(nnx.Module):
         """Rows of one layer. They enter the state of the cache, or, given `pending`, wait there for `commit`."""
         cfg, rows = self.cfg, x.shape[1]
         before = cache.conv[layer]
-        inputs = conv_inputs(before, linear(x, self.in_qkv[...]).astype(before.dtype), where.pad, where.live)
-        given = self._rows(x, inputs, where.live)
+        weights = (w[...] for w in (self.in_qkv, self.in_z, self.in_b, self.in_a))
+        qkv, z, b, a = linears(x, *weights, out_dtypes=(None, None, jnp.float32, jnp.float32))
+        inputs = conv_inputs(before, qkv.astype(before.dtype), where.pad, where.live)
+        given = self._rows(inputs, b, a, where.live, x.dtype)
         chunk = min(CHUNK, rows)
         extra = -rows % chunk
         if extra:
@@ -238,6 +248,6 @@ class DeltaNet(nnx.Module):
                 d=pending.d.at[layer].set(d[:, :rows]),
                 decay=pending.decay.at[layer].set(decay[:, :rows]),
             )
-        z = linear(x, self.in_z[...]).reshape(*x.shape[:2], cfg.linear_v_heads, cfg.linear_v_dim)
+        z = z.reshape(*x.shape[:2], cfg.linear_v_heads, cfg.linear_v_dim)
         y = gated_rms_norm(o[:, :rows].astype(x.dtype), z, self.norm[...], cfg.norm_eps, cfg.z_gate)
         return linear(y.reshape(*x.shape[:2], -1), self.out[...]), cache, pending

@@ -9,7 +9,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Float
 
 from kernels_pallas.grouped_matmul import expert_mlp
-from kernels_pallas.matmul import linear
+from kernels_pallas.matmul import linear, linears
 from mtpjax.config import ModelConfig
 from mtpjax.model.params import Shapes
 
@@ -23,9 +23,11 @@ class Mlp(nnx.Module):
         self.down = new.matrix(cfg.hidden_size, size)
 
     def __call__(self, x: Float[Array, "B T D"], layer: Array | int = 0, live: Array | None = None) -> Array:
-        gate = linear(x, self.gate[...], out_dtype=jnp.float32)
-        up = linear(x, self.up[...], out_dtype=jnp.float32)
-        return linear((jax.nn.silu(gate) * up).astype(x.dtype), self.down[...])
+        return self.ending(*linears(x, self.gate[...], self.up[...], out_dtypes=[jnp.float32] * 2), x.dtype)
+
+    def ending(self, gate: Float[Array, "B T I"], up: Float[Array, "B T I"], dtype: jnp.dtype) -> Float[Array, "B T D"]:
+        """What follows the two projections, whose results are float32."""
+        return linear((jax.nn.silu(gate) * up).astype(dtype), self.down[...])
 
 
 class Moe(nnx.Module):
@@ -39,16 +41,16 @@ class Moe(nnx.Module):
         self.shared = Mlp(cfg, new, cfg.shared_expert_size)
         self.shared_gate = new.matrix(1, cfg.hidden_size)
 
-    def route(self, x: Float[Array, "N D"]) -> tuple[Array, Array, Array]:
+    def route(self, logits: Float[Array, "N E"]) -> tuple[Array, Array, Array]:
         """Weights and indices `[N, K]` of the chosen experts and all probabilities `[N, E]`, float32."""
-        p = jax.nn.softmax(linear(x, self.router[...], out_dtype=jnp.float32), axis=-1)
+        p = jax.nn.softmax(logits, axis=-1)
         weights, chosen = lax.top_k(p, self.cfg.experts_per_token)
         return weights / jnp.sum(weights, axis=-1, keepdims=True), chosen, p
 
     def __call__(self, x: Float[Array, "B T D"], layer: Array | int, live: Bool[Array, "B T"]) -> Array:
-        flat = x.reshape(-1, x.shape[-1])
-        weights, chosen, _ = self.route(flat)
-        index = jnp.asarray(layer, jnp.int32)
+        matrices = (w[...] for w in (self.router, self.shared_gate, self.shared.gate, self.shared.up))
+        logits, shared_gate, gate, up = linears(x, *matrices, out_dtypes=[jnp.float32] * 4)
+        weights, chosen, _ = self.route(logits.reshape(-1, self.cfg.experts))
+        flat, index = x.reshape(-1, x.shape[-1]), jnp.asarray(layer, jnp.int32)
         routed = expert_mlp(flat, self.gate_up[...], self.down[...], index, chosen, weights, live.reshape(-1))
-        gate = jax.nn.sigmoid(linear(x, self.shared_gate[...], out_dtype=jnp.float32)).astype(x.dtype)
-        return routed.reshape(x.shape) + gate * self.shared(x)
+        return routed.reshape(x.shape) + jax.nn.sigmoid(shared_gate).astype(x.dtype) * self.shared.ending(gate, up, x.dtype)

@@ -12,6 +12,10 @@ class Dense(nnx.Param):
     """A weight that is read whole by every row; sliced by layer when layers are scanned."""
 
 
+class Vector(nnx.Param):
+    """Norm weights, taps, decay rates: small, never packed nor turned."""
+
+
 class Expert(nnx.Param):
     """A stack `[layer, expert, ...]` of routed experts; always handed on whole, never sliced by layer."""
 
@@ -33,9 +37,9 @@ class Shapes:
         """A linear weight, `[out, in]` as published."""
         return Dense(jnp.zeros((*self._lead(), rows, columns), self.dtype))
 
-    def vector(self, *shape: int) -> Dense:
+    def vector(self, *shape: int) -> Vector:
         """Norm weights and the like: small, always float32."""
-        return Dense(jnp.zeros((*self._lead(), *shape), jnp.float32))
+        return Vector(jnp.zeros((*self._lead(), *shape), jnp.float32))
 
     def experts(self, experts: int, rows: int, columns: int) -> Expert:
         return Expert(jnp.zeros((self.stack or 1, experts, rows, columns), self.dtype))
