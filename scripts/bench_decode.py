@@ -2,12 +2,14 @@
 
     python scripts/bench_decode.py [--json FILE]
 
-Prompts are the embedded excerpts of held-out books, or windows of `--text`. Seconds are of decoding alone, compilation excluded.
+Prompts are the embedded excerpts of held-out books and requests for stories in chat (which the model ends itself), or windows
+of `--text`. Seconds are of decoding alone, compilation excluded.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -21,16 +23,23 @@ from results import describe, write_json
 from checkpoints import TINY
 from mtpjax import LLM, SamplingParams
 
+STORIES = (
+    "Tell me a story about a fox and a lantern.", "Tell me a story about a mouse.", "Write a short story about a bridge.",
+    "I would like to hear a story about a bear and someone who is afraid of the dark.",
+)  # fmt: skip
 
-def prompts_of(llm: LLM, text: list[str], count: int, length: int) -> list[list[int]]:
-    """`count` prompts: windows of `length` tokens spread evenly over the texts, or the embedded ones."""
+
+def prompts_of(llm: LLM, text: list[str], count: int, length: int) -> dict[str, list[list[int]]]:
+    """`count` prompts a domain: windows of `length` tokens spread evenly over the texts, or the embedded ones and stories."""
     assert llm.tokenizer is not None
     if not text:
         lines = (TINY / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
-        return [llm.tokenizer.encode(json.loads(line)["prompt"]) for line in lines][:count]
+        books = [llm.tokenizer.encode(json.loads(line)["prompt"]) for line in lines]
+        asked = [llm.tokenizer.encode(llm.chat_prompt([{"role": "user", "content": story}])) for story in STORIES]
+        return {"books": books[:count], "talk": asked[:count]}
     ids = [i for name in text for i in llm.tokenizer.encode(Path(name).read_text(encoding="utf-8"))]
     step = (len(ids) - length) // count
-    return [ids[i * step : i * step + length] for i in range(count)]
+    return {"text": [ids[i * step : i * step + length] for i in range(count)]}
 
 
 def run(llm: LLM, prompts: list[list[int]], batch: int, params: SamplingParams) -> dict[str, float]:
@@ -48,7 +57,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--model", default=str(TINY))
     parser.add_argument("--text", nargs="*", default=[], help="UTF-8 files to cut prompts from")
-    parser.add_argument("--drafts", type=int, nargs="+", default=[1, 2, 3, 4, 6, 8])
+    parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["bfloat16", "float32"])
+    parser.add_argument("--drafts", type=int, nargs="+", default=[1, 2, 3, 4, 6])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt cut from --text")
@@ -58,13 +68,11 @@ def main() -> None:
     parser.add_argument("--json", help="write the figures to this file")
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
-    for batch in args.batch:
-        sides = {
-            k: LLM(args.model, draft=k, dtype="float32", max_len=512, max_batch=batch) for k in (0, *args.drafts)
-        }
-        prompts = prompts_of(sides[0], args.text, args.prompts, args.prompt)
-        for temperature in args.temperature:
-            params = SamplingParams(max_tokens=args.new, temperature=temperature, ignore_eos=True)
+    for dtype, batch in itertools.product(args.dtype, args.batch):
+        sides = {k: LLM(args.model, draft=k, dtype=dtype, max_len=512, max_batch=batch) for k in (0, *args.drafts)}
+        domains = prompts_of(sides[0], args.text, args.prompts, args.prompt)
+        for (domain, prompts), temperature in itertools.product(domains.items(), args.temperature):
+            params = SamplingParams(max_tokens=args.new, temperature=temperature, ignore_eos=domain != "talk")
             found: dict[int, list[dict[str, float]]] = {k: [] for k in sides}
             for repeat in range(args.repeats + 1):
                 for k, llm in sides.items():
@@ -74,14 +82,14 @@ def main() -> None:
             for k, each in found.items():
                 ratios = [a["tokens_per_second"] / b["tokens_per_second"] for a, b in zip(each, found[0], strict=True)]
                 row = {
-                    "batch": batch, "temperature": temperature, "draft": k,
+                    "dtype": dtype, "batch": batch, "domain": domain, "temperature": temperature, "draft": k,
                     "tokens_per_second": statistics.median(e["tokens_per_second"] for e in each),
                     "tokens_per_round": each[0]["tokens_per_round"],
                     "ratio": statistics.median(ratios), "ratio_range": [min(ratios), max(ratios)],
                 }  # fmt: skip
                 rows.append(row)
                 print(
-                    f"batch {batch}  T {temperature:g}  draft {k}: {row['tokens_per_second']:8.1f} tokens/s, "
+                    f"{dtype}  batch {batch}  {domain}  T {temperature:g}  draft {k}: {row['tokens_per_second']:8.1f} tokens/s, "
                     f"{row['tokens_per_round']:.2f} tokens a round, {row['ratio']:.2f} x draft 0 "
                     f"({min(ratios):.2f} to {max(ratios):.2f})",
                     flush=True,
