@@ -19,11 +19,11 @@ from jax import Array
 from kernels_pallas.target import compile_options
 from mtpjax.acceptance import Acceptance, real_acceptance
 from mtpjax.cache import Cache, new_cache, slots_for
-from mtpjax.loading import suited
 from mtpjax.rows import NO_ROWS, OutputRows
 from mtpjax.sampling import STOPS, Requests
 from mtpjax.speculative import Drafter, LoopState, decode, mtp_drafter
 from mtpjax.steps import hidden_rows, prefill
+from mtpjax.suited import suited
 from mtpjax.weights import LoadedModel
 
 BUCKETS = (16, 64, 256, 512)  # rows of a prompt chunk

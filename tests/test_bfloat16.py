@@ -11,8 +11,9 @@ from flax import nnx
 
 from kernels_pallas.grouped_matmul import expert_mlp
 from mtpjax import LLM, SamplingParams
-from mtpjax.loading import cache_dtype, suited
+from mtpjax.loading import cache_dtype
 from mtpjax.model import abstract_model
+from mtpjax.suited import suited
 from mtpjax.weights import LoadedModel
 
 EXPERTS, CHOSEN, SIZE, HIDDEN, ROWS = 8, 2, 24, 40, 56
@@ -67,7 +68,7 @@ def test_experts_as_bits_are_never_converted_whole() -> None:
 
 @cpu_only
 def test_the_engine_holds_experts_as_bits_without_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mtpjax.loading.SMALL_WEIGHT", 0)
+    monkeypatch.setattr("mtpjax.suited.SMALL_WEIGHT", 0)
     model = bfloat16(numpy_model(tiny_config(moe=True, repeats=1)))
     held = suited(model)
     stacks = [leaf for leaf in jax.tree.leaves(held.params) if leaf.dtype == jnp.uint16]

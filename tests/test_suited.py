@@ -7,11 +7,10 @@ import pytest
 from conftest import cpu_only, make_engine, numpy_model, tiny_config
 
 from kernels_pallas.turned import Beside, ExpertsAbreast, TurnedTensor
-from mtpjax import loading
 from mtpjax.engine import Request
-from mtpjax.loading import SIDE_BY_SIDE, suited
 from mtpjax.model.params import Dense, Expert, Vector
 from mtpjax.rows import OutputRows
+from mtpjax.suited import SIDE_BY_SIDE, SMALL_WEIGHT, suited
 from mtpjax.weights import flat
 
 pytestmark = cpu_only
@@ -19,8 +18,8 @@ pytestmark = cpu_only
 
 @pytest.fixture
 def nothing_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "SMALL_WEIGHT", 0)
-    monkeypatch.setattr(loading, "SMALL_HEAD", 0)
+    monkeypatch.setattr("mtpjax.suited.SMALL_WEIGHT", 0)
+    monkeypatch.setattr("mtpjax.suited.SMALL_HEAD", 0)
 
 
 @pytest.mark.parametrize("moe", [False, True])
@@ -61,9 +60,9 @@ def test_the_logits_are_the_same(moe: bool, monkeypatch: pytest.MonkeyPatch) -> 
     model = numpy_model(tiny_config(moe=moe, tied_embeddings=True), scale=0.15)
     prompt = np.random.default_rng(3).integers(0, model.cfg.vocab_size, 75).tolist()
     found = []
-    for limit in (loading.SMALL_WEIGHT, 0):
-        monkeypatch.setattr(loading, "SMALL_WEIGHT", limit)
-        monkeypatch.setattr(loading, "SMALL_HEAD", limit)
+    for limit in (SMALL_WEIGHT, 0):
+        monkeypatch.setattr("mtpjax.suited.SMALL_WEIGHT", limit)
+        monkeypatch.setattr("mtpjax.suited.SMALL_HEAD", limit)
         engine = make_engine(model, draft=1, max_len=96)
         found.append(np.concatenate(engine.read([prompt], OutputRows.all(), keep=True)[2], axis=1)[0, -75:])
     assert np.abs(found[0] - found[1]).max() <= 2e-5 * np.abs(found[1]).max()

@@ -30,7 +30,7 @@ def _reread(x: Array, dtype: jnp.dtype) -> Array:
 
 def _expert(stack: Any, layer: Array, expert: Array, dtype: jnp.dtype = jnp.float32) -> Any:
     """One expert's matrix `[O, D]`, in `dtype` if it is packed. A uint16 stack holds the bit patterns of bfloat16 (see
-    `mtpjax.loading.suited`)."""
+    `mtpjax.suited`)."""
     if isinstance(stack, QuantizedTensor):
         return jax.tree.map(lambda part: _expert(part, layer, expert), stack).dequantize(dtype)
     if isinstance(stack, TurnedTensor):

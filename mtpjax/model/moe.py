@@ -23,7 +23,8 @@ class Mlp(nnx.Module):
         self.down = new.matrix(cfg.hidden_size, size)
 
     def __call__(self, x: Float[Array, "B T D"], layer: Array | int = 0, live: Array | None = None) -> Array:
-        return self.ending(*linears(x, self.gate[...], self.up[...], out_dtypes=[jnp.float32] * 2), x.dtype)
+        gate, up = linears(x, self.gate[...], self.up[...], out_dtypes=[jnp.float32] * 2)
+        return self.ending(gate, up, x.dtype)
 
     def ending(self, gate: Float[Array, "B T I"], up: Float[Array, "B T I"], dtype: jnp.dtype) -> Float[Array, "B T D"]:
         """What follows the two projections, whose results are float32."""
