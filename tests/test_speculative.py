@@ -276,7 +276,7 @@ def test_the_cache_after_forced_acceptance_is_that_of_reading_the_text():
     for name, behind in (("k", 0), ("v", 0), ("mtp_k", 1), ("mtp_v", 1)):  # the head's last pair awaits the next draft
         for slot, text in enumerate(texts):
             a, b = (np.asarray(getattr(c, name))[:, slot, :, : len(text) - behind] for c in (state.cache, fresh))
-            assert float(np.abs(a - b).max()) <= 2e-5, name
+            assert float(np.abs(a - b).max()) <= 1e-4, name  # rounding: few rows take all experts, many take windows
 
 
 def test_an_idle_slot_keeps_every_bit():
