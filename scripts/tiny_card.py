@@ -28,17 +28,24 @@ def quoted(text: str) -> str:
 
 def cost(spent: dict[str, Any]) -> str:
     """A paragraph for each run, from training.json."""
-    first = f"{cost(spent['start'])}\n\nThen, starting from those weights, their layers stacked: " if "start" in spent else ""
-    return first + one_run(spent)
+    if "start" not in spent:
+        return one_run(spent)
+    deeper = ", their layers stacked" if spent["layers"] > spent["start"]["layers"] else ""
+    weights = "those weights"
+    if "share" in spent:
+        weights = f"the weighted mean of those weights ({spent['share']:g}) and of those before ({1 - spent['share']:g})"
+    return f"{cost(spent['start'])}\n\nThen, starting from {weights}{deeper}: {one_run(spent)}"
 
 
 def one_run(spent: dict[str, Any]) -> str:
     passes, speed = spent["tokens"] / spent["training_tokens"], spent["tokens"] / spent["seconds"]
+    learnt = ", the trunk frozen, the MTP head alone" if spent["frozen_trunk"] else ""
+    text = "the text" + (f" (without {', '.join(spent['without'])})" if spent["without"] else "")
     weights = "the last ones" if spent["weights"] == "last" else f"their moving average ({spent['ema']:g})"
     return (
-        f"{spent['layers']} layers, {spent['done_steps']:,} steps of {spent['batch']} windows of {ROWS} tokens: "
+        f"{spent['layers']} layers{learnt}, {spent['done_steps']:,} steps of {spent['batch']} windows of {ROWS} tokens: "
         f"{spent['tokens']:,} tokens, "
-        f"{passes:.2f} passes over\nthe text, in {spent['seconds'] / 60:.0f} minutes on {spent['threads']} CPU cores "
+        f"{passes:.2f} passes over\n{text}, in {spent['seconds'] / 60:.0f} minutes by the clock on {spent['threads']} CPU cores "
         f"({speed:,.0f} tokens a second). Optimiser: {spent['optimizer']},\npeak rate {spent['rate']:g}, warm-up of "
         f"{spent['warm_up']} steps, then cosine; {spent['dtype']}; seed {spent['seed']}. Of the last weights and their\n"
         f"moving average, those with the lower loss on 32 held-out windows were kept: here {weights}."
@@ -83,8 +90,8 @@ def several_steps(pair: list[dict[str, Any]] | None) -> str:
     return f"""
 ### With and without the further MTP steps
 
-Two shorter runs, equal but for `--mtp-steps` ({t['done_steps']} steps of {t['batch']} windows each, seed {t['seed']}), on
-the held-out books:
+Two shorter runs, equal but for `--mtp-steps` ({t['layers']} layers, {t['done_steps']} steps of {t['batch']} windows each, seed
+{t['seed']}), on the held-out books:
 
 {table}
 """
@@ -141,7 +148,8 @@ repository; the conversations are made anew by `scripts/tiny_stories.py` from it
 * Books: {counts['books']} titles to train on; held out are {held}.
 * Python: {counts['python']} modules of the standard library ({data.LARGEST_MODULE:,} bytes at most); held out are
   {modules}.
-* Talk: {data.TALKS:,} conversations; held out are {data.HELD_OUT_TALKS} others, none of which occurs in training.
+* Talk: {data.TALKS:,} conversations; held out are {data.HELD_OUT_TALKS} others, none of which occurs in training. Small talk:
+  {data.SMALL_TALKS:,} short ones, of greetings, sums and small questions; of these none is held out.
 
 The demo prompts in `prompts.jsonl` are excerpts of the two held-out books, both in the public domain:
 
@@ -158,7 +166,7 @@ Books to train on, tokenizer included:
 
 {cost(spent)}
 
-![loss by step](loss.png)
+![loss by step, the runs one after the other](loss.png)
 
 The loss is the trunk's, plus {MTP_WEIGHTS[0]} times that of the MTP head, plus {further} times those of the head applied
 to its own output (each on half as many windows), plus {BALANCE_WEIGHT} times a load-balancing loss. The target of the head is the

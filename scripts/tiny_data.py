@@ -14,7 +14,7 @@ from typing import Any
 import jinja2
 import numpy as np
 from numpy.typing import NDArray
-from tiny_stories import talk
+from tiny_stories import chatter, talk
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 
 from mtpjax.text import byte_level_bpe
@@ -23,6 +23,7 @@ HELD_OUT = ("lewis-carroll_through-the-looking-glass", "l-frank-baum_the-road-to
 HELD_OUT_MODULES = ("csv", "fractions", "heapq", "shlex", "textwrap")
 LARGEST_MODULE = 40_000  # bytes
 TALKS, HELD_OUT_TALKS = 6_500, 300
+SMALL_TALK, SMALL_TALKS = "small talk", 5_000  # its name; conversations
 LICENCES = {
     "books": "public domain in the United States; editions of Standard Ebooks, CC0 1.0",
     "python": "PSF-2.0",
@@ -92,9 +93,11 @@ def read_talk() -> list[Document]:
     texts = [template.render(messages=talk(number)) for number in range(TALKS + 4 * HELD_OUT_TALKS)]
     training = texts[:TALKS]
     held_out = [text for text in dict.fromkeys(texts[TALKS:]) if text not in set(training)][:HELD_OUT_TALKS]
+    small = [template.render(messages=chatter(number)) for number in range(SMALL_TALKS)]
     return [
         Document("talk", "talk", END_OF_TEXT.join(training), "train"),
         Document("talk", "talk held out", END_OF_TEXT.join(held_out), "held-out"),
+        Document("talk", SMALL_TALK, END_OF_TEXT.join(small), "train"),
     ]
 
 

@@ -2,7 +2,8 @@
 
     python scripts/tiny_report.py --books DIR --model checkpoints/tiny [--without DIR --with DIR]
 
-`--with` and `--without` are two further runs, equal but for `--mtp-steps`, whose acceptance the card compares.
+`--with` and `--without` are two further runs, equal but for `--mtp-steps`, whose acceptance the card compares; without them
+it keeps the comparison of the report.json that is there.
 """
 
 from __future__ import annotations
@@ -135,6 +136,8 @@ def main(argv: list[str] | None = None) -> None:
             {"training": json.loads((f / "training.json").read_text()), **acceptance(loaded(f), windows)}
             for f in (args.single, args.several)
         ]
+    elif (old := args.model / "report.json").is_file() and "mtp_steps" in (kept := json.loads(old.read_text())):
+        report["mtp_steps"] = kept["mtp_steps"]
     parameters = sum(leaf.size for leaf in jax.tree.leaves(model.params))
     text = card(model.cfg, parameters, args.model, report, documents)
     (args.model / "README.md").write_text(text, encoding="utf-8")

@@ -11,7 +11,10 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
-COLUMNS = ("step", "tokens", "seconds", "rate", "lm", "mtp1", "mtp2", "mtp3", "mtp4", "balance", "held_out", "held_out_ema")
+COLUMNS = (
+    "stage", "step", "tokens", "seconds", "rate", "lm", "mtp1", "mtp2", "mtp3", "mtp4", "balance", "held_out", "held_out_ema",
+    "held_out_mtp", "held_out_mtp_ema",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,7 @@ class Plan:
     """How to train. `rate` is the peak of the learning rate, reached after `warm_up` steps; it falls as a cosine.
 
     `batch` windows a step are read `accumulate` times over smaller ones: the gradient is their mean, the memory that of one.
-    Either `steps` or `minutes` says when the run ends.
+    Either `steps` or `minutes` says when the run ends. With `frozen_trunk` the MTP head alone learns.
     """
 
     batch: int = 8
@@ -28,6 +31,7 @@ class Plan:
     warm_up: int = 100
     optimizer: str = "muon"
     mtp_steps: int = 3
+    frozen_trunk: bool = False
     ema: float = 0.99
     dtype: str = "float32"
     seed: int = 0
@@ -87,16 +91,30 @@ class Saves:
             return restored.state, Progress(step, about["seconds"], about["rows"])
 
 
-def write_curve(folder: Path, rows: list[dict[str, float]]) -> None:
-    """loss.csv and loss.png: the parts of the loss by step, in nats a token."""
+def read_curve(folder: Path) -> list[dict[str, float]]:
+    """The rows of loss.csv in `folder`; none without such a file."""
+    if not (file := folder / "loss.csv").is_file():
+        return []
+    with file.open(newline="") as lines:
+        given = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(lines)]
+    return [{"stage": 1.0} | row for row in given]  # a file of a single run may not count it
+
+
+def write_curve(folder: Path, rows: list[dict[str, float]], before: list[dict[str, float]]) -> None:
+    """loss.csv and loss.png: the parts of the loss by step, in nats a token. `before` are the rows of the earlier stages."""
+    stage = 1 + max((row["stage"] for row in before), default=0)
+    rows = before + [{"stage": stage} | row for row in rows]
     with (folder / "loss.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, [name for name in COLUMNS if any(name in row for row in rows)])
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(
+            {name: int(value) if name in ("stage", "step", "tokens") else value for name, value in row.items()} for row in rows
+        )
     draw_curve(folder / "loss.png", rows)
 
 
 def draw_curve(file: Path, rows: list[dict[str, float]]) -> None:
+    """The stages one after the other, a line between them."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -104,16 +122,23 @@ def draw_curve(file: Path, rows: list[dict[str, float]]) -> None:
 
     names = {
         "lm": "trunk, training", "mtp1": "MTP step 1 (target: the trunk)", "mtp2": "MTP step 2", "mtp3": "MTP step 3",
-        "mtp4": "MTP step 4", "held_out": "trunk, held out",
+        "mtp4": "MTP step 4", "held_out": "trunk, held-out books", "held_out_mtp": "MTP steps, held-out books",
     }  # fmt: skip
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for name, label in names.items():
-        if points := [(row["step"], row[name]) for row in rows if name in row]:
-            marker = "o" if name == "held_out" else ""
-            axes.plot(*zip(*points, strict=True), label=label, marker=marker, markersize=3, linewidth=1)
+    last = {row["stage"]: row["step"] for row in rows}  # of every stage
+    begin = {stage: sum(steps for earlier, steps in last.items() if earlier < stage) for stage in last}
+    figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
+    for number, (name, label) in enumerate(names.items()):
+        style: dict[str, Any] = {"linewidth": 1, "color": f"C{number}", "markersize": 3}
+        style["marker"] = "o" if name.startswith("held_out") else ""
+        for stage, first in begin.items():
+            if points := [(first + row["step"], row[name]) for row in rows if row["stage"] == stage and name in row]:
+                axes.plot(*zip(*points, strict=True), label=label, **style)
+                label = ""
+    for first in list(begin.values())[1:]:
+        axes.axvline(first, color="0.6", linewidth=0.8, linestyle="--")
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats a token)")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, fontsize="small")
     axes.grid(alpha=0.3)
     figure.savefig(file, dpi=110)
     plt.close(figure)

@@ -350,3 +350,54 @@ def talk(number: int) -> list[Message]:
     for asked, answered in turns:
         messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
     return messages
+
+
+GREETINGS = "Hello!|Hello.|Hi!|Hi there!|Good morning!|Good evening!|Hello there!".split("|")
+SMALL_TALK = (
+    (("How are you?", "How are you today?", "Are you well?", "How do you do?"),
+     ("I am very well, thank you. How are you?", "I am well, thank you. Shall I tell you a story?", "Very well, thank you!")),
+    (("Thank you!", "Thank you very much.", "Thanks!", "That was a nice story.", "That was kind of you."),
+     ("You are welcome!", "You are very welcome.", "I am glad that you like it.")),
+    (("Goodbye!", "Good night!", "See you tomorrow.", "I must go now."),
+     ("Goodbye! It was nice to talk to you.", "Goodbye! Come back soon.")),
+    (("What is your name?", "Do you have a name?", "Who are you?", "What are you?"),
+     ("I am a very small model, and I have no name.",)),
+    (("What can you do?", "Can you help me?", "What do you know?"),
+     ("I can tell you a story, and I can add small numbers.", "I know some stories. Shall I tell you one?")),
+    (("I am sad.", "I am tired.", "I had a bad day."),
+     ("I am sorry to hear that. Shall I tell you a story?",)),
+    (("I am well, thank you.", "I am happy today.", "It is a fine day."),
+     ("I am glad to hear that.", "That is good to hear.")),
+)  # fmt: skip
+NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
+
+
+def small_talk(rng: random.Random) -> tuple[str, str]:
+    """One turn: a greeting, a kind word, a sum, a number, or a small question."""
+    kind = rng.randrange(8)
+    if kind < 3:
+        said, answers = rng.choice(SMALL_TALK[:1] * 3 + SMALL_TALK)
+        line = rng.choice(said)
+        return (f"{rng.choice(GREETINGS)} {line}" if rng.random() < 0.4 else line), rng.choice(answers)
+    if kind == 3:
+        return rng.choice(GREETINGS), rng.choice(("Hello! How are you?", "Hello! Shall I tell you a story?"))
+    if kind < 6:
+        a, b = rng.randrange(0, 11), rng.randrange(0, 11)
+        asked = rng.choice((f"What is {a} plus {b}?", f"What is {a} + {b}?", f"How much is {a} plus {b}?", f"Add {a} and {b}."))
+        return asked, f"{a} plus {b} is {a + b}."
+    if kind == 6:
+        at = rng.randrange(0, len(NUMBERS) - 1)
+        if rng.random() < 0.5:
+            return f"Which number comes after {NUMBERS[at]}?", f"After {NUMBERS[at]} comes {NUMBERS[at + 1]}."
+        return f"Which number comes before {NUMBERS[at + 1]}?", f"Before {NUMBERS[at + 1]} comes {NUMBERS[at]}."
+    return question(rng)
+
+
+def chatter(number: int) -> list[Message]:
+    """Conversation `number` of small talk: one to four turns."""
+    rng = random.Random(f"chatter {number}")
+    messages = []
+    for _ in range(rng.randrange(1, 5)):
+        asked, answered = small_talk(rng)
+        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+    return messages

@@ -12,15 +12,14 @@ goes on from there with --resume.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, fields, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,29 +29,21 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-import optax
-from flax import nnx
 from jax import Array
-from jaxtyping import Float, Int
 
-from checkpoints import open_checkpoint, write_safetensors_directory
+from checkpoints import write_safetensors_directory
 from mtpjax.config import FULL, LINEAR, ModelConfig
-from mtpjax.loading import load_checkpoint
-from mtpjax.model import abstract_model
-from mtpjax.orbax_tree import TreePath
-from mtpjax.weights import LoadedModel, export_tensors, fill, flat, random_model
+from mtpjax.weights import LoadedModel, export_tensors
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import tiny_data as data
-from tiny_loss import MTP_WEIGHTS, ROWS, losses, spread_gains, window_loss
-from tiny_state import Plan, Progress, Saves, write_curve
+from tiny_loss import MTP_WEIGHTS, ROWS, window_loss
+from tiny_start import first_state, history
+from tiny_state import Plan, Progress, Saves, read_curve, write_curve
+from tiny_steps import DTYPES, computed_in, objective, train
 
-WEIGHT_DECAY, CLIP = 0.1, 1.0
 SHOW_STEPS, SAVE_SECONDS = 20, 300.0
 HELD_OUT_WINDOWS = 32  # read at every save
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-
-
 LAYERS = 8
 
 
@@ -64,116 +55,6 @@ def tiny_config(vocab: int, stop_tokens: tuple[int, ...], layers: int = LAYERS) 
         conv_width=4, vocab_size=vocab, experts=8, experts_per_token=2, expert_size=64, shared_expert_size=128,
         tied_embeddings=True, max_position=2048, stop_tokens=stop_tokens,
     )  # fmt: skip
-
-
-def _name(path: tuple[Any, ...]) -> str:
-    return next(name for key in reversed(path) if (name := getattr(key, "key", None)))
-
-
-def decayed(params: Any) -> Any:
-    """True for the leaves that decay: matrices, not norms, taps or decay rates."""
-
-    def is_matrix(path: tuple[Any, ...], leaf: Array) -> bool:
-        return not (_name(path).endswith("norm") or _name(path) in ("conv", "a_log", "dt_bias"))
-
-    return jax.tree_util.tree_map_with_path(is_matrix, params)
-
-
-def orthogonalised(params: Any) -> Any:
-    """The two axes of each matrix that Muon orthogonalises; None for what Adam trains: vectors, embedding, router, gates.
-
-    Stacked layers and experts are matrices of their own.
-    """
-    adam = ("embedding", "head", "router", "shared_gate", "in_a", "in_b")
-
-    def axes(path: tuple[Any, ...], leaf: Array, decays: bool) -> Any:
-        muon = decays and _name(path) not in adam
-        return optax.contrib.MuonDimensionNumbers(leaf.ndim - 1, leaf.ndim - 2) if muon else None
-
-    return jax.tree_util.tree_map_with_path(axes, params, decayed(params))
-
-
-@cache
-def optimizer(name: str) -> optax.GradientTransformation:
-    """ "muon" or "adamw", without the rate, which each step is given.
-
-    Muon (Jordan 2024) in the scaling of Moonlight (Liu et al. 2025), whose updates are as large as AdamW's.
-    """
-    if name == "adamw":
-        rest = optax.adamw(1.0, b1=0.9, b2=0.95, weight_decay=WEIGHT_DECAY, mask=decayed)
-    else:
-        rest = optax.contrib.muon(
-            1.0, muon_weight_dimension_numbers=orthogonalised, consistent_rms=0.2, weight_decay=WEIGHT_DECAY,
-            adam_b1=0.9, adam_b2=0.95,
-        )  # fmt: skip
-    return optax.chain(optax.clip_by_global_norm(CLIP), rest)
-
-
-@cache
-def computed_in(cfg: ModelConfig, dtype: str) -> tuple[Any, Any]:
-    """Graph and leaves of the model that computes in `dtype`; the parameters that are trained stay float32."""
-    return nnx.split(abstract_model(cfg, DTYPES[dtype], stack=1))
-
-
-def objective(cfg: ModelConfig, plan: Plan, params: Any, tokens: Int[Array, "B T"]) -> tuple[Array, dict[str, Array]]:
-    """`losses` in the plan's dtype."""
-    graph, like = computed_in(cfg, plan.dtype)
-    return losses(graph, cfg, jax.tree.map(lambda p, to: p.astype(to.dtype), params, like), tokens, plan.mtp_steps)
-
-
-@partial(jax.jit, static_argnames=("cfg", "plan"), donate_argnames=("state",))
-def train_step(
-    state: dict[str, Any], tokens: Int[Array, "B T"], rate: Float[Array, ""], *, cfg: ModelConfig, plan: Plan
-) -> tuple[dict[str, Any], dict[str, Array]]:
-    """One step. `state` has "params", their moving average "ema" and "optimizer". Returns it and the parts of the loss."""
-    params = state["params"]
-    parts_of = tokens.reshape(plan.accumulate, -1, tokens.shape[1])
-    gradient = jax.value_and_grad(partial(objective, cfg, plan), has_aux=True)
-
-    def add(total: Any, some: Array) -> tuple[Any, None]:
-        (_, parts), grads = gradient(params, some)
-        return jax.tree.map(lambda t, new: t + new / plan.accumulate, total, (grads, parts)), None
-
-    if plan.accumulate == 1:
-        (_, parts), grads = gradient(params, tokens)
-    else:
-        shapes = jax.eval_shape(gradient, params, parts_of[0])
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (shapes[1], shapes[0][1]))
-        (grads, parts), _ = jax.lax.scan(add, zeros, parts_of)
-    updates, inner = optimizer(plan.optimizer).update(grads, state["optimizer"], params)
-    params = jax.tree.map(lambda p, u: p + rate * u, params, updates)
-    ema = jax.tree.map(lambda old, new: plan.ema * old + (1 - plan.ema) * new, state["ema"], params)
-    return {"params": params, "ema": ema, "optimizer": inner}, parts
-
-
-def new_state(model: LoadedModel, plan: Plan) -> dict[str, Any]:
-    return {
-        "params": model.params,
-        "ema": jax.tree.map(jnp.copy, model.params),
-        "optimizer": optimizer(plan.optimizer).init(model.params),
-    }
-
-
-def rate_at(plan: Plan, step: int, done: float) -> float:
-    """The learning rate of a step (counted from 0) when `done` of the run, 0...1, is over."""
-    return plan.rate * min(1.0, (step + 1) / plan.warm_up) * (0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * done)))
-
-
-def train(
-    cfg: ModelConfig, state: dict[str, Any], tokens: np.ndarray, plan: Plan, done: Callable[[int], float], first: int = 0
-) -> Iterator[tuple[dict[str, Any], dict[str, float]]]:
-    """Yield the state and the parts of the loss after each step from `first` on, until `done(step)` is 1.
-
-    The given and the yielded states are donated to the next step: what is to be kept must be copied.
-    """
-    width = ROWS + 1 + plan.mtp_steps
-    order = data.batches(tokens, plan.batch, width, ROWS, plan.seed)
-    for step, window in enumerate(itertools.islice(order, first, None), first):
-        if (share := done(step)) >= 1.0:
-            return
-        rate = rate_at(plan, step, share)
-        state, parts = train_step(state, jnp.asarray(window), jnp.float32(rate), cfg=cfg, plan=plan)
-        yield state, {"rate": rate} | {name: float(part) for name, part in parts.items()}
 
 
 def _as_dtype(read: Callable[[], np.ndarray], dtype: np.dtype) -> np.ndarray:
@@ -206,10 +87,24 @@ def export(out: Path, model: LoadedModel, side_files: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def prepare(documents: list[data.Document], side_files: Path, layers: int = LAYERS) -> tuple[np.ndarray, np.ndarray, ModelConfig]:
-    """Train the tokenizer and write all but the weights. Returns the tokens to train on, some held-out windows, the config."""
+def to_train_on(documents: list[data.Document], without: Sequence[str]) -> tuple[list[data.Document], list[data.Document]]:
+    """The texts of the tokenizer and those of the model.
+
+    The tokenizer reads all but the small talk, whose few words it would learn by heart, whatever is left `without`: weights
+    that one run starts from must mean the same tokens.
+    """
     training = [document for document in documents if document.split == "train"]
-    tokenizer = data.train_tokenizer(document.text for document in training)
+    if unknown := set(without) - {document.name for document in training}:
+        raise SystemExit(f"--without {min(unknown)!r}: no text to train on has this name. manifest.json lists the names.")
+    return [d for d in training if d.name != data.SMALL_TALK], [d for d in training if d.name not in without]
+
+
+def prepare(
+    documents: list[data.Document], side_files: Path, layers: int = LAYERS, without: Sequence[str] = ()
+) -> tuple[np.ndarray, np.ndarray, ModelConfig]:
+    """Train the tokenizer and write all but the weights. Returns the tokens to train on, some held-out windows, the config."""
+    tokenized, training = to_train_on(documents, without)
+    tokenizer = data.train_tokenizer(document.text for document in tokenized)
     ids = {name: tokenizer.token_to_id(name) for name in data.SPECIAL}
     cfg = tiny_config(tokenizer.get_vocab_size(), (ids["<|im_end|>"], ids["<|endoftext|>"]), layers)
     tokenizer.save(str(side_files / "tokenizer.json"))
@@ -222,7 +117,8 @@ def prepare(documents: list[data.Document], side_files: Path, layers: int = LAYE
     (side_files / "manifest.json").write_text(json.dumps(listed, indent=1) + "\n")
     data.write_json_lines(side_files / "prompts.jsonl", data.demo_prompts(documents))
     held_out = data.pack([d for d in documents if d.split == "held-out" and d.domain == "books"], tokenizer)
-    spread = data.windows(held_out, ROWS + 1, max(ROWS, len(held_out) // HELD_OUT_WINDOWS))[:HELD_OUT_WINDOWS]
+    width = ROWS + 1 + len(MTP_WEIGHTS)
+    spread = data.windows(held_out, width, max(ROWS, len(held_out) // HELD_OUT_WINDOWS))[:HELD_OUT_WINDOWS]
     return data.pack(training, tokenizer), spread, cfg
 
 
@@ -231,22 +127,24 @@ def stages(spent: dict[str, Any]) -> list[list[str]]:
     names = ("layers", "steps", "batch", "accumulate", "rate", "optimizer", "mtp_steps", "ema", "dtype", "seed")
     given = {name: spent["done_steps" if name == "steps" else name] for name in names}
     own = [part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    own += [part for name in spent["without"] for part in ("--without", name)]
+    own += ["--frozen-trunk"] * spent["frozen_trunk"] + (["--share", str(spent["share"])] if "share" in spent else [])
     return [*(stages(spent["start"]) if "start" in spent else []), own]
 
 
 def train_like(model: Path, argv: list[str], out: Path) -> None:
     """All runs that led to the checkpoint `model`, on its own texts; those before the last go beside `out`."""
     runs = stages(json.loads((model / "training.json").read_text()))
-    start: list[str] = []
-    for number, run in enumerate(runs, 1):
-        here = out if number == len(runs) else out.with_name(f"{out.name}.stage{number}")
-        print(f"stage {number} of {len(runs)}: {' '.join(run)}", flush=True)
+    folders = [*(out.with_name(f"{out.name}.stage{number}") for number in range(1, len(runs))), out]
+    for number, (run, here) in enumerate(zip(runs, folders, strict=True)):
+        print(f"stage {number + 1} of {len(runs)}: {' '.join(run)}", flush=True)
         done = here / "training.json"
-        if "--resume" in argv and done.is_file() and stages(json.loads(done.read_text()))[number - 1] == run:
+        if "--resume" in argv and done.is_file() and stages(json.loads(done.read_text()))[number] == run:
             print(f"{here}: is done", flush=True)
-        else:
-            main([*argv, "--out", str(here), "--manifest", str(model / "manifest.json"), *run, *start])
-        start = ["--start", str(here)]
+            continue
+        start = ["--start", str(folders[number - 1])] if number else []
+        average = ["--average", str(folders[number - 2])] if "--share" in run else []
+        main([*argv, "--out", str(here), "--manifest", str(model / "manifest.json"), *run, *start, *average])
 
 
 def options(argv: list[str] | None) -> argparse.Namespace:
@@ -263,6 +161,17 @@ def options(argv: list[str] | None) -> argparse.Namespace:
         "--start", type=Path,
         help="weights to begin with; a model of fewer layers is stacked. The optimiser and the rate begin anew",
     )  # fmt: skip
+    parser.add_argument(
+        "--average", type=Path, help="begin between the weights of --start and those in this folder, where that run started"
+    )
+    parser.add_argument("--share", type=float, default=0.5, help="with --average: the share of --start (%(default)s)")
+    parser.add_argument(
+        "--without", action="append", default=[], metavar="NAME",
+        help="leave a text out, by its name in manifest.json; may be given again",
+    )  # fmt: skip
+    parser.add_argument(
+        "--frozen-trunk", action="store_true", help="train the MTP head alone; the trunk stays as --start has it"
+    )
     parser.add_argument("--layers", type=int, default=LAYERS, help="layers of the trunk, a multiple of 4 (%(default)s)")
     parser.add_argument("--minutes", type=float, default=30.0, help="training time, start-up not counted")
     parser.add_argument("--steps", type=int, help="train for this many steps instead, whatever the time")
@@ -277,6 +186,12 @@ def options(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.layers < 4 or args.layers % 4:
         parser.error(f"--layers {args.layers} is not 4, 8, 12, ...: whole repeats of three DeltaNet layers and one of attention.")
+    if args.frozen_trunk and args.start is None:
+        parser.error("--frozen-trunk needs a trained trunk: give --start.")
+    if args.average and args.start is None:
+        parser.error("--average is the average with --start: give it too.")
+    if not 0 < args.share < 1:
+        parser.error(f"--share {args.share:g} is not between 0 and 1.")
     if args.accumulate < 1 or args.batch % args.accumulate:
         parser.error(f"--accumulate {args.accumulate} does not divide --batch {args.batch}.")
     return args
@@ -288,61 +203,45 @@ def plan_of(args: argparse.Namespace) -> Plan:
     return replace(Plan(), **given | {"dtype": dtype, "minutes": None if args.steps else args.minutes})
 
 
-def stacked(model: LoadedModel, layers: int) -> LoadedModel:
-    """The model with its layers repeated in order until there are `layers`: a deeper one that need not learn from nothing.
-
-    Depth-wise stacking as in Du et al. 2024 ("Stacking Your Transformers"). The MTP head stays as it is.
-    """
-    cfg = replace(model.cfg, layers=layers)
-    graph, params = nnx.split(abstract_model(cfg, jnp.float32, stack=1))
-    given = flat(model.params)
-
-    def take(path: TreePath, leaf: Any) -> Array:
-        if path[:2] == ("decoder", "blocks"):
-            path = (*path[:2], int(path[2]) % model.cfg.repeats, *path[3:])
-        return jnp.copy(given[path])
-
-    return LoadedModel(cfg, graph, fill(params, take))
-
-
-def first_state(args: argparse.Namespace, cfg: ModelConfig, plan: Plan) -> dict[str, Any]:
-    """Random weights with spread gains, or those of --start."""
-    if args.start is None:
-        return new_state(spread_gains(random_model(cfg, seed=plan.seed), plan.seed), plan)
-    start = load_checkpoint(open_checkpoint(args.start), dtype=jnp.float32)
-    if replace(start.cfg, layers=cfg.layers) == cfg and cfg.layers % start.cfg.layers == 0:
-        start = stacked(start, cfg.layers)
-    if start.cfg != cfg:
-        raise SystemExit(f"--start {args.start}: another model than the one trained here:\n{start.cfg}\n{cfg}")
-    return new_state(start, plan)
-
-
 class Run:
     """One run of the script: what is written while it trains."""
 
-    def __init__(self, out: Path, side_files: Path, saves: Saves, cfg: ModelConfig, held_out: np.ndarray, spent: dict):  # type: ignore[type-arg]
-        self.out, self.side_files, self.saves, self.cfg, self.spent = out, side_files, saves, cfg, spent
+    def __init__(
+        self, out: Path, side_files: Path, saves: Saves, cfg: ModelConfig, held_out: np.ndarray, spent: dict[str, Any],
+        before: list[dict[str, float]],
+    ):  # fmt: skip
+        self.out, self.side_files, self.saves, self.cfg = out, side_files, saves, cfg
+        self.spent, self.before = spent, before
         self.graph, _ = computed_in(cfg, "float32")
         self.held_out = jnp.asarray(held_out)
-        self.loss = jax.jit(partial(window_loss, self.graph))
+        self.loss = jax.jit(self._held_out_loss)
+
+    def _held_out_loss(self, params: Any) -> Array:
+        """Nats a token on the held-out windows: of the trunk, or, where it is frozen, the mean of the MTP steps."""
+        plan = self.saves.plan
+        if plan.frozen_trunk:
+            _, parts = objective(self.cfg, replace(plan, dtype="float32"), params, self.held_out[:, : ROWS + 1 + plan.mtp_steps])
+            return jnp.mean(jnp.stack([parts[f"mtp{step + 1}"] for step in range(plan.mtp_steps)]))
+        return window_loss(self.graph, params, self.held_out[:, : ROWS + 1]) / (len(self.held_out) * ROWS)
 
     def save(self, state: dict[str, Any], progress: Progress) -> None:
         """State, curve and checkpoint; the weights or their moving average, whichever reads the held-out windows better."""
-        count = self.held_out.shape[0] * (self.held_out.shape[1] - 1)
-        last, ema = (float(self.loss(state[name], self.held_out)) / count for name in ("params", "ema"))
-        if progress.rows:
-            progress.rows[-1] |= {"held_out": last, "held_out_ema": ema}
-        self.saves.save(state, progress)
         plan = self.saves.plan
+        last, ema = (float(self.loss(state[name])) for name in ("params", "ema"))
+        name = "held_out_mtp" if plan.frozen_trunk else "held_out"
+        if progress.rows:
+            progress.rows[-1] |= {name: last, f"{name}_ema": ema}
+        self.saves.save(state, progress)
         spent = asdict(plan) | {
             "done_steps": progress.step, "tokens": progress.step * plan.batch * ROWS, "seconds": round(progress.seconds),
             "threads": os.cpu_count(), "weights": "ema" if ema < last else "last",
         }  # fmt: skip
         (self.side_files / "training.json").write_text(json.dumps(spent | self.spent, indent=2) + "\n")
-        write_curve(self.side_files, progress.rows)
+        write_curve(self.side_files, progress.rows, self.before)
         model = LoadedModel(self.cfg, self.graph, state["ema" if ema < last else "params"])
         export(self.out, model, self.side_files)
-        print(f"saved: held-out books {last:.3f} nats a token, {ema:.3f} with averaged weights", flush=True)
+        what = "MTP head" if plan.frozen_trunk else "trunk"
+        print(f"saved: {what} on held-out books {last:.3f} nats a token, {ema:.3f} with averaged weights", flush=True)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -360,7 +259,7 @@ def main(argv: list[str] | None = None) -> None:
     side_files = out.with_name(f".{out.name}.side")
     shutil.rmtree(side_files, ignore_errors=True)
     side_files.mkdir(parents=True)
-    tokens, held_out, cfg = prepare(documents, side_files, args.layers)
+    tokens, held_out, cfg = prepare(documents, side_files, args.layers, args.without)
     state, progress = first_state(args, cfg, plan), Progress()
     if not args.resume:
         saves.clear()
@@ -369,11 +268,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"resumed after step {progress.step}", flush=True)
     else:
         print(f"{saves.folder}: nothing saved yet; starting anew", flush=True)
-    spent: dict[str, Any] = {"training_tokens": len(tokens)}
-    if args.start and (before := args.start / "training.json").is_file():
-        spent["start"] = json.loads(before.read_text())
-    spent["layers"] = cfg.layers
-    run = Run(out, side_files, saves, cfg, held_out, spent)
+    spent = {"training_tokens": len(tokens), "without": args.without} | history(args) | {"layers": cfg.layers}
+    run = Run(out, side_files, saves, cfg, held_out, spent, read_curve(args.start) if args.start else [])
     size = sum(leaf.size for leaf in jax.tree.leaves(state["params"]))
     print(f"{len(tokens):,} training tokens, {len(documents)} texts; {size:,} parameters", flush=True)
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,9 @@ from mtpjax.loading import load_checkpoint
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 import tiny_data
 import tiny_loss
+import tiny_start
+import tiny_state
+import tiny_steps
 import train_tiny
 from tiny_state import Plan, Progress, Saves
 
@@ -30,8 +34,8 @@ def run(plan: Plan, steps: int = 3, last: int | None = None) -> tuple[list[dict[
     """The parts of the loss of each of the first `last` steps of a run of `steps`, and the state that they leave."""
     cfg = tiny_config(moe=True, repeats=1)
     tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, 6000, dtype=np.int32)
-    first = train_tiny.new_state(numpy_model(cfg, seed=plan.seed, stack=1), plan)
-    each = list(itertools.islice(train_tiny.train(cfg, first, tokens, plan, lambda step: step / steps), last))
+    first = tiny_steps.new_state(numpy_model(cfg, seed=plan.seed, stack=1), plan)
+    each = list(itertools.islice(tiny_steps.train(cfg, first, tokens, plan, lambda step: step / steps), last))
     return [parts for _, parts in each], each[-1][0]
 
 
@@ -54,12 +58,12 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
 
     cfg = tiny_config(moe=True, repeats=1)
     tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, 6000, dtype=np.int32)
-    like = train_tiny.new_state(numpy_model(cfg, seed=7, stack=1), plan)
+    like = tiny_steps.new_state(numpy_model(cfg, seed=7, stack=1), plan)
     found = saves.latest(like)
     assert found is not None
     restored, progress = found
     assert (progress.step, progress.seconds, progress.rows) == (2, 1.5, [{"step": 2, "lm": 3.0}])
-    rest = [parts for _, parts in train_tiny.train(cfg, restored, tokens, plan, lambda step: step / 4, progress.step)]
+    rest = [parts for _, parts in tiny_steps.train(cfg, restored, tokens, plan, lambda step: step / 4, progress.step)]
     assert begun + rest == whole
 
     with pytest.raises(SystemExit, match="has mtp_steps = 2, this one 3"):
@@ -86,6 +90,34 @@ def test_bfloat16_computes_while_the_weights_stay_float32() -> None:
     assert {leaf.dtype for leaf in jax.tree.leaves(state["params"])} == {jnp.dtype(jnp.float32)}
 
 
+def test_a_curve_goes_on_from_that_of_the_run_before(tmp_path: Path) -> None:
+    before = tmp_path / "before"
+    before.mkdir()
+    assert tiny_state.read_curve(before) == []
+    tiny_state.write_curve(before, [{"step": 20, "lm": 3.0}, {"step": 40, "lm": 2.5, "held_out": 2.6}], [])
+    tiny_state.write_curve(tmp_path, [{"step": 20, "lm": 2.0}], tiny_state.read_curve(before))
+    lines = (tmp_path / "loss.csv").read_text().splitlines()
+    assert lines == ["stage,step,lm,held_out", "1,20,3.0,", "1,40,2.5,2.6", "2,20,2.0,"]
+    (before / "loss.csv").write_text("step,lm\n20,3.0\n")
+    assert tiny_state.read_curve(before) == [{"stage": 1.0, "step": 20.0, "lm": 3.0}]
+
+
+def test_a_frozen_trunk_stays_to_the_last_bit_and_its_head_learns() -> None:
+    """In the weights and in their moving average; without a trained trunk there is nothing to freeze."""
+    plan = Plan(batch=2, mtp_steps=2, frozen_trunk=True)
+    cfg = tiny_config(moe=True, repeats=1)
+    before = jax.tree_util.tree_leaves_with_path(numpy_model(cfg, seed=plan.seed, stack=1).params)
+    _, state = run(plan)
+    for name in ("params", "ema"):
+        after = dict(jax.tree_util.tree_leaves_with_path(state[name]))
+        changed = {jax.tree_util.keystr(path): not np.array_equal(leaf, after[path]) for path, leaf in before}
+        assert any(changed.values()) and all(
+            path.startswith("['mtp']") == learnt for path, learnt in changed.items()
+        ), changed
+    with pytest.raises(SystemExit):
+        train_tiny.options(["--books", "b", "--out", "o", "--frozen-trunk"])
+
+
 def test_the_manifest_names_the_text_that_differs(tmp_path: Path) -> None:
     texts = [tiny_data.Document(domain, f"{domain}-1", "text", "train") for domain in tiny_data.LICENCES]
     file = tmp_path / "manifest.json"
@@ -98,12 +130,30 @@ def test_the_manifest_names_the_text_that_differs(tmp_path: Path) -> None:
 
 
 def test_talk_is_the_same_each_time_and_its_held_out_part_is_new() -> None:
-    training, held_out = tiny_data.read_talk()
+    training, held_out, small = tiny_data.read_talk()
     listed = json.loads((TINY / "manifest.json").read_text())["domains"]["talk"]["documents"]
-    assert [training.manifest_line(), held_out.manifest_line()] == listed
+    assert [training.manifest_line(), held_out.manifest_line(), small.manifest_line()] == listed
     seen = set(training.text.split(tiny_data.END_OF_TEXT))
     kept = held_out.text.split(tiny_data.END_OF_TEXT)
     assert len(kept) == tiny_data.HELD_OUT_TALKS and not seen & set(kept)
+
+
+def test_small_talk_adds_up() -> None:
+    sums = re.findall(r"(\d+) plus (\d+) is (\d+)\.", tiny_data.read_talk()[2].text)
+    assert {(a, b) for a, b, _ in sums} >= {(str(a), str(b)) for a in range(11) for b in range(11)}
+    assert all(int(a) + int(b) == int(c) for a, b, c in sums)
+
+
+def test_a_text_is_left_out_by_its_name() -> None:
+    """It is not trained on; the tokenizer, which never reads small talk, reads the same; a wrong name is refused."""
+    documents = tiny_data.read_talk()
+    training = [d for d in documents if d.split == "train"]
+    tokenized, everything = train_tiny.to_train_on(documents, ())
+    assert everything == training and [d.name for d in tokenized] == ["talk"]
+    assert train_tiny.to_train_on(documents, [tiny_data.SMALL_TALK]) == (tokenized, tokenized)
+    assert train_tiny.to_train_on(documents, ["talk"]) == (tokenized, training[1:])
+    with pytest.raises(SystemExit, match="--without 'nothing': no text to train on has this name"):
+        train_tiny.to_train_on(documents, ["talk", "nothing"])
 
 
 def test_distillation_teaches_the_head_alone() -> None:
@@ -197,7 +247,7 @@ def test_missing_books_are_named(tmp_path: Path) -> None:
 
 def test_a_deeper_model_starts_with_the_layers_of_a_shallower_one() -> None:
     small = numpy_model(tiny_config(moe=True, repeats=1), stack=1)
-    deep = train_tiny.stacked(small, 3 * small.cfg.layers)
+    deep = tiny_start.stacked(small, 3 * small.cfg.layers)
     assert deep.cfg == tiny_config(moe=True, repeats=3)
     before, after = (dict(jax.tree_util.tree_leaves_with_path(tree)) for tree in (small.params, deep.params))
     assert len(after) > len(before)
@@ -209,22 +259,51 @@ def test_a_deeper_model_starts_with_the_layers_of_a_shallower_one() -> None:
         np.testing.assert_array_equal(leaf, source)
 
 
-def test_training_like_a_checkpoint_repeats_every_run_that_led_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_begins_between_two_earlier_ones(tmp_path: Path) -> None:
+    """The other one must be where the run in --start began: that is what training.json will say."""
+    one, other = (numpy_model(tiny_config(moe=True, repeats=1), seed=seed, stack=1) for seed in (0, 1))
+    between = tiny_start.averaged(one, other, 0.75).params
+    for a, b, found in zip(*map(jax.tree.leaves, (one.params, other.params, between)), strict=True):
+        np.testing.assert_allclose(found, b + 0.75 * (a - b), atol=1e-6)
+
+    given = ["--books", "b", "--out", "o", "--start", str(tmp_path / "start"), "--average", str(tmp_path / "before")]
+    for name, spent in (("start", {"seed": 1, "start": {"seed": 0}}), ("before", {"seed": 0})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "training.json").write_text(json.dumps(spent))
+    args = train_tiny.options([*given, "--share", "0.75"])
+    assert tiny_start.history(args) == {"start": {"seed": 1, "start": {"seed": 0}}, "share": 0.75}
+    (tmp_path / "before" / "training.json").write_text(json.dumps({"seed": 2}))
+    with pytest.raises(SystemExit, match="before: expected the folder that the run in .*start started from"):
+        tiny_start.history(args)
+    for wrong in (["--share", "1"], ["--start"]):
+        with pytest.raises(SystemExit):
+            train_tiny.options([*given, *wrong])
+
+
+def test_training_like_a_checkpoint_repeats_every_run_that_led_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls = []
     train_like = train_tiny.train_like
     monkeypatch.setattr(train_tiny, "main", lambda argv: calls.append(train_tiny.options(argv)))
     train_like(TINY, ["--books", "books"], tmp_path / "out")
     spent = json.loads((TINY / "training.json").read_text())
-    assert [run.steps for run in calls] == [spent["start"]["done_steps"], spent["done_steps"]]
-    assert [run.layers for run in calls] == [4, 8] and [run.seed for run in calls] == [0, 1]
-    assert [run.mtp_steps for run in calls] == [spent["start"]["mtp_steps"], spent["mtp_steps"]]
-    assert [run.out for run in calls] == [tmp_path / "out.stage1", tmp_path / "out"]
-    assert [run.start for run in calls] == [None, tmp_path / "out.stage1"]
+    stages = [spent["start"]["start"]["start"], spent["start"]["start"], spent["start"], spent]
+    outs = [*(tmp_path / f"out.stage{number}" for number in (1, 2, 3)), tmp_path / "out"]
+    for name, option in [
+        ("done_steps", "steps"),
+        *((n, n) for n in ("layers", "seed", "mtp_steps", "without", "rate")),
+    ]:
+        assert [getattr(run, option) for run in calls] == [stage[name] for stage in stages], name
+    assert [run.layers for run in calls] == [4, 8, 8, 8] and [run.frozen_trunk for run in calls] == [False] * 3 + [True]
+    assert [run.out for run in calls] == outs and [run.start for run in calls] == [None, *outs[:3]]
+    assert [run.average for run in calls] == [None] * 3 + [outs[1]] and calls[3].share == spent["share"]
     assert all(train_tiny.plan_of(run).minutes is None and run.manifest == TINY / "manifest.json" for run in calls)
 
     # Resumed, a stage that is done is not run again.
-    (tmp_path / "out.stage1").mkdir()
-    (tmp_path / "out.stage1" / "training.json").write_text(json.dumps(spent["start"]))
+    for out, stage in zip(outs[:3], stages, strict=False):
+        out.mkdir()
+        (out / "training.json").write_text(json.dumps(stage))
     calls.clear()
     train_like(TINY, ["--books", "books", "--resume"], tmp_path / "out")
-    assert [run.out for run in calls] == [tmp_path / "out"]
+    assert [run.out for run in calls] == outs[3:] and calls[0].start == outs[2] and calls[0].average == outs[1]
