@@ -32,6 +32,7 @@ from mtpjax.config import FULL, LINEAR, ModelConfig
 from mtpjax.loading import storage
 from mtpjax.rows import NO_ROWS, OutputRows
 from mtpjax.steps import hidden_rows, prefill
+from mtpjax.suited import suited
 from mtpjax.weights import random_model
 
 CONFIG = ModelConfig(
@@ -59,7 +60,7 @@ class Side:
         whole: bool = False,
         read: int | None = None,
     ):
-        self.model = random_model(cfg, **storage(jnp.float32, cfg))
+        self.model = suited(random_model(cfg, **storage(jnp.float32, cfg)))
         self.new = jax.jit(partial(new_cache, cfg, 1, slots_for(max_len, 1)))
         self.pad = jnp.zeros(1, jnp.int32)
         self.step: Any = (

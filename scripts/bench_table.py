@@ -3,7 +3,7 @@
     python scripts/bench_table.py                                     # random 50 M-active MoE, simulated acceptance
     python scripts/bench_table.py --shape 35b-a3b --weights iq4nl --turns prompt --contexts 1024 8192 32768
     python scripts/bench_table.py --model FOLDER_OR_GGUF --text FILE  # real acceptance
-    python scripts/bench_table.py --model tiny --contexts 128 512 1024 --out /tmp/table
+    python scripts/bench_table.py --model tiny --text talk --contexts 128 512 1024 --chunk 128 --out /tmp/table
 
 Sides take turns chunk by chunk while the prompt is read (all their caches stand side by side; `--turns prompt` keeps one at a
 time) and run by run while decoding; the first run is a warm-up; programs are
@@ -48,6 +48,7 @@ from mtpjax.rows import NO_ROWS, OutputRows
 from mtpjax.sampling import STOPS, Requests
 from mtpjax.speculative import LoopState, decode
 from mtpjax.steps import hidden_rows, prefill
+from mtpjax.suited import suited
 from mtpjax.text import load_tokenizer
 from mtpjax.weights import LoadedModel, random_model
 
@@ -56,6 +57,7 @@ from mtpjax.weights import LoadedModel, random_model
 GOLDEN_LENGTH = {1: 1.92, 2: 2.70, 3: 3.33, 4: 3.83, 5: 4.20, 6: 4.48, 7: 4.73, 8: 4.71}
 ROUNDS = 16
 SEEN_DRAFT, SEEN = 3, 64
+TALK = "talk"
 
 
 class Side:
@@ -173,7 +175,7 @@ def sides_of(model: LoadedModel, plain: LoadedModel, args: argparse.Namespace, d
 def measure(
     sides: Sequence[Side], decoders: dict[str, Decoder], ids: np.ndarray, chunk: int, runs: int, turns: str
 ) -> dict[str, dict]:
-    """Prefill and decode seconds of each side in each run over one prompt; run 0 reads one chunk and is dropped."""
+    """Prefill and decode seconds of each side in each run over one prompt; run 0 reads the last two chunks and is dropped."""
     found: dict[str, dict] = {s.name: {"prefill_seconds": [], "decode_seconds": []} for s in sides}
     length = ids.shape[1] - 1
     for run in range(runs + 1):
@@ -181,7 +183,7 @@ def measure(
         for together in [rotated] if turns == "chunk" else [[side] for side in rotated]:
             for side in together:
                 side.begin(length)
-            for number, at in enumerate(range(0, length, chunk) if run else [length - chunk]):
+            for number, at in enumerate(range(0, length, chunk)[0 if run else -2 :]):
                 turn = number % len(together)
                 for side in [*together[turn:], *together[:turn]]:
                     side.read(ids[:, at : at + chunk], ids[:, at + 1 : at + chunk + 1], at + chunk == length)
@@ -219,11 +221,20 @@ def without_mtp(model: LoadedModel) -> LoadedModel:
     return LoadedModel(merged.cfg, graph, params)
 
 
+def read_text(name: str) -> str:
+    """A UTF-8 file, or the held-out conversations of the embedded model."""
+    if name != TALK:
+        return Path(name).read_text(encoding="utf-8")
+    from tiny_data import read_talk  # needs what training needs
+
+    return next(document.text for document in read_talk() if document.split == "held-out")
+
+
 def prompt_ids(tokenizer: Any, text: Sequence[str], vocab: int, length: int) -> np.ndarray:
     """`[1, length + 1]`: the start of the text, or random ids where there is no tokenizer."""
     if not text:
         return np.random.default_rng(length).integers(0, vocab, (1, length + 1)).astype(np.int32)
-    ids = [i for name in text for i in tokenizer.encode(Path(name).read_text(encoding="utf-8"))]
+    ids = [i for name in text for i in tokenizer.encode(read_text(name))]
     if len(ids) <= length:
         raise SystemExit(f"--text has {len(ids)} tokens; {length + 1} are needed")
     return np.array([ids[: length + 1]], np.int32)
@@ -252,7 +263,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--weights", help="int4, int8, iq4nl, fp8 or packed, as for mtpjax.LLM")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="float32 on a CPU and bfloat16 elsewhere unless told")
     parser.add_argument("--turns", choices=["chunk", "prompt"], default="chunk", help="what a side does before the next one")
-    parser.add_argument("--text", nargs="*", default=[], help="UTF-8 files that give the prompts; random token ids unless told")
+    parser.add_argument(
+        "--text", nargs="*", default=[],
+        help=f"UTF-8 files that give the prompts, or {TALK}: held-out conversations of the embedded model's kind; "
+        "random token ids unless told",
+    )  # fmt: skip
     parser.add_argument("--contexts", type=int, nargs="+", default=[512, 2048, 8192], help="prompt tokens, multiples of --chunk")
     parser.add_argument("--drafts", type=int, nargs="+", default=[0, 2, 3, 4])
     parser.add_argument("--new", type=int, default=64, help="tokens decoded behind each prompt")
@@ -286,7 +301,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         raise SystemExit(f"{args.model}: no tokenizer.json, so --text cannot be read")
     vocab = min(model.cfg.vocab_size, tokenizer.size) if tokenizer else model.cfg.vocab_size
     try:
-        sides, decoders = sides_of(model, plain, args, dtype, vocab)
+        sides, decoders = sides_of(suited(model), suited(plain), args, dtype, vocab)
     except ValueError as error:
         raise SystemExit(f"bench_table.py: {error}") from None
     rows = []
@@ -303,7 +318,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     result = {
         "what": "table", **describe(), "model": args.shape or args.model, "dtype": args.dtype, "weights": args.weights,
         "chunk": args.chunk, "acceptance": "simulated acceptance" if args.simulate else "real acceptance",
-        "prompts": "text" if args.text else "random tokens",
+        "prompts": f"text ({' '.join(Path(name).name for name in args.text)})" if args.text else "random tokens",
         "memory_peak_mb": memory_peak_mb(), "temporary_mb": {s.name: s.temporary_mb for s in sides},
         "ceilings": ceilings and asdict(ceilings), "rows": rows,
     }  # fmt: skip

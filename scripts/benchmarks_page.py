@@ -51,9 +51,9 @@ def about(result: dict[str, Any]) -> str:
 def the_table(result: dict[str, Any]) -> list[str]:
     return [
         "## The table",
-        f"`python scripts/bench_table.py --contexts 512 2048 8192 32768 --out docs/benchmarks/table`: {result['model']} model of "
-        f"about 50 M active parameters in {result['dtype']}, prompts of {result['prompts']}, **{result['acceptance']}** (the "
-        "published lengths of Qwen3.5-397B-A17B's head). " + about(result),
+        f"`python scripts/bench_table.py --contexts 512 2048 8192 32768 --new 48 --out docs/benchmarks/table`: {result['model']} "
+        f"model of about 50 M active parameters in {result['dtype']}, prompts of {result['prompts']}, **{result['acceptance']}** "
+        "(the published lengths of Qwen3.5-397B-A17B's head). " + about(result),
         "A ratio is the median of the ratios within each run. \"Spread\" is (slowest − fastest) ÷ median of the prefill's "
         "runs; where it exceeds a difference, the difference is not measured. Drafts 2, 3 and 4 read the prompt with the same "
         "program, so what lies between them is noise.",
@@ -70,14 +70,13 @@ def the_table(result: dict[str, Any]) -> list[str]:
 def the_tiny_table(result: dict[str, Any]) -> list[str]:
     return [
         "## The embedded model, real acceptance",
-        "`python scripts/bench_table.py --model tiny --text LICENSE --contexts 128 512 2048 --chunk 128 --drafts 0 1 2 3 4 "
-        f"--new 96 --runs 5 --no-ablations --out docs/benchmarks/table_tiny`, prompts of {result['prompts']} (the LICENSE "
-        f"file), {result['acceptance']}. " + about(result),
-        "Measured on the model embedded before the present one (four layers). Drafting slowed it: its 5 M parameters lay in the "
-        "processor's cache, so that a row of verification cost as much "
-        "as a row of decoding. It was trained on windows of 256 tokens of stories, books and code; longer prompts of legal text "
-        "are far from that, and acceptance falls. What draft 0 drops while it reads a prompt is most of one layer of four.",
+        "`python scripts/bench_table.py --model tiny --dtype bfloat16 --text talk --contexts 128 512 2048 --chunk 128 --drafts 0 "
+        f"1 2 3 4 --new 96 --runs 5 --no-ablations --out docs/benchmarks/table_tiny`, in {result['dtype']}, prompts of "
+        f"{result['prompts']}: conversations that the model was not trained on, {result['acceptance']}. " + about(result),
+        "The model was trained on windows of 256 tokens; longer prompts are out of its experience. What draft 0 drops while it "
+        "reads a prompt is most of one layer of eight.",
         markdown(result, reference=False),
+        "![prefill ratio, decode speed and elapsed seconds by prompt length](benchmarks/table_tiny.png)",
     ]
 
 

@@ -30,6 +30,7 @@ from mtpjax.engine import compile_options
 from mtpjax.loading import cache_dtype, storage
 from mtpjax.model import commit
 from mtpjax.sampling import STOPS, Requests
+from mtpjax.suited import suited
 from mtpjax.weights import LoadedModel, random_model
 
 CONTEXT = 512
@@ -82,10 +83,11 @@ def experiment(smoke: bool) -> dict[str, Any]:
     drafts, batches, runs = ((0, 1), (1,), 2) if smoke else ((0, 1, 2, 4, 8), (1, 4, 16), 15)
     cfg = replace(CONFIG, layers=4 if smoke else 8)
     model = random_model(cfg, **storage(jnp.float32, cfg))
+    quick = suited(model)
     ceilings = measure_ceilings(jnp.float32, megabytes=64 if smoke else 256, size=512 if smoke else 2048)
     rows = []
     for batch in batches:
-        timed = {k: pieces(model, k, batch) for k in drafts}
+        timed = {k: pieces(quick, k, batch) for k in drafts}
         times: dict[tuple[int, str], list[float]] = {(k, part): [] for k in drafts for part in timed[k]}
         for run in range(runs + 1):
             for (k, part), found in times.items():
