@@ -1,4 +1,4 @@
-"""`LLM`, `SamplingParams`, `RequestOutput`: what users import. Names follow vLLM's offline API."""
+"""`LLM`, `RequestOutput`, `Metrics`: what users import. Names follow vLLM's offline API."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from mtpjax.engine import BUCKETS, Engine, Request, Result
 from mtpjax.loading import cache_dtype, load_checkpoint
 from mtpjax.rows import OutputRows
 from mtpjax.sampling import STOPS
+from mtpjax.sampling_params import SamplingParams, recommended, whole
 from mtpjax.speculative import Drafter, mtp_drafter
 from mtpjax.text import Tokenizer, gguf_tokenizer, load_tokenizer
 from mtpjax.weights import LoadedModel
@@ -26,47 +27,6 @@ from mtpjax.weights import LoadedModel
 MAX_DRAFT = 8
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 Prompt = str | Sequence[int]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingParams:
-    """How to generate for one prompt.
-
-    Args:
-        max_tokens: new tokens at most; None: as many as `max_len` leaves room for.
-        temperature: 0 is greedy.
-        seed: the text is a function of (prompt, seed, temperature). None: the LLM's seed plus the prompt's place in the call.
-        stop_token_ids: end the text, beside the checkpoint's own end-of-text tokens.
-        ignore_eos: generate past the checkpoint's own end-of-text tokens.
-    """
-
-    max_tokens: int | None = 128
-    temperature: float = 0.0
-    seed: int | None = None
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-
-    def __post_init__(self) -> None:
-        _whole("max_tokens", self.max_tokens, 0, none=True)
-        _whole("seed", self.seed, None, none=True)
-        if (
-            isinstance(self.temperature, bool)
-            or not isinstance(self.temperature, int | float)
-            or not (0 <= self.temperature < float("inf"))
-        ):
-            raise ValueError(f"temperature is {self.temperature!r}; expected a finite number >= 0 (0 is greedy)")
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        for token in self.stop_token_ids:
-            _whole("stop_token_ids", token, 0)
-
-
-def _whole(name: str, value: object, low: int | None, high: int | None = None, *, none: bool = False) -> None:
-    if none and value is None:
-        return
-    good = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not good or (low is not None and value < low) or (high is not None and value > high):  # type: ignore[operator]
-        limits = "" if low is None else f" >= {low}" if high is None else f" from {low} to {high}"
-        raise ValueError(f"{name} is {value!r}; expected a whole number{limits}" + (" or None" if none else ""))
 
 
 @dataclass(frozen=True)
@@ -140,25 +100,27 @@ class LLM:
         drafter: Drafter = mtp_drafter,
         acceptance: SimulatedAcceptance | None = None,
     ):
-        _whole("draft", draft, 0, MAX_DRAFT)
-        _whole("mtp_prompt", mtp_prompt, 1, none=True)
-        _whole("max_len", max_len, 2)
-        _whole("max_batch", max_batch, 1)
-        _whole("seed", seed, None)
+        whole("draft", draft, 0, MAX_DRAFT)
+        whole("mtp_prompt", mtp_prompt, 1, none=True)
+        whole("max_len", max_len, 2)
+        whole("max_batch", max_batch, 1)
+        whole("seed", seed, None)
         for rows in prefill_chunks:
-            _whole("prefill_chunks", rows, 1)
+            whole("prefill_chunks", rows, 1)
         if not prefill_chunks:
             raise ValueError("prefill_chunks is empty; give at least one length")
         if dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(map(repr, DTYPES))}")
         self.draft, self.max_len, self.max_batch, self.seed = draft, max_len, max_batch, seed
         stops: set[int] = set()
+        self._generation_config: Mapping[str, Any] = {}
         self.tokenizer: Tokenizer | None = load_tokenizer(tokenizer) if tokenizer else None
         if isinstance(model, LoadedModel):
             loaded = model
         else:
             source = open_checkpoint(TINY if model is None else model)
             loaded = load_checkpoint(source, dtype=DTYPES[dtype], mtp=draft > 0, weights=weights)
+            self._generation_config = source.generation_config
             stops |= _stop_ids(source.generation_config.get("eos_token_id"))
             if self.tokenizer is None and source.tokenizer_file is not None:
                 self.tokenizer = load_tokenizer(source.tokenizer_file)
@@ -183,6 +145,13 @@ class LLM:
             buckets=prefill_chunks, mtp_prompt=mtp_prompt, drafter=drafter,
             accept=acceptance.first(self.draft) if acceptance and self.draft else real_acceptance,
         )  # fmt: skip
+
+    def get_default_sampling_params(self, **changes: Any) -> SamplingParams:
+        """What the checkpoint's `generation_config.json` advises (temperature, top_k, top_p, min_p), with `changes`.
+
+        Advice only: `generate` without parameters is greedy.
+        """
+        return recommended(self._generation_config, **changes)
 
     def generate(
         self,
@@ -296,6 +265,9 @@ class LLM:
             temperature=float(params.temperature),
             seed=self.seed + index if params.seed is None else params.seed,
             stops=stops,
+            top_k=max(params.top_k, 0),
+            top_p=float(params.top_p),
+            min_p=float(params.min_p),
         )
 
     def _output(self, prompt: Prompt, result: Result) -> RequestOutput:

@@ -20,7 +20,7 @@ from kernels_pallas.target import compile_options
 from mtpjax.acceptance import Acceptance, real_acceptance
 from mtpjax.cache import Cache, new_cache, slots_for
 from mtpjax.rows import NO_ROWS, OutputRows
-from mtpjax.sampling import STOPS, Requests
+from mtpjax.sampling import STOPS, Kept, Requests
 from mtpjax.speculative import Drafter, LoopState, decode, mtp_drafter
 from mtpjax.steps import hidden_rows, prefill
 from mtpjax.suited import suited
@@ -40,6 +40,9 @@ class Request:
     temperature: float
     seed: int
     stops: tuple[int, ...]
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
 
 
 @dataclass
@@ -264,13 +267,20 @@ class Engine:
 
     @staticmethod
     def _requests(group: Sequence[Request], batch: int) -> Requests:
-        extra = batch - len(group)
+        def column(of: Callable[[Request], float], dtype: Any, idle: float = 0) -> Array:
+            return _host(np.array([of(r) for r in group] + [idle] * (batch - len(group)), dtype))
+
         stops = np.full((batch, STOPS), -1, np.int32)
         for row, request in zip(stops, group, strict=False):
             row[: len(request.stops)] = request.stops
         return Requests(
-            max_tokens=_host(np.array([r.max_tokens for r in group] + [0] * extra, np.int32)),
-            temperature=_host(np.array([r.temperature for r in group] + [0] * extra, np.float32)),
-            seed=_host(np.array([r.seed & 0xFFFFFFFF for r in group] + [0] * extra, np.uint32)),
+            max_tokens=column(lambda r: r.max_tokens, np.int32),
+            temperature=column(lambda r: r.temperature, np.float32),
+            seed=column(lambda r: r.seed & 0xFFFFFFFF, np.uint32),
             stops=_host(stops),
+            kept=Kept(
+                top_k=column(lambda r: r.top_k, np.int32),
+                top_p=column(lambda r: r.top_p, np.float32, 1),
+                min_p=column(lambda r: r.min_p, np.float32),
+            ),
         )

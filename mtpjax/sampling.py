@@ -3,7 +3,7 @@
 The token at absolute position p of a request is `argmax(logits + T * gumbel(seed, p))`: at T > 0 an exact sample of
 softmax(logits / T), at T = 0 the greedy choice, in one formula. The noise depends on (seed, p) alone, and drafter and trunk
 use the same, so a draft is right exactly when it is the trunk's own token: the text cannot depend on how many tokens
-were drafted nor on the neighbours in the batch.
+were drafted nor on the neighbours in the batch. Top-k, top-p and min-p keep to this: they take tokens out of the logits of both.
 """
 
 from __future__ import annotations
@@ -17,6 +17,15 @@ from jaxtyping import Float, Int, UInt32
 from kernels_pallas.target import target
 
 STOPS = 8  # stop tokens a request can have
+DIGIT = 4  # bits of a threshold found by one pass over the logits
+
+
+class Kept(struct.PyTreeNode):
+    """Which tokens B requests sample from; see `likeliest`."""
+
+    top_k: Int[Array, " B"]  # 0: all
+    top_p: Float[Array, " B"]  # 1: all
+    min_p: Float[Array, " B"]  # 0: all
 
 
 class Requests(struct.PyTreeNode):
@@ -26,6 +35,7 @@ class Requests(struct.PyTreeNode):
     temperature: Float[Array, " B"]
     seed: UInt32[Array, " B"]
     stops: Int[Array, "B STOPS"]  # -1 where unused
+    kept: Kept | None = None  # None: all tokens
 
 
 def gumbel_noise(seed: UInt32[Array, ""], position: Int[Array, ""], vocab: int) -> Float[Array, " V"]:
@@ -49,11 +59,54 @@ def choose(
         def row(at: tuple[Array, Array]) -> Array:
             row_logits, row_positions = at
             noise = jax.vmap(gumbel_noise, (0, 0, None))(requests.seed, row_positions, logits.shape[-1])
+            if (kept := requests.kept) is not None:
+                some = jnp.any((kept.top_k > 0) | (kept.top_p < 1) | (kept.min_p > 0))
+                row_logits = lax.cond(some, likeliest, lambda z, *_: z, row_logits, requests.temperature, kept)
             return best(row_logits + requests.temperature[:, None] * noise)
 
         return lax.map(row, (logits.swapaxes(0, 1), positions.T)).T
 
     return lax.cond(jnp.any(requests.temperature > 0), sampled, best, logits).astype(jnp.int32)
+
+
+def likeliest(logits: Float[Array, "B V"], temperature: Float[Array, " B"], kept: Kept) -> Float[Array, "B V"]:
+    """The logits, -inf where a token is not among those that a request samples from.
+
+    As Hugging Face's logits processors take them out: of softmax(logits / T) the `top_k` most probable tokens; of those,
+    renormalised, the fewest that have `top_p` together; of those, the ones at least `min_p` times as probable as the first. Of
+    equally probable tokens all stay or none. At T = 0 the first token is the choice in any case.
+    """
+    heat, first = jnp.where(temperature > 0, temperature, 1)[:, None], jnp.max(logits, axis=-1, keepdims=True)
+    order = _order(logits)
+    count = jnp.where(kept.top_k > 0, kept.top_k, logits.shape[-1]).astype(jnp.float32)
+    least = _highest(order, jnp.ones_like(logits), count)
+    mass = jnp.where(order >= least[:, None], jnp.exp((logits - first) / heat), 0)
+    nucleus = _highest(order, mass, kept.top_p * jnp.sum(mass, axis=-1))
+    least = jnp.where(kept.top_p < 1, jnp.maximum(least, nucleus), least)
+    probable = logits >= first + heat * jnp.log(kept.min_p)[:, None]
+    return jnp.where((order >= least[:, None]) & probable, logits, -jnp.inf)
+
+
+def _order(values: Float[Array, "B V"]) -> UInt32[Array, "B V"]:
+    """Whole numbers in the order of the float32 `values`."""
+    bits = lax.bitcast_convert_type(values, jnp.uint32)
+    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+
+
+def _highest(order: UInt32[Array, "B V"], weights: Float[Array, "B V"], wanted: Float[Array, " B"]) -> UInt32[Array, " B"]:
+    """The highest threshold such that the tokens at or above it weigh `wanted` together; 0 where all weigh less.
+
+    Found digit by digit, without sorting: each pass weighs what lies above every value that the next digit can have.
+    """
+    digits = jnp.arange(1, 1 << DIGIT, dtype=jnp.uint32)
+
+    def one(i: Array, least: Array) -> Array:
+        tried = least[:, None] | digits << (32 - DIGIT * (i.astype(jnp.uint32) + 1))
+        above = jnp.where(order[:, None, :] >= tried[:, :, None], weights[:, None, :], 0)
+        enough = jnp.sum(above, axis=-1) >= wanted[:, None]
+        return jnp.max(jnp.where(enough, tried, least[:, None]), axis=-1)
+
+    return lax.fori_loop(0, 32 // DIGIT, one, jnp.zeros(order.shape[:1], jnp.uint32))
 
 
 def best(logits: Float[Array, "*rows V"]) -> Int[Array, "*rows"]:

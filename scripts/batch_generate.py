@@ -3,10 +3,11 @@
     python scripts/batch_generate.py [--model DIR] [--input prompts.jsonl] [--output answers.jsonl]
 
 A line of the input is `{"id": "a", "prompt": "Once"}`, the prompt a text or a list of token ids, optionally with
-"max_tokens", "temperature" and "seed"; `"messages": [{"role": "user", "content": "Hello"}]` in place of the prompt goes
-through the checkpoint's chat template. In a `.txt` file a line is a prompt as it stands. Lines of the output have "id",
-"prompt", "text", "token_ids", "finish_reason" and "metrics", in the order of the input. While the job runs, answers
-that are ready are in OUTPUT.part. A line that cannot be used is reported and left out, and the exit status is then 1.
+"max_tokens", "temperature", "top_k", "top_p", "min_p" and "seed"; `"messages": [{"role": "user", "content": "Hello"}]` in
+place of the prompt goes through the checkpoint's chat template. In a `.txt` file a line is a prompt as it stands. Lines of
+the output have "id", "prompt", "text", "token_ids", "finish_reason" and "metrics", in the order of the input. While the job
+runs, answers that are ready are in OUTPUT.part. A line that cannot be used is reported and left out, and the exit status is
+then 1.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from mtpjax.api import DTYPES, MAX_DRAFT
 from mtpjax.packing import WEIGHTS
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from jsonl import Answers, Job, LineError, count_lines, read_jobs
+from jsonl import OPTIONS, Answers, Job, LineError, count_lines, read_jobs
 
 WINDOW = 64  # batches of prompts that are in memory and sorted by length
 
@@ -96,7 +97,7 @@ class Ready:
 
 def check(llm: LLM, job: Job, args: argparse.Namespace) -> Ready:
     """Raises LineError for what `generate` would refuse. The seed depends on the line alone, not on its neighbours."""
-    given = {"max_tokens": args.max_tokens, "temperature": args.temperature, "seed": args.seed + job.line - 1}
+    given = {name: getattr(args, name) for name in OPTIONS} | {"seed": args.seed + job.line - 1}
     try:
         if job.messages is not None:
             job = replace(job, prompt=llm.chat_prompt(job.messages))
@@ -205,6 +206,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--mtp-prompt", type=int, metavar="N", help="let the MTP head read the last N tokens of a prompt only")
     add("--max-tokens", type=int, default=128, metavar="N", help="new tokens of a prompt at most, unless its line says")
     add("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy")
+    add("--top-k", type=int, default=0, metavar="K", help="sample from the K most probable tokens (0: all)")
+    add("--top-p", type=float, default=1.0, metavar="P", help="... the fewest tokens of probability P together (1: all)")
+    add("--min-p", type=float, default=0.0, metavar="P", help="... tokens P times as probable as the first (0: all)")
     add("--seed", type=int, default=0, help="line n gets seed + n - 1, unless it says")
     add("--dtype", choices=tuple(DTYPES), default="float32", help="of computing")
     add("--weights", choices=WEIGHTS, help="matrices quantised on load, or packed as in a GGUF file (default: the fastest)")

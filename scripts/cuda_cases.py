@@ -19,7 +19,7 @@ from mtpjax.cache import new_cache, slots_for
 from mtpjax.config import preset
 from mtpjax.model import abstract_model
 from mtpjax.rows import NO_ROWS
-from mtpjax.sampling import STOPS, Requests
+from mtpjax.sampling import STOPS, Kept, Requests
 from mtpjax.speculative import LoopState, decode, mtp_drafter
 from mtpjax.steps import prefill
 from mtpjax.weights import fill
@@ -132,9 +132,8 @@ def program_case(
         cache=cache, hidden=spec((1, cfg.hidden_size), jnp.bfloat16), token=ints(1), count=ints(1),
         done=spec((1,), jnp.bool_), stopped=spec((1,), jnp.bool_), rounds=ints(1), accepted=ints(1, draft),
     )  # fmt: skip
-    requests = Requests(
-        max_tokens=ints(1), temperature=spec((1,), jnp.float32), seed=spec((1,), jnp.uint32), stops=ints(1, STOPS)
-    )
+    share = spec((1,), jnp.float32)
+    requests = Requests(ints(1), share, spec((1,), jnp.uint32), ints(1, STOPS), Kept(ints(1), share, share))
     static = {"graph": graph, "k": draft, "rounds": 32, "vocab": cfg.vocab_size, "drafter": mtp_drafter}
     return decode, (params, state, requests), static, params
 

@@ -73,16 +73,18 @@ def some_lines(number: int) -> list[dict[str, Any]]:
     lines[2] |= {"max_tokens": 0}
     lines[4] |= {"temperature": 5.0}  # so hot that noise decides, and drafts are often right
     lines[5] |= {"temperature": 5, "seed": 77, "max_tokens": 3, "unknown": "stays out"}
+    lines[5] |= {"top_k": 9, "top_p": 0.5, "min_p": 0.0}
     return lines
 
 
 def test_answers_are_those_of_the_model_in_the_order_of_the_input(job: Callable, llm: LLM, tmp_path: Path) -> None:
     lines = some_lines(14)  # windows of 6, 6 and 2; batches of 3, the last of 2
-    assert job(lines, "--ignore-eos", "--seed", "100") == 0
+    assert job(lines, "--ignore-eos", "--seed", "100", "--min-p", "0.01") == 0
     params = [
         SamplingParams(
             max_tokens=line.get("max_tokens", 6), temperature=line.get("temperature", 0.0),
-            seed=line.get("seed", 100 + i), ignore_eos=True,
+            seed=line.get("seed", 100 + i), ignore_eos=True, top_k=line.get("top_k", 0), top_p=line.get("top_p", 1.0),
+            min_p=line.get("min_p", 0.01),
         )
         for i, line in enumerate(lines)
     ]  # fmt: skip
@@ -136,6 +138,7 @@ BAD: list[tuple[Any, str]] = [
     ({"prompt": "w1", "temperature": -1}, "temperature is -1"),
     (b'{"prompt": "w1", "temperature": NaN}', "temperature is nan"),
     ({"prompt": "w1", "seed": "s"}, "seed is 's'"),
+    ({"prompt": "w1", "top_p": 0}, "top_p is 0; expected a number above 0 and at most 1"),
 ]
 
 
