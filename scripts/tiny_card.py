@@ -101,7 +101,10 @@ def all_samples(found: list[dict[str, Any]]) -> str:
     parts = []
     for sample in found:
         parts.append(f"### Prompt\n\n{quoted(sample['prompt'])}")
-        parts += [f"{name}:\n\n{quoted(text)}" for name, text in sample["texts"].items()]
+        names: dict[str, list[str]] = {}
+        for name, text in sample["texts"].items():
+            names.setdefault(text, []).append(name)
+        parts += [f"{'; '.join(same)}:\n\n{quoted(text)}" for text, same in names.items()]
     return "\n\n".join(parts)
 
 
@@ -194,7 +197,8 @@ next true token: the share of all rounds (in brackets: of those that took every 
 {several_steps(report.get('mtp_steps'))}
 ## Samples
 
-Not picked: greedy, then the first three seeds; 100 tokens at most.
+Not picked: greedy, then the first three seeds at T = 0.7, first without tokens less than 0.05 times as probable as
+the likeliest, as `generation_config.json` advises, then drawn from all tokens; 100 tokens at most.
 
 {all_samples(report['samples'])}
 """

@@ -13,6 +13,7 @@ import json
 import lzma
 import math
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -98,17 +99,22 @@ def measure(model: LoadedModel, tokenizer: Tokenizer, documents: list[data.Docum
 
 
 def samples(folder: Path) -> list[dict[str, Any]]:
-    """Greedy text, and text at T = 0.7 with the first three seeds: the first demo prompt, code, three questions."""
+    """Greedy text, and text at T = 0.7 with the first three seeds, of all tokens and of those that the model's
+    `generation_config.json` advises: the first demo prompt, code, three questions.
+    """
     llm = LLM(folder, draft=3, dtype="float32", max_len=512)
+    advised = llm.get_default_sampling_params()
     first = json.loads((folder / "prompts.jsonl").read_text(encoding="utf-8").splitlines()[0])["prompt"]
     asked = [(first, first), *((q, llm.chat_prompt([{"role": "user", "content": q}])) for q in QUESTIONS), (CODE, CODE)]
     found = []
     for shown, prompt in asked:
-        greedy = SamplingParams(max_tokens=SAMPLE_TOKENS, temperature=0.0)
-        settings = [greedy, *(SamplingParams(max_tokens=SAMPLE_TOKENS, temperature=0.7, seed=s) for s in SEEDS)]
-        outputs = llm.generate([prompt] * len(settings), settings)
-        names = ["greedy", *(f"T = 0.7, seed {s}" for s in SEEDS)]
-        found.append({"prompt": shown, "texts": {name: out.text for name, out in zip(names, outputs, strict=True)}})
+        settings = {"greedy": SamplingParams(max_tokens=SAMPLE_TOKENS)}
+        for how, min_p in ((f"min-p {advised.min_p}, ", advised.min_p), ("", 0.0)):
+            for seed in SEEDS:
+                params = replace(advised, max_tokens=SAMPLE_TOKENS, seed=seed, min_p=min_p)
+                settings[f"T = {advised.temperature}, {how}seed {seed}"] = params
+        outputs = llm.generate([prompt] * len(settings), list(settings.values()))
+        found.append({"prompt": shown, "texts": {name: out.text for name, out in zip(settings, outputs, strict=True)}})
     return found
 
 

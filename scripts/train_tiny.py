@@ -45,6 +45,7 @@ from tiny_steps import DTYPES, computed_in, objective, train
 SHOW_STEPS, SAVE_SECONDS = 20, 300.0
 HELD_OUT_WINDOWS = 32  # read at every save
 LAYERS = 8
+ADVISED = {"do_sample": True, "temperature": 0.7, "min_p": 0.05}
 
 
 def tiny_config(vocab: int, stop_tokens: tuple[int, ...], layers: int = LAYERS) -> ModelConfig:
@@ -78,7 +79,7 @@ def export(out: Path, model: LoadedModel, side_files: Path) -> None:
     shutil.rmtree(new, ignore_errors=True)
     write_safetensors_directory(
         new, model.cfg.to_hf() | {"dtype": "bfloat16"}, tensors(),
-        generation_config={"eos_token_id": stops, "pad_token_id": stops[1]}, extra_files=sorted(side_files.iterdir()),
+        generation_config={"eos_token_id": stops, "pad_token_id": stops[1], **ADVISED}, extra_files=sorted(side_files.iterdir()),
     )  # fmt: skip
     shutil.rmtree(old, ignore_errors=True)
     if out.exists():
