@@ -100,7 +100,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
         axis.set_xlabel("prompt (tokens)")
         axis.grid(alpha=0.3)
     axes[1].set_ylim(bottom=0)
-    axes[2].set_ylim(bottom=0)
+    axes[2].set_yscale("log")
     axes[0].legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3)
     axes[1].legend(fontsize=8)
     figure.suptitle(f"{result['model']} on {result['device']}, {result['acceptance']}")
