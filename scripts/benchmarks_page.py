@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from table_output import markdown
+from table_output import all_drafts, markdown
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 FILES = DOCS / "benchmarks"
@@ -26,7 +26,8 @@ EXPERIMENTS = {
     ),
     "draft_length": (
         "Draft length, temperature and domain",
-        "Real acceptance and decode speed of the embedded model, batch 1.",
+        "Real acceptance and decode speed of the embedded model in bfloat16, batch 1: excerpts of held-out books, requests for "
+        "stories in chat, and code.",
     ),
     "cost_model": (
         "Cost of a round",
@@ -56,7 +57,7 @@ def the_table(result: dict[str, Any]) -> list[str]:
         "(the published lengths of Qwen3.5-397B-A17B's head). " + about(result),
         "A ratio is the median of the ratios within each run. \"Spread\" is (slowest − fastest) ÷ median of the prefill's "
         "runs; where it exceeds a difference, the difference is not measured. Drafts 2, 3 and 4 read the prompt with the same "
-        "program, so what lies between them is noise.",
+        "program, so what lies between them is noise. " + all_drafts(result),
         "\"Draft 0\" leaves out the last layer's queries, attention and experts, since nothing reads their rows: a saving that "
         "MTP cannot have while its head reads the last layer's output of every row. It is one layer of 12 here, one of 40 in "
         "a 35B-A3B; at 32,768 tokens it is also a third of all attention here, a tenth there. \"Draft 0, whole\" is MTP off in "
@@ -73,8 +74,9 @@ def the_tiny_table(result: dict[str, Any]) -> list[str]:
         "`python scripts/bench_table.py --model tiny --dtype bfloat16 --text talk --contexts 128 512 2048 --chunk 128 --drafts 0 "
         f"1 2 3 4 --new 96 --runs 5 --no-ablations --out docs/benchmarks/table_tiny`, in {result['dtype']}, prompts of "
         f"{result['prompts']}: conversations that the model was not trained on, {result['acceptance']}. " + about(result),
-        "The model was trained on windows of 256 tokens; longer prompts are out of its experience. What draft 0 drops while it "
-        "reads a prompt is most of one layer of eight.",
+        "The model was trained on windows of 256 tokens; longer prompts are out of its experience, and of its head's: behind "
+        "them a head that has read the last 64 tokens only drafts better. What draft 0 drops while it "
+        "reads a prompt is most of one layer of eight. " + all_drafts(result),
         markdown(result, reference=False),
         "![prefill ratio, decode speed and elapsed seconds by prompt length](benchmarks/table_tiny.png)",
     ]

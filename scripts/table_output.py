@@ -47,6 +47,19 @@ def table_rows(result: dict[str, Any]) -> list[tuple[Any, ...]]:
     return lines
 
 
+def all_drafts(result: dict[str, Any]) -> str:
+    """Prefill of all drafts that read the whole prompt ÷ MTP off with whole layers: the median over all their runs."""
+    seconds = {(r["prompt_tokens"], r["side"]): r["prefill_seconds"] for r in result["rows"]}
+    found: dict[int, list[float]] = {}
+    for (context, side), mine in seconds.items():
+        name, _, k = side.partition(" ")
+        if name == "draft" and k.isdigit() and k != "0":
+            base = seconds[context, "draft 0, whole"]
+            found.setdefault(context, []).extend(off / on for on, off in zip(mine, base, strict=True))
+    ratios = ", ".join(f"{statistics.median(each):.3f} at {context:,}" for context, each in found.items())
+    return f"All drafts' runs together, prefill tok/s with MTP ÷ draft 0, whole: **{ratios}** prompt tokens."
+
+
 def markdown(result: dict[str, Any], reference: bool = True) -> str:
     """The table, and the reference's ratios."""
 

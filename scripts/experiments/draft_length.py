@@ -9,6 +9,7 @@ import statistics
 from typing import Any
 
 import common
+from bench_decode import prompts_of
 
 from mtpjax import LLM, SamplingParams
 
@@ -19,40 +20,41 @@ PYTHON = (
 
 
 def experiment(smoke: bool) -> dict[str, Any]:
-    """A row for each domain, temperature and draft length."""
+    """A row for each domain, temperature and draft length. A story in chat ends by itself; other text at a length."""
     drafts, new, repeats = ((0, 2), 16, 1) if smoke else (tuple(range(9)), 96, 5)
-    sides = {k: LLM(draft=k, max_len=384, max_batch=1) for k in drafts}
+    sides = {k: LLM(draft=k, max_len=384, max_batch=1, dtype="bfloat16") for k in drafts}
     tokenizer = sides[0].tokenizer
     assert tokenizer is not None
-    domains = {"books": common.excerpts()[: 1 if smoke else 4], "python": [tokenizer.encode(text) for text in PYTHON]}
+    domains = prompts_of(sides[0], [], 1 if smoke else 4, 0) | {"python": [tokenizer.encode(text) for text in PYTHON]}
     rows = []
     for domain, prompts in domains.items():
         for temperature in (0.0, 0.7):
             found: dict[int, list[tuple[float, int, int, list[int]]]] = {k: [] for k in drafts}
             for repeat in range(repeats + 1):
                 for k, llm in sides.items():
-                    params = SamplingParams(max_tokens=new, temperature=temperature, ignore_eos=True)
-                    metrics = [llm.generate([p], params)[0].metrics for p in prompts]
+                    params = SamplingParams(max_tokens=new, temperature=temperature, ignore_eos=domain != "talk")
+                    outputs = [llm.generate([p], params)[0] for p in prompts]
+                    metrics = [output.metrics for output in outputs]
                     taken = [sum(m.accepted_per_position[i] for m in metrics) for i in range(k)]
                     seconds, rounds = sum(m.decode_seconds for m in metrics), sum(m.rounds for m in metrics)
                     if repeat:  # the first compiles
-                        found[k].append((seconds, rounds, len(prompts), taken))
+                        found[k].append((seconds, rounds, sum(len(output.token_ids) for output in outputs), taken))
             for k, runs in found.items():
-                ratios = [b[0] / a[0] for a, b in zip(runs, found[0], strict=True)]
-                rounds, count, taken = runs[0][1:]
+                ratios = [b[0] / a[0] * a[2] / b[2] for a, b in zip(runs, found[0], strict=True)]
+                rounds, tokens, taken = runs[0][1:]
                 rows.append({
                     "domain": domain, "temperature": temperature, "draft": k, "seconds": [r[0] for r in runs],
-                    "tokens_per_round": new * count / rounds, "accepted": [t / rounds for t in taken],
+                    "tokens_per_round": tokens / rounds, "accepted": [t / rounds for t in taken],
                     "speed_ratio": statistics.median(ratios),
                 })  # fmt: skip
                 about = f"{rows[-1]['tokens_per_round']:.2f} tokens a round, {rows[-1]['speed_ratio']:.2f} x speed"
                 print(f"{domain:7} T {temperature:g} draft {k}: {about}", flush=True)
-    return {"new": new, "acceptance": "real", "table": rows}
+    return {"new": new, "dtype": "bfloat16", "acceptance": "real", "table": rows}
 
 
 def plot(result: dict[str, Any], figure: Any) -> None:
     left, right = figure.subplots(1, 2)
-    for domain in ("books", "python"):
+    for domain in dict.fromkeys(r["domain"] for r in result["table"]):
         for temperature, style in ((0.0, "o-"), (0.7, "s--")):
             mine = [r for r in result["table"] if r["domain"] == domain and r["temperature"] == temperature]
             for axis, key in ((left, "tokens_per_round"), (right, "speed_ratio")):
@@ -64,7 +66,7 @@ def plot(result: dict[str, Any], figure: Any) -> None:
         axis.set_xlabel("draft length (tokens)")
         axis.grid(alpha=0.3)
     left.legend(fontsize=8)
-    figure.suptitle(f"Embedded model on {result['device']}, batch 1, real acceptance")
+    figure.suptitle(f"Embedded model on {result['device']}, batch 1, {result['dtype']}, real acceptance")
 
 
 if __name__ == "__main__":
