@@ -37,7 +37,8 @@ EXPERIMENTS = {
     ),
     "quantisation": (
         "Quantisation",
-        "Bytes, bits a byte, acceptance and decode speed by weight type; weights stay packed in memory.",
+        "Bytes, bits a byte, acceptance and decode speed by weight type; weights stay packed in memory. `--books DIR` "
+        "is the folder that the model was trained from.",
     ),
 }
 
