@@ -14,7 +14,8 @@ from typing import Any
 import jinja2
 import numpy as np
 from numpy.typing import NDArray
-from tiny_stories import chatter, talk
+from tiny_small_talk import chatter
+from tiny_stories import talk
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 
 from mtpjax.text import byte_level_bpe
