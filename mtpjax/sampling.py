@@ -99,14 +99,13 @@ def _highest(order: UInt32[Array, "B V"], weights: Float[Array, "B V"], wanted: 
     Found digit by digit, without sorting: each pass weighs what lies above every value that the next digit can have.
     """
     digits = jnp.arange(1, 1 << DIGIT, dtype=jnp.uint32)
-
-    def one(i: Array, least: Array) -> Array:
-        tried = least[:, None] | digits << (32 - DIGIT * (i.astype(jnp.uint32) + 1))
+    least = jnp.zeros(order.shape[:1], jnp.uint32)
+    for shift in range(32 - DIGIT, -1, -DIGIT):
+        tried = least[:, None] | digits << shift
         above = jnp.where(order[:, None, :] >= tried[:, :, None], weights[:, None, :], 0)
         enough = jnp.sum(above, axis=-1) >= wanted[:, None]
-        return jnp.max(jnp.where(enough, tried, least[:, None]), axis=-1)
-
-    return lax.fori_loop(0, 32 // DIGIT, one, jnp.zeros(order.shape[:1], jnp.uint32))
+        least = jnp.max(jnp.where(enough, tried, least[:, None]), axis=-1)
+    return least
 
 
 def best(logits: Float[Array, "*rows V"]) -> Int[Array, "*rows"]:
