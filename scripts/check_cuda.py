@@ -25,6 +25,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts.cuda_cases import CHUNK, CONTEXT, DRAFT, MODEL, Case, kernel_cases, program_case, weight_shapes
+from scripts.results import describe, write_json
 
 CARDS = ("rtx3090", "a100", "rtx4090", "h200", "b200")
 LIMIT_GIB = {"rtx3090": 23.0}  # of the 24 that the card has
@@ -179,7 +180,7 @@ def main() -> int:
     if args.json:
         what = {"what": "kernels and programs compiled for cards that are not here", "model": MODEL, "weights": "iq4_nl"}
         about = {**what, "draft": DRAFT, "context": CONTEXT, "chunk": CHUNK}
-        args.json.write_text(json.dumps({**about, "results": results}, indent=1) + "\n", encoding="utf-8")
+        write_json(str(args.json), {**about, **describe("none: compiled only"), "results": results})
     print(f"{len(results)} programs compiled for {len({r['card'] for r in results})} cards, {bad} problems")
     return int(bad > 0)
 

@@ -19,10 +19,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a benchmark r
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "transformers")
 
 
-def describe() -> dict[str, Any]:
-    """Date, device, versions and commit of this run."""
-    import jax
+def describe(device: str | None = None) -> dict[str, Any]:
+    """Date, device (JAX's own, unless it is told and JAX need not start), versions and commit of this run."""
+    if device is None:
+        import jax
 
+        device = jax.devices()[0].device_kind
     here = Path(__file__).parent
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
     versions = {}
@@ -33,7 +35,7 @@ def describe() -> dict[str, Any]:
             continue
     return {
         "date": datetime.date.today().isoformat(),
-        "device": jax.devices()[0].device_kind,
+        "device": device,
         "cores": os.cpu_count(),
         "processor": platform.processor() or platform.machine(),
         "python": platform.python_version(),
