@@ -68,11 +68,14 @@ def first_state(args: argparse.Namespace, cfg: ModelConfig, plan: Plan) -> dict[
 
 def history(args: argparse.Namespace) -> dict[str, Any]:
     """What training.json says of the weights that a run begins with."""
-    if args.start is None or not (before := args.start / "training.json").is_file():
-        return {}
-    start = json.loads(before.read_text())
+
+    def told(folder: Path) -> dict[str, Any] | None:
+        file = folder / "training.json"
+        return json.loads(file.read_text()) if file.is_file() else None
+
+    start = told(args.start) if args.start else None
     if args.average is None:
-        return {"start": start}
-    if start.get("start") != json.loads((args.average / "training.json").read_text()):
+        return {"start": start} if start else {}
+    if not start or not (before := start.get("start")) or before != told(args.average):
         raise SystemExit(f"--average {args.average}: expected the folder that the run in {args.start} started from.")
     return {"start": start, "share": args.share}

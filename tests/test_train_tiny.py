@@ -272,9 +272,15 @@ def test_a_run_begins_between_two_earlier_ones(tmp_path: Path) -> None:
         (tmp_path / name / "training.json").write_text(json.dumps(spent))
     args = train_tiny.options([*given, "--share", "0.75"])
     assert tiny_start.history(args) == {"start": {"seed": 1, "start": {"seed": 0}}, "share": 0.75}
-    (tmp_path / "before" / "training.json").write_text(json.dumps({"seed": 2}))
-    with pytest.raises(SystemExit, match="before: expected the folder that the run in .*start started from"):
-        tiny_start.history(args)
+    said = {name: tmp_path / name / "training.json" for name in ("start", "before")}
+    wrong_ones = (
+        lambda: said["before"].write_text(json.dumps({"seed": 2})), said["before"].unlink,
+        lambda: said["start"].write_text(json.dumps({"seed": 1})), said["start"].unlink,
+    )  # fmt: skip
+    for make_wrong in wrong_ones:
+        make_wrong()
+        with pytest.raises(SystemExit, match="before: expected the folder that the run in .*start started from"):
+            tiny_start.history(args)
     for wrong in (["--share", "1"], ["--start"]):
         with pytest.raises(SystemExit):
             train_tiny.options([*given, *wrong])
