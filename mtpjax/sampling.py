@@ -88,8 +88,8 @@ def likeliest(logits: Float[Array, "B V"], temperature: Float[Array, " B"], kept
 
 
 def _order(values: Float[Array, "B V"]) -> UInt32[Array, "B V"]:
-    """Whole numbers in the order of the float32 `values`."""
-    bits = lax.bitcast_convert_type(values, jnp.uint32)
+    """Whole numbers in the order of the float32 `values`; the two zeros are one."""
+    bits = lax.bitcast_convert_type(jnp.where(values == 0, 0, values), jnp.uint32)
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 
