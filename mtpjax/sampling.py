@@ -8,6 +8,9 @@ were drafted nor on the neighbours in the batch. Top-k, top-p and min-p keep to 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -55,18 +58,24 @@ def choose(
     if vocab < logits.shape[-1]:
         logits = jnp.where(jnp.arange(logits.shape[-1]) < vocab, logits, -jnp.inf)
 
-    def sampled(logits: Array) -> Array:
+    def sampled(kept: Kept | None, logits: Array) -> Array:
         def row(at: tuple[Array, Array]) -> Array:
             row_logits, row_positions = at
             noise = jax.vmap(gumbel_noise, (0, 0, None))(requests.seed, row_positions, logits.shape[-1])
-            if (kept := requests.kept) is not None:
-                some = jnp.any((kept.top_k > 0) | (kept.top_p < 1) | (kept.min_p > 0))
-                row_logits = lax.cond(some, likeliest, lambda z, *_: z, row_logits, requests.temperature, kept)
+            if kept is not None:
+                row_logits = likeliest(row_logits, requests.temperature, kept)
             return best(row_logits + requests.temperature[:, None] * noise)
 
         return lax.map(row, (logits.swapaxes(0, 1), positions.T)).T
 
-    return lax.cond(jnp.any(requests.temperature > 0), sampled, best, logits).astype(jnp.int32)
+    # The dearest way that some request needs: the first token, a sample of all tokens, a sample of some.
+    ways: list[Callable[[Array], Array]] = [best, partial(sampled, None)]
+    need = requests.temperature > 0
+    way = jnp.any(need).astype(jnp.int32)
+    if (kept := requests.kept) is not None:
+        ways.append(partial(sampled, kept))
+        way += jnp.any(need & ((kept.top_k > 0) | (kept.top_p < 1) | (kept.min_p > 0)))
+    return lax.switch(way, ways, logits).astype(jnp.int32)
 
 
 def likeliest(logits: Float[Array, "B V"], temperature: Float[Array, " B"], kept: Kept) -> Float[Array, "B V"]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -18,25 +17,16 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from demo_prompts import by_domain
 from results import describe, write_json
 
 from checkpoints import TINY
 from mtpjax import LLM, SamplingParams
 
-STORIES = (
-    "Tell me a story about a fox and a lantern.", "Tell me a story about a mouse.", "Write a short story about a bridge.",
-    "I would like to hear a story about a bear and someone who is afraid of the dark.",
-)  # fmt: skip
 
-
-def prompts_of(llm: LLM, text: list[str], count: int, length: int) -> dict[str, list[list[int]]]:
-    """`count` prompts a domain: windows of `length` tokens spread evenly over the texts, or the embedded ones and stories."""
+def windows_of(llm: LLM, text: list[str], count: int, length: int) -> dict[str, list[list[int]]]:
+    """`count` windows of `length` tokens, spread evenly over the texts."""
     assert llm.tokenizer is not None
-    if not text:
-        lines = (TINY / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
-        books = [llm.tokenizer.encode(json.loads(line)["prompt"]) for line in lines]
-        asked = [llm.tokenizer.encode(llm.chat_prompt([{"role": "user", "content": story}])) for story in STORIES]
-        return {"books": books[:count], "talk": asked[:count]}
     ids = [i for name in text for i in llm.tokenizer.encode(Path(name).read_text(encoding="utf-8"))]
     step = (len(ids) - length) // count
     return {"text": [ids[i * step : i * step + length] for i in range(count)]}
@@ -70,7 +60,9 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for dtype, batch in itertools.product(args.dtype, args.batch):
         sides = {k: LLM(args.model, draft=k, dtype=dtype, max_len=512, max_batch=batch) for k in (0, *args.drafts)}
-        domains = prompts_of(sides[0], args.text, args.prompts, args.prompt)
+        domains = by_domain(sides[0], args.prompts)
+        if args.text:
+            domains = windows_of(sides[0], args.text, args.prompts, args.prompt)
         for (domain, prompts), temperature in itertools.product(domains.items(), args.temperature):
             params = SamplingParams(max_tokens=args.new, temperature=temperature, ignore_eos=domain != "talk")
             found: dict[int, list[dict[str, float]]] = {k: [] for k in sides}

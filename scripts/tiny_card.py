@@ -146,7 +146,7 @@ The weights are Apache-2.0. What they were trained on:
 {licences}
 
 `manifest.json` has the name, size, SHA-256 and split of each text. The books and the library's sources are not in this
-repository; the conversations are made anew by `scripts/tiny_stories.py` from its seed.
+repository; the conversations are made anew by `scripts/tiny_stories.py` and `scripts/tiny_small_talk.py`.
 
 * Books: {counts['books']} titles to train on; held out are {held}.
 * Python: {counts['python']} modules of the standard library ({data.LARGEST_MODULE:,} bytes at most); held out are
@@ -197,8 +197,8 @@ next true token: the share of all rounds (in brackets: of those that took every 
 {several_steps(report.get('mtp_steps'))}
 ## Samples
 
-Not picked: greedy, then the first three seeds at T = 0.7, first without tokens less than 0.05 times as probable as
-the likeliest, as `generation_config.json` advises, then drawn from all tokens; 100 tokens at most.
+Not picked: greedy, then the first three seeds, first as `generation_config.json` advises, then at the same temperature from
+all tokens; 100 tokens at most.
 
 {all_samples(report['samples'])}
 """

@@ -47,16 +47,14 @@ def run(name: str, doc: str, experiment: Experiment, plot: Callable[[dict[str, A
     print(f"wrote {args.out / f'{name}.png'}")
 
 
-def excerpts() -> list[list[int]]:
+def held_out_prompts() -> list[list[int]]:
     """Token ids of the embedded held-out excerpts."""
-    import json
+    from demo_prompts import excerpts
 
     from checkpoints import TINY
     from mtpjax.text import load_tokenizer
 
-    tokenizer = load_tokenizer(TINY / "tokenizer.json")
-    lines = (TINY / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
-    return [tokenizer.encode(json.loads(line)["prompt"]) for line in lines]
+    return excerpts(load_tokenizer(TINY / "tokenizer.json"))
 
 
 def own_texts(count: int, length: int) -> np.ndarray:
@@ -64,7 +62,7 @@ def own_texts(count: int, length: int) -> np.ndarray:
     from mtpjax import LLM, SamplingParams
 
     llm = LLM(draft=0, max_len=length + 1, max_batch=min(count, 32))
-    prompts = excerpts()
+    prompts = held_out_prompts()
     asked = [prompts[i % len(prompts)][: length - 1] for i in range(count)]
     params = [SamplingParams(max_tokens=length - len(p), temperature=0.7, seed=i, ignore_eos=True) for i, p in enumerate(asked)]
     outputs = llm.generate(asked, params)

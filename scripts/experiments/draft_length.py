@@ -9,7 +9,7 @@ import statistics
 from typing import Any
 
 import common
-from bench_decode import prompts_of
+from demo_prompts import by_domain
 
 from mtpjax import LLM, SamplingParams
 
@@ -25,7 +25,7 @@ def experiment(smoke: bool) -> dict[str, Any]:
     sides = {k: LLM(draft=k, max_len=384, max_batch=1, dtype="bfloat16") for k in drafts}
     tokenizer = sides[0].tokenizer
     assert tokenizer is not None
-    domains = prompts_of(sides[0], [], 1 if smoke else 4, 0) | {"python": [tokenizer.encode(text) for text in PYTHON]}
+    domains = by_domain(sides[0], 1 if smoke else 4) | {"python": [tokenizer.encode(text) for text in PYTHON]}
     rows = []
     for domain, prompts in domains.items():
         for temperature in (0.0, 0.7):

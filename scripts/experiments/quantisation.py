@@ -91,7 +91,7 @@ def experiment(smoke: bool, args: argparse.Namespace) -> dict[str, Any]:
         sides[kind] = {k: LLM(model, draft=k, max_len=384, max_batch=1) for k in (0, DRAFT)}
         print(f"{kind:7} {megabytes:5.1f} MB  {rows[kind]['bits_per_byte']:.4f} bits a byte of {name}", flush=True)
     seconds: dict[tuple[str, int], list[float]] = {(t, k): [] for t in types for k in (0, DRAFT)}
-    prompts = common.excerpts()[: 1 if smoke else 3]
+    prompts = common.held_out_prompts()[: 1 if smoke else 3]
     for run in range(runs + 1):
         for (kind, k), times in seconds.items():
             outputs = [sides[kind][k].generate([p], SamplingParams(max_tokens=new, ignore_eos=True))[0] for p in prompts]
