@@ -60,9 +60,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for dtype, batch in itertools.product(args.dtype, args.batch):
         sides = {k: LLM(args.model, draft=k, dtype=dtype, max_len=512, max_batch=batch) for k in (0, *args.drafts)}
-        domains = by_domain(sides[0], args.prompts)
-        if args.text:
-            domains = windows_of(sides[0], args.text, args.prompts, args.prompt)
+        domains = windows_of(sides[0], args.text, args.prompts, args.prompt) if args.text else by_domain(sides[0], args.prompts)
         for (domain, prompts), temperature in itertools.product(domains.items(), args.temperature):
             params = SamplingParams(max_tokens=args.new, temperature=temperature, ignore_eos=domain != "talk")
             found: dict[int, list[dict[str, float]]] = {k: [] for k in sides}
