@@ -41,7 +41,7 @@ help:
 	@echo "make check-cuda   compile the GPU kernels and programs for five cards, without a GPU (CHECK_CUDA_ARGS='--cards h200 ...')"
 
 demo: $(RUN_READY)
-	@$(VENV_PYTHON) scripts/batch_generate.py --temperature 0.7 --min-p 0.05
+	@$(VENV_PYTHON) scripts/batch_generate.py --advised
 
 test: $(DEV_READY)
 	@$(VENV_PYTHON) -m pytest -q $(PYTEST_ARGS)

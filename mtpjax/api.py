@@ -19,7 +19,7 @@ from mtpjax.engine import BUCKETS, Engine, Request, Result
 from mtpjax.loading import cache_dtype, load_checkpoint
 from mtpjax.rows import OutputRows
 from mtpjax.sampling import STOPS
-from mtpjax.sampling_params import SamplingParams, recommended, whole
+from mtpjax.sampling_params import PENALTIES, SamplingParams, recommended, whole
 from mtpjax.speculative import Drafter, mtp_drafter
 from mtpjax.text import Tokenizer, gguf_tokenizer, load_tokenizer
 from mtpjax.weights import LoadedModel
@@ -147,7 +147,7 @@ class LLM:
         )  # fmt: skip
 
     def get_default_sampling_params(self, **changes: Any) -> SamplingParams:
-        """What the checkpoint's `generation_config.json` advises (temperature, top_k, top_p, min_p), with `changes`.
+        """What the checkpoint's `generation_config.json` advises (temperature, top_k, top_p, min_p, penalties), with `changes`.
 
         Advice only: `generate` without parameters is greedy.
         """
@@ -268,6 +268,7 @@ class LLM:
             top_k=max(params.top_k, 0),
             top_p=float(params.top_p),
             min_p=float(params.min_p),
+            **{name: float(getattr(params, name)) for name in PENALTIES},
         )
 
     def _output(self, prompt: Prompt, result: Result) -> RequestOutput:

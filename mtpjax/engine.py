@@ -19,6 +19,7 @@ from jax import Array
 from kernels_pallas.target import compile_options
 from mtpjax.acceptance import Acceptance, real_acceptance
 from mtpjax.cache import Cache, new_cache, slots_for
+from mtpjax.penalties import Penalties, Seen, stepped
 from mtpjax.rows import NO_ROWS, OutputRows
 from mtpjax.sampling import STOPS, Kept, Requests
 from mtpjax.speculative import Drafter, LoopState, decode, mtp_drafter
@@ -43,6 +44,13 @@ class Request:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+
+    @property
+    def penalised(self) -> bool:
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
 
 
 @dataclass
@@ -238,6 +246,7 @@ class Engine:
             stopped=_host(np.zeros(batch, bool)),
             rounds=_host(np.zeros(batch, np.int32)),
             accepted=_host(np.zeros((batch, self.draft), np.int32)),
+            seen=self._seen(group, batch) if asked.penalties else None,
         )
         static = {
             "graph": self.model.graph, "k": self.draft, "rounds": self.rounds, "vocab": self.vocab, "drafter": self.drafter,
@@ -247,7 +256,7 @@ class Engine:
         while not all(r.done for r in results):
             compiled, began = self.compile_seconds, time.perf_counter()
             state, out, used = self._run(
-                ("decode", batch), decode, self.model.params, state, asked, static=static, donate="state"
+                ("decode", batch, state.seen is None), decode, self.model.params, state, asked, static=static, donate="state"
             )
             out, used, done = np.asarray(out), np.asarray(used), np.asarray(state.done)
             seconds += time.perf_counter() - began - (self.compile_seconds - compiled)
@@ -283,4 +292,17 @@ class Engine:
                 top_p=column(lambda r: r.top_p, np.float32, 1),
                 min_p=column(lambda r: r.min_p, np.float32),
             ),
+            penalties=Penalties(
+                presence=column(lambda r: r.presence_penalty, np.float32),
+                frequency=column(lambda r: stepped(r.frequency_penalty), np.float32),
+                repetition=column(lambda r: r.repetition_penalty, np.float32, 1),
+            )
+            if any(r.penalised for r in group)
+            else None,
         )
+
+    def _seen(self, group: Sequence[Request], batch: int) -> Seen:
+        prompt = np.zeros((batch, self.model.cfg.vocab_size), bool)
+        for row, request in zip(prompt, group, strict=False):
+            row[list(request.prompt)] = True
+        return Seen(prompt=_host(prompt), counts=_host(np.zeros(prompt.shape, np.int32)))

@@ -18,6 +18,7 @@ from jax import Array, lax
 from jaxtyping import Float, Int, UInt32
 
 from kernels_pallas.target import target
+from mtpjax.penalties import Penalties
 
 STOPS = 8  # stop tokens a request can have
 DIGIT = 4  # bits of a threshold found by one pass over the logits
@@ -39,6 +40,7 @@ class Requests(struct.PyTreeNode):
     seed: UInt32[Array, " B"]
     stops: Int[Array, "B STOPS"]  # -1 where unused
     kept: Kept | None = None  # None: all tokens
+    penalties: Penalties | None = None  # None: nobody has any
 
 
 def gumbel_noise(seed: UInt32[Array, ""], position: Int[Array, ""], vocab: int) -> Float[Array, " V"]:

@@ -21,6 +21,7 @@ from mtpjax import steps
 from mtpjax.acceptance import Acceptance, real_acceptance
 from mtpjax.cache import Cache
 from mtpjax.model import Model, commit
+from mtpjax.penalties import Seen, penalised
 from mtpjax.sampling import Requests, choose, emitted
 
 
@@ -35,6 +36,7 @@ class LoopState(struct.PyTreeNode):
     stopped: Bool[Array, " B"]  # done because of a stop token
     rounds: Int[Array, " B"]
     accepted: Int[Array, "B k"]  # rounds in which the draft at each position was accepted
+    seen: Seen | None = None  # up to and with `token`; None where no request has penalties
 
 
 # drafts `[B, k]` and the cache from (model, state, requests, k, vocab)
@@ -43,7 +45,7 @@ Drafter = Callable[[Model, LoopState, Requests, int, int], tuple[Array, Cache]]
 
 def mtp_drafter(model: Model, state: LoopState, requests: Requests, k: int, vocab: int) -> tuple[Array, Cache]:
     """Drafts of the checkpoint's own MTP head."""
-    return steps.draft(model, state.hidden, state.token, state.done, state.cache, requests, k, vocab)
+    return steps.draft(model, state.hidden, state.token, state.done, state.cache, requests, k, vocab, state.seen)
 
 
 def decoding_round(
@@ -61,7 +63,7 @@ def decoding_round(
     window = jnp.concatenate([state.token[:, None], drafts], axis=1)
     logits, hidden, cache, pending = steps.verify(model, window, idle, cache)
     positions = cache.length[:, None] + 1 + jnp.arange(k + 1)
-    tokens = choose(logits, positions, requests, vocab)
+    tokens = choose(penalised(logits, requests.penalties, state.seen, drafts), positions, requests, vocab)
     if k and model.mtp is not None:
         cache = steps.sync(model, hidden, drafts, idle, cache)
 
@@ -84,6 +86,7 @@ def decoding_round(
             stopped=jnp.where(idle, state.stopped, stopped),
             rounds=state.rounds + ~idle,
             accepted=state.accepted + (jnp.arange(k) < right[:, None]) * ~idle[:, None],
+            seen=None if state.seen is None else state.seen.add(tokens, count),
         ),
         tokens,
         count,

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 
 from mtpjax.cache import Cache, Pending
 from mtpjax.model import Model, place
+from mtpjax.penalties import Seen, penalised
 from mtpjax.rows import NO_ROWS, OutputRows
 from mtpjax.sampling import Requests, choose
 
@@ -117,6 +118,7 @@ def draft(
     requests: Requests,
     length: int,
     vocab: int,
+    seen: Seen | None = None,
 ) -> tuple[Int[Array, "B k"], Cache]:
     """`length` tokens from the MTP head, applied again and again to its own hidden state (after `mtp.norm`).
 
@@ -124,14 +126,17 @@ def draft(
     position `cache.length - 1 + j` in the head's cache; all but the first of these are provisional and overwritten by `sync`.
     """
 
-    def step(carry: tuple[Array, Array, Cache], j: Array) -> tuple[tuple[Array, Array, Cache], Array]:
-        hidden, token, cache = carry
+    one = jnp.ones_like(token)
+
+    def step(carry: tuple[Array, Array, Cache, Seen | None], j: Array) -> tuple[tuple, Array]:
+        hidden, token, cache, seen = carry
         where = place(model.cfg, cache.length - cache.mtp_start - 1 + j, 1, idle.astype(jnp.int32), slots=cache.slots)
         rows, cache = model.mtp_step(hidden[:, None], token[:, None], cache, where)
-        token = choose(model.mtp_head(rows), (cache.length + 1 + j)[:, None], requests, vocab)[:, 0]
-        return (rows[:, 0], token, cache), token
+        logits = penalised(model.mtp_head(rows), requests.penalties, seen)
+        token = choose(logits, (cache.length + 1 + j)[:, None], requests, vocab)[:, 0]
+        return (rows[:, 0], token, cache, seen and seen.add(token[:, None], one)), token
 
-    (_, _, cache), drafts = lax.scan(step, (hidden, token, cache), jnp.arange(length))
+    (_, _, cache, _), drafts = lax.scan(step, (hidden, token, cache, seen), jnp.arange(length))
     return drafts.T, cache
 
 

@@ -3,7 +3,8 @@
     python scripts/batch_generate.py [--model DIR] [--input prompts.jsonl] [--output answers.jsonl]
 
 A line of the input is `{"id": "a", "prompt": "Once"}`, the prompt a text or a list of token ids, optionally with
-"max_tokens", "temperature", "top_k", "top_p", "min_p" and "seed"; `"messages": [{"role": "user", "content": "Hello"}]` in
+"max_tokens", "temperature", "top_k", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty" and
+"seed"; `"messages": [{"role": "user", "content": "Hello"}]` in
 place of the prompt goes through the checkpoint's chat template. In a `.txt` file a line is a prompt as it stands. Lines of
 the output have "id", "prompt", "text", "token_ids", "finish_reason" and "metrics", in the order of the input. While the job
 runs, answers that are ready are in OUTPUT.part. A line that cannot be used is reported and left out, and the exit status is
@@ -97,12 +98,13 @@ class Ready:
 
 def check(llm: LLM, job: Job, args: argparse.Namespace) -> Ready:
     """Raises LineError for what `generate` would refuse. The seed depends on the line alone, not on its neighbours."""
-    given = {name: getattr(args, name) for name in OPTIONS} | {"seed": args.seed + job.line - 1}
+    given = {name: value for name in OPTIONS if (value := getattr(args, name)) is not None}
+    given |= {"seed": args.seed + job.line - 1} | job.options
+    given |= {"stop_token_ids": tuple(args.stop_token_ids), "ignore_eos": args.ignore_eos}
     try:
         if job.messages is not None:
             job = replace(job, prompt=llm.chat_prompt(job.messages))
-        stops, ignore = tuple(args.stop_token_ids), args.ignore_eos
-        params = SamplingParams(**(given | job.options), stop_token_ids=stops, ignore_eos=ignore)
+        params = llm.get_default_sampling_params(**given) if args.advised else SamplingParams(**given)
         return Ready(job, llm.check(job.prompt, params), params)
     except ValueError as error:
         raise LineError(f"{job.where}: {error}") from None
@@ -205,10 +207,14 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--draft", type=int, default=3, metavar="K", help=f"tokens drafted a round, 0...{MAX_DRAFT}; the text stays")
     add("--mtp-prompt", type=int, metavar="N", help="let the MTP head read the last N tokens of a prompt only")
     add("--max-tokens", type=int, default=128, metavar="N", help="new tokens of a prompt at most, unless its line says")
-    add("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy")
-    add("--top-k", type=int, default=0, metavar="K", help="sample from the K most probable tokens (0: all)")
-    add("--top-p", type=float, default=1.0, metavar="P", help="... the fewest tokens of probability P together (1: all)")
-    add("--min-p", type=float, default=0.0, metavar="P", help="... tokens P times as probable as the first (0: all)")
+    add("--advised", action="store_true", help="sample as the checkpoint's generation_config.json says, but for what follows")
+    add("--temperature", type=float, metavar="T", help="0, unless told, is greedy")
+    add("--top-k", type=int, metavar="K", help="sample from the K most probable tokens (0: all)")
+    add("--top-p", type=float, metavar="P", help="... the fewest tokens of probability P together (1: all)")
+    add("--min-p", type=float, metavar="P", help="... tokens P times as probable as the first (0: all)")
+    add("--presence-penalty", type=float, metavar="P", help="off the logit of tokens already generated")
+    add("--frequency-penalty", type=float, metavar="P", help="... once for each time")
+    add("--repetition-penalty", type=float, metavar="P", help="divides logits of all tokens before (1: none)")
     add("--seed", type=int, default=0, help="line n gets seed + n - 1, unless it says")
     add("--dtype", choices=tuple(DTYPES), default="float32", help="of computing")
     add("--weights", choices=WEIGHTS, help="matrices quantised on load, or packed as in a GGUF file (default: the fastest)")

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-OPTIONS = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed")
+OPTIONS = (
+    "max_tokens", "temperature", "top_k", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed",
+)  # fmt: skip
 # JSON lets them stand in a text, but some readers (`str.splitlines`) end a line there.
 LINE_ENDS = {ord(c): f"\\u{ord(c):04x}" for c in "\x85\u2028\u2029"}
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import tiny_data as data
 from tiny_loss import BALANCE_WEIGHT, GAIN_SPREAD, MTP_WEIGHTS, ROWS
+from tiny_samples import LONGEST_LOOP, OPENING, PLACES, TOKENS
 
 from mtpjax.config import ModelConfig
 
@@ -95,6 +96,18 @@ Two shorter runs, equal but for `--mtp-steps` ({t['layers']} layers, {t['done_st
 
 {table}
 """
+
+
+def loop_table(shares: dict[str, dict[str, float]]) -> str:
+    ways = list(next(iter(shares.values())))
+    lines = [row("", *ways), row(*["---"] * (len(ways) + 1))]
+    return "\n".join(lines + [row(domain, *(f"{share[way]:.0%}" for way in ways)) for domain, share in shares.items()])
+
+
+def advice(folder: Path) -> str:
+    config = json.loads((folder / "generation_config.json").read_text())
+    names = {"temperature": "T =", "top_k": "top-k", "top_p": "top-p", "min_p": "min-p", "presence_penalty": "presence penalty"}
+    return ", ".join(f"{said} {config[name]}" for name, said in names.items() if name in config)
 
 
 def all_samples(found: list[dict[str, Any]]) -> str:
@@ -197,8 +210,11 @@ next true token: the share of all rounds (in brackets: of those that took every 
 {several_steps(report.get('mtp_steps'))}
 ## Samples
 
-Not picked: greedy, then the first three seeds, first as `generation_config.json` advises, then at the same temperature from
-all tokens; 100 tokens at most.
+Not picked: greedy, then the first three seeds, first as `generation_config.json` advises ({advice(folder)}),
+then at that temperature alone, from all tokens; {TOKENS} tokens at most. Of 100 such texts after {OPENING} tokens of held-out
+text ({PLACES} if greedy), so many ran into a loop, a stretch of at most {LONGEST_LOOP} tokens three times in a row:
+
+{loop_table(report['loops'])}
 
 {all_samples(report['samples'])}
 """

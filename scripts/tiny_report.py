@@ -13,7 +13,6 @@ import json
 import lzma
 import math
 import sys
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from checkpoints import open_checkpoint
-from mtpjax import LLM, SamplingParams
+from mtpjax import LLM
 from mtpjax.cache import BLOCK
 from mtpjax.loading import load_checkpoint
 from mtpjax.weights import LoadedModel
@@ -36,12 +35,9 @@ import tiny_data as data
 from draft_rounds import DEPTH, count_agreeing
 from tiny_card import card
 from tiny_loss import window_loss
+from tiny_samples import looping, samples
 
 BATCH = 16
-SAMPLE_TOKENS = 100
-SEEDS = (0, 1, 2)
-QUESTIONS = ("Tell me a story about a fox and a lantern.", "Hello! How are you today?", "What is 3 plus 4?")
-CODE = 'def read_lines(path):\n    """Read the lines of a file."""\n'
 
 
 def in_batches(rows: np.ndarray) -> list[np.ndarray]:
@@ -98,26 +94,6 @@ def measure(model: LoadedModel, tokenizer: Tokenizer, documents: list[data.Docum
     return figures
 
 
-def samples(folder: Path) -> list[dict[str, Any]]:
-    """Greedy text, and text at T = 0.7 with the first three seeds, of all tokens and of those that the model's
-    `generation_config.json` advises: the first demo prompt, code, three questions.
-    """
-    llm = LLM(folder, draft=3, dtype="float32", max_len=512)
-    advised = llm.get_default_sampling_params()
-    first = json.loads((folder / "prompts.jsonl").read_text(encoding="utf-8").splitlines()[0])["prompt"]
-    asked = [(first, first), *((q, llm.chat_prompt([{"role": "user", "content": q}])) for q in QUESTIONS), (CODE, CODE)]
-    found = []
-    for shown, prompt in asked:
-        settings = {"greedy": SamplingParams(max_tokens=SAMPLE_TOKENS)}
-        for how, min_p in ((f"min-p {advised.min_p}, ", advised.min_p), ("", 0.0)):
-            for seed in SEEDS:
-                params = replace(advised, max_tokens=SAMPLE_TOKENS, seed=seed, min_p=min_p)
-                settings[f"T = {advised.temperature}, {how}seed {seed}"] = params
-        outputs = llm.generate([prompt] * len(settings), list(settings.values()))
-        found.append({"prompt": shown, "texts": {name: out.text for name, out in zip(settings, outputs, strict=True)}})
-    return found
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--books", type=Path, required=True, help="the folder it was trained from")
@@ -134,7 +110,9 @@ def main(argv: list[str] | None = None) -> None:
 
     tokenizer = Tokenizer.from_file(str(args.model / "tokenizer.json"))
     model = loaded(args.model)
-    report: dict[str, Any] = {"domains": measure(model, tokenizer, documents), "samples": samples(args.model)}
+    report: dict[str, Any] = {"domains": measure(model, tokenizer, documents)}
+    llm = LLM(args.model, draft=3, dtype="float32", max_len=512, max_batch=20)
+    report |= {"loops": looping(llm, tokenizer, documents), "samples": samples(llm, args.model)}
     if args.several:
         held_out = [d for d in documents if d.domain == "books" and d.split == "held-out"]
         windows = data.windows(data.pack(held_out, tokenizer), BLOCK + 1, BLOCK)

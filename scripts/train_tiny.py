@@ -45,7 +45,7 @@ from tiny_steps import DTYPES, computed_in, objective, train
 SHOW_STEPS, SAVE_SECONDS = 20, 300.0
 HELD_OUT_WINDOWS = 32  # read at every save
 LAYERS = 8
-ADVISED = {"do_sample": True, "temperature": 0.7, "min_p": 0.05}
+ADVISED = {"do_sample": True, "temperature": 0.7, "min_p": 0.05, "presence_penalty": 1.5}
 
 
 def tiny_config(vocab: int, stop_tokens: tuple[int, ...], layers: int = LAYERS) -> ModelConfig:

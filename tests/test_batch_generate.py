@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from checkpoints import write_safetensors_directory
 from mtpjax import LLM, Metrics, RequestOutput, SamplingParams
+from mtpjax.sampling_params import PENALTIES
 from mtpjax.weights import export_tensors
 from scripts import batch_generate
 from scripts.batch_generate import Totals, main
@@ -74,6 +75,7 @@ def some_lines(number: int) -> list[dict[str, Any]]:
     lines[4] |= {"temperature": 5.0}  # so hot that noise decides, and drafts are often right
     lines[5] |= {"temperature": 5, "seed": 77, "max_tokens": 3, "unknown": "stays out"}
     lines[5] |= {"top_k": 9, "top_p": 0.5, "min_p": 0.0}
+    lines[3] |= {"presence_penalty": 1, "frequency_penalty": 0.5, "repetition_penalty": 1.5}
     return lines
 
 
@@ -84,11 +86,11 @@ def test_answers_are_those_of_the_model_in_the_order_of_the_input(job: Callable,
         SamplingParams(
             max_tokens=line.get("max_tokens", 6), temperature=line.get("temperature", 0.0),
             seed=line.get("seed", 100 + i), ignore_eos=True, top_k=line.get("top_k", 0), top_p=line.get("top_p", 1.0),
-            min_p=line.get("min_p", 0.01),
+            min_p=line.get("min_p", 0.01), **{name: line[name] for name in PENALTIES if name in line},
         )
         for i, line in enumerate(lines)
     ]  # fmt: skip
-    assert llm.engine.programs == 3  # an empty cache, chunks of 16 rows, the loop: for the last batch too
+    assert llm.engine.programs == 4  # an empty cache, chunks of 16 rows, the loop and that with penalties: for the last batch too
     wanted = llm.generate([line["prompt"] for line in lines], params)
     got = rows(tmp_path / "out.jsonl")
     assert [row["id"] for row in got] == [line["id"] for line in lines]
@@ -100,6 +102,19 @@ def test_answers_are_those_of_the_model_in_the_order_of_the_input(job: Callable,
     assert len({tuple(row["token_ids"]) for row in got}) > 10 and any(want.metrics.accepted for want in wanted)
     assert sorted(f.name for f in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
     assert "é0" in (tmp_path / "out.jsonl").read_text(encoding="utf-8")  # not \u00e9
+
+
+def test_as_the_checkpoint_advises(job: Callable, llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line goes before the command line, and that before the advice."""
+    monkeypatch.setattr(llm, "_generation_config", {"temperature": 5.0, "top_k": 7, "presence_penalty": 1.5, "top_p": 0.9})
+    lines = [{"prompt": [n], "top_p": 0.6} if n == 2 else {"prompt": [n]} for n in (1, 2, 3)]
+    assert job(lines, "--advised", "--top-k", "50", "--ignore-eos") == 0
+    how = {"max_tokens": 6, "temperature": 5.0, "top_k": 50, "presence_penalty": 1.5, "ignore_eos": True}
+    want = llm.generate([[1], [2], [3]], [SamplingParams(**how, top_p=p, seed=seed) for seed, p in enumerate((0.9, 0.6, 0.9))])
+    advised = [row["token_ids"] for row in rows(tmp_path / "out.jsonl")]
+    assert advised == [out.token_ids for out in want]
+    assert job(lines, "--ignore-eos", "--overwrite") == 0
+    assert [row["token_ids"] for row in rows(tmp_path / "out.jsonl")] != advised
 
 
 def test_stop_tokens_and_limit(job: Callable, tmp_path: Path) -> None:
@@ -139,6 +154,7 @@ BAD: list[tuple[Any, str]] = [
     (b'{"prompt": "w1", "temperature": NaN}', "temperature is nan"),
     ({"prompt": "w1", "seed": "s"}, "seed is 's'"),
     ({"prompt": "w1", "top_p": 0}, "top_p is 0; expected a number above 0 and at most 1"),
+    ({"prompt": "w1", "presence_penalty": 3}, "presence_penalty is 3; expected a number from -2 to 2"),
 ]
 
 

@@ -27,6 +27,7 @@ import tiny_start
 import tiny_state
 import tiny_steps
 import train_tiny
+from tiny_samples import loops
 from tiny_state import Plan, Progress, Saves
 
 
@@ -235,6 +236,13 @@ def test_the_embedded_files_fit_together() -> None:
     prompts = [json.loads(line) for line in (TINY / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
     lengths = [len(row["prompt"].split()) for row in prompts]
     assert len({row["id"] for row in prompts}) == len(set(lengths)) == 5 and 15 <= min(lengths) <= max(lengths) <= 60
+
+
+def test_a_loop_is_a_stretch_three_times_in_a_row() -> None:
+    free = list(range(40))
+    assert not loops(free) and not loops(free[:20] * 2) and not loops([]) and not loops(free + [7] * 7)
+    assert loops(free + [7] * 8) and loops(free + [1, 2, 3] * 3 + free) and loops(free[:24] * 3)
+    assert not loops(free[:25] * 3) and not loops([1, 2, 3] * 2 + [4] + [1, 2, 3])
 
 
 def test_missing_books_are_named(tmp_path: Path) -> None:
