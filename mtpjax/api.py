@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any
@@ -14,12 +14,15 @@ import numpy as np
 from checkpoints import TINY, GgufFile, open_checkpoint
 from mtpjax.acceptance import SimulatedAcceptance, real_acceptance
 from mtpjax.chat import Message
+from mtpjax.compiled import BUCKETS
 from mtpjax.config import STOP_TOKENS
-from mtpjax.engine import BUCKETS, Engine, Request, Result
+from mtpjax.engine import Engine
 from mtpjax.loading import cache_dtype, load_checkpoint
+from mtpjax.request import Request, Result
 from mtpjax.rows import OutputRows
 from mtpjax.sampling import STOPS
 from mtpjax.sampling_params import PENALTIES, SamplingParams, recommended, whole
+from mtpjax.slots import OnTokens
 from mtpjax.speculative import Drafter, mtp_drafter
 from mtpjax.text import Tokenizer, gguf_tokenizer, load_tokenizer
 from mtpjax.weights import LoadedModel
@@ -31,7 +34,10 @@ Prompt = str | Sequence[int]
 
 @dataclass(frozen=True)
 class Metrics:
-    """Figures of one request. Seconds are those of its batch: synchronised with the device, compilation excluded.
+    """Figures of one request.
+
+    Seconds are synchronised with the device, compilation excluded: `prefill_seconds` of the prompts that were read together with
+    its own, `decode_seconds` of the loop while the request was in it. Requests share them; `LLM.engine` has their sums.
 
     `acceptance` is "real", or "simulated" where `LLM(acceptance=...)` drew it: then the text is not the model's.
     """
@@ -72,6 +78,9 @@ class LLM:
             as they are; None: see `mtpjax.loading.load_checkpoint`.
         max_len: prompt and new tokens of a sequence at most; memory for the cache grows with it.
         max_batch: sequences generated side by side.
+        admit: when there are more prompts, how many are read together as sequences end and make room; None: a quarter of
+            `max_batch`. They need cache of their own beside that of `max_batch` sequences. With `max_batch` itself there is one
+            cache, and the next prompts wait until all sequences have ended.
         seed: base of the requests' seeds.
         prefill_chunks: lengths of prompt chunks, each compiled once when first needed.
         mtp_prompt: how many of the last prompt tokens the MTP head reads, at least 1; None: all, as the head was trained. With a
@@ -93,6 +102,7 @@ class LLM:
         weights: str | None = None,
         max_len: int = 2048,
         max_batch: int = 8,
+        admit: int | None = None,
         seed: int = 0,
         tokenizer: str | PathLike[str] | None = None,
         prefill_chunks: Sequence[int] = BUCKETS,
@@ -104,6 +114,7 @@ class LLM:
         whole("mtp_prompt", mtp_prompt, 1, none=True)
         whole("max_len", max_len, 2)
         whole("max_batch", max_batch, 1)
+        whole("admit", admit, 1, max_batch, none=True)
         whole("seed", seed, None)
         for rows in prefill_chunks:
             whole("prefill_chunks", rows, 1)
@@ -142,7 +153,7 @@ class LLM:
             )
         self.engine = Engine(
             loaded, draft=self.draft, max_len=max_len, vocab=vocab, cache_dtype=cache_dtype(DTYPES[dtype]),
-            buckets=prefill_chunks, mtp_prompt=mtp_prompt, drafter=drafter,
+            buckets=prefill_chunks, mtp_prompt=mtp_prompt, admit=admit, drafter=drafter,
             accept=acceptance.first(self.draft) if acceptance and self.draft else real_acceptance,
         )  # fmt: skip
 
@@ -177,9 +188,31 @@ class LLM:
                 f"{len(many)} prompts but {len(each)} sampling parameters; give one, or one for each prompt"
             )
         requests = [self._request(i, p, s, f"prompt {i}") for i, (p, s) in enumerate(zip(many, each, strict=True))]
-        call = (lambda result, new: on_tokens(result.request.index, new)) if on_tokens else None
-        results = self.engine.run(requests, min(self.max_batch, max(len(requests), 1)), call)
+        results = self.engine.run(requests, min(self.max_batch, max(len(requests), 1)), _by_index(on_tokens))
         return [self._output(p, r) for p, r in zip(many, results, strict=True)]
+
+    def as_completed(
+        self,
+        jobs: Iterable[tuple[Prompt, SamplingParams]],
+        *,
+        on_tokens: Callable[[int, list[int]], None] | None = None,
+    ) -> Iterator[tuple[int, RequestOutput]]:
+        """Generate for any number of (prompt, parameters), read as they are needed: (index, output) as each is done.
+
+        Some batches are read ahead and sorted by length; `max_batch` sequences are generated side by side.
+
+        Raises:
+            ValueError: as `generate`, when the prompt is read.
+        """
+        prompts: dict[int, Prompt] = {}
+
+        def requests() -> Iterator[Request]:
+            for index, (prompt, params) in enumerate(jobs):
+                prompts[index] = prompt
+                yield self._request(index, prompt, params, f"prompt {index}")
+
+        for result in self.engine.stream(requests(), self.max_batch, _by_index(on_tokens)):
+            yield result.request.index, self._output(prompts.pop(result.request.index), result)
 
     def chat(
         self,
@@ -293,6 +326,10 @@ class LLM:
                 acceptance="real" if self.engine.accept is real_acceptance else "simulated",
             ),
         )
+
+
+def _by_index(on_tokens: Callable[[int, list[int]], None] | None) -> OnTokens | None:
+    return on_tokens and (lambda result, new: on_tokens(result.request.index, new))
 
 
 def _not_id(value: object) -> int:

@@ -98,6 +98,7 @@ def decode(
     params: Any,
     state: LoopState,
     requests: Requests,
+    enough: Int[Array, ""] | None = None,
     *,
     graph: Any,
     k: int,
@@ -109,6 +110,7 @@ def decode(
     """Up to `rounds` rounds, fewer once every request is done; call again with the state to go on.
 
     Args:
+        enough: return once so many are done; all unless told.
         k: draft length; 0 decodes without drafts.
         vocab: ids below this exist.
         accept: the rule of acceptance; any but the real one changes the text.
@@ -121,7 +123,7 @@ def decode(
     room = rounds * (k + 1)
 
     def go_on(carry: tuple[Array, LoopState, Array, Array]) -> Array:
-        return (carry[0] < rounds) & ~jnp.all(carry[1].done)
+        return (carry[0] < rounds) & (jnp.sum(carry[1].done) < (batch if enough is None else enough))
 
     def body(carry: tuple[Array, LoopState, Array, Array]) -> tuple[Array, LoopState, Array, Array]:
         number, state, out, used = carry
@@ -134,3 +136,25 @@ def decode(
     first = (jnp.int32(0), state, jnp.zeros((batch, room), jnp.int32), jnp.zeros(batch, jnp.int32))
     _, state, out, used = lax.while_loop(go_on, body, first)
     return state, out, used
+
+
+@partial(jax.jit, donate_argnames=("state",))
+def insert(state: LoopState, fresh: LoopState, slots: Int[Array, " W"]) -> LoopState:
+    """The W requests of `fresh` in these slots of `state`; a slot that `state` does not have takes none."""
+
+    def put(axis: int) -> Callable[[Array, Array], Array]:
+        def one(old: Array, new: Array) -> Array:
+            return old.at[(slice(None),) * axis + (slots,)].set(new, mode="drop")
+
+        return one
+
+    def is_cache(node: Any) -> bool:
+        return isinstance(node, Cache)
+
+    def each(old: Any, new: Any) -> Any:
+        """In a cache the layers come before the sequences."""
+        if not is_cache(old):
+            return put(0)(old, new)
+        return jax.tree.map(lambda a, b: put(min(a.ndim - 1, 1))(a, b), old, new)
+
+    return jax.tree.map(each, state, fresh, is_leaf=is_cache)

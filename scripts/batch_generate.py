@@ -7,8 +7,8 @@ A line of the input is `{"id": "a", "prompt": "Once"}`, the prompt a text or a l
 "seed"; `"messages": [{"role": "user", "content": "Hello"}]` in
 place of the prompt goes through the checkpoint's chat template. In a `.txt` file a line is a prompt as it stands. Lines of
 the output have "id", "prompt", "text", "token_ids", "finish_reason" and "metrics", in the order of the input. While the job
-runs, answers that are ready are in OUTPUT.part. A line that cannot be used is reported and left out, and the exit status is
-then 1.
+runs, answers that are ready are in OUTPUT.part; after an interruption, the same command with --resume goes on from there and
+ends with the same texts. A line that cannot be used is reported and left out, and the exit status is then 1.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import argparse
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -32,9 +32,11 @@ from mtpjax.api import DTYPES, MAX_DRAFT
 from mtpjax.packing import WEIGHTS
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from jsonl import OPTIONS, Answers, Job, LineError, count_lines, read_jobs
+from answers import Answers, ResumeError
+from jsonl import OPTIONS, Job, LineError, count_lines, read_jobs
 
-WINDOW = 64  # batches of prompts that are in memory and sorted by length
+# What the texts do not depend on, so that a run may go on with another: where they stand, and how they are computed.
+FREE = {"input", "output", "overwrite", "resume", "limit", "draft", "mtp_prompt", "batch", "admit"}
 
 
 @dataclass
@@ -44,8 +46,6 @@ class Totals:
     prompts: int = 0
     prompt_tokens: int = 0
     new_tokens: int = 0
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
     rounds: int = 0
     drafted: int = 0
     per_position: list[int] = field(default_factory=list)
@@ -54,21 +54,18 @@ class Totals:
     def accepted(self) -> int:
         return sum(self.per_position)
 
-    def add(self, batch: list[RequestOutput]) -> None:
-        """Count the answers of one batch, which share their seconds."""
-        self.prefill_seconds += max(o.metrics.prefill_seconds for o in batch)
-        self.decode_seconds += max(o.metrics.decode_seconds for o in batch)
-        for metrics, tokens in ((o.metrics, len(o.token_ids)) for o in batch):
-            self.prompts += 1
-            self.prompt_tokens += metrics.prompt_tokens
-            self.new_tokens += tokens
-            self.rounds += metrics.rounds
-            self.drafted += metrics.drafted
-            old = self.per_position or [0] * len(metrics.accepted_per_position)
-            self.per_position = [a + b for a, b in zip(old, metrics.accepted_per_position, strict=True)]
+    def add(self, output: RequestOutput) -> None:
+        metrics = output.metrics
+        self.prompts += 1
+        self.prompt_tokens += metrics.prompt_tokens
+        self.new_tokens += len(output.token_ids)
+        self.rounds += metrics.rounds
+        self.drafted += metrics.drafted
+        old = self.per_position or [0] * len(metrics.accepted_per_position)
+        self.per_position = [a + b for a, b in zip(old, metrics.accepted_per_position, strict=True)]
 
-    def summary(self, compile_seconds: float, wall_seconds: float) -> str:
-        """The figures of the job in a few lines. Rates count the seconds of the device, without compilation."""
+    def summary(self, prefill: float, decode: float, compiling: float, wall: float) -> str:
+        """The figures of the job in a few lines, from its seconds: rates are those of the device, without compilation."""
 
         def rate(count: int, seconds: float) -> str:
             return f"{count / seconds:>9,.1f} tokens/s" if seconds else f"{'-':>9} tokens/s"
@@ -79,17 +76,17 @@ class Totals:
             drafts = f"{self.accepted / self.drafted:.1%} of {self.drafted:,} accepted; by position {position}"
         return "\n".join([
             f"prompts  {self.prompts:>9,} with {self.prompt_tokens:,} tokens",
-            f"prefill  {rate(self.prompt_tokens, self.prefill_seconds)}",
-            f"decode   {rate(self.new_tokens, self.decode_seconds)}: {self.new_tokens:,} tokens in {self.rounds:,} rounds, "
+            f"prefill  {rate(self.prompt_tokens, prefill)}",
+            f"decode   {rate(self.new_tokens, decode)}: {self.new_tokens:,} tokens in {self.rounds:,} rounds, "
             f"{self.new_tokens / max(self.rounds, 1):.2f} a round",
             f"drafts   {drafts}",
-            f"seconds  {wall_seconds:>9,.1f} in all, {compile_seconds:,.1f} of them compiling",
+            f"seconds  {wall:>9,.1f} in all, {compiling:,.1f} of them compiling",
         ])  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Ready:
-    """A job whose prompt and options are good."""
+    """A job whose prompt and options are good; a conversation has become its prompt."""
 
     job: Job
     ids: list[int]
@@ -108,21 +105,6 @@ def check(llm: LLM, job: Job, args: argparse.Namespace) -> Ready:
         return Ready(job, llm.check(job.prompt, params), params)
     except ValueError as error:
         raise LineError(f"{job.where}: {error}") from None
-
-
-def answer(llm: LLM, batch: list[Ready], on_tokens: Callable[[int, list[int]], None]) -> list[RequestOutput]:
-    """Generate for at most `max_batch` prompts; always as many, so that one program serves all batches."""
-    idle = llm.max_batch - len(batch)
-    params = [ready.params for ready in batch] + [SamplingParams(max_tokens=0)] * idle
-    return llm.generate([ready.ids for ready in batch] + [[0]] * idle, params, on_tokens=on_tokens)[: len(batch)]
-
-
-def batches(ready: Iterator[Ready], size: int) -> Iterator[list[Ready]]:
-    """Batches of prompts of about equal length, from a window that is all that memory holds."""
-    while window := list(islice(ready, WINDOW * size)):
-        window.sort(key=lambda r: -len(r.ids))
-        for start in range(0, len(window), size):
-            yield window[start : start + size]
 
 
 def row(job: Job, output: RequestOutput) -> dict[str, object]:
@@ -156,15 +138,14 @@ def run(
     llm: LLM, jobs: Iterable[Job | LineError], args: argparse.Namespace, answers: Answers | None, bar: tqdm
 ) -> tuple[Totals, int]:
     """Answer all jobs. Returns the sums and how many lines could not be used."""
-    totals, bad, new = Totals(), 0, 0
+    totals, bad, new, began = Totals(), 0, 0, llm.engine.clock()
+    waiting: dict[int, Job] = {}  # jobs that are read and not answered
+    ready_text: dict[int, str] = {}  # answers for the terminal that an earlier one stands before
+    shown = 0
 
-    def clock() -> float:
-        return time.perf_counter() - llm.engine.compile_seconds
-
-    began = clock()
-
-    def usable() -> Iterator[Ready]:
+    def usable() -> Iterator[tuple[list[int], SamplingParams]]:
         nonlocal bad
+        number = 0
         for job in jobs:
             try:
                 if isinstance(job, LineError):
@@ -174,25 +155,31 @@ def run(
                 bad += 1
                 bar.update()
                 tqdm.write(f"batch_generate.py: {error}", file=sys.stderr)
-            else:
-                yield ready
+                continue
+            if answers is not None and answers.has(ready.job):
+                bar.update()
+                continue
+            waiting[number] = ready.job
+            number += 1
+            yield ready.ids, ready.params
 
     def on_tokens(_: int, tokens: list[int]) -> None:
         nonlocal new
         new += len(tokens)
         share = f", {totals.accepted / totals.drafted:.0%} of drafts accepted" if totals.drafted else ""
-        bar.set_postfix_str(f"{new / (clock() - began):,.0f} tokens/s{share}")
+        bar.set_postfix_str(f"{new / (llm.engine.clock() - began):,.0f} tokens/s{share}")
 
-    for batch in batches(usable(), llm.max_batch):
-        outputs = answer(llm, batch, on_tokens)
-        totals.add(outputs)
-        pairs = [(ready.job, output) for ready, output in zip(batch, outputs, strict=True)]
+    for number, output in llm.as_completed(usable(), on_tokens=on_tokens):
+        job = waiting.pop(number)
+        totals.add(output)
         if answers is not None:
-            answers.write([(job.line, row(job, output)) for job, output in pairs])
+            answers.write(job.line, row(job, output))
         else:
-            for job, output in sorted(pairs, key=lambda pair: pair[0].line):
-                tqdm.write(readable(job, output))
-        bar.update(len(batch))
+            ready_text[number] = readable(job, output)
+            while shown in ready_text:
+                tqdm.write(ready_text.pop(shown))
+                shown += 1
+        bar.update()
     return totals, bad
 
 
@@ -204,6 +191,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--input", type=Path, metavar="FILE", default=prompts, help="JSON lines, or .txt with a prompt a line")
     add("--output", type=Path, metavar="FILE", help="JSON lines (default: readable text on the terminal)")
     add("--overwrite", action="store_true", help="replace --output if it exists")
+    add("--resume", action="store_true", help="go on with the answers that an interrupted run left in OUTPUT.part")
     add("--draft", type=int, default=3, metavar="K", help=f"tokens drafted a round, 0...{MAX_DRAFT}; the text stays")
     add("--mtp-prompt", type=int, metavar="N", help="let the MTP head read the last N tokens of a prompt only")
     add("--max-tokens", type=int, default=128, metavar="N", help="new tokens of a prompt at most, unless its line says")
@@ -219,12 +207,15 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--dtype", choices=tuple(DTYPES), default="float32", help="of computing")
     add("--weights", choices=WEIGHTS, help="matrices quantised on load, or packed as in a GGUF file (default: the fastest)")
     add("--max-len", type=int, default=2048, metavar="N", help="prompt and new tokens of a sequence at most")
-    add("--batch", type=int, default=8, metavar="N", help="prompts side by side")
+    add("--batch", type=int, default=8, metavar="N", help="sequences side by side")
+    add("--admit", type=int, metavar="N", help="prompts read together as sequences end (default: a quarter of --batch)")
     add("--limit", type=int, metavar="N", help="only the first N lines")
     add("--stop-token-ids", type=int, nargs="+", default=[], metavar="ID", help="beside those of the checkpoint")
     add("--ignore-eos", action="store_true", help="generate past the end-of-text tokens of the checkpoint")
     args = parser.parse_args(argv)
-    for name, low in (("batch", 1), ("limit", 1), ("max_tokens", 0)):
+    if args.resume and not args.output:
+        parser.error("--resume goes on with the answers of an --output, and there is none")
+    for name, low in (("batch", 1), ("admit", 1), ("limit", 1), ("max_tokens", 0)):
         if (value := getattr(args, name)) is not None and value < low:
             parser.error(f"--{name.replace('_', '-')} is {value}, expected at least {low}")
     return args
@@ -236,14 +227,17 @@ def main(argv: list[str] | None = None) -> int:
     answers = None
     try:
         lines = count_lines(args.input)
-        answers = Answers(args.output, overwrite=args.overwrite) if args.output else None
+        settings = {name: value for name, value in vars(args).items() if name not in FREE}
+        settings["model"] = str(args.model.resolve()) if args.model else None
+        how = {"overwrite": args.overwrite, "resume": args.resume}
+        answers = Answers(args.output, settings, **how) if args.output else None
         if lines is not None:
             lines = min(lines, args.limit or lines)
         # A batch wider than the job would only compute idle rows.
         batch = args.batch if lines is None else max(1, min(args.batch, lines))
         llm = LLM(
             args.model, draft=args.draft, mtp_prompt=args.mtp_prompt, dtype=args.dtype, weights=args.weights,
-            max_len=args.max_len, max_batch=batch,
+            max_len=args.max_len, max_batch=batch, admit=args.admit and min(args.admit, batch),
         )
     except (ValueError, OSError) as error:  # CheckpointError and ConfigError are ValueErrors
         if answers is not None:
@@ -261,8 +255,13 @@ def main(argv: list[str] | None = None) -> int:
             print(f"batch_generate.py: stopped; {len(answers):,} answers are in {answers.part}", file=sys.stderr)
         if isinstance(error, KeyboardInterrupt):
             return 130
+        if isinstance(error, ResumeError):
+            print(f"batch_generate.py: {error}", file=sys.stderr)
+            return 2
         raise
-    print(totals.summary(llm.engine.compile_seconds, time.perf_counter() - began))
+    engine = llm.engine
+    wall = time.perf_counter() - began
+    print(totals.summary(engine.prefill_seconds, engine.decode_seconds, engine.compile_seconds, wall))
     if args.output:
         print(f"answers  {args.output}")
     if bad:

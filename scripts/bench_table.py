@@ -38,11 +38,10 @@ from roofline import CEILINGS, Ceilings, chunk_work, measure_ceilings, round_wor
 from table_output import write_table
 
 from checkpoints import TINY, open_checkpoint
-from kernels_pallas.target import target
+from kernels_pallas.target import compile_options, target
 from mtpjax.acceptance import real_acceptance, simulated
 from mtpjax.cache import new_cache, slots_for
 from mtpjax.config import PRESETS, preset
-from mtpjax.engine import compile_options
 from mtpjax.loading import cache_dtype, load_checkpoint, storage
 from mtpjax.rows import NO_ROWS, OutputRows
 from mtpjax.sampling import STOPS, Requests

@@ -1,9 +1,8 @@
-"""Prompts out of a file, checked line by line; answers into a file that is complete or is not there."""
+"""Prompts out of a file, checked line by line."""
 
 from __future__ import annotations
 
 import json
-import os
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,8 +12,6 @@ from typing import Any
 OPTIONS = (
     "max_tokens", "temperature", "top_k", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed",
 )  # fmt: skip
-# JSON lets them stand in a text, but some readers (`str.splitlines`) end a line there.
-LINE_ENDS = {ord(c): f"\\u{ord(c):04x}" for c in "\x85\u2028\u2029"}
 
 
 class LineError(ValueError):
@@ -103,67 +100,3 @@ def _parse(raw: bytes, file: Path, number: int) -> Job:
 
 def _half_surrogate(text: object) -> bool:
     return isinstance(text, str) and any("\ud800" <= c <= "\udfff" for c in text)
-
-
-class Answers:
-    """A JSON-lines file of answers: written to `FILE.part` as they come, renamed to `FILE`, in order, by `finish`.
-
-    Raises:
-        FileExistsError: `FILE` or `FILE.part` is there, unless `overwrite`.
-    """
-
-    def __init__(self, file: Path, *, overwrite: bool = False):
-        if file.is_dir():
-            raise FileExistsError(f"{file}: is a folder, expected a file name")
-        self.file, self.part, self._overwrite = file, file.with_name(file.name + ".part"), overwrite
-        self._places: list[tuple[int, int, int]] = []  # line of the input, offset and size in the part
-        self._check_free(self.file, "exists already; choose another --output, or say --overwrite")
-        self._check_free(self.part, "is what an earlier run left behind; move it away, or say --overwrite")
-        self._stream = open(self.part, "wb")
-
-    def _check_free(self, file: Path, problem: str) -> None:
-        if file.exists() and not self._overwrite:
-            raise FileExistsError(f"{file}: {problem}")
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def write(self, rows: list[tuple[int, dict[str, Any]]]) -> None:
-        """Append answers, each with the line of the input that it belongs to, and hand them to the operating system."""
-        for line, row in sorted(rows, key=lambda pair: pair[0]):
-            data = (json.dumps(row, ensure_ascii=False).translate(LINE_ENDS) + "\n").encode()
-            self._places.append((line, self._stream.tell(), len(data)))
-            self._stream.write(data)
-        self._stream.flush()
-
-    def finish(self) -> None:
-        """Bring the answers into the order of the input and give the file its name."""
-        self.close()
-        self._check_free(self.file, f"has come into being meanwhile; the answers are in {self.part}")
-        if self._places == sorted(self._places):
-            self.part.replace(self.file)
-            return
-        ordered = self.file.with_name(self.file.name + ".ordered")
-        with open(self.part, "rb") as source, open(ordered, "wb") as target:
-            for _, offset, size in sorted(self._places):
-                source.seek(offset)
-                target.write(source.read(size))
-            _sync(target)
-        ordered.replace(self.file)
-        self.part.unlink()
-
-    def discard(self) -> None:
-        """Remove the part; nothing was written."""
-        self._stream.close()
-        self.part.unlink()
-
-    def close(self) -> None:
-        """Close the part, which stays."""
-        if not self._stream.closed:
-            _sync(self._stream)
-            self._stream.close()
-
-
-def _sync(stream: Any) -> None:
-    stream.flush()
-    os.fsync(stream.fileno())

@@ -14,14 +14,14 @@ from conftest import numpy_model, tiny_config
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from checkpoints import write_safetensors_directory
-from mtpjax import LLM, Metrics, RequestOutput, SamplingParams
+from mtpjax import LLM, Metrics, RequestOutput, SamplingParams, engine
 from mtpjax.sampling_params import PENALTIES
 from mtpjax.weights import export_tensors
 from scripts import batch_generate
 from scripts.batch_generate import Totals, main
 
 CFG = tiny_config(moe=False, repeats=1, max_position=512)
-SETTINGS = ("--draft", "2", "--mtp-prompt", "9", "--max-len", "40", "--batch", "3")
+SETTINGS = ("--draft", "2", "--mtp-prompt", "9", "--max-len", "40", "--batch", "3", "--admit", "2")
 KEYS = {"id", "prompt", "text", "token_ids", "finish_reason", "metrics"}
 
 
@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def llm(folder: Path) -> LLM:
-    return LLM(folder, draft=2, max_len=40, max_batch=3)
+    return LLM(folder, draft=2, max_len=40, max_batch=3, admit=2)
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def job(llm: LLM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[.
     """`job(lines, *options)` runs the script on a file of these lines with one compiled model; answers go to out.jsonl."""
 
     def the_same(model: Path, **arguments: Any) -> LLM:
-        wanted = {"draft": 2, "mtp_prompt": 9, "dtype": "float32", "weights": None, "max_len": 40, "max_batch": 3}
+        wanted = {"draft": 2, "mtp_prompt": 9, "dtype": "float32", "weights": None, "max_len": 40, "max_batch": 3, "admit": 2}
         assert (model.name, arguments) == ("model", wanted)
         return llm
 
@@ -57,7 +57,7 @@ def job(llm: LLM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[.
         return main([*where, *SETTINGS, "--max-tokens", "6", *options])
 
     monkeypatch.setattr(batch_generate, "LLM", the_same)
-    monkeypatch.setattr(batch_generate, "WINDOW", 2)  # six prompts
+    monkeypatch.setattr(engine, "WINDOW", 2)  # six prompts
     return run
 
 
@@ -90,7 +90,9 @@ def test_answers_are_those_of_the_model_in_the_order_of_the_input(job: Callable,
         )
         for i, line in enumerate(lines)
     ]  # fmt: skip
-    assert llm.engine.programs == 4  # an empty cache, chunks of 16 rows, the loop and that with penalties: for the last batch too
+    # Chunks of 16 rows; an empty cache for what is read and one for the slots; the loop and what fills its slots, each with
+    # penalties and without.
+    assert llm.engine.programs == 7
     wanted = llm.generate([line["prompt"] for line in lines], params)
     got = rows(tmp_path / "out.jsonl")
     assert [row["id"] for row in got] == [line["id"] for line in lines]
@@ -107,7 +109,7 @@ def test_answers_are_those_of_the_model_in_the_order_of_the_input(job: Callable,
 def test_as_the_checkpoint_advises(job: Callable, llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A line goes before the command line, and that before the advice."""
     monkeypatch.setattr(llm, "_generation_config", {"temperature": 5.0, "top_k": 7, "presence_penalty": 1.5, "top_p": 0.9})
-    lines = [{"prompt": [n], "top_p": 0.6} if n == 2 else {"prompt": [n]} for n in (1, 2, 3)]
+    lines = [{"prompt": [n], "top_p": 0.6} if n == 2 else {"prompt": [n]} for n in (1, 2, 3)]  # three: as many as slots
     assert job(lines, "--advised", "--top-k", "50", "--ignore-eos") == 0
     how = {"max_tokens": 6, "temperature": 5.0, "top_k": 50, "presence_penalty": 1.5, "ignore_eos": True}
     want = llm.generate([[1], [2], [3]], [SamplingParams(**how, top_p=p, seed=seed) for seed, p in enumerate((0.9, 0.6, 0.9))])
@@ -186,36 +188,45 @@ def test_an_input_of_bad_lines_only_gives_an_empty_file(job: Callable, tmp_path:
 
 
 def watch(monkeypatch: pytest.MonkeyPatch, before: Callable[[int], None]) -> None:
-    """Call `before(n)` ahead of batch number n = 1, 2, ..."""
-    answer, number = batch_generate.answer, [0]
+    """Call `before(n)` ahead of answer number n = 1, 2, ..."""
+    row, number = batch_generate.row, [0]
 
-    def watched(*args: Any) -> list[RequestOutput]:
+    def watched(*args: Any) -> dict[str, object]:
         number[0] += 1
         before(number[0])
-        return answer(*args)
+        return row(*args)
 
-    monkeypatch.setattr(batch_generate, "answer", watched)
+    monkeypatch.setattr(batch_generate, "row", watched)
 
 
-def test_answers_are_on_disk_as_soon_as_their_batch_is_done(
+def test_answers_are_on_disk_as_soon_as_they_are_ready(
     job: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = []
     watch(monkeypatch, lambda number: found.append((len(rows(tmp_path / "out.jsonl.part")), (tmp_path / "out.jsonl").exists())))
     assert job(some_lines(14)) == 0
-    assert found == [(n, False) for n in (0, 3, 6, 9, 12)]
+    assert found == [(n, False) for n in range(14)]
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
+
+
+def texts(file: Path) -> list[tuple]:
+    """What does not depend on the clock."""
+    return [(row["id"], row["prompt"], row["text"], row["token_ids"], row["finish_reason"]) for row in rows(file)]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_what_is_answered_stays_when_the_job_stops(
+def test_what_is_answered_stays_when_the_job_stops_and_another_goes_on(
     error: type[BaseException], job: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     def stop(number: int) -> None:
-        if number == 3:
+        if number == 7:
             raise error("stopped")
 
-    lines = some_lines(14)
+    lines, out, part = some_lines(14), tmp_path / "out.jsonl", tmp_path / "out.jsonl.part"
+    assert job(lines) == 0
+    want = texts(out)
+    out.unlink()
     with monkeypatch.context() as patch:
         watch(patch, stop)
         if error is KeyboardInterrupt:
@@ -223,16 +234,70 @@ def test_what_is_answered_stays_when_the_job_stops(
         else:
             with pytest.raises(RuntimeError, match="stopped"):
                 job(lines)
-    assert f"stopped; 6 answers are in {tmp_path}/out.jsonl.part" in capsys.readouterr().err
-    assert not (tmp_path / "out.jsonl").exists()
-    left = {row["id"]: row["token_ids"] for row in rows(tmp_path / "out.jsonl.part")}
-    assert len(left) == 6
+    assert f"stopped; 6 answers are in {part}" in capsys.readouterr().err
+    assert not out.exists() and len(rows(part)) == 6
 
     assert job(lines) == 2  # what is left behind is not thrown away unasked
-    assert "out.jsonl.part: is what an earlier run left behind" in capsys.readouterr().err
-    assert job(lines, "--overwrite") == 0
-    assert left.items() <= {row["id"]: row["token_ids"] for row in rows(tmp_path / "out.jsonl")}.items()
-    assert not (tmp_path / "out.jsonl.part").exists()
+    assert "out.jsonl.part: is what an earlier run left behind; go on with it by --resume" in capsys.readouterr().err
+    asked = []
+    with monkeypatch.context() as patch:
+        watch(patch, asked.append)
+        assert job(lines, "--resume") == 0
+    assert len(asked) == 14 - 6 and texts(out) == want
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
+    assert job(lines, "--overwrite") == 0 and texts(out) == want
+
+
+def left_behind(job: Callable, lines: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> bytes:
+    """The part of a run that stopped before its last answer."""
+
+    def stop(number: int) -> None:
+        if number == len(lines):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        watch(patch, stop)
+        assert job(lines, *options) == 130
+    return (tmp_path / "out.jsonl.part").read_bytes()
+
+
+def test_a_run_goes_on_wherever_the_one_before_was_killed(
+    job: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines, out, part = some_lines(9), tmp_path / "out.jsonl", tmp_path / "out.jsonl.part"
+    whole = left_behind(job, lines, tmp_path, monkeypatch, "--temperature", "5")
+    settings = (tmp_path / "out.jsonl.part.settings").read_bytes()
+    assert job(lines, "--temperature", "5", "--overwrite") == 0
+    want = texts(out)
+    ends = [i + 1 for i, byte in enumerate(whole) if byte == 10]
+    for cut in (0, 1, ends[0] - 1, *ends[:2], *np.random.default_rng(0).integers(2, len(whole), 8)):
+        out.unlink()
+        part.write_bytes(whole[:cut])
+        (tmp_path / "out.jsonl.part.settings").write_bytes(settings)
+        assert job(lines, "--temperature", "5", "--resume") == 0
+        assert texts(out) == want and not part.exists()
+
+
+def test_a_run_goes_on_only_with_its_own_answers(
+    job: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines, part = some_lines(6), tmp_path / "out.jsonl.part"
+    whole = left_behind(job, lines, tmp_path, monkeypatch)
+    assert job(lines, "--resume", "--temperature", "0.5") == 2
+    assert "out.jsonl.part: was made with temperature = None, not 0.5; go on with the same" in capsys.readouterr().err
+    assert job([lines[0] | {"prompt": [9]}, *lines[1:]], "--resume") == 2
+    assert "in.jsonl:1: " in (said := capsys.readouterr().err) and "answers another prompt under the id 'é0'" in said
+    part.write_bytes(b"[1]\n" + whole)
+    assert job(lines, "--resume") == 2
+    assert "out.jsonl.part: at byte 0 is no answer" in capsys.readouterr().err
+    part.write_bytes(whole)
+    (tmp_path / "out.jsonl.part.settings").unlink()
+    assert job(lines, "--resume") == 2
+    assert "out.jsonl.part.settings: cannot be read" in capsys.readouterr().err
+    assert part.read_bytes() == whole  # nothing of it was lost
+    with pytest.raises(SystemExit):
+        main(["--resume"])
+    assert "--resume goes on with the answers of an --output" in capsys.readouterr().err
 
 
 def test_an_existing_output_is_kept(job: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -263,9 +328,9 @@ def test_only_a_window_of_the_input_is_read_ahead(job: Callable, monkeypatch: py
             yield item
 
     monkeypatch.setattr(batch_generate, "read_jobs", counted)
-    watch(monkeypatch, lambda number: ahead.append(read[0]))
-    assert job(some_lines(14)) == 0
-    assert ahead == [6, 6, 12, 12, 14]
+    watch(monkeypatch, lambda number: ahead.append(read[0] - number))
+    assert job(some_lines(30)) == 0
+    assert 3 < max(ahead) < 6 + 3  # of a window and those in the slots
 
 
 def test_a_pipe_can_be_the_input(job: Callable, llm: LLM, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -323,24 +388,24 @@ def test_a_small_job_computes_no_idle_rows(folder: Path, tmp_path: Path, monkeyp
     assert asked == [3, 2, 1]
 
 
-def output(prompt: int, tokens: int, rounds: int, positions: tuple[int, ...], seconds: float) -> RequestOutput:
-    metrics = Metrics(prompt, seconds, 2 * seconds, rounds, 2 * rounds, sum(positions), positions, tokens / max(rounds, 1))
+def output(prompt: int, tokens: int, rounds: int, positions: tuple[int, ...]) -> RequestOutput:
+    metrics = Metrics(prompt, 1.0, 2.0, rounds, 2 * rounds, sum(positions), positions, tokens / max(rounds, 1))
     return RequestOutput("p", [0] * prompt, "text", [0] * tokens, "length", 0, metrics)
 
 
 def test_the_summary_adds_up() -> None:
     totals = Totals()
-    totals.add([output(10, 30, 12, (10, 8), 1.0), output(30, 10, 8, (2, 0), 1.0)])
-    totals.add([output(20, 0, 0, (0, 0), 3.0)])
-    assert totals.summary(4.25, 20.0).splitlines() == [
+    for one in (output(10, 30, 12, (10, 8)), output(30, 10, 8, (2, 0)), output(20, 0, 0, (0, 0))):
+        totals.add(one)
+    assert totals.summary(4.0, 8.0, 4.25, 20.0).splitlines() == [
         "prompts          3 with 60 tokens",
-        "prefill       15.0 tokens/s",  # 60 tokens in 1 + 3 seconds
-        "decode         5.0 tokens/s: 40 tokens in 20 rounds, 2.00 a round",  # in 2 + 6
+        "prefill       15.0 tokens/s",  # 60 tokens in 4 seconds
+        "decode         5.0 tokens/s: 40 tokens in 20 rounds, 2.00 a round",  # in 8
         "drafts   50.0% of 40 accepted; by position 60%, 40%",
         "seconds       20.0 in all, 4.2 of them compiling",
     ]
     plain = Totals()
-    assert "drafts   none" in plain.summary(0.0, 1.0) and "- tokens/s" in plain.summary(0.0, 1.0)
+    assert "drafts   none" in plain.summary(0.0, 0.0, 0.0, 1.0) and "- tokens/s" in plain.summary(0.0, 0.0, 0.0, 1.0)
 
 
 def test_without_arguments_the_embedded_model_speaks(capsys: pytest.CaptureFixture[str]) -> None:

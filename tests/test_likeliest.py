@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from test_sampling import FAIR, FOUL, LOGITS, TEMPERATURE, asked, chance, softmax
 
 from mtpjax import LLM, SamplingParams
-from mtpjax.engine import Request
+from mtpjax.request import Request
 from mtpjax.rows import OutputRows
 from mtpjax.sampling import Kept, choose, likeliest
 from mtpjax.sampling_params import recommended

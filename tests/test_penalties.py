@@ -14,8 +14,9 @@ from test_sampling import planted
 
 from mtpjax import LLM, SamplingParams, steps
 from mtpjax import speculative as loop
-from mtpjax.engine import Engine, Request
+from mtpjax.engine import Engine
 from mtpjax.penalties import Penalties, Seen, penalised, stepped
+from mtpjax.request import Request, as_arrays
 from mtpjax.rows import OutputRows
 from mtpjax.sampling_params import PENALTIES, recommended
 
@@ -192,7 +193,7 @@ def test_without_penalties_the_loop_carries_no_counts(model):
     by.run([held], 1)
     by.run([replace(held, presence_penalty=0.2, repetition_penalty=1.2)], 1)
     assert by.programs == programs + 1
-    assert Engine._requests([free], 1).penalties is None
+    assert as_arrays([free]).penalties is None
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from jax.extend.core import Jaxpr, Literal
 
 from kernels_pallas.grouped_matmul.plan import choose_windows, window_places
 from mtpjax.cache import BLOCK, new_cache, slots_for
+from mtpjax.compiled import BUCKETS
 from mtpjax.config import FULL, LINEAR, PRESETS, ModelConfig
-from mtpjax.engine import BUCKETS
 from mtpjax.model import abstract_model, commit, place
 from mtpjax.programs import Held, arrays, inputs_read
 from mtpjax.rows import OutputRows

@@ -9,7 +9,7 @@ from jax.scipy.stats import chi2
 
 from mtpjax import acceptance, sampling
 from mtpjax.config import FULL, LINEAR
-from mtpjax.engine import Request
+from mtpjax.request import Request
 from mtpjax.rows import OutputRows
 from mtpjax.sampling import STOPS, Requests, agreeing, best, choose, emitted, gumbel_noise
 from mtpjax.speculative import mtp_drafter

@@ -12,7 +12,8 @@ from conftest import make_engine, numpy_model, tiny_config
 
 from checkpoints import TINY
 from mtpjax import LLM, SamplingParams
-from mtpjax.engine import Engine, Request, Result
+from mtpjax.engine import Engine
+from mtpjax.request import Request, Result, as_arrays
 from mtpjax.rows import OutputRows
 from mtpjax.sampling import gumbel_noise
 from mtpjax.speculative import LoopState, decode, mtp_drafter
@@ -253,7 +254,7 @@ def start(by: Engine, asked: list[Request], done: list[bool]) -> LoopState:
 
 def go_on(by: Engine, state: LoopState, asked: list[Request]) -> tuple[LoopState, list[list[int]]]:
     """The loop's next `ROUNDS` rounds, by the program that the engine uses: state and new tokens, on the host."""
-    told = Engine._requests(asked, len(asked))
+    told = as_arrays(asked)
     static = {"graph": by.model.graph, "k": by.draft, "rounds": by.rounds, "vocab": by.vocab, "drafter": by.drafter}
     program = decode.lower(by.model.params, state, told, **static).compile()
     state, out, used = jax.tree.map(np.array, program(by.model.params, state, told))

@@ -7,8 +7,8 @@ import pytest
 from conftest import cpu_only, make_engine, numpy_model, tiny_config
 
 from kernels_pallas.turned import Beside, ExpertsAbreast, TurnedTensor
-from mtpjax.engine import Request
 from mtpjax.model.params import Dense, Expert, Vector
+from mtpjax.request import Request
 from mtpjax.rows import OutputRows
 from mtpjax.suited import SIDE_BY_SIDE, SMALL_WEIGHT, suited
 from mtpjax.weights import flat

@@ -24,9 +24,9 @@ from bench_table import GOLDEN_LENGTH
 from flax import nnx
 from roofline import measure_ceilings, round_work, weights_work
 
+from kernels_pallas.target import compile_options
 from mtpjax import steps
 from mtpjax.cache import new_cache, new_pending, slots_for
-from mtpjax.engine import compile_options
 from mtpjax.loading import cache_dtype, storage
 from mtpjax.model import commit
 from mtpjax.sampling import STOPS, Requests

@@ -19,8 +19,8 @@ import numpy as np
 from bench_prefill import CONFIG
 from count_flops import ROWS, VARIANTS, flops, whole_layer
 
+from kernels_pallas.target import compile_options
 from mtpjax.cache import new_cache, slots_for
-from mtpjax.engine import compile_options
 from mtpjax.loading import storage
 from mtpjax.steps import prefill
 from mtpjax.suited import suited
