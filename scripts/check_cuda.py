@@ -24,7 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from scripts.cuda_cases import CHUNK, CONTEXT, DRAFT, MODEL, Case, kernel_cases, program_case, weight_shapes
+from scripts.cuda_cases import CHUNK, CONTEXT, DRAFT, MODEL, PROGRAMS, Case, kernel_cases, program_case, weight_shapes
 from scripts.results import describe, write_json
 
 CARDS = ("rtx3090", "a100", "rtx4090", "h200", "b200")
@@ -51,7 +51,7 @@ def _work(card: str, cases: list[str], dump: Path) -> None:
         print(json.dumps({"start": name}), flush=True)
         began = time.perf_counter()
         try:
-            if name in ("prefill", "decode"):
+            if name in PROGRAMS:
                 found = program_report(target, name)
             else:
                 found = kernel_report(target, kernels[name], dump)
@@ -79,7 +79,7 @@ def program_report(target: Any, name: str) -> dict[str, Any]:
     program = Program(compiled.as_text())
     experts, others = weight_shapes(params)
     kernels, dynamic = program.loops()
-    if name == "decode":  # the outer loop over rounds is the one that holds the others
+    if name.startswith("decode"):  # the outer loop over rounds is the one that holds the others
         (a_round, _), *inside = dynamic
     else:
         a_round, inside = kernels, dynamic
@@ -125,7 +125,7 @@ def problems(result: dict[str, Any]) -> list[str]:
     if "error" in result:
         return [result["error"]]
     found = []
-    if result["case"] in ("prefill", "decode"):
+    if result["case"] in PROGRAMS:
         for kind in ("expert_copies", "packed_copies"):
             found += [f"{kind.replace('_', ' ')}: {result[kind]}"] if result[kind] else []
         limit = LIMIT_GIB.get(result["card"])
@@ -139,10 +139,10 @@ def show(result: dict[str, Any]) -> str:
     name = f"{result['card']:8} {result['case']:26}"
     if "error" in result:
         return f"{name} FAILED {result['error']}"
-    if result["case"] in ("prefill", "decode"):
+    if result["case"] in PROGRAMS:
         gib = {key: result[key] / 2**30 for key in ("argument", "temp", "alias")}
         loops = "".join(f", and {k} a turn of a loop of unknown length, entered {n} times" for k, n in result["loops"])
-        what = "a round" if result["case"] == "decode" else f"a chunk of {CHUNK}"
+        what = {"prefill": f"a chunk of {CHUNK}", "insert": "in all"}.get(result["case"], "a round")
         return (
             f"{name} arguments {gib['argument']:.2f} + temporaries {gib['temp']:.2f} = "
             f"{gib['argument'] + gib['temp']:.2f} GiB (aliased {gib['alias']:.2f}); {result['kernels']} kernels {what}"
@@ -170,7 +170,7 @@ def main() -> int:
     results, bad = [], 0
     for card in CARDS:
         cases = list(kernel_cases()) if card in args.cards else []
-        cases += ["prefill", "decode"] if card in args.programs else []
+        cases += PROGRAMS if card in args.programs else []
         for result in run_card(card, cases):
             results.append(result)
             print(show(result), flush=True)

@@ -18,15 +18,17 @@ from kernels_pallas.quantized import QuantizedTensor
 from mtpjax.cache import new_cache, slots_for
 from mtpjax.config import preset
 from mtpjax.model import abstract_model
+from mtpjax.penalties import Penalties, Seen
 from mtpjax.rows import NO_ROWS
 from mtpjax.sampling import STOPS, Kept, Requests
-from mtpjax.speculative import LoopState, decode, mtp_drafter
+from mtpjax.speculative import LoopState, decode, insert, mtp_drafter
 from mtpjax.steps import prefill
 from mtpjax.weights import fill
 
 Case = Callable[[], tuple[Any, tuple[Any, ...]]]  # a jitted function and its arguments
 
 MODEL, DRAFT, CONTEXT, CHUNK = "35b-a3b", 4, 32768, 512
+PROGRAMS = ("prefill", "decode", "decode with penalties", "insert")
 IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 EVEN = tuple(range(16))
 # name: layout, group, table, offset
@@ -111,7 +113,10 @@ def kernel_cases(
 def program_case(
     name: str, *, context: int = CONTEXT, draft: int = DRAFT, chunk: int = CHUNK
 ) -> tuple[Any, tuple[Any, ...], dict[str, Any], Any]:
-    """"prefill" or "decode" of the whole model: jitted step, arguments, static arguments, parameters. Draft 0: no MTP head."""
+    """One of `PROGRAMS`, of the whole model: jitted step, arguments, static arguments, parameters. Draft 0: no MTP head.
+
+    All are for one sequence, but "insert": there one sequence comes to four.
+    """
     cfg, spec = preset(MODEL) if draft else preset(MODEL).without_mtp(), jax.ShapeDtypeStruct
 
     def store(path: tuple[Any, ...], leaf: Any) -> Any:
@@ -120,22 +125,32 @@ def program_case(
 
     graph, params = nnx.split(abstract_model(cfg, jnp.bfloat16, stack=cfg.repeats))
     graph, params = nnx.split(nnx.merge(graph, fill(params, store)))
-    cache = jax.eval_shape(lambda: new_cache(cfg, 1, slots_for(context, draft + 1), dtype=jnp.bfloat16))
 
     def ints(*shape: int) -> Any:
         return spec(shape, jnp.int32)
 
+    def state_of(batch: int, seen: bool) -> LoopState:
+        cache = jax.eval_shape(lambda: new_cache(cfg, batch, slots_for(context, draft + 1), dtype=jnp.bfloat16))
+        flags, vocab = spec((batch,), jnp.bool_), (batch, cfg.vocab_size)
+        return LoopState(
+            cache=cache, hidden=spec((batch, cfg.hidden_size), jnp.bfloat16), token=ints(batch), count=ints(batch),
+            done=flags, stopped=flags, rounds=ints(batch), accepted=ints(batch, draft),
+            seen=Seen(spec(vocab, jnp.bool_), ints(*vocab)) if seen else None,
+        )  # fmt: skip
+
+    state = state_of(1, seen=name == "decode with penalties")
     if name == "prefill":
-        args: tuple[Any, ...] = (params, ints(1, chunk), ints(1, chunk), ints(1), cache)
+        args: tuple[Any, ...] = (params, ints(1, chunk), ints(1, chunk), ints(1), state.cache)
         return prefill, args, {"graph": graph, "rows": NO_ROWS}, params
-    state = LoopState(
-        cache=cache, hidden=spec((1, cfg.hidden_size), jnp.bfloat16), token=ints(1), count=ints(1),
-        done=spec((1,), jnp.bool_), stopped=spec((1,), jnp.bool_), rounds=ints(1), accepted=ints(1, draft),
-    )  # fmt: skip
+    if name == "insert":
+        return insert, (state_of(4, seen=False), state, ints(1)), {}, {}
     share = spec((1,), jnp.float32)
-    requests = Requests(ints(1), share, spec((1,), jnp.uint32), ints(1, STOPS), Kept(ints(1), share, share))
+    requests = Requests(
+        ints(1), share, spec((1,), jnp.uint32), ints(1, STOPS), Kept(ints(1), share, share),
+        Penalties(share, share, share) if state.seen else None,
+    )  # fmt: skip
     static = {"graph": graph, "k": draft, "rounds": 32, "vocab": cfg.vocab_size, "drafter": mtp_drafter}
-    return decode, (params, state, requests), static, params
+    return decode, (params, state, requests, ints()), static, params
 
 
 def weight_shapes(params: Any) -> tuple[set[str], set[str]]:
