@@ -76,6 +76,7 @@ class Compiled:
         self.buckets = tuple(fitting) or (min(buckets),)
         self.admit = admit
         self.compile_seconds = self.prefill_seconds = self.decode_seconds = 0.0
+        self.prompt_tokens = 0  # read, those of a prompt that requests share once
         self.slot_rounds = 0  # rounds of the loop times its slots: those of requests, and those of idle slots
         self._programs: dict[tuple, Any] = {}
 
@@ -183,9 +184,10 @@ class Compiled:
         state, out, used = self._run(key, decode, self.model.params, state, requests, wanted, static=static, donate="state")
         return state, np.asarray(out), np.asarray(used)
 
-    def insert(self, state: LoopState, fresh: LoopState, places: Sequence[int]) -> LoopState:
-        """`fresh` in these slots of `state`, which is consumed; rows of `fresh` past the places are dropped."""
-        slots = np.full(len(fresh.token), len(state.token), np.int32)
-        slots[: len(places)] = places
-        key = ("insert", len(state.token), len(slots), state.seen is None)
-        return self._run(key, insert, state, fresh, on_host(slots), static={}, donate="state")
+    def insert(self, state: LoopState, fresh: LoopState, rows: Sequence[int], places: Sequence[int]) -> LoopState:
+        """The first requests of `fresh`, whose prompts are in these rows, in these slots of `state`, which is consumed."""
+        rows_slots = np.zeros((2, len(fresh.token)), np.int32)
+        rows_slots[:, : len(places)] = rows, places
+        args = state, fresh, on_host(rows_slots[0]), on_host(rows_slots[1]), on_host(np.array(len(places), np.int32))
+        key = ("insert", len(state.token), len(fresh.token), state.seen is None)
+        return self._run(key, insert, *args, static={}, donate="state")

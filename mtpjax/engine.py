@@ -14,10 +14,10 @@ WINDOW = 64  # batches of requests that are read ahead and sorted by length
 
 
 class Engine(Compiled):
-    """Slots that fall free are filled again while the others go on.
+    """Slots that fall free are filled again while the others go on. Requests with one prompt have it read once, if together.
 
-    A job uses one program per prompt-chunk bucket, one that makes an empty cache, and one loop; with more requests than slots,
-    one more that makes a cache and one that puts what was read into the slots.
+    A job uses one program per prompt-chunk bucket, one that makes an empty cache, and one loop; with more requests than slots, or
+    shared prompts, one more that makes a cache and one that puts what was read into the slots.
     """
 
     def run(self, requests: Sequence[Request], batch: int, on_tokens: OnTokens | None = None) -> list[Result]:
@@ -37,16 +37,22 @@ class Engine(Compiled):
         source = iter(requests)
 
         def ahead() -> deque[Request]:
+            """Longest prompts first, and equal ones together."""
             some = islice(source, max(window or WINDOW * batch, batch + 1))
-            return deque(sorted(some, key=lambda r: -len(r.prompt)))
+            return deque(sorted(some, key=lambda r: (-len(r.prompt), r.prompt)))
 
         queue = ahead()
-        width = batch if len(queue) <= batch else min(batch, self.admit or max(1, batch // 4))
+        prompts = len({r.prompt for r in queue})
+        one_batch = prompts == len(queue) <= batch
+        width = batch if one_batch else min(batch, prompts, self.admit or max(1, batch // 4))
         slots = Slots(self, batch, width)
         while True:
             # All slots are one batch, or as many are filled together as prompts are read together.
             while (queue := queue or ahead()) and slots.idle >= slots.needed(len(queue)):
-                yield from slots.admit([queue.popleft() for _ in range(min(width, len(queue)))])
+                group: list[Request] = []
+                while queue and len(group) < slots.idle and len({r.prompt for r in (*group, queue[0])}) <= width:
+                    group.append(queue.popleft())
+                yield from slots.admit(group)
             if slots.idle == batch:
                 return
             yield from slots.decode(slots.needed(len(queue)) if queue else batch, on_tokens)

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import Array
 
 from mtpjax.cache import Cache
 from mtpjax.compiled import Compiled
@@ -21,7 +22,7 @@ class Slots:
     """B slots, filled `width` at a time.
 
     With `width` = B there is one cache: the slots are filled when all are idle. Otherwise prompts are read into a cache of
-    their own, of `width` sequences, while the state of the slots waits.
+    their own, of `width` sequences, while the state of the slots waits; requests with one prompt share its reading.
     """
 
     def __init__(self, compiled: Compiled, batch: int, width: int):
@@ -39,33 +40,52 @@ class Slots:
         return self.batch if self.width == self.batch else min(self.width, waiting)
 
     def admit(self, group: Sequence[Request]) -> Iterator[Result]:
-        """Read the prompts of at most `width` requests and give each a slot. Yields those that want no token."""
+        """Give each request an idle slot, having read their prompts, `width` different ones at most.
+
+        Yields those that want no token.
+        """
         places = [place for place, result in enumerate(self.results) if result is None][: len(group)]
-        waiting = [*group, *[None] * (self.width - len(group))]
         results = [Result(request, accepted_per_position=[0] * self.compiled.draft) for request in group]
         for place, result in zip(places, results, strict=True):
             self.results[place] = result
         self._asked = as_arrays([None if result is None else result.request for result in self.results])
-        state = self._state if self.width < self.batch else None
-        if self.width < self.batch and state is None:
-            state = self._at_rest([None] * self.batch, self.compiled.empty_cache(self.batch))
+        one_batch = self.width == self.batch
+        if not one_batch and self._state is None:
+            self._state = self._at_rest([None] * self.batch, self.compiled.empty_cache(self.batch))
+        self._state = None if one_batch else self._state
         cache = jax.block_until_ready(self.compiled.empty_cache(self.width))
 
         began = self.compiled.clock()
-        mtp_prompt = self.compiled.mtp_prompt if self.compiled.draft else None
+        prompts = [r.prompt for r in group] if one_batch else list(dict.fromkeys(r.prompt for r in group))
         # The last prompt token is the loop's first input: a prompt program never needs the LM head.
-        cache, hidden, _ = self.compiled.read([r.prompt[:-1] if r else () for r in waiting], cache=cache, mtp_prompt=mtp_prompt)
-        fresh = self._at_rest(waiting, cache).replace(hidden=hidden, seen=self._seen(waiting))
-        if state is not None:
-            if state.seen is None or fresh.seen is None:
-                state = state.replace(seen=self._seen([None] * self.batch))
-            fresh = self.compiled.insert(state, fresh, places)
-        self._state = jax.block_until_ready(fresh)
+        rows = [prompt[:-1] for prompt in prompts] + [()] * (self.width - len(prompts))
+        mtp_prompt = self.compiled.mtp_prompt if self.compiled.draft else None
+        cache, hidden, _ = self.compiled.read(rows, cache=cache, mtp_prompt=mtp_prompt)
+        if one_batch:
+            self._state = self._at_rest(self._padded(group), cache, hidden)
+        else:
+            self._insert(group, places, cache, hidden, [prompts.index(r.prompt) for r in group])
+        jax.block_until_ready(self._state)
         seconds = self.compiled.clock() - began
         self.compiled.prefill_seconds += seconds
+        self.compiled.prompt_tokens += sum(map(len, prompts))
         for result in results:
             result.prefill_seconds = seconds
         yield from self._finished()
+
+    def _insert(self, group: Sequence[Request], places: list[int], cache: Cache, hidden: Array, rows: list[int]) -> None:
+        """Each request begins in its place behind the prompt in its row, `width` of them at a time."""
+        state = self._state
+        if (state.seen is None) == (self._asked.penalties is not None):
+            state = state.replace(seen=self._seen([None] * self.batch))
+        for start in range(0, len(group), self.width):
+            part = slice(start, start + self.width)
+            fresh = self._at_rest(self._padded(group[part]), cache, hidden)
+            state = self.compiled.insert(state, fresh, rows[part], places[part])
+        self._state = state
+
+    def _padded(self, group: Sequence[Request]) -> list[Request | None]:
+        return [*group, *[None] * (self.width - len(group))]
 
     def decode(self, enough: int, on_tokens: OnTokens | None = None) -> Iterator[Result]:
         """Some rounds of the loop, fewer once `enough` slots are idle. Yields the results that are done."""
@@ -93,18 +113,21 @@ class Slots:
                 self.results[place] = None
                 yield result
 
-    def _at_rest(self, slots: Sequence[Request | None], cache: Cache) -> LoopState:
+    def _at_rest(self, slots: Sequence[Request | None], cache: Cache, hidden: Array | None = None) -> LoopState:
         """Before the first round; empty slots are done."""
         batch, compiled = len(slots), self.compiled
+        if hidden is None:
+            hidden = on_host(np.zeros((batch, compiled.model.cfg.hidden_size), compiled.compute_dtype))
         return LoopState(
             cache=cache,
-            hidden=on_host(np.zeros((batch, compiled.model.cfg.hidden_size), compiled.compute_dtype)),
+            hidden=hidden,
             token=on_host(np.array([r.prompt[-1] if r else 0 for r in slots], np.int32)),
             count=on_host(np.zeros(batch, np.int32)),
             done=on_host(np.array([r is None or r.max_tokens == 0 for r in slots])),
             stopped=on_host(np.zeros(batch, bool)),
             rounds=on_host(np.zeros(batch, np.int32)),
             accepted=on_host(np.zeros((batch, compiled.draft), np.int32)),
+            seen=self._seen(slots),
         )
 
     def _seen(self, slots: Sequence[Request | None]) -> Seen | None:

@@ -139,22 +139,30 @@ def decode(
 
 
 @partial(jax.jit, donate_argnames=("state",))
-def insert(state: LoopState, fresh: LoopState, slots: Int[Array, " W"]) -> LoopState:
-    """The W requests of `fresh` in these slots of `state`; a slot that `state` does not have takes none."""
+def insert(
+    state: LoopState, fresh: LoopState, rows: Int[Array, " W"], slots: Int[Array, " W"], count: Int[Array, ""]
+) -> LoopState:
+    """The first `count` requests of `fresh` in these slots of `state`, which is changed in place.
 
-    def put(axis: int) -> Callable[[Array, Array], Array]:
-        def one(old: Array, new: Array) -> Array:
-            return old.at[(slice(None),) * axis + (slots,)].set(new, mode="drop")
+    Cache and hidden state of request w are row `rows[w]` of those of `fresh`: requests with one prompt have one row.
+    """
 
-        return one
+    def one(w: Array, state: LoopState) -> LoopState:
+        def put(axis: int, row: Array) -> Callable[[Array, Array], Array]:
+            def move(old: Array, new: Array) -> Array:
+                moved = lax.dynamic_slice_in_dim(new, row, 1, axis)
+                return lax.dynamic_update_slice_in_dim(old, moved, slots[w], axis)
 
-    def is_cache(node: Any) -> bool:
-        return isinstance(node, Cache)
+            return move
 
-    def each(old: Any, new: Any) -> Any:
-        """In a cache the layers come before the sequences."""
-        if not is_cache(old):
-            return put(0)(old, new)
-        return jax.tree.map(lambda a, b: put(min(a.ndim - 1, 1))(a, b), old, new)
+        def layers_first(old: Array, new: Array) -> Array:
+            return put(min(old.ndim - 1, 1), rows[w])(old, new)
 
-    return jax.tree.map(each, state, fresh, is_leaf=is_cache)
+        def without_prompt(whole: LoopState) -> LoopState:
+            return whole.replace(cache=None, hidden=None)
+
+        return jax.tree.map(put(0, w), without_prompt(state), without_prompt(fresh)).replace(
+            cache=jax.tree.map(layers_first, state.cache, fresh.cache), hidden=put(0, rows[w])(state.hidden, fresh.hidden)
+        )
+
+    return lax.fori_loop(0, count, one, state)

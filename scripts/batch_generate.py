@@ -21,6 +21,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -64,12 +65,8 @@ class Totals:
         old = self.per_position or [0] * len(metrics.accepted_per_position)
         self.per_position = [a + b for a, b in zip(old, metrics.accepted_per_position, strict=True)]
 
-    def summary(self, prefill: float, decode: float, compiling: float, wall: float, slot_rounds: int) -> str:
-        """The figures of the job in a few lines, from its seconds: rates are those of the device, without compilation.
-
-        Args:
-            slot_rounds: rounds of the loop times its slots, idle ones included.
-        """
+    def summary(self, engine: Any, wall: float) -> str:
+        """The figures of a job that took `wall` seconds, in a few lines. Rates are those of the device, without compilation."""
 
         def rate(count: int, seconds: float) -> str:
             return f"{count / seconds:>9,.1f} tokens/s" if seconds else f"{'-':>9} tokens/s"
@@ -80,12 +77,12 @@ class Totals:
             drafts = f"{self.accepted / self.drafted:.1%} of {self.drafted:,} accepted; by position {position}"
         return "\n".join([
             f"prompts  {self.prompts:>9,} with {self.prompt_tokens:,} tokens",
-            f"prefill  {rate(self.prompt_tokens, prefill)}",
-            f"decode   {rate(self.new_tokens, decode)}: {self.new_tokens:,} tokens in {self.rounds:,} rounds, "
+            f"prefill  {rate(engine.prompt_tokens, engine.prefill_seconds)}",
+            f"decode   {rate(self.new_tokens, engine.decode_seconds)}: {self.new_tokens:,} tokens in {self.rounds:,} rounds, "
             f"{self.new_tokens / max(self.rounds, 1):.2f} a round",
             f"drafts   {drafts}",
-            f"slots    {self.rounds / max(slot_rounds, 1):>9.0%} busy",
-            f"seconds  {wall:>9,.1f} in all, {compiling:,.1f} of them compiling",
+            f"slots    {self.rounds / max(engine.slot_rounds, 1):>9.0%} busy",
+            f"seconds  {wall:>9,.1f} in all, {engine.compile_seconds:,.1f} of them compiling",
         ])  # fmt: skip
 
 
@@ -264,10 +261,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"batch_generate.py: {error}", file=sys.stderr)
             return 2
         raise
-    engine = llm.engine
-    wall = time.perf_counter() - began
-    seconds = engine.prefill_seconds, engine.decode_seconds, engine.compile_seconds, wall
-    print(totals.summary(*seconds, engine.slot_rounds))
+    print(totals.summary(llm.engine, time.perf_counter() - began))
     if args.output:
         print(f"answers  {args.output}")
     if bad:

@@ -143,7 +143,7 @@ def program_case(
         args: tuple[Any, ...] = (params, ints(1, chunk), ints(1, chunk), ints(1), state.cache)
         return prefill, args, {"graph": graph, "rows": NO_ROWS}, params
     if name == "insert":
-        return insert, (state_of(4, seen=False), state, ints(1)), {}, {}
+        return insert, (state_of(4, seen=False), state, ints(1), ints(1), ints()), {}, {}
     share = spec((1,), jnp.float32)
     requests = Requests(
         ints(1), share, spec((1,), jnp.uint32), ints(1, STOPS), Kept(ints(1), share, share),

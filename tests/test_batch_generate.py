@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace as did
 from typing import Any
 
 import numpy as np
@@ -397,16 +398,17 @@ def test_the_summary_adds_up() -> None:
     totals = Totals()
     for one in (output(10, 30, 12, (10, 8)), output(30, 10, 8, (2, 0)), output(20, 0, 0, (0, 0))):
         totals.add(one)
-    assert totals.summary(4.0, 8.0, 4.25, 20.0, 25).splitlines() == [
+    engine = did(prompt_tokens=40, prefill_seconds=4.0, decode_seconds=8.0, compile_seconds=4.25, slot_rounds=25)
+    assert totals.summary(engine, 20.0).splitlines() == [
         "prompts          3 with 60 tokens",
-        "prefill       15.0 tokens/s",  # 60 tokens in 4 seconds
+        "prefill       10.0 tokens/s",  # 40 read, for a prompt of 20 came twice
         "decode         5.0 tokens/s: 40 tokens in 20 rounds, 2.00 a round",  # in 8
         "drafts   50.0% of 40 accepted; by position 60%, 40%",
         "slots          80% busy",
         "seconds       20.0 in all, 4.2 of them compiling",
     ]
     plain = Totals()
-    said = plain.summary(0.0, 0.0, 0.0, 1.0, 0)
+    said = plain.summary(did(**dict.fromkeys(vars(engine), 0)), 1.0)
     assert "drafts   none" in said and "- tokens/s" in said
 
 
