@@ -1,10 +1,9 @@
-"""`LLM`, `RequestOutput`, `Metrics`: what users import. Names follow vLLM's offline API."""
+"""`LLM`: what users import. Names follow vLLM's offline API."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any
 
@@ -18,6 +17,7 @@ from mtpjax.compiled import BUCKETS
 from mtpjax.config import STOP_TOKENS
 from mtpjax.engine import Engine
 from mtpjax.loading import cache_dtype, load_checkpoint
+from mtpjax.output import Prompt, RequestOutput, output_of
 from mtpjax.request import Request, Result
 from mtpjax.rows import OutputRows
 from mtpjax.sampling import STOPS
@@ -29,41 +29,6 @@ from mtpjax.weights import LoadedModel
 
 MAX_DRAFT = 8
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-Prompt = str | Sequence[int]
-
-
-@dataclass(frozen=True)
-class Metrics:
-    """Figures of one request.
-
-    Seconds are synchronised with the device, compilation excluded: `prefill_seconds` of the prompts that were read together with
-    its own, `decode_seconds` of the loop while the request was in it. Requests share them; `LLM.engine` has their sums.
-
-    `acceptance` is "real", or "simulated" where `LLM(acceptance=...)` drew it: then the text is not the model's.
-    """
-
-    prompt_tokens: int
-    prefill_seconds: float
-    decode_seconds: float
-    rounds: int
-    drafted: int
-    accepted: int
-    accepted_per_position: tuple[int, ...]
-    tokens_per_round: float
-    acceptance: str = "real"
-
-
-@dataclass(frozen=True)
-class RequestOutput:
-    """One answered prompt. `finish_reason` is "stop" (a stop token, which is the last of `token_ids`) or "length"."""
-
-    prompt: str | None
-    prompt_token_ids: list[int] = field(repr=False)
-    text: str | None
-    token_ids: list[int] = field(repr=False)
-    finish_reason: str
-    seed: int
-    metrics: Metrics
 
 
 class LLM:
@@ -305,27 +270,8 @@ class LLM:
         )
 
     def _output(self, prompt: Prompt, result: Result) -> RequestOutput:
-        tokens, request = result.tokens, result.request
-        shown = tokens[:-1] if result.stopped else tokens
-        return RequestOutput(
-            prompt=prompt if isinstance(prompt, str) else None,
-            prompt_token_ids=list(request.prompt),
-            text=self.tokenizer.decode(shown) if self.tokenizer else None,
-            token_ids=tokens,
-            finish_reason="stop" if result.stopped else "length",
-            seed=request.seed,
-            metrics=Metrics(
-                prompt_tokens=len(request.prompt),
-                prefill_seconds=result.prefill_seconds,
-                decode_seconds=result.decode_seconds,
-                rounds=result.rounds,
-                drafted=result.rounds * self.draft,
-                accepted=sum(result.accepted_per_position),
-                accepted_per_position=tuple(result.accepted_per_position),
-                tokens_per_round=len(tokens) / result.rounds if result.rounds else 0.0,
-                acceptance="real" if self.engine.accept is real_acceptance else "simulated",
-            ),
-        )
+        acceptance = "real" if self.engine.accept is real_acceptance else "simulated"
+        return output_of(prompt, result, self.tokenizer, acceptance)
 
 
 def _by_index(on_tokens: Callable[[int, list[int]], None] | None) -> OnTokens | None:

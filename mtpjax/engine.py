@@ -42,9 +42,9 @@ class Engine(Compiled):
             return deque(sorted(some, key=lambda r: (-len(r.prompt), r.prompt)))
 
         queue = ahead()
-        prompts = len({r.prompt for r in queue})
-        one_batch = prompts == len(queue) <= batch
-        width = batch if one_batch else min(batch, prompts, self.admit or max(1, batch // 4))
+        prompts, admit = len({r.prompt for r in queue}), self.admit or max(1, batch // 4)
+        one_batch = prompts == len(queue) <= batch or admit >= batch
+        width = batch if one_batch else min(prompts, admit)
         slots = Slots(self, batch, width)
         while True:
             # All slots are one batch, or as many are filled together as prompts are read together.

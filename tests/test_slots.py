@@ -129,6 +129,7 @@ def test_a_prompt_that_requests_share_is_read_once(model):
         assert [r.tokens for r in by.run(asked, batch)] == want
         # With three slots, those that come later find the prompt gone from the cache.
         assert by.prompt_tokens <= reads * (len(a) + len(b)), (batch, admit)
+        assert any(key[0] == "insert" for key in by._programs) == (admit != batch)  # else there is one cache
     assert plain.prompt_tokens == sum(len(r.prompt) for r in asked)
 
 
