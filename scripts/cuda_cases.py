@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kernels_pallas.attention.triton import attend_cache
+from kernels_pallas.deltanet.triton import delta_window
 from kernels_pallas.grouped_matmul.triton import grouped_mlp
 from kernels_pallas.matmul.triton import matmul
 from kernels_pallas.quantized import QuantizedTensor
@@ -75,6 +76,7 @@ class KernelSizes:
     chosen: int = 8
     expert_size: int = 512
     heads: tuple[int, int, int] = (16, 2, 256)  # of queries, of keys and values, size
+    linear: tuple[int, int, int] = (16, 32, 128)  # DeltaNet: key heads, value heads, size of both
     context: int = CONTEXT
     rows: tuple[tuple[str, int], ...] = (("decode", 5), ("prefill", 2048))
 
@@ -101,8 +103,14 @@ def kernel_cases(
         where = (spec((), jnp.int32), spec((1, rows), jnp.int32), spec((1, rows), jnp.bool_))
         return jax.jit(call(attend_cache)), (spec((1, rows, q, each), jnp.bfloat16), cache, cache, *where)
 
+    def window_case() -> tuple[Any, tuple[Any, ...]]:
+        (keys, values, each), rows, f32 = size.linear, dict(size.rows)["decode"], jnp.float32
+        qk, v, gates = spec((1, rows, keys, each), f32), spec((1, rows, values, each), f32), spec((1, rows, values), f32)
+        state = spec((size.layers, 1, values, each, each), f32)
+        return jax.jit(call(delta_window)), (qk, qk, v, gates, gates, state, spec((), jnp.int32))
+
     attention = {f"attention {regime}": partial(attention_case, rows) for regime, rows in size.rows}
-    return attention | {
+    return {"deltanet decode": window_case} | attention | {
         f"{op} {form} {regime}": partial(make, form, rows)
         for op, make in (("linear", linear_case), ("experts", experts_case))
         for form in forms

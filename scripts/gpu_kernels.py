@@ -18,7 +18,7 @@ from kernels_pallas.quantized import QuantizedTensor
 from kernels_pallas.target import target
 
 SMOKE = KernelSizes(
-    hidden=256, layers=2, experts=4, chosen=2, expert_size=128, heads=(4, 2, 64), context=512,
+    hidden=256, layers=2, experts=4, chosen=2, expert_size=128, heads=(4, 2, 64), context=512, linear=(2, 4, 32),
     rows=(("decode", 3), ("prefill", 32)),
 )  # fmt: skip
 CHECKED = 4  # rows compared with the reference: the last ones
@@ -42,6 +42,8 @@ def random_like(spec: Any, key: jax.Array) -> jax.Array:
 
 def data_of(name: str, args: tuple[Any, ...], size: KernelSizes) -> tuple[Any, ...]:
     """Random arguments of a case."""
+    if name.startswith("deltanet"):
+        return delta_data(args)
     rng = np.random.default_rng(0)
     leaves, tree = jax.tree.flatten(args)
     keys = jax.random.split(jax.random.key(0), len(leaves))
@@ -61,6 +63,14 @@ def data_of(name: str, args: tuple[Any, ...], size: KernelSizes) -> tuple[Any, .
     if name.startswith("attention"):
         made[0] = made[0] / math.sqrt(size.heads[2])  # the kernel takes scaled queries
     return tuple(jax.tree.unflatten(tree, made))
+
+
+def delta_data(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Rows as the model makes them: q and k of length 1, step sizes between 0 and 1, decay below 0."""
+    keys = jax.random.split(jax.random.key(0), len(args) - 1)
+    q, k, v, beta, g, state = (jax.random.normal(key, spec.shape, spec.dtype) for key, spec in zip(keys, args[:-1], strict=True))
+    q, k = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
+    return q, k, v, jax.nn.sigmoid(beta), -jax.nn.softplus(g), state, jnp.int32(state.shape[0] - 1)
 
 
 def whole(w: Any, layer: Any = ...) -> jax.Array:
@@ -83,6 +93,16 @@ def reference(name: str, args: tuple[Any, ...]) -> jax.Array:
         scores = dot("tqh,qsh->tqs", rows, keys)
         seen = jnp.arange(k.shape[3]) <= positions[0, -CHECKED:, None, None]
         return dot("tqs,qsh->tqh", jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1), values)
+    if op == "deltanet":
+        q, k, v, beta, g, states, layer = args
+        state, out = states[layer, 0], []
+        for t in range(q.shape[1]):
+            key, query = (jnp.repeat(x[0, t], v.shape[2] // q.shape[2], axis=0) for x in (k, q))
+            state = state * jnp.exp(g[0, t])[:, None, None]
+            d = beta[0, t][:, None] * (v[0, t] - dot("mkv,mk->mv", state, key))
+            state = state + key[:, :, None] * d[:, None]
+            out.append(dot("mkv,mk->mv", state, query))
+        return jnp.stack(out[-CHECKED:])
     x, gate_up, down, layer, chosen, weights, _ = args
     rows, chosen, weights = x[-CHECKED:].astype(jnp.float32), chosen[-CHECKED:], weights[-CHECKED:]
     gates, downs = whole(gate_up, layer), whole(down, layer)
@@ -103,6 +123,10 @@ def least(name: str, args: tuple[Any, ...], size: KernelSizes) -> tuple[float, f
         q, k = args[:2]
         _, rows, heads, each = q.shape
         return 2 * k.nbytes / size.layers + 2 * q.nbytes, 4.0 * rows * heads * each * size.context
+    if op == "deltanet":
+        q, _, v, _, _, state, _ = args
+        one = state.nbytes / state.shape[0]
+        return one + 2 * q.nbytes + 3 * v.nbytes, 8.0 * q.shape[1] * one / 4
     x, gate_up, down, _, chosen = args[:5]
     touched, matrices = len(np.unique(np.asarray(chosen))), size.layers * size.experts
     flops = 2.0 * chosen.size * (math.prod(gate_up.shape) + math.prod(down.shape)) / matrices
@@ -113,7 +137,7 @@ def measure(name: str, make: Case, size: KernelSizes, ceilings: Ceilings, runs: 
     """One case: the largest error over the largest magnitude, seconds, and the share of the roofline."""
     fn, specs = make()
     args = data_of(name, specs, size)
-    got = fn(*args)
+    got = jax.tree.leaves(fn(*args))[0]
     want = reference(name, args)
     rows = jnp.asarray(got, jnp.float32).reshape(-1, *want.shape[1:])[-CHECKED:]
     error = float(jnp.max(jnp.abs(rows - want)) / jnp.max(jnp.abs(want)))

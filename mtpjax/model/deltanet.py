@@ -2,7 +2,8 @@
 
 Per value head, with state S [K, V], decay g <= 0 and step size beta:
     S <- exp(g) S;  d = beta (v - S^T k);  S <- S + k d^T;  o = S^T q
-`delta_chunk` does C rows of this at once with matrix products; `commit` adds rows whose k and d are already known.
+`delta_chunk` does C rows of this at once with matrix products, `delta_window` the few rows of a verify window; `commit` adds
+rows whose k and d are already known.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from flax import nnx
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
+from kernels_pallas.deltanet import pick
 from kernels_pallas.matmul import linear, linears
 from kernels_pallas.target import target
 from mtpjax.cache import Cache, Pending
@@ -114,6 +116,27 @@ def delta_chunk(
         return x.reshape(batch, total, heads, *x.shape[5:])
 
     return join(o), join(d), join(decay), s.reshape(state.shape)
+
+
+def _in_chunks(given: Rows, state: Float[Array, "B M K V"]) -> tuple[Array, Array, Array, Array]:
+    """`delta_chunk` for any number of rows."""
+    rows = given.q.shape[1]
+    chunk = min(CHUNK, rows)
+    if extra := -rows % chunk:
+        given = jax.tree.map(lambda a: jnp.pad(a, [(0, 0), (0, extra)] + [(0, 0)] * (a.ndim - 2)), given)
+    o, d, decay, after = delta_chunk(given, state, chunk)
+    return o[:, :rows], d[:, :rows], decay[:, :rows], after
+
+
+def delta_window(
+    given: Rows, state: Float[Array, "L B M K V"], layer: Array | int
+) -> tuple[Float[Array, "B W M V"], Float[Array, "B W M V"], Float[Array, "B W M"]]:
+    """Outputs o, updates d and the summed log decay of the rows of a verify window; the state stays as it is."""
+    rows, (key_size, value_size) = given.q.shape[1], state.shape[3:]
+    kernel = pick(target(), rows, key_size, value_size)
+    if kernel is None:
+        return _in_chunks(given, state[layer])[:3]
+    return *kernel(*given, state, layer), jnp.cumsum(given.g, axis=1)
 
 
 def fold(
@@ -232,22 +255,19 @@ class DeltaNet(nnx.Module):
         qkv, z, b, a = linears(x, *weights, out_dtypes=(None, None, jnp.float32, jnp.float32))
         inputs = conv_inputs(before, qkv.astype(before.dtype), where.pad, where.live)
         given = self._rows(inputs, b, a, where.live, x.dtype)
-        chunk = min(CHUNK, rows)
-        extra = -rows % chunk
-        if extra:
-            given = jax.tree.map(lambda a: jnp.pad(a, [(0, 0), (0, extra)] + [(0, 0)] * (a.ndim - 2)), given)
-        o, d, decay, after = delta_chunk(given, cache.state[layer], chunk)
         if pending is None:
+            o, _, _, after = _in_chunks(given, cache.state[layer])
             cache = cache.replace(
                 state=cache.state.at[layer].set(after), conv=cache.conv.at[layer].set(inputs[:, rows:])
             )
         else:
+            o, d, decay = delta_window(given, cache.state, layer)
             pending = Pending(
                 conv=pending.conv.at[layer].set(inputs),
-                k=pending.k.at[layer].set(given.k[:, :rows]),
-                d=pending.d.at[layer].set(d[:, :rows]),
-                decay=pending.decay.at[layer].set(decay[:, :rows]),
+                k=pending.k.at[layer].set(given.k),
+                d=pending.d.at[layer].set(d),
+                decay=pending.decay.at[layer].set(decay),
             )
         z = z.reshape(*x.shape[:2], cfg.linear_v_heads, cfg.linear_v_dim)
-        y = gated_rms_norm(o[:, :rows].astype(x.dtype), z, self.norm[...], cfg.norm_eps, cfg.z_gate)
+        y = gated_rms_norm(o.astype(x.dtype), z, self.norm[...], cfg.norm_eps, cfg.z_gate)
         return linear(y.reshape(*x.shape[:2], -1), self.out[...]), cache, pending
