@@ -80,7 +80,7 @@ def whole(w: Any, layer: Any = ...) -> jax.Array:
 
 
 def reference(name: str, args: tuple[Any, ...]) -> jax.Array:
-    """The last `CHECKED` rows in float32, by the formula."""
+    """The last `CHECKED` rows in float32, by the formula; of the recurrence, which is float32 itself, in float64."""
     op = name.split()[0]
     dot = partial(jnp.einsum, precision="highest")
     if op == "linear":
@@ -94,15 +94,16 @@ def reference(name: str, args: tuple[Any, ...]) -> jax.Array:
         seen = jnp.arange(k.shape[3]) <= positions[0, -CHECKED:, None, None]
         return dot("tqs,qsh->tqh", jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1), values)
     if op == "deltanet":
-        q, k, v, beta, g, states, layer = args
-        state, out = states[layer, 0], []
-        for t in range(q.shape[1]):
-            key, query = (jnp.repeat(x[0, t], v.shape[2] // q.shape[2], axis=0) for x in (k, q))
-            state = state * jnp.exp(g[0, t])[:, None, None]
-            d = beta[0, t][:, None] * (v[0, t] - dot("mkv,mk->mv", state, key))
+        *rows, states, layer = args
+        q, k, v, beta, g = (np.float64(x[0]) for x in rows)
+        state, out = np.float64(states[layer, 0]), []
+        for t in range(len(q)):
+            key, query = (np.repeat(x[t], v.shape[1] // q.shape[1], axis=0) for x in (k, q))
+            state = state * np.exp(g[t])[:, None, None]
+            d = beta[t][:, None] * (v[t] - np.einsum("mkv,mk->mv", state, key))
             state = state + key[:, :, None] * d[:, None]
-            out.append(dot("mkv,mk->mv", state, query))
-        return jnp.stack(out[-CHECKED:])
+            out.append(np.einsum("mkv,mk->mv", state, query))
+        return jnp.array(out[-CHECKED:], jnp.float32)
     x, gate_up, down, layer, chosen, weights, _ = args
     rows, chosen, weights = x[-CHECKED:].astype(jnp.float32), chosen[-CHECKED:], weights[-CHECKED:]
     gates, downs = whole(gate_up, layer), whole(down, layer)

@@ -18,7 +18,7 @@ LENGTHS = (40, 3, 0, 17, 1, 33, 8, 60, 2, 25, 5, 12, 50)  # of the texts
 
 @pytest.fixture(scope="module")
 def model():
-    return numpy_model(tiny_config(moe=True, vocab_size=VOCAB), seed=7, scale=0.15)
+    return numpy_model(tiny_config(moe=True, repeats=1, vocab_size=VOCAB), seed=7, scale=0.15)
 
 
 def requests() -> list[Request]:
@@ -47,7 +47,7 @@ def cut(want: list[list[int]]) -> list[list[int]]:
     return [t[: t.index(want[9][7]) + 1] if i == 9 else t for i, t in enumerate(want)]
 
 
-@pytest.mark.parametrize(("draft", "admit"), [(3, 1), (3, 3), (3, None), (0, 2), (2, BATCH)])
+@pytest.mark.parametrize(("draft", "admit"), [(3, 1), (3, 3), (0, None), (2, BATCH)])
 def test_the_text_does_not_depend_on_when_a_slot_is_filled(model, want, draft, admit):
     by = make_engine(model, draft=draft, max_len=MAX_LEN, admit=admit, rounds=5)
     heard: dict[int, list[int]] = {i: [] for i in range(len(LENGTHS))}
@@ -124,7 +124,7 @@ def test_a_prompt_that_requests_share_is_read_once(model):
     ]
     plain = make_engine(model, draft=0, max_len=MAX_LEN, admit=1)
     want = [plain.run([r], 1)[0].tokens for r in asked]
-    for draft, batch, admit, reads in ((3, 8, None, 1), (3, 8, 1, 1), (2, 3, 2, 3), (2, 3, 3, 8)):
+    for draft, batch, admit, reads in ((2, 8, None, 1), (2, 3, 1, 3), (2, 3, 3, 8)):
         by = make_engine(model, draft=draft, max_len=MAX_LEN, admit=admit)
         assert [r.tokens for r in by.run(asked, batch)] == want
         # With three slots, those that come later find the prompt gone from the cache.
