@@ -125,6 +125,7 @@ def drafted(model, draft: int, batch: int, drafter=loop.mtp_drafter) -> list[lis
     return [r.tokens for r in results]
 
 
+@pytest.mark.slow
 def test_the_text_is_the_same_at_any_draft_length_and_batch(model, want):
     for draft, batch in DRAFTED:
         assert drafted(model, draft, batch) == want, (draft, batch)
@@ -160,6 +161,7 @@ def test_the_test_sees(bug, model, want, monkeypatch):
     assert got[0] == want[0] and got != want
 
 
+@pytest.mark.slow
 def test_the_drafter_has_the_penalties_too(monkeypatch):
     """Left out there, the text stays, but drafts repeat what the text must not."""
     params = SamplingParams(max_tokens=60, presence_penalty=2.0, frequency_penalty=2.0)

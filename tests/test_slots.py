@@ -115,6 +115,7 @@ def test_nothing_but_the_chosen_slots_changes_and_the_state_is_not_copied(model)
     assert memory.alias_size_in_bytes >= state and memory.temp_size_in_bytes < state / 8
 
 
+@pytest.mark.slow
 def test_a_prompt_that_requests_share_is_read_once(model):
     """Whichever of them want nothing, have penalties, or come when no slot is idle."""
     a, b = requests()[0].prompt, requests()[1].prompt
