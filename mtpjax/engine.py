@@ -50,7 +50,11 @@ class Engine(Compiled):
             # All slots are one batch, or as many are filled together as prompts are read together.
             while (queue := queue or ahead()) and slots.idle >= slots.needed(len(queue)):
                 group: list[Request] = []
-                while queue and len(group) < slots.idle and len({r.prompt for r in (*group, queue[0])}) <= width:
+                different = 0  # equal prompts stand together in the queue
+                while queue and len(group) < slots.idle:
+                    different += not group or queue[0].prompt != group[-1].prompt
+                    if different > width:
+                        break
                     group.append(queue.popleft())
                 yield from slots.admit(group)
             if slots.idle == batch:

@@ -50,9 +50,10 @@ class Slots:
             self.results[place] = result
         self._asked = as_arrays([None if result is None else result.request for result in self.results])
         one_batch = self.width == self.batch
-        if not one_batch and self._state is None:
+        if one_batch:
+            self._state = None  # its cache goes before the next one is made
+        elif self._state is None:
             self._state = self._at_rest([None] * self.batch, self.compiled.empty_cache(self.batch))
-        self._state = None if one_batch else self._state
         cache = jax.block_until_ready(self.compiled.empty_cache(self.width))
 
         began = self.compiled.clock()

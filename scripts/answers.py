@@ -54,8 +54,8 @@ class Answers:
 
     def _compare(self, settings: dict[str, Any]) -> None:
         try:
-            before = json.loads(self._settings.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            before = dict(json.loads(self._settings.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
             told = f"{self._settings}: cannot be read ({error}); without it nobody knows how {self.part} was made"
             raise ResumeError(told) from None
         for name, value in json.loads(json.dumps(settings)).items():
