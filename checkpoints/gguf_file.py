@@ -124,7 +124,7 @@ class GgufFile:
                 per_head = heads.value_dim * x.shape[1] // size
                 return np.ascontiguousarray(heads.reorder(np.ascontiguousarray(x.T), per_head, to_gguf=False).T)
 
-            return packed.each(columns)
+            return packed.finer(heads.value_dim).each(columns)
         return packed.each(lambda x: converted(x, how, heads, to_gguf=False))
 
     def _stream(self, tensor: GgufTensor, out: NDArray[Any]) -> None:

@@ -13,17 +13,18 @@ import numpy as np
 
 from checkpoints.errors import CheckpointError
 from checkpoints.folder import unreadable
-from checkpoints.gguf_blocks import TYPES, BlockType
+from checkpoints.gguf_blocks import BLOCKS, BlockType
+from checkpoints.gguf_points import POINTS, points
 
 _AGAIN = "Download the file again."
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _MOST_DIMENSIONS = 4
-# Types that files of this model use and this program does not read, by number, for the message.
+TYPES = BLOCKS | POINTS
+# Types that this program does not read, by number, for the message.
 _OTHER_TYPES = {
-    3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS",
-    18: "IQ3_XXS", 19: "IQ1_S", 21: "IQ3_S", 22: "IQ2_S", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64",
-    29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4",
+    9: "Q8_1", 15: "Q8_K", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 34: "TQ1_0", 35: "TQ2_0", 40: "NVFP4",
+    41: "Q1_0",
 }  # fmt: skip
 
 
@@ -153,6 +154,13 @@ def _placed(
             supported = ", ".join(t.name for t in TYPES.values())
             called = _OTHER_TYPES.get(number, f"number {number}")
             raise CheckpointError(f"{file}: tensor {name!r} has the type {called}, supported: {supported}. Use another file.")
+        if kind.points:
+            try:
+                points(kind.points)
+            except ImportError:
+                raise CheckpointError(
+                    f"{file}: tensor {name!r} has the type {kind.name}, which needs the package gguf: pip install 'mtpjax[gguf]'"
+                ) from None
         if shape[-1] % kind.elements:
             raise CheckpointError(
                 f"{file}: tensor {name!r} has rows of {shape[-1]:,} elements, "

@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from checkpoints.errors import CheckpointError
-from checkpoints.gguf_blocks import IQ4_TABLE, pack4
+from checkpoints.gguf_blocks import IQ4_TABLE
 from checkpoints.gguf_names import Heads, converted, names
+from checkpoints.packed import pack4
 from checkpoints.quantize import nearest_codes
 
 TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "iq4_nl")

@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from checkpoints.gguf_blocks import SIGNED4_TABLE, pack4
-from checkpoints.packed import FP8_BLOCK, PackedArray
+from checkpoints.gguf_blocks import E2M1_TABLE, SIGNED4_TABLE
+from checkpoints.packed import FP8_BLOCK, PackedArray, pack4
 
 GROUPS = (16, 32, 64, 128)
 _AWQ_ORDER = np.array([0, 4, 1, 5, 2, 6, 3, 7])  # where element i of eight lies among the nibbles of an AWQ word
-_E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # twice the values of a 4-bit float
 _ZERO = 8  # of symmetric four bits
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -103,7 +102,7 @@ def _nvfp4(arrays: Arrays) -> PackedArray:
     pairs = arrays["weight"]
     q = np.stack([pairs & 15, pairs >> 4], axis=-1).reshape(len(pairs), -1)
     scale = arrays["weight_scale"].astype(np.float32) * np.float32(arrays["weight_scale_2"].reshape(())) * np.float32(0.5)
-    return PackedArray(pack4(q), scale, None, "codes4", q.shape[-1] // scale.shape[-1], _E2M1)
+    return PackedArray(pack4(q), scale, None, "codes4", q.shape[-1] // scale.shape[-1], E2M1_TABLE)
 
 
 def _by_columns(part: str) -> Callable[[Shapes], tuple[int, int]]:

@@ -1,6 +1,6 @@
 """How a GPU kernel reads a stored weight: 32-bit words, each holding a few elements of one row, unpacked in registers.
 
-The elements of a word come out in an order of their own, so that of `codes4` the rows that are multiplied with it are
+The elements of a word of indices come out in an order of their own, so the rows that are multiplied with it are
 rearranged to that order (`rows_for`), once a call; the weight is read as it is stored. Words also keep the offsets of
 the Triton lowering in range: up to 4 GiB it counts elements in 32 signed bits, which single bytes would overflow at 2 GiB.
 """
@@ -17,21 +17,27 @@ from jax import Array, lax
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Float
 
-from kernels_pallas.quantized import QuantizedTensor
+from kernels_pallas.quantized import INDICES, QuantizedTensor
 
 Select = Callable[[Array, Array, Array], Array]
+PARTS = ("high", "scale", "offset", "super_scale", "super_offset")
 
 
 @dataclass(frozen=True)
 class Form:
-    """The static half of a stored weight. `slots` elements make a word (1: a plain array, whose elements are read as
-    they are); `offset`: whether there is one; the others as in `QuantizedTensor`."""
+    """The static half of a stored weight: its layout ("plain": an array, whose elements are read as they are), `group` and
+    `table` as in `QuantizedTensor`, and the names of its operands after the words."""
 
     layout: str
-    slots: int
     group: int = 0
     table: tuple[int, ...] | None = None
-    offset: bool = False
+    parts: tuple[str, ...] = ()
+    super_group: int = 0  # elements of a `super_scale`
+
+    @property
+    def slots(self) -> int:
+        """Elements of a word."""
+        return 8 if self.layout in INDICES else 1 if self.layout == "plain" else 4
 
     @property
     def step(self) -> int:
@@ -41,35 +47,36 @@ class Form:
 
 
 def words(w: Array | QuantizedTensor) -> tuple[Form, tuple[Array, ...]]:
-    """The form of a weight `[..., O, D]` and its operands: words `[..., O, D / slots]`, scale, offset if any.
+    """The form of a weight `[..., O, D]` and its operands: words `[..., O, D / slots]`, then its parts.
 
     Raises:
         ValueError: D is no multiple of 32 (packed weights).
     """
     if not isinstance(w, QuantizedTensor):
-        return Form("plain", 1), (lax.bitcast_convert_type(w, jnp.bfloat16) if w.dtype == jnp.uint16 else w,)
+        return Form("plain"), (lax.bitcast_convert_type(w, jnp.bfloat16) if w.dtype == jnp.uint16 else w,)
     if w.shape[-1] % 32:
         raise ValueError(f"a packed weight of shape {list(w.shape)}: the last axis must be a multiple of 32")
     codes, lead = w.codes, w.codes.shape[:-1]
     if codes.dtype != jnp.uint8:
         codes = lax.bitcast_convert_type(codes, jnp.uint8)
     codes = lax.bitcast_convert_type(codes.reshape(*lead, -1, 4), jnp.uint32)
-    form = Form(w.layout, 8 if w.layout == "codes4" else 4, w.group, w.table, w.offset is not None)
-    return form, (codes, w.scale) if w.offset is None else (codes, w.scale, w.offset)
+    parts = {name: part for name in PARTS if (part := getattr(w, name)) is not None}
+    super_group = 0 if w.super_scale is None else w.shape[-1] // w.super_scale.shape[-1]
+    return Form(w.layout, w.group, w.table, tuple(parts), super_group), (codes, *parts.values())
 
 
 def rows_for(form: Form, x: Float[Array, "M D"]) -> Float[Array, "M D"]:
     """Rows in the order of the unpacked words: element i moves to `position(form, i)`."""
-    if form.layout != "codes4":
+    if form.layout not in INDICES:
         return x
     rows, size = x.shape
     return x.reshape(rows, size // 32, 2, 4, 4).transpose(0, 1, 3, 4, 2).reshape(rows, size)
 
 
 def position(form: Form, element: Array) -> Array:
-    """Where element `element` of a row comes out. In a block of 32 of `codes4`, byte c of word j holds elements 4 j + c
-    and 16 + 4 j + c."""
-    if form.layout != "codes4":
+    """Where element `element` of a row comes out. In a block of 32 indices, byte c of word j holds elements 4 j + c and
+    16 + 4 j + c."""
+    if form.layout not in INDICES:
         return element
     return element // 32 * 32 + element % 16 * 2 + element // 16 % 2
 
@@ -100,8 +107,8 @@ def _biased(byte: Array, bias: int) -> Array:
     return lax.bitcast_convert_type(byte | jnp.uint32(0x4B000000), jnp.float32) - jnp.float32(2**23 + bias)
 
 
-def unpack(form: Form, word: Array, select: Select) -> list[Array]:
-    """float32 values t of each slot of `codes4` and `codes8` words, before scale and offset; `fp8`: the values.
+def unpack(form: Form, word: Array, select: Select, high: Array | None = None) -> list[Array]:
+    """float32 values t of each slot of words of indices and of `codes8`, before scale and offset; `fp8`: the values.
 
     `codes4` looks 4 nibbles up at a time: two selections of a byte by the low three bits, in each half of the table,
     and one between their results by bit 3.
@@ -114,9 +121,14 @@ def unpack(form: Form, word: Array, select: Select) -> list[Array]:
     if form.layout == "fp8":
         return [_e4m3(word >> jnp.uint32(8 * n) & jnp.uint32(255)) for n in range(4)]
     assert form.table is not None
-    steps = {b - a for a, b in zip(form.table, form.table[1:], strict=False)}
+    first, steps = form.table[0], {b - a for a, b in zip(form.table, form.table[1:], strict=False)}
+    if high is not None:
+        bits = INDICES[form.layout] - 4
+        low = [word >> jnp.uint32(4 * n) & jnp.uint32(15) for n in range(8)]
+        top = [_moved(high, bits * n, 4) & jnp.uint32((1 << bits) - 1 << 4) for n in range(8)]
+        return [_biased(a | b, -first) for a, b in zip(low, top, strict=True)]
     if len(steps) == 1:  # evenly spaced: no table
-        step, first = steps.pop(), form.table[0]
+        step = steps.pop()
         even = [_biased(word >> jnp.uint32(4 * n) & jnp.uint32(15), 0) for n in range(8)]
         return [t + first if step == 1 else t * step + first for t in even]
     quarters = [sum((t + 128) << 8 * i for i, t in enumerate(form.table[4 * q : 4 * q + 4])) for q in range(4)]
@@ -127,6 +139,11 @@ def unpack(form: Form, word: Array, select: Select) -> list[Array]:
         halves = (select(table[0], table[1], low_bits), select(table[2], table[3], low_bits))
         found.append(select(*halves, (nibbles & jnp.uint32(0x8888)) >> jnp.uint32(1) | jnp.uint32(0x3210)))
     return [_biased(found[n // 4] >> jnp.uint32(8 * (n % 4)) & jnp.uint32(255), 128) for n in range(8)]
+
+
+def _moved(word: Array, start: int, end: int) -> Array:
+    """Bit `start` at the place of bit `end`."""
+    return word >> jnp.uint32(start - end) if start > end else word << jnp.uint32(end - start)
 
 
 def _e4m3(byte: Array) -> Array:
@@ -166,20 +183,30 @@ def load_tile(
         other = None if inside is None else 0
         return plt.load(ref.at[(*lead, o, j)], mask=inside, other=other)
 
-    values = unpack(form, load(refs[0], o, j), select)
+    parts = dict(zip(form.parts, refs[1:], strict=True))
+    high = load(parts["high"], o, j).astype(jnp.uint32) if "high" in parts else None
+    values = unpack(form, load(refs[0], o, j), select, high)
     if form.slots == 1:
         return values[0].astype(dtype)
     if form.layout == "fp8":
-        scale = load(refs[1], o // 128, j * 4 // 128)
+        scale = load(parts["scale"], o // 128, j * 4 // 128)
         return _interleave([(t * scale).astype(dtype) for t in values])
     if form.group >= 32 or form.slots == 4:
         where = [j * form.slots // form.group]
     else:  # the two halves of a block of 32 elements
         where = [j // 4 * 2, j // 4 * 2 + 1]
-    scales = [load(refs[1], o, g).astype(jnp.float32) for g in where]
+
+    def of_groups(name: str) -> list[Array]:
+        inner = [load(parts[name], o, g).astype(jnp.float32) for g in where]
+        if f"super_{name}" not in parts:
+            return inner
+        outer = load(parts[f"super_{name}"], o, j * form.slots // form.super_group).astype(jnp.float32)
+        return [outer * part for part in inner]
+
+    scales = of_groups("scale")
     out = [t * scales[n % len(where)] for n, t in enumerate(values)]
-    if form.offset:
-        offsets = [load(refs[2], o, g).astype(jnp.float32) for g in where]
+    if "offset" in parts:
+        offsets = of_groups("offset")
         out = [v + offsets[n % len(where)] for n, v in enumerate(out)]
     return _interleave([v.astype(dtype) for v in out])
 

@@ -34,14 +34,14 @@ STORED = {dtype.name: dtype for dtype in map(jnp.dtype, (jnp.bfloat16, jnp.float
 Tensor = tuple[str, tuple[int, ...], np.dtype, Callable[[], np.ndarray]]  # name, shape, dtype, read
 
 
-def storage(dtype: jnp.dtype, cfg: ModelConfig) -> dict[str, Any]:
-    """How to hold weights on the default device for a compute dtype: arguments of `load_model` and `restore_orbax`.
+def storage(dtype: jnp.dtype) -> dict[str, Any]:
+    """How to hold weights for a compute dtype: arguments of `load_model` and `restore_orbax`.
 
-    A CPU reads matrices fastest in the compute dtype and unsliced, so they are converted once and layers are unrolled.
-    Elsewhere one scan compiles all repeats of the layer pattern.
+    Matrices are converted to the compute dtype once. Layers are unrolled: a CPU then slices no weight, a GPU launches a
+    sixth fewer kernels a round than with one scan over the layers (35B-A3B: 2,041 for 2,448, compiled in 36 s for 11), and
+    no two layers have to be of one type.
     """
-    cpu = target() == "cpu"
-    return {"dtype": dtype, "compute_dtype": dtype, "stack": 1 if cpu else cfg.repeats}
+    return {"dtype": dtype, "compute_dtype": dtype, "stack": 1}
 
 
 def cache_dtype(dtype: jnp.dtype) -> jnp.dtype:
@@ -66,7 +66,7 @@ def load_checkpoint(
     Raises:
         CheckpointError: quantised, or not the tensors of the model that its config.json describes.
     """
-    form = storage(dtype, _config(source))
+    form = storage(dtype)
     if weights is not None and weights not in WEIGHTS:
         raise ValueError(f"weights is {weights!r}; expected None or one of {', '.join(map(repr, WEIGHTS))}")
     if isinstance(source, OrbaxDirectory):

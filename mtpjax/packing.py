@@ -47,7 +47,7 @@ def read_packed(source: TensorSource, name: str, weights: str) -> PackedArray | 
 
 
 def random_packed(key: jax.Array, shape: tuple[int, ...], weights: str, scale: float) -> QuantizedTensor:
-    """A weight of random codes with deviation `scale`, made on the device; a stack is made layer by layer.
+    """A weight of random codes with deviation `scale`, made on the device; a stack is made matrix by matrix.
 
     Raises:
         ValueError: "packed" says nothing about a form.
@@ -58,21 +58,22 @@ def random_packed(key: jax.Array, shape: tuple[int, ...], weights: str, scale: f
     table, (*lead, rows, size) = TABLES.get(weights), shape
     if weights == "fp8":
         blocks = (*lead, -(-rows // FP8_BLOCK), -(-size // FP8_BLOCK))
-        codes = _by_layer(lambda k, s: jax.random.normal(k, s).astype(jnp.float8_e4m3fn), key, shape)
+        codes = _by_matrix(lambda k, s: jax.random.normal(k, s).astype(jnp.float8_e4m3fn), key, shape)
         return QuantizedTensor(codes, jnp.full(blocks, scale, jnp.float32), None, "fp8", FP8_BLOCK)
     spread = float(np.std(table if table else np.arange(-128, 128)))
     scales = jnp.full((*lead, rows, size // GROUP), scale / spread, jnp.float16)
-    codes = _by_layer(lambda k, s: jax.random.bits(k, s, jnp.uint8), key, (*lead, rows, size // 2 if table else size))
+    codes = _by_matrix(lambda k, s: jax.random.bits(k, s, jnp.uint8), key, (*lead, rows, size // 2 if table else size))
     if table:
         return QuantizedTensor(codes, scales, None, "codes4", GROUP, table)
     return QuantizedTensor(jax.lax.bitcast_convert_type(codes, jnp.int8), scales, None, "codes8", GROUP)
 
 
-def _by_layer(make: Callable[[jax.Array, tuple[int, ...]], jax.Array], key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """`make(key, shape)` along the first of three axes or more: random bits take a multiple of their size while being made."""
+def _by_matrix(make: Callable[[jax.Array, tuple[int, ...]], jax.Array], key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """`make(key, shape)` matrix by matrix of a stack: random bits take a multiple of their size while being made."""
     if len(shape) < 3:
         return jax.jit(make, static_argnums=1)(key, shape)
-    return jax.jit(lambda keys: jax.lax.map(lambda k: make(k, shape[1:]), keys))(jax.random.split(key, shape[0]))
+    keys = jax.random.split(key, int(np.prod(shape[:-2])))
+    return jax.jit(lambda keys: jax.lax.map(lambda k: make(k, shape[-2:]), keys).reshape(shape))(keys)
 
 
 def assembled(shape: tuple[int, ...], parts: Sequence[tuple[tuple[Any, ...], PackedArray]]) -> QuantizedTensor:
@@ -91,12 +92,9 @@ def assembled(shape: tuple[int, ...], parts: Sequence[tuple[tuple[Any, ...], Pac
             target[...] = piece.reshape(target.shape)
         return jax.device_put(out)
 
-    offsets = [part.offset for part in same if part.offset is not None]
-    return QuantizedTensor(
-        codes=whole([part.codes for part in same]),
-        scale=whole([part.scale for part in same], FP8_BLOCK if first.layout == "fp8" else 1),
-        offset=whole(offsets) if offsets else None,
-        layout=first.layout,
-        group=first.group,
-        table=first.table,
-    )
+    def block(name: str) -> int:
+        return FP8_BLOCK if first.layout == "fp8" and name == "scale" else 1
+
+    arrays: dict[str, Any] = {"offset": None}
+    arrays |= {name: whole([part.arrays[name] for part in same], block(name)) for name in first.arrays}
+    return QuantizedTensor(layout=first.layout, group=first.group, table=first.table, **arrays)

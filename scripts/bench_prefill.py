@@ -60,7 +60,7 @@ class Side:
         whole: bool = False,
         read: int | None = None,
     ):
-        self.model = suited(random_model(cfg, **storage(jnp.float32, cfg)))
+        self.model = suited(random_model(cfg, **storage(jnp.float32)))
         self.new = jax.jit(partial(new_cache, cfg, 1, slots_for(max_len, 1)))
         self.pad = jnp.zeros(1, jnp.int32)
         self.step: Any = (

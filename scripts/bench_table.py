@@ -203,7 +203,7 @@ def load(args: argparse.Namespace) -> tuple[LoadedModel, LoadedModel, Any, Any]:
     dtype = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[args.dtype]
     if args.model == "random":
         cfg = preset(args.shape) if args.shape else CONFIG
-        model = random_model(cfg, weights=args.weights, **storage(dtype, cfg))
+        model = random_model(cfg, weights=args.weights, **storage(dtype))
         return model, without_mtp(model), None, cache_dtype(dtype)
     source = open_checkpoint(TINY if args.model == "tiny" else args.model)
     models = [load_checkpoint(source, dtype=dtype, mtp=mtp, weights=args.weights) for mtp in (True, False)]

@@ -4,8 +4,9 @@
     python scripts/check_cuda.py [--cards rtx3090 ...] [--programs rtx3090 ...] [--json FILE]
 
 A kernel that does not fit a card (shared memory, an instruction it lacks) fails here as it would there; a crash of the
-compiler ends only the process of that card. The programs are those of a 35B-A3B with IQ4_NL weights, one sequence,
-draft 4 and a bfloat16 cache: bytes, kernels a round, and copies of weights, of which there must be none.
+compiler ends only the process of that card. The programs are those of a 35B-A3B with IQ4_NL weights, and with the mixture
+of types that llama.cpp calls Q4_K_M, for one sequence, draft 4 and a bfloat16 cache: bytes, kernels a round, and copies
+of weights, of which there must be none.
 Exit status 1 when anything fails. Nothing is run on a GPU: there are no times and no numbers here.
 """
 
@@ -142,7 +143,7 @@ def show(result: dict[str, Any]) -> str:
     if result["case"] in PROGRAMS:
         gib = {key: result[key] / 2**30 for key in ("argument", "temp", "alias")}
         loops = "".join(f", and {k} a turn of a loop of unknown length, entered {n} times" for k, n in result["loops"])
-        what = {"prefill": f"a chunk of {CHUNK}", "insert": "in all"}.get(result["case"], "a round")
+        what = {"prefill": f"a chunk of {CHUNK}", "insert": "in all"}.get(result["case"].split()[0], "a round")
         return (
             f"{name} arguments {gib['argument']:.2f} + temporaries {gib['temp']:.2f} = "
             f"{gib['argument'] + gib['temp']:.2f} GiB (aliased {gib['alias']:.2f}); {result['kernels']} kernels {what}"
@@ -178,8 +179,8 @@ def main() -> int:
                 bad += 1
                 print(f"         ^ must not be: {problem}", flush=True)
     if args.json:
-        what = {"what": "kernels and programs compiled for cards that are not here", "model": MODEL, "weights": "iq4_nl"}
-        about = {**what, "draft": DRAFT, "context": CONTEXT, "chunk": CHUNK}
+        what = {"what": "kernels and programs compiled for cards that are not here", "model": MODEL}
+        about = {**what, "weights": "iq4_nl or q4_k_m", "draft": DRAFT, "context": CONTEXT, "chunk": CHUNK}
         write_json(str(args.json), {**about, **describe("none: compiled only"), "results": results})
     print(f"{len(results)} programs compiled for {len({r['card'] for r in results})} cards, {bad} problems")
     return int(bad > 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from kernels_pallas.matmul.triton import matmul
 from kernels_pallas.quantized import QuantizedTensor
 from mtpjax.cache import new_cache, slots_for
 from mtpjax.config import preset
+from mtpjax.loading import storage
 from mtpjax.model import abstract_model
 from mtpjax.penalties import Penalties, Seen
 from mtpjax.rows import NO_ROWS
@@ -29,19 +30,33 @@ from mtpjax.weights import fill
 Case = Callable[[], tuple[Any, tuple[Any, ...]]]  # a jitted function and its arguments
 
 MODEL, DRAFT, CONTEXT, CHUNK = "35b-a3b", 4, 32768, 512
-PROGRAMS = ("prefill", "decode", "decode with penalties", "insert")
+PROGRAMS = ("prefill", "decode", "decode with penalties", "insert", "prefill q4_k_m", "decode q4_k_m")
+MIXED = " q4_k_m"
 IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 EVEN = tuple(range(16))
-# name: layout, group, table, offset
-FORMS: dict[str, tuple[str, int, tuple[int, ...] | None, bool]] = {
-    "iq4_nl": ("codes4", 32, IQ4_NL, False),
-    "q4_k": ("codes4", 32, EVEN, True),
-    "nvfp4": ("codes4", 16, (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12), False),
-    "int4 g128": ("codes4", 128, EVEN, True),
-    "q8_0": ("codes8", 32, None, False),
-    "q6_k": ("codes8", 16, None, False),
-    "fp8": ("fp8", 128, None, False),
-    "bf16": ("plain", 0, None, False),
+
+
+class Stored(NamedTuple):
+    """How a weight is stored; names as in `QuantizedTensor`. `super_group`: 0 for scales of one level, in float16."""
+
+    layout: str
+    group: int = 0
+    table: tuple[int, ...] | None = None
+    offset: bool = False
+    super_group: int = 0
+
+
+FORMS = {
+    "iq4_nl": Stored("codes4", 32, IQ4_NL),
+    "iq4_xs": Stored("codes4", 32, IQ4_NL, super_group=256),
+    "q4_k": Stored("codes4", 32, EVEN, offset=True, super_group=256),
+    "q5_k": Stored("codes5", 32, tuple(range(32)), offset=True, super_group=256),
+    "q6_k": Stored("codes6", 16, tuple(range(-32, 32)), super_group=256),
+    "q8_0": Stored("codes8", 32),
+    "nvfp4": Stored("codes4", 16, (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)),
+    "int4 g128": Stored("codes4", 128, EVEN, offset=True),
+    "fp8": Stored("fp8", 128),
+    "bf16": Stored("plain"),
 }
 # Matrices that the files of quantised checkpoints keep unquantised.
 UNPACKED = {"router", "shared_gate", "in_a", "in_b", "conv"}
@@ -49,20 +64,26 @@ UNPACKED = {"router", "shared_gate", "in_a", "in_b", "conv"}
 
 def packed(shape: Sequence[int], form: str) -> Any:
     """A weight of shapes only."""
-    layout, group, table, offset = FORMS[form]
-    *lead, size = shape
-    spec = jax.ShapeDtypeStruct
-    if layout == "plain":
+    stored, spec, (*lead, size) = FORMS[form], jax.ShapeDtypeStruct, shape
+    if stored.layout == "plain":
         return spec(tuple(shape), jnp.bfloat16)
-    if layout == "fp8":
+    if stored.layout == "fp8":
         *stack, out = lead
         scale = spec((*stack, -(-out // 128), -(-size // 128)), jnp.float32)
-        codes = spec(tuple(shape), jnp.float8_e4m3fn)
-    else:
-        scale = spec((*lead, size // group), jnp.float16)
-        codes = spec((*lead, size // 2), jnp.uint8) if layout == "codes4" else spec(tuple(shape), jnp.int8)
+        return QuantizedTensor(spec(tuple(shape), jnp.float8_e4m3fn), scale, None, "fp8", stored.group)
+    scale = spec((*lead, size // stored.group), jnp.int8 if stored.super_group else jnp.float16)
+    outer = spec((*lead, size // stored.super_group), jnp.float16) if stored.super_group else None
+    wide = {"codes5": jnp.uint8, "codes6": jnp.uint16}.get(stored.layout)
     return QuantizedTensor(
-        codes=codes, scale=scale, offset=scale if offset else None, layout=layout, group=group, table=table
+        codes=spec((*lead, size // 2), jnp.uint8) if stored.table else spec(tuple(shape), jnp.int8),
+        scale=scale,
+        offset=scale if stored.offset else None,
+        layout=stored.layout,
+        group=stored.group,
+        table=stored.table,
+        high=spec((*lead, size // 8), wide) if wide else None,
+        super_scale=outer,
+        super_offset=outer if stored.offset else None,
     )
 
 
@@ -118,20 +139,39 @@ def kernel_cases(
     }
 
 
+def type_of(path: Sequence[str | int], layers: int, mixed: bool) -> str:
+    """The form of a matrix in an IQ4_NL file, or in a mixed one as llama.cpp's quantiser makes them under "Q4_K_M".
+
+    There an eighth of the layers at either end and every third one between have their values and down projections in Q6_K
+    (`llama_tensor_get_type` in llama-quant.cpp); fused projections of DeltaNet layers are Q5_K, the LM head Q6_K.
+    """
+    if not mixed:
+        return "iq4_nl"
+    name, inside = path[-1], path[0] == "decoder"
+    layer = 4 * int(path[2]) + int(path[4]) if inside else layers
+    eighth = (layers + 1) // 8
+    more = layer < eighth or layer >= 7 * (layers + 1) // 8 or (layer - eighth) % 3 == 2
+    if name == "lm_head" or name in ("down", "v") and more:
+        return "q6_k"
+    return "q5_k" if name == "in_qkv" else "q4_k"
+
+
 def program_case(
     name: str, *, context: int = CONTEXT, draft: int = DRAFT, chunk: int = CHUNK
 ) -> tuple[Any, tuple[Any, ...], dict[str, Any], Any]:
     """One of `PROGRAMS`, of the whole model: jitted step, arguments, static arguments, parameters. Draft 0: no MTP head.
 
-    All are for one sequence, but "insert": there one sequence comes to four.
+    All are for one sequence, but "insert": there one sequence comes to four. Weights are IQ4_NL unless the name says more.
     """
     cfg, spec = preset(MODEL) if draft else preset(MODEL).without_mtp(), jax.ShapeDtypeStruct
+    mixed = name.endswith(MIXED)
+    name = name.removesuffix(MIXED)
 
     def store(path: tuple[Any, ...], leaf: Any) -> Any:
         plain = leaf.dtype != jnp.bfloat16 or path[-1] in UNPACKED
-        return spec(leaf.shape, leaf.dtype) if plain else packed(leaf.shape, "iq4_nl")
+        return spec(leaf.shape, leaf.dtype) if plain else packed(leaf.shape, type_of(path, cfg.layers, mixed))
 
-    graph, params = nnx.split(abstract_model(cfg, jnp.bfloat16, stack=cfg.repeats))
+    graph, params = nnx.split(abstract_model(cfg, jnp.bfloat16, stack=storage(jnp.bfloat16)["stack"]))
     graph, params = nnx.split(nnx.merge(graph, fill(params, store)))
 
     def ints(*shape: int) -> Any:
@@ -163,12 +203,12 @@ def program_case(
 
 def weight_shapes(params: Any) -> tuple[set[str], set[str]]:
     """Types of what a copy of weights would be, whole stacks and single layers: (experts, other packed weights)."""
-    names = {"uint8": "u8", "float16": "f16", "bfloat16": "bf16", "float32": "f32"}
+    names = {"uint8": "u8", "uint16": "u16", "int8": "s8", "float16": "f16", "bfloat16": "bf16", "float32": "f32"}
     experts, others = set(), set()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         kind, shape = names.get(leaf.dtype.name, "other"), tuple(leaf.shape)
         key = jax.tree_util.keystr(path)
-        if "codes" not in key and "scale" not in key:
+        if not any(part in key for part in ("codes", "scale", "offset", "high")):
             continue
         mine = experts if len(shape) == 4 else others
         views = [(kind, shape)] + ([("u32", (*shape[:-1], shape[-1] // 4))] if kind == "u8" else [])

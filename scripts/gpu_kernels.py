@@ -18,7 +18,7 @@ from kernels_pallas.quantized import QuantizedTensor
 from kernels_pallas.target import target
 
 SMOKE = KernelSizes(
-    hidden=256, layers=2, experts=4, chosen=2, expert_size=128, heads=(4, 2, 64), context=512, linear=(2, 4, 32),
+    hidden=256, layers=2, experts=4, chosen=2, expert_size=256, heads=(4, 2, 64), context=512, linear=(2, 4, 32),
     rows=(("decode", 3), ("prefill", 32)),
 )  # fmt: skip
 CHECKED = 4  # rows compared with the reference: the last ones
@@ -31,8 +31,9 @@ def random_like(spec: Any, key: jax.Array) -> jax.Array:
         return jnp.full(spec.shape, 2.0**-7, spec.dtype)
 
     def make(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        if spec.dtype in (jnp.uint8, jnp.int8):
-            return jax.lax.bitcast_convert_type(jax.random.bits(key, shape, jnp.uint8), spec.dtype)
+        if jnp.issubdtype(spec.dtype, jnp.integer):
+            kind = jnp.dtype(f"uint{8 * spec.dtype.itemsize}")
+            return jax.lax.bitcast_convert_type(jax.random.bits(key, shape, kind), spec.dtype)
         return jax.random.normal(key, shape, jnp.bfloat16).astype(spec.dtype)
 
     if spec.ndim < 3:
@@ -152,7 +153,7 @@ def measure(name: str, make: Case, size: KernelSizes, ceilings: Ceilings, runs: 
 
 def measure_all(smoke: bool, ceilings: Ceilings, go_on: Callable[[str], bool]) -> Iterator[dict[str, Any]]:
     """Every kernel; `go_on(case)` is asked before each."""
-    size, forms = (SMOKE, ("iq4_nl", "q8_0", "fp8")) if smoke else (KernelSizes(), tuple(FORMS))
+    size, forms = (SMOKE, ("iq4_nl", "q4_k", "q6_k", "fp8")) if smoke else (KernelSizes(), tuple(FORMS))
     for name, make in kernel_cases(size, forms, interpret=target() != "cuda").items():
         if go_on(name):
             yield measure(name, make, size, ceilings, 2 if smoke else 20)

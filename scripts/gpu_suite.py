@@ -75,7 +75,7 @@ class Suite:
         """With the MTP head, and without it (the same arrays)."""
         if self._model is None:
             cfg = TOY if self.smoke else preset(self.args.shape)
-            self._model = random_model(cfg, weights=self.args.weights, **storage(self.dtype, cfg))
+            self._model = random_model(cfg, weights=self.args.weights, **storage(self.dtype))
         return {True: self._model, False: without_mtp(self._model)}
 
     def side(self, mtp: bool, chunk: int) -> Side:

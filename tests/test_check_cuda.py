@@ -1,5 +1,6 @@
 """Reading compiled programs: kernels counted through loops, copies of weights found. Compiling itself is `make check-cuda`."""
 
+from mtpjax.weights import flat
 from scripts.check_cuda import problems
 from scripts.cuda_cases import kernel_cases, program_case, weight_shapes
 from scripts.cuda_target import Program
@@ -59,9 +60,21 @@ def test_copies_are_made_buffers_of_the_type_of_a_weight() -> None:
 def test_the_shapes_of_weights_are_those_of_stacks_and_layers() -> None:
     _, args, _, params = program_case("decode")
     experts, others = weight_shapes(params)
-    assert {"u8[10,256,1024,1024]", "u8[256,1024,1024]", "u32[256,1024,256]", "f16[256,1024,64]"} <= experts
-    assert {"u8[10,8192,1024]", "u8[8192,1024]", "u8[248320,1024]"} <= others
+    assert {"u8[1,256,1024,1024]", "u8[256,1024,1024]", "u32[256,1024,256]", "f16[256,1024,64]"} <= experts
+    assert {"u8[1,8192,1024]", "u8[8192,1024]", "u8[248320,1024]"} <= others
     assert args[0] is params
+
+
+def test_a_mixed_file_keeps_the_type_of_every_matrix() -> None:
+    """As llama.cpp mixes them: of 41 layers with the MTP block, 22 have down projections of six bits, the others of four."""
+    _, args, _, params = program_case("decode q4_k_m")
+    assert args[0] is params
+    down = {path: leaf[...] for path, leaf in flat(params).items() if path[-1] == "down" and "shared" not in path}
+    six = [int(path[2]) * 4 + int(path[4]) for path, w in down.items() if w.layout == "codes6" and path[0] == "decoder"]
+    assert sorted(six) == [0, 1, 2, 3, 4, 7, 10, 13, 16, 19, 22, 25, 28, 31, 34, *range(35, 40)]
+    assert {w.layout for w in down.values()} == {"codes4", "codes6"} and down["mtp", "layer", "mlp", "down"].layout == "codes6"
+    experts, others = weight_shapes(params)
+    assert {"u16[256,2048,64]", "s8[256,2048,32]", "f16[256,2048,2]"} <= experts and "u8[8192,256]" in others
 
 
 def test_what_must_not_be() -> None:
@@ -71,4 +84,4 @@ def test_what_must_not_be() -> None:
     assert problems(good | {"argument": 24 * 2**30, "card": "h200"}) == []
     assert problems(good | {"expert_copies": {"u8[256,1024,1024]": 4}}) == ["expert copies: {'u8[256,1024,1024]': 4}"]
     assert problems({"card": "b200", "case": "linear fp8 decode", "error": "no"}) == ["no"]
-    assert len(kernel_cases()) == 35
+    assert len(kernel_cases()) == 43

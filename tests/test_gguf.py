@@ -15,8 +15,9 @@ from conftest import numpy_model, tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from checkpoints import TINY, CheckpointError, GgufFile, open_checkpoint, write_gguf
-from checkpoints.gguf_blocks import TYPES, repack_rows
+from checkpoints import TINY, CheckpointError, GgufFile, gguf_header, open_checkpoint, write_gguf
+from checkpoints.gguf_blocks import repack_rows
+from checkpoints.gguf_header import TYPES
 from checkpoints.gguf_writer import encode_iq4_nl
 from mtpjax import LLM, SamplingParams
 from mtpjax.config import FULL, LINEAR, ModelConfig
@@ -28,7 +29,8 @@ import convert
 
 HALVES = {
     "Q8_0": (0,), "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "IQ4_NL": (0,), "IQ4_XS": (0,),
-    "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,),
+    "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ2_XXS": (0,), "IQ2_XS": (0,),
+    "IQ2_S": (0,), "IQ3_XXS": (0,), "IQ3_S": (0,), "IQ1_S": (0,),
 }  # fmt: skip
 QUANTISED = {t.name: t for t in TYPES.values() if t.repack is not None}
 SIZES: dict[str, Any] = {
@@ -41,8 +43,12 @@ def random_blocks(name: str, rows: int, blocks: int, seed: int, scale: float = 1
     """Random bytes whose half-precision scales are finite, about `scale`."""
     rng = np.random.default_rng(seed)
     raw = rng.integers(0, 256, (rows, blocks, QUANTISED[name].size), dtype=np.uint8)
-    for at in HALVES[name]:
+    for at in HALVES.get(name, ()):
         raw[..., at : at + 2] = (scale * rng.normal(size=(rows, blocks, 1))).astype("<f2").view(np.uint8)
+    if name == "IQ1_M":  # the half is the high nibbles of the last four words
+        raw[..., -1] &= 0xBF
+    if name == "MXFP4":
+        raw[..., 0] = rng.integers(0, 160, (rows, blocks))
     return raw.reshape(rows, -1)
 
 
@@ -54,9 +60,15 @@ def test_every_block_type_is_exact(name: str, seed: int, rows: int, blocks: int)
     raw = random_blocks(name, rows, blocks, seed)
     packed = repack_rows(QUANTISED[name], raw)
     wanted = gguf.quants.dequantize(raw, getattr(gguf.GGMLQuantizationType, name))
-    np.testing.assert_array_equal(packed.dequantize(), wanted)
-    assert packed.codes.dtype == (np.uint8 if packed.layout == "codes4" else np.int8)
+    np.testing.assert_array_equal(packed.dequantize().view(np.uint32), np.float32(wanted).view(np.uint32))
+    assert packed.codes.dtype == (np.int8 if packed.layout == "codes8" else np.uint8)
     assert packed.scale.shape == (rows, wanted.shape[1] // packed.group)
+    if QUANTISED[name].size * 8 > 4 * QUANTISED[name].elements:  # fewer than four bits take four
+        assert packed.nbytes <= 1.06 * raw.nbytes  # six-bit scales take eight, eight-bit powers of two sixteen
+    assert packed.nbytes * 8 <= 5.2 * wanted.size or packed.layout != "codes4" or packed.scale.dtype == np.float16
+    for array in packed.finer(128).arrays.values():
+        assert wanted.shape[1] // array.shape[-1] <= 128
+    np.testing.assert_array_equal(packed.finer(128).dequantize(), wanted)
 
 
 def save(cfg: ModelConfig, path: Path, kind: str, seed: int = 0) -> Any:
@@ -102,7 +114,10 @@ def test_a_model_of_k_types_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     Nothing here writes K-types, so the matrices are random blocks; gate and up of the same experts differ in type.
     """
-    sizes = {"Q4_K": 5e-5, "Q5_K": 2e-5, "Q6_K": 1e-5, "IQ4_XS": 1e-5, "Q8_0": 1e-3}
+    sizes = {
+        "Q4_K": 5e-5, "Q5_K": 2e-5, "Q6_K": 1e-5, "IQ4_XS": 1e-5, "Q8_0": 1e-3, "Q3_K": 4e-4, "Q2_K": 1e-3, "IQ3_S": 1e-4,
+        "IQ2_XS": 3e-4,
+    }  # fmt: skip
     kinds, written = itertools.cycle(sizes), {}
     add = gguf.GGUFWriter.add_tensor
 
@@ -130,6 +145,22 @@ def test_a_model_of_k_types_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     got = LLM(tmp_path / "m.gguf", draft=2, max_len=64, weights="packed").logits(ids)
     assert np.isfinite(want).all() and want.std() > 0
     assert np.abs(got - want).max() <= 1e-3 * np.abs(want).max()
+
+
+def test_lists_of_points_are_those_of_the_gguf_package(
+    whole: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without it, a file that needs one is refused when it is opened; others are read."""
+
+    def missing(name: str) -> None:
+        raise ImportError(name)
+
+    monkeypatch.setattr(gguf_header, "points", missing)
+    (tmp_path / "good.gguf").write_bytes(whole)
+    (tmp_path / "bad.gguf").write_bytes(retyped(whole, b"blk.0.ssm_out.weight", kind=21))
+    assert open_checkpoint(tmp_path / "good.gguf").tensors
+    with pytest.raises(CheckpointError, match=r"bad.gguf: tensor 'blk.0.ssm_out.weight' has the type IQ3_S, .*pip install"):
+        open_checkpoint(tmp_path / "bad.gguf")
 
 
 def test_iq4_nl_keeps_four_bits_worth() -> None:
@@ -185,7 +216,7 @@ def number(value: int) -> bytes:
         (lambda b: b.replace(b"qwen35moe", b"qwen99moe", 1), "architecture 'qwen99moe'"),
         (lambda b: b.replace(b"blk.0.ssm_a", b"blk.0.ssm_x"), "'blk.0.ssm_x' is not a tensor of this model"),
         (lambda b: b.replace(b"output_norm.weight", b"output_nork.weight"), "'norm.weight' is missing"),
-        (lambda b: retyped(b, b"blk.0.ssm_out.weight", kind=11), "ssm_out.weight' has the type Q3_K"),
+        (lambda b: retyped(b, b"blk.0.ssm_out.weight", kind=34), "ssm_out.weight' has the type TQ1_0"),
         (lambda b: retyped(b, b"blk.0.ssm_out.weight", kind=77), "ssm_out.weight' has the type number 77"),
         (lambda b: retyped(b, b"blk.0.ssm_out.weight", offset=2**50), "would lie at bytes"),
         (lambda b: retyped(b, b"blk.0.ssm_out.weight", offset=0), "overlap"),

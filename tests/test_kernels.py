@@ -13,6 +13,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from checkpoints.packed import pack4, pack_high
 from kernels_pallas.attention.triton import attend_cache
 from kernels_pallas.grouped_matmul import api as experts_api
 from kernels_pallas.grouped_matmul import expert_mlp
@@ -22,20 +23,26 @@ from kernels_pallas.matmul import api as linear_api
 from kernels_pallas.matmul import linear
 from kernels_pallas.matmul.triton import FEW, matmul
 from kernels_pallas.packed_words import Form, position, rows_for, select_bytes, unpack
-from kernels_pallas.quantized import QuantizedTensor, pack4
+from kernels_pallas.quantized import INDICES, QuantizedTensor
 from kernels_pallas.stacked import StackedTensor
 from kernels_pallas.target import compile_options, compiling_for, target
 from mtpjax.weights import fill
 
 IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-FORMS = {  # layout, group, table, offset
-    "iq4_nl": ("codes4", 32, IQ4_NL, False),
-    "awq": ("codes4", 128, tuple(range(16)), True),
-    "halves": ("codes4", 16, tuple(range(-8, 8)), True),
-    "q8_0": ("codes8", 32, None, False),
-    "q6_k": ("codes8", 16, None, True),
-    "fp8": ("fp8", 128, None, False),
+FORMS = {  # layout, group, table, offset, super group
+    "iq4_nl": ("codes4", 32, IQ4_NL, False, 0),
+    "awq": ("codes4", 128, tuple(range(16)), True, 0),
+    "halves": ("codes4", 16, tuple(range(-8, 8)), True, 0),
+    "q4_k": ("codes4", 32, tuple(range(16)), True, 128),
+    "iq4_xs": ("codes4", 32, IQ4_NL, False, 256),
+    "q5_1": ("codes5", 32, tuple(range(32)), True, 0),
+    "q5_k": ("codes5", 32, tuple(range(32)), True, 256),
+    "q6_k": ("codes6", 16, tuple(range(-32, 32)), False, 256),
+    "q8_0": ("codes8", 32, None, False, 0),
+    "mixed": ("codes8", 16, None, True, 0),
+    "fp8": ("fp8", 128, None, False, 0),
 }
+OTHERS = [name for name in FORMS if name != "iq4_nl"]
 ROWS = (1, 3, 16, 17, 64, 257)
 BOUNDS = {"float32": 1e-5, "bfloat16": 1e-2}
 
@@ -43,21 +50,31 @@ BOUNDS = {"float32": 1e-5, "bfloat16": 1e-2}
 @cache
 def packed(name: str, shape: tuple[int, ...], seed: int = 0) -> QuantizedTensor:
     """Random codes and scales; values of about unit size."""
-    layout, group, table, with_offset = FORMS[name]
+    layout, group, table, with_offset, super_group = FORMS[name]
     rng = np.random.default_rng(seed)
     *lead, size = shape
     if layout == "fp8":
         codes: Any = rng.normal(size=shape).astype(ml_dtypes.float8_e4m3fn)
         blocks = (*lead[:-1], -(-lead[-1] // 128), -(-size // 128))
         return QuantizedTensor(codes, rng.uniform(0.5, 1.5, blocks).astype(np.float32), None, layout, 128, None)
-    scale = rng.uniform(0.5, 1.5, (*lead, size // group)).astype(np.float16) / np.float16(64 if table == IQ4_NL else 8)
+    steps = table if table else np.arange(-128, 128)
+    scale = rng.uniform(0.5, 1.5, (*lead, size // group)).astype(np.float16) / np.float16(np.std(steps))
     offset = rng.normal(size=scale.shape).astype(np.float16) if with_offset else None
-    if layout == "codes4":
-        codes = pack4(rng.integers(0, 16, shape).astype(np.uint8))
+    outer: dict[str, Any] = {}
+    if super_group:
+        unit = rng.uniform(0.5, 1.5, (*lead, size // super_group)) / np.std(steps)
+        scale = rng.integers(-32, 64, scale.shape).astype(np.int8)
+        outer["super_scale"] = (unit / 32).astype(np.float16)
+        if offset is not None:
+            offset = rng.integers(0, 64, scale.shape).astype(np.int8)
+            outer["super_offset"] = (-unit).astype(np.float16)
+    if layout in INDICES:
+        codes = pack4(indices := rng.integers(0, len(steps), shape))
+        if layout != "codes4":
+            outer["high"] = pack_high(indices, INDICES[layout] - 4)
     else:
         codes = rng.integers(-128, 128, shape).astype(np.int8)
-        scale = scale / np.float16(8)
-    return QuantizedTensor(codes, scale, offset, layout, group, table)
+    return QuantizedTensor(codes, scale, offset, layout, group, table, **outer)
 
 
 def rounded(x: np.ndarray, dtype: str) -> np.ndarray:
@@ -88,10 +105,10 @@ def test_matmul_is_that_of_the_dequantised_weight(rows: int, dtype: str) -> None
 
 
 @pytest.mark.parametrize("dtype", BOUNDS)
-@pytest.mark.parametrize("name", ["awq", "halves", "q8_0", "q6_k", "fp8"])
+@pytest.mark.parametrize("name", OTHERS)
 def test_matmul_of_every_layout(name: str, dtype: str) -> None:
-    w = packed(name, (136, 640))
-    x = np.random.default_rng(1).normal(size=(5, 640))
+    w = packed(name, (136, 768))
+    x = np.random.default_rng(1).normal(size=(5, 768))
     assert_close(product(jnp.asarray(x, dtype), w), rounded(x, dtype) @ dense(w, dtype).T, dtype)
 
 
@@ -123,9 +140,9 @@ def stacks(name: str) -> tuple[Any, Any]:
     if name == "plain":
         rng = np.random.default_rng(0)
         return tuple(rng.normal(size=shape).astype(np.float32) / 10 for shape in shapes)  # type: ignore[return-value]
-    group = FORMS[name][1]
-    if shapes[0][3] % group:  # groups of 128: the sizes of this test are no multiple
-        shapes = (LAYERS, EXPERTS, 256, 256), (LAYERS, EXPERTS, 256, 128)
+    _, group, _, _, super_group = FORMS[name]
+    if group == 128 or super_group:  # the sizes of this test are no multiple
+        shapes = (LAYERS, EXPERTS, 512, 256), (LAYERS, EXPERTS, 256, 256)
     return packed(name, shapes[0]), packed(name, shapes[1], 1)
 
 
@@ -161,7 +178,7 @@ def test_experts_are_those_of_the_dequantised_weights(rows: int, dtype: str) -> 
 
 
 @pytest.mark.parametrize("dtype", BOUNDS)
-@pytest.mark.parametrize("name", ["awq", "halves", "q8_0", "plain"])
+@pytest.mark.parametrize("name", ["awq", "halves", "q4_k", "q5_k", "q6_k", "q8_0", "plain"])
 def test_experts_of_every_layout(name: str, dtype: str) -> None:
     check_experts(17, name, dtype)
 
@@ -213,18 +230,28 @@ def test_dead_rows_take_no_blocks() -> None:
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(-128, 127), min_size=16, max_size=16), st.integers(0, 2**32 - 1))
 def test_a_word_of_codes_looks_up_eight_entries(table: list[int], word: int) -> None:
-    form = Form("codes4", 8, 32, tuple(table))
+    form = Form("codes4", 32, tuple(table))
     found = [float(t[0]) for t in unpack(form, jnp.full(1, word, jnp.uint32), select_bytes)]
     assert found == [table[word >> 4 * n & 15] for n in range(8)]
 
 
-@pytest.mark.parametrize("layout", ["codes4", "codes8"])
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(0, 2**16 - 1), st.integers(-128, 0))
+def test_a_word_of_codes_and_their_high_bits(word: int, high: int, first: int) -> None:
+    for layout, bits in (("codes5", 1), ("codes6", 2)):
+        form = Form(layout, 32, tuple(range(first, first + (16 << bits))))
+        found = [float(t[0]) for t in unpack(form, jnp.full(1, word, jnp.uint32), select_bytes, jnp.full(1, high, jnp.uint32))]
+        top = [high >> bits * n & ((1 << bits) - 1) for n in range(8)]
+        assert found == [first + (word >> 4 * n & 15) + 16 * top[n] for n in range(8)]
+
+
+@pytest.mark.parametrize("layout", ["codes4", "codes6", "codes8"])
 def test_rows_are_rearranged_to_the_order_of_the_words(layout: str) -> None:
-    form = Form(layout, 8 if layout == "codes4" else 4)
+    form = Form(layout)
     x = np.arange(96)
     moved = np.asarray(rows_for(form, jnp.asarray(x[None])))[0]
     assert (moved[np.asarray(position(form, jnp.asarray(x)))] == x).all()
-    assert (moved != x).any() == (layout == "codes4")
+    assert (moved != x).any() == (layout in INDICES)
 
 
 def test_a_packed_weight_needs_whole_blocks() -> None:

@@ -32,14 +32,17 @@ def _expert(stack: Any, layer: Array, expert: Array, dtype: jnp.dtype = jnp.floa
     """One expert's matrix `[O, D]`, in `dtype` if it is packed. A uint16 stack holds the bit patterns of bfloat16 (see
     `mtpjax.suited`)."""
     if isinstance(stack, QuantizedTensor):
-        return jax.tree.map(lambda part: _expert(part, layer, expert), stack).dequantize(dtype)
+        return jax.tree.map(lambda part: _slice(part, layer, expert), stack).dequantize(dtype)
     if isinstance(stack, TurnedTensor):
         return TurnedTensor(_expert(_bits(stack.array), layer, expert))
     if isinstance(stack, ExpertsAbreast):
         return TurnedTensor(_expert(jnp.swapaxes(_bits(stack.array), 1, 2), layer, expert))
-    at = (layer, expert, 0, 0)
-    w = lax.dynamic_slice(stack, at, (1, 1, *stack.shape[2:])).reshape(stack.shape[2:])
+    w = _slice(stack, layer, expert)
     return _reread(w, jnp.bfloat16) if w.dtype == jnp.uint16 else w
+
+
+def _slice(stack: Array, layer: Array, expert: Array) -> Array:
+    return lax.dynamic_slice(stack, (layer, expert, 0, 0), (1, 1, *stack.shape[2:])).reshape(stack.shape[2:])
 
 
 def _bits(stack: Array) -> Array:

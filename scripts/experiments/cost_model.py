@@ -82,7 +82,7 @@ def experiment(smoke: bool) -> dict[str, Any]:
     """A row for each batch and draft length: measured and modelled milliseconds of each part, break-even tokens a round."""
     drafts, batches, runs = ((0, 1), (1,), 2) if smoke else ((0, 1, 2, 4, 8), (1, 4, 16), 15)
     cfg = replace(CONFIG, layers=4 if smoke else 8)
-    model = random_model(cfg, **storage(jnp.float32, cfg))
+    model = random_model(cfg, **storage(jnp.float32))
     quick = suited(model)
     ceilings = measure_ceilings(jnp.float32, megabytes=64 if smoke else 256, size=512 if smoke else 2048)
     rows = []

@@ -32,7 +32,7 @@ def experiment(smoke: bool) -> dict[str, Any]:
     chunk, context, runs = (64, 128, 2) if smoke else (512, 2048, 7)
     slots = slots_for(context, 1)
     configs = {True: CONFIG, False: CONFIG.without_mtp()}
-    models = {mtp: suited(random_model(cfg, **storage(jnp.float32, cfg))) for mtp, cfg in configs.items()}
+    models = {mtp: suited(random_model(cfg, **storage(jnp.float32))) for mtp, cfg in configs.items()}
     ids = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (1, context)).astype(np.int32)
     rows: list[dict[str, Any]] = []
     programs = []
