@@ -38,8 +38,7 @@ class GgufFile:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.metadata, raw = read_gguf_header(self.path)
-        stored = {tensor.name: tensor for tensor in raw}
+        self.metadata, stored = read_parts(self.path)
         self.config = _config(self.path, self.metadata, stored)
         self.generation_config = {"eos_token_id": _stops(self.metadata)}
         cfg = self.config
@@ -55,7 +54,7 @@ class GgufFile:
         for name, tensor in stored.items():
             if name not in used:
                 self._parts[name] = ((tensor,), "")  # the loader lists it as unexpected
-        table = {name: _info(self.path, *entry) for name, entry in self._parts.items()}
+        table = {name: _info(*entry) for name, entry in self._parts.items()}
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(table)
 
     def read_into(self, name: str, out: NDArray[Any], check_finite: bool = True) -> None:
@@ -84,7 +83,7 @@ class GgufFile:
                 self._stream(part, whole)
                 target[...] = converted(whole, how, self._heads, to_gguf=False)
             if check_finite and not_finite(target).any():
-                raise CheckpointError(f"{self.path}: {part.name!r} has NaN or infinite values, expected none. Download it again.")
+                raise CheckpointError(f"{part.file}: {part.name!r} has NaN or infinite values, expected none. Download it again.")
 
     def read(self, name: str) -> NDArray[Any]:
         """Tensor `name` (canonical) as a new array of the shape and dtype in `tensors`; raises as `read_into`."""
@@ -108,9 +107,9 @@ class GgufFile:
 
         def whole(part: GgufTensor) -> PackedArray:
             row_bytes = part.shape[-1] // part.type.elements * part.type.size
-            raw = np.fromfile(self.path, np.uint8, part.nbytes, offset=part.offset)
+            raw = np.fromfile(part.file, np.uint8, part.nbytes, offset=part.offset)
             if raw.size != part.nbytes:
-                raise CheckpointError(f"{self.path}: ends inside {part.name!r}; it was longer when it was opened.")
+                raise CheckpointError(f"{part.file}: ends inside {part.name!r}; it was longer when it was opened.")
             rows = repack_rows(part.type, raw.reshape(-1, row_bytes))
             return rows.each(lambda x: x.reshape(*part.shape[:-1], -1))
 
@@ -144,22 +143,54 @@ class GgufFile:
         rows, row_bytes = int(np.prod(tensor.shape[:-1], dtype=np.int64)), width // tensor.type.elements * tensor.type.size
         step = max(1, PIECE_ELEMENTS // width)
         try:
-            with open(self.path, "rb", buffering=0) as stream:
+            with open(tensor.file, "rb", buffering=0) as stream:
                 stream.seek(tensor.offset)
                 for start in range(0, rows, step):
                     count = min(step, rows - start)
                     raw = np.fromfile(stream, np.uint8, count * row_bytes)
                     if raw.size != count * row_bytes:
                         raise CheckpointError(
-                            f"{self.path}: ends inside {tensor.name!r}; it was longer when it was opened. Download it again."
+                            f"{tensor.file}: ends inside {tensor.name!r}; it was longer when it was opened. Download it again."
                         )
                     with np.errstate(invalid="ignore", over="ignore"):
                         yield start, unpack_rows(tensor.type, raw.reshape(count, row_bytes))
         except OSError as error:
-            raise unreadable(self.path, error) from error
+            raise unreadable(tensor.file, error) from error
 
 
-def _info(file: Path, parts: tuple[GgufTensor, ...], how: str) -> TensorInfo:
+def read_parts(path: Path) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
+    """Metadata and tensors by name of a GGUF file, or of all files of one that was split, found beside the first.
+
+    Raises:
+        CheckpointError: a part is missing, is none of this model, or is not the first; or as `read_gguf_header`.
+    """
+    metadata, tensors = read_gguf_header(path)
+    count, number = metadata.get("split.count", 0), metadata.get("split.no", 0)
+    stored = {tensor.name: tensor for tensor in tensors}
+    if not isinstance(count, int) or count < 2:
+        return metadata, stored
+    ending = f"-of-{count:05d}.gguf"
+    stem = path.name.removesuffix(f"-{number + 1:05d}{ending}")
+    if number != 0 or stem == path.name:
+        first = f"{stem if stem != path.name else 'NAME'}-00001{ending}"
+        raise CheckpointError(
+            f"{path}: is part {number + 1} of {count} of a split model. Open '{first}', with all parts beside it."
+        )
+    for other in range(1, count):
+        file = path.with_name(f"{stem}-{other + 1:05d}{ending}")
+        if not file.is_file():
+            raise CheckpointError(f"{file}: is missing, part {other + 1} of {count} of the model that '{path.name}' begins.")
+        theirs, more = read_gguf_header(file)
+        if (theirs.get("split.no"), theirs.get("split.count")) != (other, count) or any(t.name in stored for t in more):
+            raise CheckpointError(f"{file}: is not part {other + 1} of {count} of the model that '{path.name}' begins.")
+        stored |= {tensor.name: tensor for tensor in more}
+    wanted = metadata.get("split.tensors.count", len(stored))
+    if wanted != len(stored):
+        raise CheckpointError(f"{path}: its {count} parts have {len(stored)} tensors, expected {wanted}. Download them again.")
+    return metadata, stored
+
+
+def _info(parts: tuple[GgufTensor, ...], how: str) -> TensorInfo:
     first = parts[0]
     shape = first.shape
     if how == "gate and up":
@@ -169,7 +200,7 @@ def _info(file: Path, parts: tuple[GgufTensor, ...], how: str) -> TensorInfo:
     elif how == "convolution":
         shape = (shape[0], 1, *shape[1:])
     dtype = first.type.dtype if first.type.dtype is not None and how != "norm" else np.dtype(np.float32)
-    return TensorInfo(" + ".join(p.name for p in parts), shape, dtype, file, first.offset, sum(p.nbytes for p in parts))
+    return TensorInfo(" + ".join(p.name for p in parts), shape, dtype, first.file, first.offset, sum(p.nbytes for p in parts))
 
 
 def _config(file: Path, metadata: Mapping[str, Any], stored: Mapping[str, GgufTensor]) -> dict[str, Any]:

@@ -30,8 +30,9 @@ _OTHER_TYPES = {
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """One tensor of the file: numpy `shape` (rows last but one), absolute `offset` and length in bytes."""
+    """One tensor of `file`: numpy `shape` (rows last but one), absolute `offset` and length in bytes."""
 
+    file: Path
     name: str
     shape: tuple[int, ...]
     type: BlockType
@@ -172,7 +173,7 @@ def _placed(
                 f"{file}: tensor {name!r} {list(shape)} {kind.name} would lie at bytes {start + offset:,} to "
                 f"{start + offset + nbytes:,}, the file has {size:,}. {_AGAIN}"
             )
-        placed.append(GgufTensor(name, shape, kind, start + offset, nbytes))
+        placed.append(GgufTensor(file, name, shape, kind, start + offset, nbytes))
     by_offset = sorted(placed, key=lambda t: t.offset)
     for one, other in zip(by_offset, by_offset[1:], strict=False):
         if one.offset + one.nbytes > other.offset:

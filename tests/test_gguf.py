@@ -147,6 +147,49 @@ def test_a_model_of_k_types_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert np.abs(got - want).max() <= 1e-3 * np.abs(want).max()
 
 
+def test_a_model_in_several_files(tmp_path: Path) -> None:
+    """As gguf-split leaves it: opened by its first part; what is missing, foreign or damaged is named."""
+    cfg = tiny_config(moe=True, vocab_size=128, **SIZES)
+    save(cfg, tmp_path / "whole.gguf", "q8_0")
+    whole = gguf.GGUFReader(tmp_path / "whole.gguf")
+
+    def split(name: str, size: int) -> list[Path]:
+        writer = gguf.GGUFWriter(tmp_path / f"{name}.gguf", "qwen35moe", split_max_tensors=size)
+        for key, field in whole.fields.items():
+            if not key.startswith(("GGUF.", "general.architecture")):
+                kind, inner = field.types[0], field.types[1] if len(field.types) > 1 else None
+                writer.add_key_value(key, field.contents(), kind, sub_type=inner)
+        for tensor in whole.tensors:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return sorted(tmp_path.glob(f"{name}-*.gguf"))
+
+    parts, other = split("m", 40), split("n", 60)
+    assert [part.name for part in parts] == ["m-00001-of-00003.gguf", "m-00002-of-00003.gguf", "m-00003-of-00003.gguf"]
+    one, several = open_checkpoint(tmp_path / "whole.gguf"), open_checkpoint(parts[0])
+    assert one.tensors.keys() == several.tensors.keys()
+    for name in one.tensors:
+        np.testing.assert_array_equal(several.read(name), one.read(name))
+    with pytest.raises(CheckpointError, match=r"m-00002-of-00003.gguf: is part 2 of 3 .* Open 'm-00001-of-00003.gguf'"):
+        open_checkpoint(parts[1])
+    content = parts[1].read_bytes()
+    for change, said in (
+        (lambda: parts[1].unlink(), r"m-00002-of-00003.gguf: is missing, part 2 of 3"),
+        (lambda: parts[1].write_bytes(other[0].read_bytes()), r"m-00002-of-00003.gguf: is not part 2 of 3"),
+        (lambda: parts[1].write_bytes(content[:-1000]), r"m-00002-of-00003.gguf: tensor '.*' .* would lie at bytes"),
+    ):
+        change()
+        with pytest.raises(CheckpointError, match=said):
+            open_checkpoint(parts[0])
+    parts[1].write_bytes(content)
+    parts[0].rename(tmp_path / "renamed.gguf")
+    with pytest.raises(CheckpointError, match=r"renamed.gguf: is part 1 of 3 .* Open 'NAME-00001-of-00003.gguf'"):
+        open_checkpoint(tmp_path / "renamed.gguf")
+
+
 def test_lists_of_points_are_those_of_the_gguf_package(
     whole: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
