@@ -190,7 +190,8 @@ def test_a_chunk_that_the_head_does_not_read_is_that_of_a_model_without_one(cfg)
         names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in jax.tree.leaves_with_path(
             nnx.split(abstract_model(cfg))[1])]
         read = {n for n, r in zip(names, inputs_read(traced.jaxpr), strict=False) if r}
-        return Counter(a.made_by for a in made(traced) if a.size), read
+        # A call of a function, which XLA inlines, puts out what it was given: the cache, with the head's part or without it.
+        return Counter(a.made_by for a in made(traced) if a.size and a.made_by != "jit"), read
 
     assert program_of(cfg, mtp_rows=0) == program_of(cfg.without_mtp())
     some = program_of(cfg, mtp_rows=7)

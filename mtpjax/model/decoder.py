@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -90,10 +91,11 @@ class SuperBlock(nnx.Module):
 class Decoder(nnx.Module):
     """All layers, as `repeats / stack` stacks of super-blocks.
 
-    With `stack = repeats` one `lax.scan` runs them all and compiles once; with `stack = 1` they are unrolled and no
-    weight is ever sliced, which on a CPU saves a copy of each. Either way the cache is carried whole and updated in
-    place. Experts and packed weights are closed over whole, with the number of the repeat: slicing a stack for a kernel
-    would copy what is sliced, for experts all of a layer.
+    With `stack = 1` they are unrolled: no weight is ever sliced, and each may be stored in its own form. They are traced
+    once all the same, as one function that the program calls for every block. With `stack = repeats` one `lax.scan` runs
+    them all; that is the smaller program to look at. Either way the cache is carried whole and updated in place. Experts
+    and packed weights are handed on whole, with the number of the repeat: slicing a stack for a kernel would copy what is
+    sliced, for experts all of a layer.
     """
 
     def __init__(self, cfg: ModelConfig, dtype: jnp.dtype, stack: int):
@@ -114,21 +116,33 @@ class Decoder(nnx.Module):
         for number, block in enumerate(self.blocks):
             split: Any = nnx.split(block, Expert, _packed, ...)
             graph, experts, packed, dense = split
-
-            def body(  # type: ignore[no-untyped-def]
-                carry: tuple[Array, Memory], at: Any, rows: int | None = None,
-                first=number * self.stack, g=graph, e=experts, p=packed,
-            ):  # fmt: skip
-                inside, weights = at
-                run = nnx.merge(g, e, _layer_of(p, inside), weights)
-                return run(*carry, first + inside, inside, where, rows), None
-
+            first = number * self.stack
             if self.stack == 1:
                 rows = keep if number == len(self.blocks) - 1 else None
-                (x, memory), _ = body((x, memory), (0, jax.tree.map(lambda w: w[0], dense)), rows)
-            else:
-                (x, memory), _ = lax.scan(body, (x, memory), (jnp.arange(self.stack), dense))
+                # A plain number of blocks makes attention's loop differentiable: it must stay one.
+                blocks = where.blocks if isinstance(where.blocks, int) else None
+                arrays = where if blocks is None else where._replace(blocks=0)
+                weights = experts, packed, jax.tree.map(lambda w: w[0], dense)
+                x, memory = _run(weights, x, memory, jnp.int32(first), arrays, graph=graph, rows=rows, blocks=blocks)
+                continue
+
+            def body(carry: tuple[Array, Memory], at: Any, first=first, g=graph, e=experts, p=packed):  # type: ignore[no-untyped-def]
+                inside, weights = at
+                run = nnx.merge(g, e, _layer_of(p, inside), weights)
+                return run(*carry, first + inside, inside, where), None
+
+            (x, memory), _ = lax.scan(body, (x, memory), (jnp.arange(self.stack), dense))
         return _last(x, keep), memory
+
+
+@partial(jax.jit, static_argnames=("graph", "rows", "blocks"))
+def _run(  # type: ignore[no-untyped-def]
+    weights: Any, x: Array, memory: Memory, repeat: Array, where: Placement, *, graph: Any, rows: int | None, blocks: int | None
+):
+    """One unrolled super-block. Blocks of one shape share this trace, and their kernels are lowered once."""
+    experts, packed, dense = weights
+    block = nnx.merge(graph, experts, _layer_of(packed, 0), dense)
+    return block(x, memory, repeat, 0, where if blocks is None else where._replace(blocks=blocks), rows)
 
 
 def _packed(path: Any, variable: Any) -> bool:
