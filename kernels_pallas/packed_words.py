@@ -1,7 +1,7 @@
 """How a GPU kernel reads a stored weight: 32-bit words, each holding a few elements of one row, unpacked in registers.
 
-The elements of a word of indices come out in an order of their own, so the rows that are multiplied with it are
-rearranged to that order (`rows_for`), once a call; the weight is read as it is stored. Words also keep the offsets of
+The elements of a word of indices come out in an order of their own, and the rows that are multiplied with it are read
+in that order (`load_rows`); the weight is read as it is stored. Words also keep the offsets of
 the Triton lowering in range: up to 4 GiB it counts elements in 32 signed bits, which single bytes would overflow at 2 GiB.
 """
 
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.pallas import triton as plt
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 
 from kernels_pallas.quantized import INDICES, QuantizedTensor
 
@@ -61,24 +61,10 @@ def words(w: Array | QuantizedTensor) -> tuple[Form, tuple[Array, ...]]:
         codes = lax.bitcast_convert_type(codes, jnp.uint8)
     codes = lax.bitcast_convert_type(codes.reshape(*lead, -1, 4), jnp.uint32)
     parts = {name: part for name in PARTS if (part := getattr(w, name)) is not None}
+    if w.layout == "codes5":  # one high bit an element: those of a block of 32 are a word
+        parts["high"] = lax.bitcast_convert_type(parts["high"].reshape(*lead, -1, 4), jnp.uint32)
     super_group = 0 if w.super_scale is None else w.shape[-1] // w.super_scale.shape[-1]
     return Form(w.layout, w.group, w.table, tuple(parts), super_group), (codes, *parts.values())
-
-
-def rows_for(form: Form, x: Float[Array, "M D"]) -> Float[Array, "M D"]:
-    """Rows in the order of the unpacked words: element i moves to `position(form, i)`."""
-    if form.layout not in INDICES:
-        return x
-    rows, size = x.shape
-    return x.reshape(rows, size // 32, 2, 4, 4).transpose(0, 1, 3, 4, 2).reshape(rows, size)
-
-
-def position(form: Form, element: Array) -> Array:
-    """Where element `element` of a row comes out. In a block of 32 indices, byte c of word j holds elements 4 j + c and
-    16 + 4 j + c."""
-    if form.layout not in INDICES:
-        return element
-    return element // 32 * 32 + element % 16 * 2 + element // 16 % 2
 
 
 def select_bytes(a: Array, b: Array, selector: Array) -> Array:
@@ -164,7 +150,7 @@ def load_tile(
     dtype: Any,
     select: Select,
 ) -> Float[Array, "rows count*slots"]:
-    """Inside a kernel: a tile of the weight, dequantised in float32 and rounded to `dtype`, in the order of `rows_for`.
+    """Inside a kernel: a tile of the weight, dequantised in float32 and rounded to `dtype`, in the order of `load_rows`.
 
     Args:
         refs: the operands of `words`.
@@ -173,41 +159,55 @@ def load_tile(
         first_word, count: words along D.
         shape: rows and words of the weight; beyond them the tile is zero.
     """
-    cols = first_word + jnp.arange(count)
-    o, j = grid(rows, cols)
-    inside = None
-    if shape[0] % rows.size or shape[1] % count:
-        inside = (o < shape[0]) & (j < shape[1])
+    whole = shape[0] % rows.size == 0 == shape[1] % count
 
-    def load(ref: Any, o: Array, j: Array) -> Array:
-        other = None if inside is None else 0
-        return plt.load(ref.at[(*lead, o, j)], mask=inside, other=other)
+    def load(name: str, cols: Array, per: int = 1) -> Array:
+        """Columns of a part, each of which stands for `per` words."""
+        o, j = grid(rows, cols)
+        inside = None if whole else (o < shape[0]) & (j * per < shape[1])
+        return plt.load(parts[name].at[(*lead, o, j)], mask=inside, other=None if whole else 0)
 
-    parts = dict(zip(form.parts, refs[1:], strict=True))
-    high = load(parts["high"], o, j).astype(jnp.uint32) if "high" in parts else None
-    values = unpack(form, load(refs[0], o, j), select, high)
+    def groups(name: str, words: int, half: int | None = None) -> Float[Array, "rows groups"]:
+        """What a part holds for each `words` words of the tile; of pairs, one half."""
+        cols = lax.div(first_word, words) + jnp.arange(max(1, count // words))
+        part = load(name, cols, words) if half is None else load(name, 2 * cols + half, words // 2)
+        return part.astype(jnp.float32)
+
+    def spread(numbers: Shaped[Array, "rows groups"]) -> Shaped[Array, "rows count"]:
+        """The number of its group for every word."""
+        each = (*numbers.shape, count // numbers.shape[1])
+        return jnp.broadcast_to(numbers[:, :, None], each).reshape(rows.size, count)
+
+    parts = dict(zip(("words", *form.parts), refs, strict=True))
+    at = first_word + jnp.arange(count)
+    high = None
+    if form.layout == "codes6":
+        high = load("high", at).astype(jnp.uint32)
+    elif form.layout == "codes5":
+        blocks = load("high", lax.div(first_word, 4) + jnp.arange(count // 4), 4)
+        high = spread(blocks) >> (lax.rem(jnp.arange(count), 4) * 8).astype(jnp.uint32)
+    values = unpack(form, load("words", at), select, high)
     if form.slots == 1:
         return values[0].astype(dtype)
     if form.layout == "fp8":
-        scale = load(parts["scale"], o // 128, j * 4 // 128)
+        rows = lax.div(rows, 128)
+        scale = spread(groups("scale", 32))
         return _interleave([(t * scale).astype(dtype) for t in values])
-    if form.group >= 32 or form.slots == 4:
-        where = [j * form.slots // form.group]
-    else:  # the two halves of a block of 32 elements
-        where = [j // 4 * 2, j // 4 * 2 + 1]
 
     def of_groups(name: str) -> list[Array]:
-        inner = [load(parts[name], o, g).astype(jnp.float32) for g in where]
-        if f"super_{name}" not in parts:
-            return inner
-        outer = load(parts[f"super_{name}"], o, j * form.slots // form.super_group).astype(jnp.float32)
-        return [outer * part for part in inner]
+        """Scale or offset of every word, of the two halves of a block of 32 elements if they differ."""
+        halves = form.group < 32 and form.slots == 8
+        numbers = [groups(name, 4, half) for half in range(2)] if halves else [groups(name, form.group // form.slots)]
+        if f"super_{name}" in parts:
+            outer = groups(f"super_{name}", form.super_group // form.slots)
+            numbers = [outer * number for number in numbers]
+        return [spread(number) for number in numbers]
 
     scales = of_groups("scale")
-    out = [t * scales[n % len(where)] for n, t in enumerate(values)]
+    out = [t * scales[n % len(scales)] for n, t in enumerate(values)]
     if "offset" in parts:
         offsets = of_groups("offset")
-        out = [v + offsets[n % len(where)] for n, v in enumerate(out)]
+        out = [v + offsets[n % len(offsets)] for n, v in enumerate(out)]
     return _interleave([v.astype(dtype) for v in out])
 
 
@@ -225,10 +225,25 @@ def grid(rows: Array, cols: Array) -> tuple[Array, Array]:
     return jnp.broadcast_to(rows[:, None], shape), jnp.broadcast_to(cols[None, :], shape)
 
 
-def load_rows(x_ref: Any, rows: Array, first: Array, count: int) -> Float[Array, "rows count"]:
-    """Inside a kernel: elements `first ... first + count - 1` of rows of `x_ref`, zero beyond either end."""
-    at = grid(rows, first + jnp.arange(count))
-    return plt.load(x_ref.at[at], mask=(at[0] < x_ref.shape[0]) & (at[1] < x_ref.shape[1]), other=0)
+def load_rows(form: Form, x_ref: Any, rows: Array, first: Array, count: int) -> Float[Array, "rows count"]:
+    """Inside a kernel: elements `first ... first + count - 1` of rows of `x_ref`, zero beyond either end, in the order in
+    which words of `form` are unpacked.
+
+    In a block of 32 indices, byte c of word j holds elements 4 j + c and 16 + 4 j + c: the two halves come out in turn.
+    """
+
+    def load(cols: Array) -> Array:
+        at = grid(rows, cols)
+        inside = at[0] < x_ref.shape[0]
+        if x_ref.shape[1] % count:
+            inside &= at[1] < x_ref.shape[1]
+        return plt.load(x_ref.at[at], mask=inside, other=0)
+
+    if form.layout not in INDICES:
+        return load(first + jnp.arange(count))
+    half = jnp.arange(count // 2)
+    low = first + lax.div(half, 16) * 32 + lax.rem(half, 16)
+    return _interleave([load(low), load(low + 16)])
 
 
 def dot(w: Float[Array, "O K"], x: Float[Array, "M K"]) -> Float[Array, "O M"]:

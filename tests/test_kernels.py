@@ -22,7 +22,7 @@ from kernels_pallas.grouped_matmul.triton import grouped_mlp
 from kernels_pallas.matmul import api as linear_api
 from kernels_pallas.matmul import linear
 from kernels_pallas.matmul.triton import FEW, matmul
-from kernels_pallas.packed_words import Form, position, rows_for, select_bytes, unpack
+from kernels_pallas.packed_words import Form, select_bytes, unpack
 from kernels_pallas.quantized import INDICES, QuantizedTensor
 from kernels_pallas.stacked import StackedTensor
 from kernels_pallas.target import compile_options, compiling_for, target
@@ -243,15 +243,6 @@ def test_a_word_of_codes_and_their_high_bits(word: int, high: int, first: int) -
         found = [float(t[0]) for t in unpack(form, jnp.full(1, word, jnp.uint32), select_bytes, jnp.full(1, high, jnp.uint32))]
         top = [high >> bits * n & ((1 << bits) - 1) for n in range(8)]
         assert found == [first + (word >> 4 * n & 15) + 16 * top[n] for n in range(8)]
-
-
-@pytest.mark.parametrize("layout", ["codes4", "codes6", "codes8"])
-def test_rows_are_rearranged_to_the_order_of_the_words(layout: str) -> None:
-    form = Form(layout)
-    x = np.arange(96)
-    moved = np.asarray(rows_for(form, jnp.asarray(x[None])))[0]
-    assert (moved[np.asarray(position(form, jnp.asarray(x)))] == x).all()
-    assert (moved != x).any() == (layout in INDICES)
 
 
 def test_a_packed_weight_needs_whole_blocks() -> None:

@@ -25,9 +25,7 @@ from kernels_pallas.packed_words import (
     grid,
     load_rows,
     load_tile,
-    position,
     prmt,
-    rows_for,
     select_bytes,
     words,
 )
@@ -46,7 +44,6 @@ def _gate_up_kernel(
     x_ref: Any,
     *refs: Any,
     form: Form,
-    down: Form,
     block: int,
     chosen: int,
     asm: bool,
@@ -66,7 +63,7 @@ def _gate_up_kernel(
         o = tile * OUT_TILE + jnp.arange(OUT_TILE)
 
         def step(i: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
-            x = load_rows(x_ref, rows, i * form.step * form.slots, form.step * form.slots)
+            x = load_rows(form, x_ref, rows, i * form.step * form.slots, form.step * form.slots)
             load = partial(load_tile, form, tuple(weight), at, count=form.step, shape=shape, dtype=x.dtype)
             gate = load(rows=jnp.minimum(o, size - 1), first_word=i * form.step, select=select)
             up = load(rows=size + jnp.minimum(o, size - 1), first_word=i * form.step, select=select)
@@ -75,9 +72,8 @@ def _gate_up_kernel(
         zero = jnp.zeros((OUT_TILE, block), jnp.float32)
         gate, up = lax.fori_loop(0, -(-shape[1] // form.step), step, (zero, zero))
         hidden = gate / (1.0 + jnp.exp(-gate)) * up
-        place, col = grid(place, position(down, o))
-        inside = grid(rows, o)[1] < size
-        plt.store(out_ref.at[place, col], hidden.T.astype(out_ref.dtype), mask=inside)
+        place, col = grid(place, o)
+        plt.store(out_ref.at[place, col], hidden.T.astype(out_ref.dtype), mask=col < size)
 
 
 def _down_kernel(
@@ -108,7 +104,7 @@ def _down_kernel(
         o = tile * OUT_TILE + jnp.arange(OUT_TILE)
 
         def step(i: Array, acc: Array) -> Array:
-            x = load_rows(hidden_ref, place, i * form.step * form.slots, form.step * form.slots)
+            x = load_rows(form, hidden_ref, place, i * form.step * form.slots, form.step * form.slots)
             select = prmt if asm else select_bytes
             w = load_tile(form, tuple(weight), at, o, i * form.step, form.step, shape, x.dtype, select)
             return acc + dot(w, x)
@@ -146,12 +142,12 @@ def grouped_mlp(
     call = partial(pl.pallas_call, interpret=interpret)
     index = (jnp.asarray(layer, jnp.int32).reshape(1), plan.expert, plan.count.astype(jnp.int32).reshape(1), plan.source)
     hidden = call(
-        partial(_gate_up_kernel, form=up_form, down=down_form, chosen=k, block=block, asm=not interpret),
+        partial(_gate_up_kernel, form=up_form, chosen=k, block=block, asm=not interpret),
         grid=(blocks, -(-inner // OUT_TILE)),
         out_shape=jax.ShapeDtypeStruct((blocks * block, inner), x.dtype),
         compiler_params=plt.CompilerParams(num_warps=8, num_stages=3),  # two accumulators spill on four warps
         name=f"experts_gate_up_{up_form.layout}",
-    )(*index, rows_for(up_form, x), *up)
+    )(*index, x, *up)
     each = call(
         partial(_down_kernel, form=down_form, block=block, asm=not interpret),
         grid=(blocks, -(-x.shape[1] // OUT_TILE)),

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Float
 
-from kernels_pallas.packed_words import Form, dot, grid, load_rows, load_tile, prmt, rows_for, select_bytes, words
+from kernels_pallas.packed_words import Form, dot, grid, load_rows, load_tile, prmt, select_bytes, words
 from kernels_pallas.quantized import QuantizedTensor
 
 FEW = 64  # rows of a call up to which the splits are programs of their own
@@ -57,7 +57,7 @@ def _kernel(
     def step(i: Array, acc: Array) -> Array:
         first = i * form.step
         w = load_tile(form, tuple(weight), index, o, first, form.step, shape, x_ref.dtype, select)
-        return acc + dot(w, load_rows(x_ref, m, first * form.slots, form.step * form.slots))
+        return acc + dot(w, load_rows(form, x_ref, m, first * form.slots, form.step * form.slots))
 
     def part(p: Array | int) -> Array:
         zero = jnp.zeros((out_tile, row_tile), jnp.float32)
@@ -111,7 +111,7 @@ def matmul(
         compiler_params=plt.CompilerParams(num_warps=warps, num_stages=3),
         interpret=interpret,
         name=f"matmul_{form.layout}",
-    )(index, rows_for(form, x), *operands)
+    )(index, x, *operands)
     total = y[0]
     for part in range(1, apart):
         total = total + y[part]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -119,11 +118,10 @@ class Decoder(nnx.Module):
             first = number * self.stack
             if self.stack == 1:
                 rows = keep if number == len(self.blocks) - 1 else None
-                # A plain number of blocks makes attention's loop differentiable: it must stay one.
-                blocks = where.blocks if isinstance(where.blocks, int) else None
-                arrays = where if blocks is None else where._replace(blocks=0)
                 weights = experts, packed, jax.tree.map(lambda w: w[0], dense)
-                x, memory = _run(weights, x, memory, jnp.int32(first), arrays, graph=graph, rows=rows, blocks=blocks)
+                # With a plain number of blocks attention's loop is differentiable, which inside a call it would not be.
+                run = _run if isinstance(where.blocks, int) else _shared
+                x, memory = run(weights, x, memory, jnp.int32(first), where, graph=graph, rows=rows)
                 continue
 
             def body(carry: tuple[Array, Memory], at: Any, first=first, g=graph, e=experts, p=packed):  # type: ignore[no-untyped-def]
@@ -135,14 +133,16 @@ class Decoder(nnx.Module):
         return _last(x, keep), memory
 
 
-@partial(jax.jit, static_argnames=("graph", "rows", "blocks"))
 def _run(  # type: ignore[no-untyped-def]
-    weights: Any, x: Array, memory: Memory, repeat: Array, where: Placement, *, graph: Any, rows: int | None, blocks: int | None
+    weights: Any, x: Array, memory: Memory, repeat: Array, where: Placement, *, graph: Any, rows: int | None
 ):
-    """One unrolled super-block. Blocks of one shape share this trace, and their kernels are lowered once."""
+    """One unrolled super-block."""
     experts, packed, dense = weights
-    block = nnx.merge(graph, experts, _layer_of(packed, 0), dense)
-    return block(x, memory, repeat, 0, where if blocks is None else where._replace(blocks=blocks), rows)
+    return nnx.merge(graph, experts, _layer_of(packed, 0), dense)(x, memory, repeat, 0, where, rows)
+
+
+# Blocks of one shape share a trace, and their kernels are lowered once.
+_shared = jax.jit(_run, static_argnames=("graph", "rows"))
 
 
 def _packed(path: Any, variable: Any) -> bool:
