@@ -96,20 +96,25 @@ def delta_chunk(
     q_in = q[:, :, :, None] * jnp.exp(decay)[..., None]
     k_out = k[:, :, :, None] * jnp.exp(decay[..., -1:] - decay)[..., None]
 
-    def step(s: Array, x: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array]]:
+    def step(s: Array, x: tuple[Array, ...]) -> tuple[Array, Array, Array]:
         u, w, mix, q_in, k_out, last = x
         d = u - _einsum("bjrck,bjrkv->bjrcv", w, s)
         o = _einsum("bjrck,bjrkv->bjrcv", q_in, s) + _einsum("bjrcd,bjrdv->bjrcv", mix, d)
-        s = jnp.exp(last)[..., None, None] * s + _einsum("bjrck,bjrcv->bjrkv", k_out, d)
-        return s, (o, d)
+        return jnp.exp(last)[..., None, None] * s + _einsum("bjrck,bjrcv->bjrkv", k_out, d), o, d
 
     s = state.reshape(batch, keys, ratio, *state.shape[2:])
     xs = (u, w, mix, q_in, k_out, decay[..., -1])
     if n == 1:
-        s, (o, d) = step(s, jax.tree.map(lambda x: x[0], xs))
+        s, o, d = step(s, jax.tree.map(lambda x: x[0], xs))
         o, d = o[None], d[None]
     else:
-        s, (o, d) = lax.scan(step, s, xs)
+        # As a result of the scan o would begin as zeros, which XLA makes for all layers at once: a buffer each.
+        def turn(carry: tuple[Array, Array], x: tuple[Array, ...]) -> tuple[tuple[Array, Array], Array]:
+            (s, out), (i, *xs) = carry, x
+            s, o, d = step(s, tuple(xs))
+            return (s, lax.dynamic_update_index_in_dim(out, o, i, 0)), d
+
+        (s, o), d = lax.scan(turn, (s, v), (jnp.arange(n), *xs))
 
     def join(x: Array) -> Array:  # [n, B, J, r, C, *] -> [B, T, M, *]
         x = jnp.moveaxis(jnp.moveaxis(x, 4, 2), 0, 1)
