@@ -16,6 +16,7 @@ from kernels_pallas.deltanet.triton import delta_window
 from kernels_pallas.grouped_matmul.triton import grouped_mlp
 from kernels_pallas.matmul.triton import matmul
 from kernels_pallas.quantized import QuantizedTensor
+from kernels_pallas.routing.triton import choose_experts
 from mtpjax.cache import new_cache, slots_for
 from mtpjax.config import preset
 from mtpjax.loading import storage
@@ -126,12 +127,16 @@ def kernel_cases(
 
     def window_case() -> tuple[Any, tuple[Any, ...]]:
         (keys, values, each), rows, f32 = size.linear, dict(size.rows)["decode"], jnp.float32
-        qk, v, gates = spec((1, rows, keys, each), f32), spec((1, rows, values, each), f32), spec((1, rows, values), f32)
+        u, gates = spec((1, rows, (2 * keys + values) * each), f32), spec((1, rows, values), f32)
         state = spec((size.layers, 1, values, each, each), f32)
-        return jax.jit(call(delta_window)), (qk, qk, v, gates, gates, state, spec((), jnp.int32))
+        return jax.jit(call(delta_window)), (u, gates, gates, state, spec((), jnp.int32))
+
+    def routing_case() -> tuple[Any, tuple[Any, ...]]:
+        x, router = (spec((n, size.hidden), jnp.bfloat16) for n in (dict(size.rows)["decode"], size.experts))
+        return jax.jit(partial(call(choose_experts), k=size.chosen)), (x, router)
 
     attention = {f"attention {regime}": partial(attention_case, rows) for regime, rows in size.rows}
-    return {"deltanet decode": window_case} | attention | {
+    return {"deltanet decode": window_case, "routing decode": routing_case} | attention | {
         f"{op} {form} {regime}": partial(make, form, rows)
         for op, make in (("linear", linear_case), ("experts", experts_case))
         for form in forms

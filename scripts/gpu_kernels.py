@@ -67,11 +67,10 @@ def data_of(name: str, args: tuple[Any, ...], size: KernelSizes) -> tuple[Any, .
 
 
 def delta_data(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Rows as the model makes them: q and k of length 1, step sizes between 0 and 1, decay below 0."""
+    """Rows as the model makes them: step sizes between 0 and 1, decay below 0."""
     keys = jax.random.split(jax.random.key(0), len(args) - 1)
-    q, k, v, beta, g, state = (jax.random.normal(key, spec.shape, spec.dtype) for key, spec in zip(keys, args[:-1], strict=True))
-    q, k = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
-    return q, k, v, jax.nn.sigmoid(beta), -jax.nn.softplus(g), state, jnp.int32(state.shape[0] - 1)
+    u, beta, g, state = (jax.random.normal(key, spec.shape, spec.dtype) for key, spec in zip(keys, args[:-1], strict=True))
+    return u, jax.nn.sigmoid(beta), -jax.nn.softplus(g), state, jnp.int32(state.shape[0] - 1)
 
 
 def whole(w: Any, layer: Any = ...) -> jax.Array:
@@ -94,16 +93,24 @@ def reference(name: str, args: tuple[Any, ...]) -> jax.Array:
         scores = dot("tqh,qsh->tqs", rows, keys)
         seen = jnp.arange(k.shape[3]) <= positions[0, -CHECKED:, None, None]
         return dot("tqs,qsh->tqh", jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1), values)
+    if op == "routing":
+        x, router = args
+        p = jax.nn.softmax(dot("nd,ed->ne", x[-CHECKED:].astype(jnp.float32), router.astype(jnp.float32)))
+        weights, _ = jax.lax.top_k(p, SMOKE.chosen if router.shape[0] == SMOKE.experts else KernelSizes().chosen)
+        return weights / jnp.sum(weights, axis=-1, keepdims=True)
     if op == "deltanet":
         *rows, states, layer = args
-        q, k, v, beta, g = (np.float64(x[0]) for x in rows)
-        state, out = np.float64(states[layer, 0]), []
-        for t in range(len(q)):
-            key, query = (np.repeat(x[t], v.shape[1] // q.shape[1], axis=0) for x in (k, q))
+        u, beta, g, state = (np.float64(x[0]) for x in (*rows, states[layer]))
+        heads, each, width = state.shape
+        keys = (u.shape[1] - heads * width) // (2 * each)
+        q, k = (u[:, i * keys * each : (i + 1) * keys * each].reshape(-1, keys, each) for i in range(2))
+        q, k = (np.repeat(x / np.sqrt((x * x).sum(-1, keepdims=True) + 1e-6), heads // keys, axis=1) for x in (q, k))
+        v, out = u[:, 2 * keys * each :].reshape(-1, heads, width), []
+        for t in range(len(u)):
             state = state * np.exp(g[t])[:, None, None]
-            d = beta[t][:, None] * (v[t] - np.einsum("mkv,mk->mv", state, key))
-            state = state + key[:, :, None] * d[:, None]
-            out.append(np.einsum("mkv,mk->mv", state, query))
+            d = beta[t][:, None] * (v[t] - np.einsum("mkv,mk->mv", state, k[t]))
+            state = state + k[t][:, :, None] * d[:, None]
+            out.append(np.einsum("mkv,mk->mv", state, q[t]) / math.sqrt(each))
         return jnp.array(out[-CHECKED:], jnp.float32)
     x, gate_up, down, layer, chosen, weights, _ = args
     rows, chosen, weights = x[-CHECKED:].astype(jnp.float32), chosen[-CHECKED:], weights[-CHECKED:]
@@ -125,10 +132,13 @@ def least(name: str, args: tuple[Any, ...], size: KernelSizes) -> tuple[float, f
         q, k = args[:2]
         _, rows, heads, each = q.shape
         return 2 * k.nbytes / size.layers + 2 * q.nbytes, 4.0 * rows * heads * each * size.context
+    if op == "routing":
+        x, router = args
+        return x.nbytes + router.nbytes, 2.0 * x.shape[0] * router.size
     if op == "deltanet":
-        q, _, v, _, _, state, _ = args
+        u, _, _, state, _ = args
         one = state.nbytes / state.shape[0]
-        return one + 2 * q.nbytes + 3 * v.nbytes, 8.0 * q.shape[1] * one / 4
+        return one + 2 * u.nbytes, 8.0 * u.shape[1] * one / 4
     x, gate_up, down, _, chosen = args[:5]
     touched, matrices = len(np.unique(np.asarray(chosen))), size.layers * size.experts
     flops = 2.0 * chosen.size * (math.prod(gate_up.shape) + math.prod(down.shape)) / matrices

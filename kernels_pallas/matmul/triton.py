@@ -84,6 +84,22 @@ def matmul(
         w: `[O, D]`, or with `layer` (int32 scalar) a stack `[L, O, D]` of which that one is read in place.
         interpret: run as plain `jnp`, on any device.
     """
+    parts = matmul_parts(x, w, layer, out_dtype=out_dtype, interpret=interpret)
+    total = parts[0]
+    for part in range(1, len(parts)):
+        total = total + parts[part]
+    return total.astype(out_dtype)
+
+
+def matmul_parts(
+    x: Float[Array, "M D"],
+    w: Array | QuantizedTensor,
+    layer: Array | None = None,
+    *,
+    out_dtype: Any = jnp.float32,
+    interpret: bool = False,
+) -> Float[Array, "S M O"]:
+    """The parts of `matmul`, to be added in their order: of `out_dtype` if there is one, else float32."""
     form, operands = words(w)
     out = operands[0].shape[-2]
     rows = x.shape[0]
@@ -95,7 +111,7 @@ def matmul(
     apart = splits if few else 1
     dtype = jnp.float32 if apart > 1 else out_dtype
     index = jnp.zeros(1, jnp.int32) if layer is None else jnp.asarray(layer, jnp.int32).reshape(1)
-    y = pl.pallas_call(
+    return pl.pallas_call(
         partial(
             _kernel,
             form=form,
@@ -112,7 +128,3 @@ def matmul(
         interpret=interpret,
         name=f"matmul_{form.layout}",
     )(index, x, *operands)
-    total = y[0]
-    for part in range(1, apart):
-        total = total + y[part]
-    return total.astype(out_dtype)

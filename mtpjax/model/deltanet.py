@@ -72,7 +72,7 @@ def delta_chunk(
     """Outputs o, updates d, log decay summed within each chunk, and the state after all rows. T a multiple of `chunk`.
 
     Everything that does not need the state is done for all chunks at once; the scan over chunks is four products.
-    Rows with beta = 0, g = 0 and k = 0 change nothing, bit for bit.
+    Rows with beta = 0 and g = 0 change nothing, bit for bit.
     """
     batch, total, keys, _ = rows.q.shape
     heads = rows.v.shape[2]
@@ -134,14 +134,27 @@ def _in_chunks(given: Rows, state: Float[Array, "B M K V"]) -> tuple[Array, Arra
 
 
 def delta_window(
-    given: Rows, state: Float[Array, "L B M K V"], layer: Array | int
-) -> tuple[Float[Array, "B W M V"], Float[Array, "B W M V"], Float[Array, "B W M"]]:
-    """Outputs o, updates d and the summed log decay of the rows of a verify window; the state stays as it is."""
-    rows, (key_size, value_size) = given.q.shape[1], state.shape[3:]
-    kernel = pick(target(), rows, key_size, value_size)
+    u: Float[Array, "B W C"], beta: Float[Array, "B W M"], g: Float[Array, "B W M"], state: Float[Array, "L B M K V"],
+    layer: Array | int,
+) -> tuple[Array, Array, Array, Array]:  # fmt: skip
+    """Of the rows of a verify window, whose convolution gives u: outputs o and updates d `[B, W, M, V]`, keys k
+    `[B, W, J, K]` and the summed log decay `[B, W, M]`; the state stays as it is."""
+    kernel = pick(target(), u.shape[1], *state.shape[3:])
     if kernel is None:
-        return _in_chunks(given, state[layer])[:3]
-    return *kernel(*given, state, layer), jnp.cumsum(given.g, axis=1)
+        given = split_rows(u, beta, g, *state.shape[2:])
+        o, d, decay, _ = _in_chunks(given, state[layer])
+        return o, d, given.k, decay
+    return *kernel(u, beta, g, state, layer), jnp.cumsum(g, axis=1)
+
+
+def split_rows(
+    u: Float[Array, "B T C"], beta: Float[Array, "B T M"], g: Float[Array, "B T M"], heads: int, key_size: int, value_size: int
+) -> Rows:
+    """What the recurrence reads, from what the convolution gives: all q, all k, all v."""
+    keys = (u.shape[2] - heads * value_size) // 2
+    q, k, v = jnp.split(u, [keys, 2 * keys], axis=-1)
+    q, k = (l2_norm(x.reshape(*x.shape[:2], -1, key_size)) for x in (q, k))
+    return Rows(q * key_size**-0.5, k, v.reshape(*v.shape[:2], heads, value_size), beta, g)
 
 
 def fold(
@@ -222,33 +235,19 @@ class DeltaNet(nnx.Module):
         self.norm = new.vector(cfg.linear_v_dim)  # plain weight, not zero-centred
         self.out = new.matrix(cfg.hidden_size, cfg.value_size)
 
-    def _rows(
-        self,
-        inputs: Float[Array, "B P+T C"],
-        b: Float[Array, "B T M"],
-        a: Float[Array, "B T M"],
-        live: Bool[Array, "B T"],
-        dtype: jnp.dtype,
-    ) -> Rows:
-        """What the recurrence reads: from the inputs of the convolution, rounded to `dtype` behind it, and the two gates."""
-        cfg, (batch, rows) = self.cfg, live.shape
-        taps = self.conv[...].astype(jnp.float32)
-        wide = inputs.astype(jnp.float32)
-        u = sum(wide[:, i : i + rows] * taps[:, i] for i in range(cfg.conv_width))
-        u = jax.nn.silu(u).astype(dtype).astype(jnp.float32)
-        q, k, v = jnp.split(u, [cfg.key_size, 2 * cfg.key_size], axis=-1)
-        keys = (batch, rows, cfg.linear_k_heads, cfg.linear_k_dim)
+    def _convolved(self, inputs: Float[Array, "B P+T C"], rows: int, dtype: jnp.dtype) -> Float[Array, "B T C"]:
+        """SiLU of the convolution, rounded to `dtype`; float32."""
+        taps, wide = self.conv[...].astype(jnp.float32), inputs.astype(jnp.float32)
+        u = sum(wide[:, i : i + rows] * taps[:, i] for i in range(self.cfg.conv_width))
+        return jax.nn.silu(u).astype(dtype).astype(jnp.float32)
+
+    def _gates(
+        self, b: Float[Array, "B T M"], a: Float[Array, "B T M"], live: Bool[Array, "B T"]
+    ) -> tuple[Float[Array, "B T M"], Float[Array, "B T M"]]:
+        """Step size beta and log decay g, zero for padding."""
         some = live[..., None]
-        k = jnp.where(some[..., None], l2_norm(k.reshape(keys)), 0.0)
-        beta = jax.nn.sigmoid(b)
-        step = jax.nn.softplus(a + self.dt_bias[...])
-        return Rows(
-            q=l2_norm(q.reshape(keys)) * cfg.linear_k_dim**-0.5,
-            k=k,
-            v=v.reshape(batch, rows, cfg.linear_v_heads, cfg.linear_v_dim),
-            beta=jnp.where(some, beta, 0.0),
-            g=jnp.where(some, -jnp.exp(self.a_log[...].astype(jnp.float32)) * step, 0.0),
-        )
+        decay = -jnp.exp(self.a_log[...].astype(jnp.float32)) * jax.nn.softplus(a + self.dt_bias[...])
+        return jnp.where(some, jax.nn.sigmoid(b), 0.0), jnp.where(some, decay, 0.0)
 
     def __call__(
         self, x: Float[Array, "B T D"], cache: Cache, pending: Pending | None, layer: Array | int, where: Placement
@@ -259,17 +258,17 @@ class DeltaNet(nnx.Module):
         weights = (w[...] for w in (self.in_qkv, self.in_z, self.in_b, self.in_a))
         qkv, z, b, a = linears(x, *weights, out_dtypes=(None, None, jnp.float32, jnp.float32))
         inputs = conv_inputs(before, qkv.astype(before.dtype), where.pad, where.live)
-        given = self._rows(inputs, b, a, where.live, x.dtype)
+        u, gates = self._convolved(inputs, rows, x.dtype), self._gates(b, a, where.live)
         if pending is None:
-            o, _, _, after = _in_chunks(given, cache.state[layer])
+            o, _, _, after = _in_chunks(split_rows(u, *gates, *cache.state.shape[2:]), cache.state[layer])
             cache = cache.replace(
                 state=cache.state.at[layer].set(after), conv=cache.conv.at[layer].set(inputs[:, rows:])
             )
         else:
-            o, d, decay = delta_window(given, cache.state, layer)
+            o, d, k, decay = delta_window(u, *gates, cache.state, layer)
             pending = Pending(
                 conv=pending.conv.at[layer].set(inputs),
-                k=pending.k.at[layer].set(given.k),
+                k=pending.k.at[layer].set(k),
                 d=pending.d.at[layer].set(d),
                 decay=pending.decay.at[layer].set(decay),
             )

@@ -10,6 +10,8 @@ from jaxtyping import Bool, Float
 
 from kernels_pallas.grouped_matmul import expert_mlp
 from kernels_pallas.matmul import linear, linears
+from kernels_pallas.routing import pick
+from kernels_pallas.target import target
 from mtpjax.config import ModelConfig
 from mtpjax.model.params import Shapes
 
@@ -49,9 +51,14 @@ class Moe(nnx.Module):
         return weights / jnp.sum(weights, axis=-1, keepdims=True), chosen, p
 
     def __call__(self, x: Float[Array, "B T D"], layer: Array | int, live: Bool[Array, "B T"]) -> Array:
-        matrices = (w[...] for w in (self.router, self.shared_gate, self.shared.gate, self.shared.up))
-        logits, shared_gate, gate, up = linears(x, *matrices, out_dtypes=[jnp.float32] * 4)
-        weights, chosen, _ = self.route(logits.reshape(-1, self.cfg.experts))
         flat, index = x.reshape(-1, x.shape[-1]), jnp.asarray(layer, jnp.int32)
+        shared = (w[...] for w in (self.shared_gate, self.shared.gate, self.shared.up))
+        kernel = pick(target(), flat.shape[0])
+        if kernel is None:
+            logits, shared_gate, gate, up = linears(x, self.router[...], *shared, out_dtypes=[jnp.float32] * 4)
+            weights, chosen, _ = self.route(logits.reshape(-1, self.cfg.experts))
+        else:
+            weights, chosen = kernel(flat, self.router[...].astype(x.dtype), self.cfg.experts_per_token)
+            shared_gate, gate, up = linears(x, *shared, out_dtypes=[jnp.float32] * 3)
         routed = expert_mlp(flat, self.gate_up[...], self.down[...], index, chosen, weights, live.reshape(-1))
         return routed.reshape(x.shape) + jax.nn.sigmoid(shared_gate).astype(x.dtype) * self.shared.ending(gate, up, x.dtype)

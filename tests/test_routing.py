@@ -1,0 +1,67 @@
+"""The kernel that chooses the experts of a few rows, in interpret mode: against the definition, and its place in the model."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import tiny_config
+from flax import nnx
+
+from kernels_pallas.matmul.triton import FEW
+from kernels_pallas.routing import pick
+from kernels_pallas.routing.triton import choose_experts
+from kernels_pallas.target import target
+from mtpjax.model import moe
+from mtpjax.model.params import Shapes
+
+choose = jax.jit(partial(choose_experts, interpret=True), static_argnames="k")
+
+
+def rows_of(rows: int, experts: int, dtype: str) -> tuple[jax.Array, jax.Array]:
+    rng = np.random.default_rng(rows)
+    return jnp.asarray(rng.normal(size=(rows, 160)), dtype), jnp.asarray(rng.normal(size=(experts, 160)) / 8, dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("rows", "experts", "k"), [(1, 256, 8), (5, 256, 8), (64, 60, 10), (3, 8, 1)])
+def test_the_largest_probabilities_in_order(rows: int, experts: int, k: int, dtype: str) -> None:
+    x, router = rows_of(rows, experts, dtype)
+    weights, chosen = (np.asarray(a) for a in choose(x, router, k=k))
+    logits = np.float64(x) @ np.float64(router).T
+    p = np.exp(logits - logits.max(axis=1, keepdims=True))
+    p /= p.sum(axis=1, keepdims=True)
+    want = np.argsort(-p, axis=1, kind="stable")[:, :k]
+    assert (chosen == want).all() and chosen.dtype == np.int32
+    best = np.take_along_axis(p, want, axis=1)
+    np.testing.assert_allclose(weights, best / best.sum(axis=1, keepdims=True), rtol=1e-5)
+
+
+def test_of_equals_the_first_is_chosen() -> None:
+    """As `lax.top_k` does: experts 3, 5 and 6 are the same, and so are all the others."""
+    router = np.zeros((8, 160), np.float32)
+    router[[3, 5, 6]] = 1
+    weights, chosen = choose(jnp.ones((2, 160)), router, k=5)
+    assert chosen.tolist() == [[3, 5, 6, 0, 1]] * 2
+    assert (weights[:, 0] == weights[:, 2]).all() and (weights[:, 3] == weights[:, 4]).all()
+
+
+def test_a_row_is_invariant_to_the_batch_bit_for_bit() -> None:
+    x, router = rows_of(FEW, 256, "bfloat16")
+    whole = choose(x, router, k=8)
+    for rows in (slice(0, 1), slice(7, 12), slice(10, 43)):
+        for got, want in zip(choose(x[rows], router, k=8), whole, strict=True):
+            assert (np.asarray(got) == np.asarray(want[rows])).all()
+
+
+def test_the_model_sends_few_rows_through_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And computes what it computes without."""
+    layer, rng = moe.Moe(tiny_config(moe=True), Shapes(jnp.dtype("float32"))), np.random.default_rng(0)
+    nnx.update(layer, jax.tree.map(lambda w: jnp.asarray(0.3 * rng.normal(size=w.shape), w.dtype), nnx.state(layer)))
+    x, live = jnp.asarray(rng.normal(size=(2, 5, 48)), jnp.float32), rng.random((2, 5)) < 0.8
+    plain, asked = layer(x, 0, live), []
+    monkeypatch.setattr(moe, "pick", lambda *about: asked.append(about) or partial(choose_experts, interpret=True))
+    np.testing.assert_allclose(layer(x, 0, live), plain, atol=1e-5)
+    assert asked == [(target(), 10)]
+    assert pick("cuda", FEW) is choose_experts and pick("cuda", FEW + 1) is None and pick("cpu", 1) is None
