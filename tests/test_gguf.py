@@ -131,10 +131,11 @@ def test_a_model_of_k_types_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         add(self, name, tensor, raw_dtype=raw_dtype)
 
     monkeypatch.setattr(gguf.GGUFWriter, "add_tensor", add_blocks)
-    wide = {"hidden_size": 256, "expert_size": 256, "shared_expert_size": 256, "vocab_size": 128}
+    wide = {"hidden_size": 256, "expert_size": 256, "shared_expert_size": 256, "vocab_size": 128, "linear_v_heads": 8}
     save(tiny_config(moe=True, pattern=(LINEAR, FULL), repeats=1, **SIZES | wide), tmp_path / "m.gguf", "q8_0")
     assert set(written.values()) == set(sizes)
     assert written["blk.0.ffn_gate_exps.weight"] != written["blk.0.ffn_up_exps.weight"]
+    assert "_K" in written["blk.0.ssm_out.weight"]  # its columns move by heads of 32, and share a scale by 256
     source = open_checkpoint(tmp_path / "m.gguf")
     assert isinstance(source, GgufFile)
     for name in source.tensors:

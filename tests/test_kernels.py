@@ -21,7 +21,7 @@ from kernels_pallas.grouped_matmul.plan import plan_blocks, plan_each
 from kernels_pallas.grouped_matmul.triton import grouped_mlp
 from kernels_pallas.matmul import api as linear_api
 from kernels_pallas.matmul import linear
-from kernels_pallas.matmul.triton import FEW, matmul
+from kernels_pallas.matmul.triton import FEW, matmul, matmuls
 from kernels_pallas.packed_words import Form, select_bytes, unpack
 from kernels_pallas.quantized import INDICES, QuantizedTensor
 from kernels_pallas.stacked import StackedTensor
@@ -117,6 +117,22 @@ def test_matmul_reads_one_layer_of_a_stack() -> None:
     x = np.random.default_rng(1).normal(size=(4, 96)).astype(np.float32)
     for layer in range(3):
         assert_close(product(x, stack, np.int32(layer)), x @ dense(stack, "float32")[layer].T, "float32")
+
+
+@pytest.mark.parametrize("rows", [5, 80])
+def test_several_weights_in_one_launch_give_what_each_gives_alone(rows: int) -> None:
+    """Bit for bit: of other forms and sizes, with other numbers of splits, a stack, and a plain array among them."""
+    plain = np.random.default_rng(2).normal(size=(40, 2048)).astype(np.float32)
+    weights = [
+        (packed("q5_k", (4096, 2048)), None), (packed("iq4_nl", (3, 72, 2048)), np.int32(2)), (packed("q8_0", (512, 2048)), None),
+        (plain, None),
+    ]  # fmt: skip
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(rows, 2048)), "bfloat16")
+    dtypes = [jnp.bfloat16, jnp.float32, jnp.float32, jnp.bfloat16]
+    together = jax.jit(lambda x, w: matmuls(x, w, dtypes, interpret=True))(x, weights)
+    for got, (w, layer), dtype in zip(together, weights, dtypes, strict=True):
+        alone = jax.jit(partial(matmul, out_dtype=dtype, interpret=True))(x, w, layer)
+        assert got.dtype == dtype and (np.asarray(got) == np.asarray(alone)).all()
 
 
 def test_matmul_is_invariant_to_the_batch_bit_for_bit() -> None:
@@ -277,7 +293,7 @@ def test_the_target_picks_the_kernels() -> None:
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels, in interpret mode, where plain `lax` would run."""
     monkeypatch.setitem(experts_api.KERNELS, target(), partial(grouped_mlp, interpret=True))
-    monkeypatch.setitem(linear_api.KERNELS, target(), partial(matmul, interpret=True))
+    monkeypatch.setitem(linear_api.KERNELS, target(), partial(matmuls, interpret=True))
 
 
 def test_linear_takes_a_layer_of_a_packed_stack(interpreted: None) -> None:

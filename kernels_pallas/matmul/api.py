@@ -19,8 +19,10 @@ from kernels_pallas.stacked import StackedTensor
 from kernels_pallas.target import target
 from kernels_pallas.turned import TurnedTensor
 
-# Platform -> kernel for packed weights, (rows [M, D], weight, layer | None, out_dtype=) -> [M, O]. Elsewhere: `lax`.
-KERNELS: dict[str, Callable[..., Array]] = {"cuda": triton.matmul}
+Packed = QuantizedTensor | StackedTensor
+
+# Platform -> kernel for packed weights, (rows [M, D], [(weight, layer | None)], out_dtypes) -> [[M, O]]. Elsewhere: `lax`.
+KERNELS: dict[str, Callable[..., list[Array]]] = {"cuda": triton.matmuls}
 
 
 def linear(
@@ -39,8 +41,8 @@ def linear(
     Returns:
         `[*rows, O]`.
     """
-    if isinstance(w, QuantizedTensor | StackedTensor):
-        return _packed(x, w, out_dtype or x.dtype)
+    if isinstance(w, Packed):
+        return _packed(x, [w], [out_dtype or x.dtype])[0]
     # float32 rows ask for float32 products: a GPU would otherwise round the operands to TF32.
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     rows = math.prod(x.shape[:-1])
@@ -59,23 +61,30 @@ def linear(
 
 
 def linears(x: Float[Array, "*rows D"], *weights: Any, out_dtypes: Sequence[jnp.dtype | None] | None = None) -> list[Array]:
-    """`linear` of the same rows with each weight, into its own dtype; one product if they lie side by side in the first."""
+    """`linear` of the same rows with each weight, into its own dtype; one product of those that lie side by side in the
+    first, one launch of those that are packed."""
     dtypes = out_dtypes or [None] * len(weights)
     first = weights[0]
     if not (isinstance(first, TurnedTensor) and first.parts):
-        return [linear(x, w, out_dtype=dtype) for w, dtype in zip(weights, dtypes, strict=True)]
+        packed = [i for i, w in enumerate(weights) if isinstance(w, Packed)]
+        done = dict(zip(packed, _packed(x, [weights[i] for i in packed], [dtypes[i] or x.dtype for i in packed]), strict=True))
+        return [done[i] if i in done else linear(x, w, out_dtype=dtypes[i]) for i, w in enumerate(weights)]
     each = jnp.split(linear(x, first, out_dtype=jnp.float32), np.cumsum(first.parts)[:-1].tolist(), axis=-1)
-    return [y.astype(dtype or x.dtype) for y, dtype in zip(each, dtypes, strict=True)]
+    beside = [y.astype(dtype or x.dtype) for y, dtype in zip(each, dtypes, strict=False)]
+    others = weights[len(each) :]
+    return beside + (linears(x, *others, out_dtypes=dtypes[len(each) :]) if others else [])
 
 
-def _packed(x: Array, w: QuantizedTensor | StackedTensor, out_dtype: jnp.dtype) -> Array:
+def _packed(x: Array, weights: Sequence[Packed], out_dtypes: Sequence[Any]) -> list[Array]:
     kernel = KERNELS.get(target())
     if kernel is None:
-        whole = w.take() if isinstance(w, StackedTensor) else w
-        return linear(x, whole.dequantize(x.dtype), out_dtype=out_dtype)
-    rows = x.reshape(-1, x.shape[-1])
-    weight, layer = (w.stack, w.layer) if isinstance(w, StackedTensor) else (w, None)
-    return kernel(rows, weight, layer, out_dtype=out_dtype).reshape(*x.shape[:-1], weight.shape[-2])
+        whole = (w.take() if isinstance(w, StackedTensor) else w for w in weights)
+        return [linear(x, w.dequantize(x.dtype), out_dtype=dtype) for w, dtype in zip(whole, out_dtypes, strict=True)]
+    if not weights:
+        return []
+    each = [(w.stack, w.layer) if isinstance(w, StackedTensor) else (w, None) for w in weights]
+    results = kernel(x.reshape(-1, x.shape[-1]), each, out_dtypes)
+    return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in results]
 
 
 def take_rows(w: Array | QuantizedTensor, rows: Int[Array, "*B"], dtype: jnp.dtype) -> Float[Array, "*B D"]:

@@ -1,14 +1,17 @@
 """`x @ w.T` with w read packed: a Pallas kernel through the Triton lowering, for compute capability 8.0 and above.
 
-A row's result does not depend on the other rows of the call, bit for bit: the sum over D is cut into steps and splits
-that depend on the shape of the weight alone, and every sum is taken in the same order. With few rows the splits are
-programs of their own, so that a small matrix still fills the GPU; with many rows one program adds them up.
+One launch multiplies the same rows with several weights: that saves the start of kernels that take longer to start than to
+run, and small matrices fill the GPU together. A row's result does not depend on the other rows of the call nor on the
+other weights, bit for bit: the sum over D is cut into steps and splits that depend on the shape of the weight alone, and
+every sum is taken in the same order. With few rows the splits are programs of their own, so that a small matrix still
+fills the GPU; with many rows one program adds them up.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,41 +36,60 @@ def splits_of(out: int, steps: int) -> int:
     return splits
 
 
+class Product(NamedTuple):
+    """The static half of one of the products of a launch."""
+
+    form: Form
+    operands: int  # its share of the kernel's references
+    lead: bool  # whether the weight is a stack
+    first: int  # its first tile of the result
+    tiles: int
+    turns: int  # steps of a split
+    splits: int
+
+
 def _kernel(
-    layer_ref: Any,
-    x_ref: Any,
-    *refs: Any,
-    form: Form,
-    lead: int,
-    out_tile: int,
-    row_tile: int,
-    turns: int,
-    together: int,
-    asm: bool,
-) -> None:
-    """One tile of the result; `together` splits of `turns` steps each, added in order."""
-    *weight, y_ref = refs
-    rows, out = y_ref.shape[1:]
-    o = pl.program_id(1) * out_tile + jnp.arange(out_tile)
+    layer_ref: Any, x_ref: Any, *refs: Any, products: tuple[Product, ...], out_tile: int, row_tile: int, apart: bool, asm: bool
+) -> None:  # fmt: skip
+    """One tile of one result."""
+    tile, split = pl.program_id(1), pl.program_id(2)  # not inside of a branch
     m = pl.program_id(0) * row_tile + jnp.arange(row_tile)
-    index = (layer_ref[0],) if lead else ()
+    y_refs, at = refs[len(refs) - len(products) :], 0
+    for number, product in enumerate(products):
+        weight, at = refs[at : at + product.operands], at + product.operands
+        o = (tile - product.first) * out_tile + jnp.arange(out_tile)
+        run = partial(_tile, layer_ref, x_ref, weight, y_refs[number], number, product, m, o, split if apart else None, asm)
+        if len(products) == 1:
+            run()
+        else:
+            mine = (tile >= product.first) & (tile < product.first + product.tiles)
+            pl.when(mine & (split < product.splits if apart else mine))(run)
+
+
+def _tile(
+    layer_ref: Any, x_ref: Any, weight: tuple[Any, ...], y_ref: Any, number: int, product: Product, m: Array, o: Array,
+    split: Array | None, asm: bool,
+) -> None:  # fmt: skip
+    """Rows m and columns o of a result: one split of the sum over D, or (None) all of them, added in order."""
+    form, (rows, out) = product.form, y_ref.shape[1:]
+    index = (layer_ref[number],) if product.lead else ()
     select = prmt if asm else select_bytes
     shape = (out, x_ref.shape[1] // form.slots)
 
     def step(i: Array, acc: Array) -> Array:
         first = i * form.step
-        w = load_tile(form, tuple(weight), index, o, first, form.step, shape, x_ref.dtype, select)
+        w = load_tile(form, weight, index, o, first, form.step, shape, x_ref.dtype, select)
         return acc + dot(w, load_rows(form, x_ref, m, first * form.slots, form.step * form.slots))
 
     def part(p: Array | int) -> Array:
-        zero = jnp.zeros((out_tile, row_tile), jnp.float32)
-        return lax.fori_loop(0, turns, lambda i, acc: step(p * turns + i, acc), zero)
+        zero = jnp.zeros((o.size, m.size), jnp.float32)
+        return lax.fori_loop(0, product.turns, lambda i, acc: step(p * product.turns + i, acc), zero)
 
-    total = part(pl.program_id(2) * together)
-    for p in range(1, together):
+    total = part(0 if split is None else split)
+    for p in range(1, product.splits if split is None else 1):
         total = total + part(p)
     row, col = grid(m, o)
-    plt.store(y_ref.at[pl.program_id(2), row, col], total.T.astype(y_ref.dtype), mask=(row < rows) & (col < out))
+    plt.store(y_ref.at[0 if split is None else split, row, col], total.T.astype(y_ref.dtype), mask=(row < rows) & (col < out))
 
 
 def matmul(
@@ -84,47 +106,61 @@ def matmul(
         w: `[O, D]`, or with `layer` (int32 scalar) a stack `[L, O, D]` of which that one is read in place.
         interpret: run as plain `jnp`, on any device.
     """
-    parts = matmul_parts(x, w, layer, out_dtype=out_dtype, interpret=interpret)
-    total = parts[0]
-    for part in range(1, len(parts)):
-        total = total + parts[part]
-    return total.astype(out_dtype)
+    return matmuls(x, [(w, layer)], [out_dtype], interpret=interpret)[0]
+
+
+def matmuls(
+    x: Float[Array, "M D"],
+    weights: Sequence[tuple[Array | QuantizedTensor, Array | None]],
+    out_dtypes: Sequence[Any],
+    *,
+    interpret: bool = False,
+) -> list[Float[Array, "M O"]]:
+    """`matmul` of the same rows with each (weight, layer), in one launch."""
+    results = []
+    for parts, dtype in zip(matmul_parts(x, weights, out_dtypes, interpret=interpret), out_dtypes, strict=True):
+        total = parts[0]
+        for part in range(1, len(parts)):
+            total = total + parts[part]
+        results.append(total.astype(dtype))
+    return results
 
 
 def matmul_parts(
     x: Float[Array, "M D"],
-    w: Array | QuantizedTensor,
-    layer: Array | None = None,
+    weights: Sequence[tuple[Array | QuantizedTensor, Array | None]],
+    out_dtypes: Sequence[Any],
     *,
-    out_dtype: Any = jnp.float32,
     interpret: bool = False,
-) -> Float[Array, "S M O"]:
-    """The parts of `matmul`, to be added in their order: of `out_dtype` if there is one, else float32."""
-    form, operands = words(w)
-    out = operands[0].shape[-2]
+) -> list[Float[Array, "S M O"]]:
+    """The parts of each result of `matmuls`, to be added in their order: of its dtype if there is one, else float32."""
     rows = x.shape[0]
-    steps = -(-operands[0].shape[-1] // form.step)
-    splits = splits_of(out, steps)
     few = rows <= FEW
     row_tile = 64 if not few else 16 if rows <= 16 else 32 if rows <= 32 else 64
     out_tile, warps = (OUT_TILE, 4) if few else (2 * OUT_TILE, 8)
-    apart = splits if few else 1
-    dtype = jnp.float32 if apart > 1 else out_dtype
-    index = jnp.zeros(1, jnp.int32) if layer is None else jnp.asarray(layer, jnp.int32).reshape(1)
+    products: list[Product] = []
+    operands: list[Array] = []
+    shapes, tiles = [], 0
+    for (w, layer), dtype in zip(weights, out_dtypes, strict=True):
+        form, parts = words(w)
+        out, steps = parts[0].shape[-2], -(-parts[0].shape[-1] // form.step)
+        splits = splits_of(out, steps)
+        products.append(
+            Product(form, len(parts), layer is not None, tiles, -(-out // out_tile), -(-steps // splits), splits)
+        )
+        operands += parts
+        tiles += products[-1].tiles
+        apart = splits if few else 1
+        shapes.append(jax.ShapeDtypeStruct((apart, rows, out), jnp.float32 if apart > 1 else dtype))
+    index = jnp.stack([jnp.int32(0) if layer is None else jnp.asarray(layer, jnp.int32) for _, layer in weights])
+    kernel = partial(
+        _kernel, products=tuple(products), out_tile=out_tile, row_tile=row_tile, apart=few, asm=not interpret
+    )
     return pl.pallas_call(
-        partial(
-            _kernel,
-            form=form,
-            lead=int(layer is not None),
-            out_tile=out_tile,
-            row_tile=row_tile,
-            turns=-(-steps // splits),
-            together=splits // apart,
-            asm=not interpret,
-        ),
-        grid=(-(-rows // row_tile), -(-out // out_tile), apart),
-        out_shape=jax.ShapeDtypeStruct((apart, rows, out), dtype),
+        kernel,
+        grid=(-(-rows // row_tile), tiles, max(shape.shape[0] for shape in shapes)),
+        out_shape=shapes,
         compiler_params=plt.CompilerParams(num_warps=warps, num_stages=3),
         interpret=interpret,
-        name=f"matmul_{form.layout}",
+        name="matmul_" + "_".join(dict.fromkeys(product.form.layout for product in products)),
     )(index, x, *operands)

@@ -53,7 +53,7 @@ def choose_experts(
     Args:
         interpret: run as plain `jnp`, on any device.
     """
-    parts, rows = matmul_parts(x, router, interpret=interpret), x.shape[0]
+    [parts], rows = matmul_parts(x, [(router, None)], [jnp.float32], interpret=interpret), x.shape[0]
     return pl.pallas_call(
         partial(_choose_kernel, k=k),
         grid=(rows,),

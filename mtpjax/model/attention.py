@@ -96,8 +96,11 @@ class Attention(nnx.Module):
 
     def keys_values(self, x: Float[Array, "B T D"], where: Placement) -> KV:
         """Keys (normed, turned) and values `[B, T, N, H]` of the rows: all that a prompt row must leave behind."""
-        heads = (*x.shape[:2], self.cfg.kv_heads, self.cfg.head_dim)
         k, v = linears(x, self.k[...], self.v[...])
+        return self._turned(k, v, where)
+
+    def _turned(self, k: Float[Array, "B T N*H"], v: Float[Array, "B T N*H"], where: Placement) -> KV:
+        heads = (*k.shape[:2], self.cfg.kv_heads, self.cfg.head_dim)
         k = rms_norm(k.reshape(heads), self.k_norm[...], self.cfg.norm_eps)
         return rotate(k, where.turn), v.reshape(heads)
 
@@ -105,13 +108,15 @@ class Attention(nnx.Module):
         self, x: Float[Array, "B T D"], cache: KV, layer: Array | int, where: Placement, keep: int
     ) -> tuple[Float[Array, "B keep D"], KV]:
         """Keys and values of all rows go to the cache; queries, attention and output are those of the last `keep`."""
-        cfg = self.cfg
-        k, v = self.keys_values(x, where)
-        cache = write_kv(cache, layer, k, v, where)
+        cfg, all_rows = self.cfg, keep == x.shape[1]
+        k, v, *queries = linears(x, self.k[...], self.v[...], *([self.q[...]] if all_rows else []))
+        cache = write_kv(cache, layer, *self._turned(k, v, where), where)
         if keep == 0:
             return x[:, :0], cache
-        x, where = x[:, x.shape[1] - keep :], where.last(keep)
-        heads = linear(x, self.q[...]).reshape(*x.shape[:2], cfg.q_heads, 2 * cfg.head_dim)
+        if not all_rows:
+            x, where = x[:, x.shape[1] - keep :], where.last(keep)
+            queries = [linear(x, self.q[...])]
+        heads = queries[0].reshape(*x.shape[:2], cfg.q_heads, 2 * cfg.head_dim)
         q, gate = jnp.split(heads, 2, axis=-1)
         q = rotate(rms_norm(q, self.q_norm[...], cfg.norm_eps), where.turn)
         out = attend(q, cache, layer, where)
