@@ -132,8 +132,10 @@ def kernel_cases(
         return jax.jit(call(delta_window)), (u, gates, gates, state, spec((), jnp.int32))
 
     def routing_case() -> tuple[Any, tuple[Any, ...]]:
-        x, router = (spec((n, size.hidden), jnp.bfloat16) for n in (dict(size.rows)["decode"], size.experts))
-        return jax.jit(partial(call(choose_experts), k=size.chosen)), (x, router)
+        rows = dict(size.rows)["decode"]
+        return jax.jit(partial(call(choose_experts), k=size.chosen)), (
+            spec((16, rows, size.experts), jnp.float32), spec((rows,), jnp.bool_),
+        )  # fmt: skip
 
     attention = {f"attention {regime}": partial(attention_case, rows) for regime, rows in size.rows}
     return {"deltanet decode": window_case, "routing decode": routing_case} | attention | {

@@ -94,9 +94,8 @@ def reference(name: str, args: tuple[Any, ...]) -> jax.Array:
         seen = jnp.arange(k.shape[3]) <= positions[0, -CHECKED:, None, None]
         return dot("tqs,qsh->tqh", jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1), values)
     if op == "routing":
-        x, router = args
-        p = jax.nn.softmax(dot("nd,ed->ne", x[-CHECKED:].astype(jnp.float32), router.astype(jnp.float32)))
-        weights, _ = jax.lax.top_k(p, SMOKE.chosen if router.shape[0] == SMOKE.experts else KernelSizes().chosen)
+        p = jax.nn.softmax(jnp.sum(args[0], axis=0)[-CHECKED:])
+        weights, _ = jax.lax.top_k(p, SMOKE.chosen if p.shape[1] == SMOKE.experts else KernelSizes().chosen)
         return weights / jnp.sum(weights, axis=-1, keepdims=True)
     if op == "deltanet":
         *rows, states, layer = args
@@ -133,8 +132,7 @@ def least(name: str, args: tuple[Any, ...], size: KernelSizes) -> tuple[float, f
         _, rows, heads, each = q.shape
         return 2 * k.nbytes / size.layers + 2 * q.nbytes, 4.0 * rows * heads * each * size.context
     if op == "routing":
-        x, router = args
-        return x.nbytes + router.nbytes, 2.0 * x.shape[0] * router.size
+        return args[0].nbytes, 4.0 * args[0].size
     if op == "deltanet":
         u, _, _, state, _ = args
         one = state.nbytes / state.shape[0]

@@ -21,7 +21,7 @@ from kernels_pallas.grouped_matmul.plan import plan_blocks, plan_each
 from kernels_pallas.grouped_matmul.triton import grouped_mlp
 from kernels_pallas.matmul import api as linear_api
 from kernels_pallas.matmul import linear
-from kernels_pallas.matmul.triton import FEW, matmul, matmuls
+from kernels_pallas.matmul.triton import FEW, matmul, matmul_parts, matmuls
 from kernels_pallas.packed_words import Form, select_bytes, unpack
 from kernels_pallas.quantized import INDICES, QuantizedTensor
 from kernels_pallas.stacked import StackedTensor
@@ -293,7 +293,7 @@ def test_the_target_picks_the_kernels() -> None:
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels, in interpret mode, where plain `lax` would run."""
     monkeypatch.setitem(experts_api.KERNELS, target(), partial(grouped_mlp, interpret=True))
-    monkeypatch.setitem(linear_api.KERNELS, target(), partial(matmuls, interpret=True))
+    monkeypatch.setitem(linear_api.KERNELS, target(), partial(matmul_parts, interpret=True))
 
 
 def test_linear_takes_a_layer_of_a_packed_stack(interpreted: None) -> None:

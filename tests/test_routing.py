@@ -9,19 +9,25 @@ import pytest
 from conftest import tiny_config
 from flax import nnx
 
-from kernels_pallas.matmul.triton import FEW
+from kernels_pallas.matmul import api as matmul_api
+from kernels_pallas.matmul.triton import FEW, matmul_parts
 from kernels_pallas.routing import pick
 from kernels_pallas.routing.triton import choose_experts
 from kernels_pallas.target import target
 from mtpjax.model import moe
 from mtpjax.model.params import Shapes
 
-choose = jax.jit(partial(choose_experts, interpret=True), static_argnames="k")
+_choose = jax.jit(partial(choose_experts, interpret=True), static_argnames="k")
+
+
+def choose(x: jax.Array, router: jax.Array, k: int, live: np.ndarray | None = None) -> tuple[jax.Array, jax.Array]:
+    [parts] = matmul_parts(x, [(router, None)], [jnp.float32], interpret=True)
+    return _choose(parts, np.ones(len(x), bool) if live is None else live, k=k)
 
 
 def rows_of(rows: int, experts: int, dtype: str) -> tuple[jax.Array, jax.Array]:
     rng = np.random.default_rng(rows)
-    return jnp.asarray(rng.normal(size=(rows, 160)), dtype), jnp.asarray(rng.normal(size=(experts, 160)) / 8, dtype)
+    return jnp.asarray(rng.normal(size=(rows, 512)), dtype), jnp.asarray(rng.normal(size=(experts, 512)) / 12, dtype)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -39,11 +45,11 @@ def test_the_largest_probabilities_in_order(rows: int, experts: int, k: int, dty
 
 
 def test_of_equals_the_first_is_chosen() -> None:
-    """As `lax.top_k` does: experts 3, 5 and 6 are the same, and so are all the others."""
+    """As `lax.top_k` does: experts 3, 5 and 6 are the same, and so are all the others. A dead row chooses none there is."""
     router = np.zeros((8, 160), np.float32)
     router[[3, 5, 6]] = 1
-    weights, chosen = choose(jnp.ones((2, 160)), router, k=5)
-    assert chosen.tolist() == [[3, 5, 6, 0, 1]] * 2
+    weights, chosen = choose(jnp.ones((3, 160)), router, 5, np.array([True, False, True]))
+    assert chosen.tolist() == [[3, 5, 6, 0, 1], [8] * 5, [3, 5, 6, 0, 1]]
     assert (weights[:, 0] == weights[:, 2]).all() and (weights[:, 3] == weights[:, 4]).all()
 
 
@@ -61,6 +67,7 @@ def test_the_model_sends_few_rows_through_the_kernel(monkeypatch: pytest.MonkeyP
     nnx.update(layer, jax.tree.map(lambda w: jnp.asarray(0.3 * rng.normal(size=w.shape), w.dtype), nnx.state(layer)))
     x, live = jnp.asarray(rng.normal(size=(2, 5, 48)), jnp.float32), rng.random((2, 5)) < 0.8
     plain, asked = layer(x, 0, live), []
+    monkeypatch.setitem(matmul_api.KERNELS, target(), partial(matmul_parts, interpret=True))
     monkeypatch.setattr(moe, "pick", lambda *about: asked.append(about) or partial(choose_experts, interpret=True))
     np.testing.assert_allclose(layer(x, 0, live), plain, atol=1e-5)
     assert asked == [(target(), 10)]

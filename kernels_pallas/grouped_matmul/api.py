@@ -30,17 +30,19 @@ def expert_mlp(
     layer: Int[Array, ""],
     chosen: Int[Array, "N K"],
     weights: Float[Array, "N K"],
-    live: Bool[Array, " N"],
+    live: Bool[Array, " N"] | None = None,
 ) -> Float[Array, "N D"]:
     """Sum over k of `weights[n, k] * mlp_{chosen[n, k]}(x[n])` with the experts of layer `layer` of the stack.
 
     The stacks are `[P, E, 2 I, D]` (gate rows, then up rows) and `[P, E, D, I]`, plain or packed. Only chosen experts
     are read, no row is dropped, and a row's result does not depend on the order of the others. Dead rows cost nothing
-    and give zero. The routing weight is applied after the down projection, in float32. Small experts that lie abreast
-    are all read by a few rows, and the routing weight is applied before the down projection.
+    and give zero; without `live` they are those that chose expert E, which there is not. The routing weight is applied
+    after the down projection, in float32. Small experts that lie abreast are all read by a few rows, and the routing
+    weight is applied before the down projection.
     """
     kernel = KERNELS.get(target())
     if kernel is None:
+        live = chosen[:, 0] < gate_up.shape[1] if live is None else live
         if isinstance(gate_up, ExpertsAbreast) and isinstance(down, TurnedTensor) and x.shape[0] in ALL_EXPERTS_ROWS:
             mine = (chosen[..., None] == jnp.arange(gate_up.shape[1])) & live[:, None, None]
             return all_experts_mlp(x, gate_up, down, layer, jnp.sum(jnp.where(mine, weights[..., None], 0), axis=1))

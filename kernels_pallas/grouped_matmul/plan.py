@@ -48,7 +48,7 @@ def choose_block(rows: int, chosen: int, experts: int) -> int:
     return block
 
 
-def plan_each(chosen: Int[Array, "N K"], live: Bool[Array, " N"], experts: int, block: int) -> BlockPlan:
+def plan_each(chosen: Int[Array, "N K"], live: Bool[Array, " N"] | None, experts: int, block: int) -> BlockPlan:
     """A block for every assignment, its row first and no other in it: nothing to sort. For a handful of rows, few of
     which share an expert. The expert of a dead row is `experts`, which there is not."""
     total = chosen.size
@@ -56,9 +56,13 @@ def plan_each(chosen: Int[Array, "N K"], live: Bool[Array, " N"], experts: int, 
     return BlockPlan(
         source=jnp.where(steps % block == 0, steps // block, total),
         place=(jnp.arange(total, dtype=jnp.int32) * block).reshape(chosen.shape),
-        expert=jnp.where(live[:, None], chosen, experts).reshape(total).astype(jnp.int32),
+        expert=_of_live(chosen, live, experts).reshape(total).astype(jnp.int32),
         count=jnp.int32(total),
     )
+
+
+def _of_live(chosen: Int[Array, "N K"], live: Bool[Array, " N"] | None, experts: int) -> Int[Array, "N K"]:
+    return chosen if live is None else jnp.where(live[:, None], chosen, experts)
 
 
 def choose_windows(rows: int, chosen: int, experts: int) -> tuple[int, ...]:
@@ -84,7 +88,7 @@ def window_places(assigned: int, experts: int, sizes: Sequence[int]) -> int:
     return assigned + min(experts, assigned) * (sizes[0] - 1)
 
 
-def plan_blocks(chosen: Int[Array, "N K"], live: Bool[Array, " N"], experts: int, block: int) -> BlockPlan:
+def plan_blocks(chosen: Int[Array, "N K"], live: Bool[Array, " N"] | None, experts: int, block: int) -> BlockPlan:
     """Sort assignments by expert and lay each run out in whole blocks; dead rows get no place.
 
     The number of blocks is bounded by `A // block + min(E, A)`, so shapes are static and no row is ever dropped.
@@ -125,12 +129,12 @@ def plan_windows(chosen: Int[Array, "N K"], live: Bool[Array, " N"], experts: in
 
 
 def _lay_out(
-    chosen: Array, live: Array, experts: int, places: int, padded: Callable[[Array], Array]
+    chosen: Array, live: Array | None, experts: int, places: int, padded: Callable[[Array], Array]
 ) -> tuple[Array, Array, Array, Array]:
     """Runs sorted by expert, each as long as `padded` makes it: source and place (as in the plans), rows of each expert
     and the place where its run begins."""
     total = chosen.size
-    flat = jnp.where(live[:, None], chosen, experts).reshape(total)
+    flat = _of_live(chosen, live, experts).reshape(total)
     order = jnp.argsort(flat, stable=True)
     by_expert = flat[order]
     counts = jnp.zeros(experts, jnp.int32).at[flat].add(1, mode="drop")

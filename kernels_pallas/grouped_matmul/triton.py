@@ -122,7 +122,7 @@ def grouped_mlp(
     layer: Int[Array, ""],
     chosen: Int[Array, "N K"],
     weights: Float[Array, "N K"],
-    live: Bool[Array, " N"],
+    live: Bool[Array, " N"] | None = None,
     *,
     interpret: bool = False,
 ) -> Float[Array, "N D"]:
@@ -159,4 +159,5 @@ def grouped_mlp(
     total = each[:, 0]
     for i in range(1, k):
         total = total + each[:, i]
+    live = chosen[:, 0] < experts if live is None else live
     return jnp.where(live[:, None], total, 0.0).astype(x.dtype)  # places of dead rows were never written

@@ -1,5 +1,5 @@
 """Matrix products of activations with stored weights."""
 
-from kernels_pallas.matmul.api import linear, linears, take_rows
+from kernels_pallas.matmul.api import linear, linears, take_rows, with_first_in_parts
 
-__all__ = ["linear", "linears", "take_rows"]
+__all__ = ["linear", "linears", "take_rows", "with_first_in_parts"]

@@ -21,8 +21,8 @@ from kernels_pallas.turned import TurnedTensor
 
 Packed = QuantizedTensor | StackedTensor
 
-# Platform -> kernel for packed weights, (rows [M, D], [(weight, layer | None)], out_dtypes) -> [[M, O]]. Elsewhere: `lax`.
-KERNELS: dict[str, Callable[..., list[Array]]] = {"cuda": triton.matmuls}
+# Platform -> kernel for packed weights, (rows [M, D], [(weight, layer | None)], out_dtypes) -> parts [[S, M, O]].
+KERNELS: dict[str, Callable[..., list[Array]]] = {"cuda": triton.matmul_parts}  # elsewhere: `lax`
 
 
 def linear(
@@ -60,31 +60,45 @@ def linear(
     return y.astype(out_dtype or x.dtype)
 
 
-def linears(x: Float[Array, "*rows D"], *weights: Any, out_dtypes: Sequence[jnp.dtype | None] | None = None) -> list[Array]:
-    """`linear` of the same rows with each weight, into its own dtype; one product of those that lie side by side in the
-    first, one launch of those that are packed."""
-    dtypes = out_dtypes or [None] * len(weights)
+def linears(
+    x: Float[Array, "*rows D"],
+    *weights: Any,
+    out_dtypes: Sequence[jnp.dtype | None] | None = None,
+) -> list[Array]:
+    """`linear` of the same rows with each weight, into its own dtype: one product of those that lie side by side in the
+    first, one launch where any is packed."""
+    dtypes = [dtype or x.dtype for dtype in out_dtypes or [None] * len(weights)]
     first = weights[0]
-    if not (isinstance(first, TurnedTensor) and first.parts):
-        packed = [i for i, w in enumerate(weights) if isinstance(w, Packed)]
-        done = dict(zip(packed, _packed(x, [weights[i] for i in packed], [dtypes[i] or x.dtype for i in packed]), strict=True))
-        return [done[i] if i in done else linear(x, w, out_dtype=dtypes[i]) for i, w in enumerate(weights)]
-    each = jnp.split(linear(x, first, out_dtype=jnp.float32), np.cumsum(first.parts)[:-1].tolist(), axis=-1)
-    beside = [y.astype(dtype or x.dtype) for y, dtype in zip(each, dtypes, strict=False)]
-    others = weights[len(each) :]
-    return beside + (linears(x, *others, out_dtypes=dtypes[len(each) :]) if others else [])
+    if isinstance(first, TurnedTensor) and first.parts:
+        each = jnp.split(linear(x, first, out_dtype=jnp.float32), np.cumsum(first.parts)[:-1].tolist(), axis=-1)
+        beside = [y.astype(dtype) for y, dtype in zip(each, dtypes, strict=False)]
+        others = weights[len(each) :]
+        return beside + (linears(x, *others, out_dtypes=dtypes[len(each) :]) if others else [])
+    if any(isinstance(w, Packed) for w in weights) and KERNELS.get(target()):
+        return _packed(x, weights, dtypes)
+    return [linear(x, w, out_dtype=dtype) for w, dtype in zip(weights, dtypes, strict=True)]
 
 
-def _packed(x: Array, weights: Sequence[Packed], out_dtypes: Sequence[Any]) -> list[Array]:
+def _packed(x: Array, weights: Sequence[Array | Packed], out_dtypes: Sequence[Any]) -> list[Array]:
     kernel = KERNELS.get(target())
     if kernel is None:
-        whole = (w.take() if isinstance(w, StackedTensor) else w for w in weights)
-        return [linear(x, w.dequantize(x.dtype), out_dtype=dtype) for w, dtype in zip(whole, out_dtypes, strict=True)]
-    if not weights:
-        return []
-    each = [(w.stack, w.layer) if isinstance(w, StackedTensor) else (w, None) for w in weights]
-    results = kernel(x.reshape(-1, x.shape[-1]), each, out_dtypes)
+        whole = [w.take() if isinstance(w, StackedTensor) else w for w in weights]
+        values = [w.dequantize(x.dtype) if isinstance(w, QuantizedTensor) else w for w in whole]
+        return [linear(x, w, out_dtype=dtype) for w, dtype in zip(values, out_dtypes, strict=True)]
+    parts = kernel(x.reshape(-1, x.shape[-1]), _operands(weights), out_dtypes)
+    results = (triton.added(each, dtype) for each, dtype in zip(parts, out_dtypes, strict=True))
     return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in results]
+
+
+def _operands(weights: Sequence[Array | Packed]) -> list[tuple[Array | QuantizedTensor, Array | None]]:
+    return [(w.stack, w.layer) if isinstance(w, StackedTensor) else (w, None) for w in weights]
+
+
+def with_first_in_parts(x: Float[Array, "*rows D"], *weights: Any) -> tuple[Float[Array, "S M O"], list[Array]]:
+    """`linears` into float32, but for the first of the results, which comes as parts to be added in their order by the
+    kernel that reads it. Only where `KERNELS` has one for the target."""
+    parts, *others = KERNELS[target()](x.reshape(-1, x.shape[-1]), _operands(weights), [jnp.float32] * len(weights))
+    return parts, [triton.added(each, jnp.float32).reshape(*x.shape[:-1], each.shape[-1]) for each in others]
 
 
 def take_rows(w: Array | QuantizedTensor, rows: Int[Array, "*B"], dtype: jnp.dtype) -> Float[Array, "*B D"]:

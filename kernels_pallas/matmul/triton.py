@@ -117,13 +117,16 @@ def matmuls(
     interpret: bool = False,
 ) -> list[Float[Array, "M O"]]:
     """`matmul` of the same rows with each (weight, layer), in one launch."""
-    results = []
-    for parts, dtype in zip(matmul_parts(x, weights, out_dtypes, interpret=interpret), out_dtypes, strict=True):
-        total = parts[0]
-        for part in range(1, len(parts)):
-            total = total + parts[part]
-        results.append(total.astype(dtype))
-    return results
+    parts = matmul_parts(x, weights, out_dtypes, interpret=interpret)
+    return [added(each, dtype) for each, dtype in zip(parts, out_dtypes, strict=True)]
+
+
+def added(parts: Float[Array, "S M O"], dtype: Any) -> Float[Array, "M O"]:
+    """The parts of a product in their order."""
+    total = parts[0]
+    for part in range(1, len(parts)):
+        total = total + parts[part]
+    return total.astype(dtype)
 
 
 def matmul_parts(

@@ -9,7 +9,7 @@ from jax import Array
 from kernels_pallas.matmul.triton import FEW
 from kernels_pallas.routing import triton
 
-# (x, router, k) -> (weights, chosen); see `triton.choose_experts`
+# (parts, live, k) -> (weights, chosen); see `triton.choose_experts`
 KERNELS: dict[str, Callable[..., tuple[Array, Array]]] = {"cuda": triton.choose_experts}
 
 

@@ -9,7 +9,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Float
 
 from kernels_pallas.grouped_matmul import expert_mlp
-from kernels_pallas.matmul import linear, linears
+from kernels_pallas.matmul import linear, linears, with_first_in_parts
 from kernels_pallas.routing import pick
 from kernels_pallas.target import target
 from mtpjax.config import ModelConfig
@@ -53,12 +53,13 @@ class Moe(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"], layer: Array | int, live: Bool[Array, "B T"]) -> Array:
         flat, index = x.reshape(-1, x.shape[-1]), jnp.asarray(layer, jnp.int32)
         shared = (w[...] for w in (self.shared_gate, self.shared.gate, self.shared.up))
-        kernel = pick(target(), flat.shape[0])
+        kernel, alive = pick(target(), flat.shape[0]), live.reshape(-1)
         if kernel is None:
             logits, shared_gate, gate, up = linears(x, self.router[...], *shared, out_dtypes=[jnp.float32] * 4)
             weights, chosen, _ = self.route(logits.reshape(-1, self.cfg.experts))
+            routed = expert_mlp(flat, self.gate_up[...], self.down[...], index, chosen, weights, alive)
         else:
-            weights, chosen = kernel(flat, self.router[...].astype(x.dtype), self.cfg.experts_per_token)
-            shared_gate, gate, up = linears(x, *shared, out_dtypes=[jnp.float32] * 3)
-        routed = expert_mlp(flat, self.gate_up[...], self.down[...], index, chosen, weights, live.reshape(-1))
+            parts, (shared_gate, gate, up) = with_first_in_parts(x, self.router[...], *shared)
+            weights, chosen = kernel(parts, alive, self.cfg.experts_per_token)  # of dead rows: none there is
+            routed = expert_mlp(flat, self.gate_up[...], self.down[...], index, chosen, weights)
         return routed.reshape(x.shape) + jax.nn.sigmoid(shared_gate).astype(x.dtype) * self.shared.ending(gate, up, x.dtype)
