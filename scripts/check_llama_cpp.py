@@ -40,6 +40,7 @@ from mtpjax.model import place
 
 FTYPES = {  # llama.h
     "Q8_0": 7, "Q4_0": 2, "Q4_K_S": 14, "Q4_K_M": 15, "Q5_K_S": 16, "Q5_K_M": 17, "Q6_K": 18, "IQ4_NL": 25, "IQ4_XS": 30,
+    "Q2_K": 10, "Q3_K_M": 12, "IQ3_M": 27, "MXFP4_MOE": 38,
 }  # fmt: skip
 PASSAGE = (
     "Alice was beginning to get very tired of sitting by her sister on the bank, and of having nothing to do: once or twice "

@@ -137,7 +137,7 @@ def main() -> None:
         "--mtp-prompt", type=int, nargs="+", metavar="N",
         help="also: a whole prompt of --context tokens, of which the head reads all or the last N",
     )  # fmt: skip
-    parser.add_argument("--unrolled", action="store_true", help="layers one by one, as on a CPU, instead of one scan")
+    parser.add_argument("--unrolled", action="store_true", help="layers one by one, as the engine runs them, instead of one scan")
     args = parser.parse_args()
     if not 1 <= args.chunk <= args.context:
         parser.error(f"--chunk is {args.chunk}; expected 1 ... --context = {args.context}")
