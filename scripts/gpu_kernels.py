@@ -161,7 +161,7 @@ def measure(name: str, make: Case, size: KernelSizes, ceilings: Ceilings, runs: 
 
 def measure_all(smoke: bool, ceilings: Ceilings, go_on: Callable[[str], bool]) -> Iterator[dict[str, Any]]:
     """Every kernel; `go_on(case)` is asked before each."""
-    size, forms = (SMOKE, ("iq4_nl", "q6_k", "fp8")) if smoke else (KernelSizes(), tuple(FORMS))
+    size, forms = (SMOKE, ("iq4_nl", "q6_k")) if smoke else (KernelSizes(), tuple(FORMS))
     for name, make in kernel_cases(size, forms, interpret=target() != "cuda").items():
         if go_on(name):
             yield measure(name, make, size, ceilings, 2 if smoke else 20)

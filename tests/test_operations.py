@@ -57,7 +57,7 @@ def test_mtp_share_of_the_tiny_model():
     assert 1.1 < inner[1] / inner[0] < 1.5
 
 
-@pytest.mark.parametrize("name", [str(TINY), "35b-a3b"])
+@pytest.mark.parametrize("name", [str(TINY), pytest.param("35b-a3b", marks=pytest.mark.slow)])
 def test_a_head_that_reads_the_last_tokens_is_free_at_prefill(name):
     """Of a whole prompt, against MTP off as the engine runs it: without the last layer's unread rows."""
     cfg = config(name)
