@@ -45,6 +45,8 @@ def data_of(name: str, args: tuple[Any, ...], size: KernelSizes) -> tuple[Any, .
     """Random arguments of a case."""
     if name.startswith("deltanet"):
         return delta_data(args)
+    if name.startswith("routing"):
+        return jax.random.normal(jax.random.key(0), args[0].shape), jnp.ones(args[1].shape, bool)
     rng = np.random.default_rng(0)
     leaves, tree = jax.tree.flatten(args)
     keys = jax.random.split(jax.random.key(0), len(leaves))
