@@ -110,8 +110,8 @@ def _product(outer: NDArray[Any] | None, inner: NDArray[Any] | None) -> Any:
 def pack4(indices: NDArray[Any]) -> NDArray[np.uint8]:
     """The low four bits of indices `[..., D]` -> `[..., D/2]`: of each 32 elements byte j holds element j in its low and
     element j + 16 in its high nibble."""
-    halves = indices.reshape(*indices.shape[:-1], -1, 2, 16).astype(np.uint8) & 15
-    packed: NDArray[np.uint8] = (halves[..., 0, :] | halves[..., 1, :] << 4).astype(np.uint8)
+    halves = indices.reshape(*indices.shape[:-1], -1, 2, 16).astype(np.uint8, copy=False)
+    packed: NDArray[np.uint8] = halves[..., 0, :] & np.uint8(15) | halves[..., 1, :] << np.uint8(4)
     return packed.reshape(*indices.shape[:-1], -1)
 
 
@@ -120,13 +120,13 @@ def pack_high(indices: NDArray[Any], bits: int) -> NDArray[Any]:
 
     Number j of a block of 32 holds those of the four bytes from 4 j on of `pack4`, nibble by nibble, the lowest first.
     """
-    kind: Any = np.uint8 if bits == 1 else np.uint16
-    parts = indices.reshape(*indices.shape[:-1], -1, 2, 4, 4) >> 4  # [..., block, half, j, byte]
-    nibbles = np.moveaxis(parts, -3, -1).reshape(*parts.shape[:-3], 4, 8).astype(kind)
-    out = np.zeros(nibbles.shape[:-1], kind)
-    for n in range(8):
-        out |= nibbles[..., n] << kind(bits * n)
-    return out.reshape(*indices.shape[:-1], -1)
+    top = indices.reshape(*indices.shape[:-1], -1, 2, 16).astype(np.uint8, copy=False) >> np.uint8(4)
+    words = (top[..., 0, :] | top[..., 1, :] << np.uint8(bits)).view("<u4")  # byte c: the bits of byte c of `pack4`
+    mask = (1 << 2 * bits) - 1
+    out = words & np.uint32(mask)
+    for c in range(1, 4):
+        out |= words >> np.uint32(c * (8 - 2 * bits)) & np.uint32(mask << 2 * bits * c)
+    return out.astype(np.uint8 if bits == 1 else np.uint16).reshape(*indices.shape[:-1], -1)
 
 
 def unpack_high(high: NDArray[Any], bits: int) -> NDArray[np.uint8]:
