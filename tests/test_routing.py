@@ -9,8 +9,10 @@ import pytest
 from conftest import tiny_config
 from flax import nnx
 
+from checkpoints.quantize import quantize
 from kernels_pallas.matmul import api as matmul_api
 from kernels_pallas.matmul.triton import FEW, matmul_parts
+from kernels_pallas.quantized import QuantizedTensor
 from kernels_pallas.routing import pick
 from kernels_pallas.routing.triton import choose_experts
 from kernels_pallas.target import target
@@ -62,10 +64,18 @@ def test_a_row_is_invariant_to_the_batch_bit_for_bit() -> None:
 
 
 def test_the_model_sends_few_rows_through_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And computes what it computes without."""
-    layer, rng = moe.Moe(tiny_config(moe=True), Shapes(jnp.dtype("float32"))), np.random.default_rng(0)
+    """And computes what it computes without; where nothing is packed, gradients may be wanted, and it is not asked."""
+    cfg, rng = tiny_config(moe=True, hidden_size=64), np.random.default_rng(0)
+    layer = moe.Moe(cfg, Shapes(jnp.dtype("float32")))
     nnx.update(layer, jax.tree.map(lambda w: jnp.asarray(0.3 * rng.normal(size=w.shape), w.dtype), nnx.state(layer)))
-    x, live = jnp.asarray(rng.normal(size=(2, 5, 48)), jnp.float32), rng.random((2, 5)) < 0.8
+    x, live = jnp.asarray(rng.normal(size=(2, 5, 64)), jnp.float32), rng.random((2, 5)) < 0.8
+    monkeypatch.setattr(moe, "pick", lambda *about: pytest.fail("asked"))
+    layer(x, 0, live)
+    monkeypatch.undo()
+    for matrix in ("gate", "up"):
+        packed = quantize(np.asarray(getattr(layer.shared, matrix)[...]), "int8")
+        weight = QuantizedTensor(jnp.asarray(packed.codes), jnp.asarray(packed.scale), None, "codes8", packed.group)
+        setattr(layer.shared, matrix, getattr(layer.shared, matrix).replace(weight))
     plain, asked = layer(x, 0, live), []
     monkeypatch.setitem(matmul_api.KERNELS, target(), partial(matmul_parts, interpret=True))
     monkeypatch.setattr(moe, "pick", lambda *about: asked.append(about) or partial(choose_experts, interpret=True))
