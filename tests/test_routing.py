@@ -1,6 +1,7 @@
-"""The kernel that chooses the experts of a few rows, in interpret mode: against the definition, and its place in the model."""
+"""The kernel that chooses experts, in interpret mode: against the definition, and its place in the model."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from checkpoints.quantize import quantize
 from kernels_pallas.matmul import api as matmul_api
 from kernels_pallas.matmul.triton import FEW, matmul_parts
 from kernels_pallas.quantized import QuantizedTensor
-from kernels_pallas.routing import pick
+from kernels_pallas.routing import KERNELS
 from kernels_pallas.routing.triton import choose_experts
 from kernels_pallas.target import target
 from mtpjax.model import moe
@@ -56,20 +57,21 @@ def test_of_equals_the_first_is_chosen() -> None:
 
 
 def test_a_row_is_invariant_to_the_batch_bit_for_bit() -> None:
-    x, router = rows_of(FEW, 256, "bfloat16")
+    """Also where a call has so many rows that the parts of a sum are added up by one program."""
+    x, router = rows_of(2 * FEW, 256, "bfloat16")
     whole = choose(x, router, k=8)
-    for rows in (slice(0, 1), slice(7, 12), slice(10, 43)):
+    for rows in (slice(0, 1), slice(7, 12), slice(10, 43), slice(20, 21 + FEW)):
         for got, want in zip(choose(x[rows], router, k=8), whole, strict=True):
             assert (np.asarray(got) == np.asarray(want[rows])).all()
 
 
-def test_the_model_sends_few_rows_through_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_packed_model_sends_its_rows_through_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """And computes what it computes without; where nothing is packed, gradients may be wanted, and it is not asked."""
     cfg, rng = tiny_config(moe=True, hidden_size=64), np.random.default_rng(0)
     layer = moe.Moe(cfg, Shapes(jnp.dtype("float32")))
     nnx.update(layer, jax.tree.map(lambda w: jnp.asarray(0.3 * rng.normal(size=w.shape), w.dtype), nnx.state(layer)))
     x, live = jnp.asarray(rng.normal(size=(2, 5, 64)), jnp.float32), rng.random((2, 5)) < 0.8
-    monkeypatch.setattr(moe, "pick", lambda *about: pytest.fail("asked"))
+    monkeypatch.setitem(KERNELS, target(), lambda *about: pytest.fail("asked"))
     layer(x, 0, live)
     monkeypatch.undo()
     for matrix in ("gate", "up"):
@@ -77,8 +79,13 @@ def test_the_model_sends_few_rows_through_the_kernel(monkeypatch: pytest.MonkeyP
         weight = QuantizedTensor(jnp.asarray(packed.codes), jnp.asarray(packed.scale), None, "codes8", packed.group)
         setattr(layer.shared, matrix, getattr(layer.shared, matrix).replace(weight))
     plain, asked = layer(x, 0, live), []
+
+    def chosen(*given: Any) -> Any:
+        asked.append([np.shape(a) for a in given])
+        return choose_experts(*given, interpret=True)
+
     monkeypatch.setitem(matmul_api.KERNELS, target(), partial(matmul_parts, interpret=True))
-    monkeypatch.setattr(moe, "pick", lambda *about: asked.append(about) or partial(choose_experts, interpret=True))
+    monkeypatch.setitem(KERNELS, target(), chosen)
     np.testing.assert_allclose(layer(x, 0, live), plain, atol=1e-5)
-    assert asked == [(target(), 10)]
-    assert pick("cuda", FEW) is choose_experts and pick("cuda", FEW + 1) is None and pick("cpu", 1) is None
+    assert asked == [[(1, 10, cfg.experts), (10,), ()]]
+    assert KERNELS["cuda"] is choose_experts

@@ -1,5 +1,5 @@
-"""The choice of experts for a few rows."""
+"""The choice of experts."""
 
-from kernels_pallas.routing.api import pick
+from kernels_pallas.routing.api import KERNELS
 
-__all__ = ["pick"]
+__all__ = ["KERNELS"]

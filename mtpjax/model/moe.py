@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 
 from kernels_pallas.grouped_matmul import expert_mlp
 from kernels_pallas.matmul import Packed, linear, linears, with_first_in_parts
-from kernels_pallas.routing import pick
+from kernels_pallas.routing import KERNELS
 from kernels_pallas.target import target
 from mtpjax.config import ModelConfig
 from mtpjax.model.params import Shapes
@@ -53,7 +53,7 @@ class Moe(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"], layer: Array | int, live: Bool[Array, "B T"]) -> Array:
         flat, index = x.reshape(-1, x.shape[-1]), jnp.asarray(layer, jnp.int32)
         shared, alive = [w[...] for w in (self.shared_gate, self.shared.gate, self.shared.up)], live.reshape(-1)
-        kernel = pick(target(), flat.shape[0]) if isinstance(shared[-1], Packed) else None  # plain models train, too
+        kernel = KERNELS.get(target()) if isinstance(shared[-1], Packed) else None  # plain models train, too
         if kernel is None:
             logits, shared_gate, gate, up = linears(x, self.router[...], *shared, out_dtypes=[jnp.float32] * 4)
             weights, chosen, _ = self.route(logits.reshape(-1, self.cfg.experts))
