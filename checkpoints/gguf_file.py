@@ -106,11 +106,7 @@ class GgufFile:
             return None
 
         def whole(part: GgufTensor) -> PackedArray:
-            row_bytes = part.shape[-1] // part.type.elements * part.type.size
-            raw = np.fromfile(part.file, np.uint8, part.nbytes, offset=part.offset)
-            if raw.size != part.nbytes:
-                raise CheckpointError(f"{part.file}: ends inside {part.name!r}; it was longer when it was opened.")
-            rows = repack_rows(part.type, raw.reshape(-1, row_bytes))
+            rows = concatenated([repack_rows(part.type, raw) for _, raw in self._pieces(part)], axis=0)
             return rows.each(lambda x: x.reshape(*part.shape[:-1], -1))
 
         if how == "gate and up":
@@ -129,7 +125,9 @@ class GgufFile:
     def _stream(self, tensor: GgufTensor, out: NDArray[Any]) -> None:
         """Values of a tensor as stored, some rows at a time, into `out` of the same shape (views are welcome)."""
         flat = out.reshape(-1, *out.shape[-1:]) if out.ndim == 1 or out.flags.c_contiguous else None
-        for start, values in self._pieces(tensor):
+        for start, raw in self._pieces(tensor):
+            with np.errstate(invalid="ignore", over="ignore"):
+                values = unpack_rows(tensor.type, raw)
             if flat is not None:
                 flat[start : start + len(values)] = values
                 continue
@@ -137,8 +135,8 @@ class GgufFile:
             for row, value in enumerate(values, start):
                 out[row // per, row % per] = value
 
-    def _pieces(self, tensor: GgufTensor) -> Iterator[tuple[int, NDArray[Any]]]:
-        """First row and values `[rows, D]` of the pieces of a tensor."""
+    def _pieces(self, tensor: GgufTensor) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+        """First row and bytes `[rows, bytes of a row]` of the pieces of a tensor."""
         width = tensor.shape[-1]
         rows, row_bytes = int(np.prod(tensor.shape[:-1], dtype=np.int64)), width // tensor.type.elements * tensor.type.size
         step = max(1, PIECE_ELEMENTS // width)
@@ -152,8 +150,7 @@ class GgufFile:
                         raise CheckpointError(
                             f"{tensor.file}: ends inside {tensor.name!r}; it was longer when it was opened. Download it again."
                         )
-                    with np.errstate(invalid="ignore", over="ignore"):
-                        yield start, unpack_rows(tensor.type, raw.reshape(count, row_bytes))
+                    yield start, raw.reshape(count, row_bytes)
         except OSError as error:
             raise unreadable(tensor.file, error) from error
 
