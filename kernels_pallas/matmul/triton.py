@@ -81,13 +81,17 @@ def _tile(
         w = load_tile(form, weight, index, o, first, form.step, shape, x_ref.dtype, select)
         return acc + dot(w, load_rows(form, x_ref, m, first * form.slots, form.step * form.slots))
 
+    zero = jnp.zeros((o.size, m.size), jnp.float32)
+
     def part(p: Array | int) -> Array:
-        zero = jnp.zeros((o.size, m.size), jnp.float32)
         return lax.fori_loop(0, product.turns, lambda i, acc: step(p * product.turns + i, acc), zero)
 
-    total = part(0 if split is None else split)
-    for p in range(1, product.splits if split is None else 1):
-        total = total + part(p)
+    if split is not None:
+        total = part(split)
+    elif product.splits == 1:
+        total = part(0)
+    else:  # a loop: written out, sixteen parts would be sixteen times the code to compile
+        total = lax.fori_loop(0, product.splits, lambda p, total: total + part(p), zero)
     row, col = grid(m, o)
     plt.store(y_ref.at[0 if split is None else split, row, col], total.T.astype(y_ref.dtype), mask=(row < rows) & (col < out))
 
