@@ -70,7 +70,8 @@ def balance(p: Float[Array, "N E"], chosen: Int[Array, "N K"]) -> Float[Array, "
 def recording(seen: list[Array]) -> Any:
     """While this patch is on, `Moe.route` leaves its balance loss in `seen`: the model itself returns none.
 
-    Layers of a stack of one are unrolled, so the values belong to the trace that called the model.
+    Unrolled layers with a plain number of blocks are no call of their own, so the values belong to the trace that called
+    the model.
     """
     route = Moe.route
 

@@ -110,27 +110,8 @@ def matmul(
         w: `[O, D]`, or with `layer` (int32 scalar) a stack `[L, O, D]` of which that one is read in place.
         interpret: run as plain `jnp`, on any device.
     """
-    return matmuls(x, [(w, layer)], [out_dtype], interpret=interpret)[0]
-
-
-def matmuls(
-    x: Float[Array, "M D"],
-    weights: Sequence[tuple[Array | QuantizedTensor, Array | None]],
-    out_dtypes: Sequence[Any],
-    *,
-    interpret: bool = False,
-) -> list[Float[Array, "M O"]]:
-    """`matmul` of the same rows with each (weight, layer), in one launch."""
-    parts = matmul_parts(x, weights, out_dtypes, interpret=interpret)
-    return [added(each, dtype) for each, dtype in zip(parts, out_dtypes, strict=True)]
-
-
-def added(parts: Float[Array, "S M O"], dtype: Any) -> Float[Array, "M O"]:
-    """The parts of a product in their order."""
-    total = parts[0]
-    for part in range(1, len(parts)):
-        total = total + parts[part]
-    return total.astype(dtype)
+    [parts] = matmul_parts(x, [(w, layer)], [out_dtype], interpret=interpret)
+    return added(parts, out_dtype)
 
 
 def matmul_parts(
@@ -140,7 +121,8 @@ def matmul_parts(
     *,
     interpret: bool = False,
 ) -> list[Float[Array, "S M O"]]:
-    """The parts of each result of `matmuls`, to be added in their order: of its dtype if there is one, else float32."""
+    """`matmul` of the same rows with each (weight, layer), in one launch: the parts of each result, to be `added` in their
+    order; of its dtype if there is one, else float32."""
     rows = x.shape[0]
     few = rows <= FEW
     row_tile = 64 if not few else 16 if rows <= 16 else 32 if rows <= 32 else 64
@@ -171,3 +153,11 @@ def matmul_parts(
         interpret=interpret,
         name="matmul_" + "_".join(dict.fromkeys(product.form.layout for product in products)),
     )(index, x, *operands)
+
+
+def added(parts: Float[Array, "S M O"], dtype: Any) -> Float[Array, "M O"]:
+    """The parts of a product in their order."""
+    total = parts[0]
+    for part in range(1, len(parts)):
+        total = total + parts[part]
+    return total.astype(dtype)
