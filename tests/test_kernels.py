@@ -120,6 +120,15 @@ def test_matmul_reads_one_layer_of_a_stack() -> None:
 
 
 @pytest.mark.parametrize("rows", [5, 80])
+@pytest.mark.parametrize("name", ["iq4_nl", "q6_k", "q8_0", "fp8"])
+def test_matmul_whose_splits_are_not_of_one_length(name: str, rows: int) -> None:
+    """20 steps in 8 splits of 3, as in models of 2,560 channels: what lies behind the end of a row is no part of it."""
+    w = packed(name, (128, 2560))
+    x = np.random.default_rng(rows).normal(size=(rows, 2560)).astype(np.float32)
+    assert_close(product(x, w), x.astype(np.float64) @ dense(w, "float32").T, "float32")
+
+
+@pytest.mark.parametrize("rows", [5, 80])
 def test_several_weights_in_one_launch_give_what_each_gives_alone(rows: int) -> None:
     """Bit for bit: of other forms and sizes, with other numbers of splits, a stack, and a plain array among them."""
     plain = np.random.default_rng(2).normal(size=(40, 2048)).astype(np.float32)

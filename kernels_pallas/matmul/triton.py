@@ -44,8 +44,13 @@ class Product(NamedTuple):
     lead: bool  # whether the weight is a stack
     first: int  # its first tile of the result
     tiles: int
-    turns: int  # steps of a split
+    steps: int
     splits: int
+
+    @property
+    def turns(self) -> int:
+        """Steps of a split; the last ones may have fewer or none."""
+        return -(-self.steps // self.splits)
 
 
 def _kernel(
@@ -84,7 +89,11 @@ def _tile(
     zero = jnp.zeros((o.size, m.size), jnp.float32)
 
     def part(p: Array | int) -> Array:
-        return lax.fori_loop(0, product.turns, lambda i, acc: step(p * product.turns + i, acc), zero)
+        first = p * product.turns
+        turns: Array | int = product.turns
+        if product.steps % product.splits:  # no step begins behind the end of a row, where nothing is masked
+            turns = jnp.clip(product.steps - first, 0, turns)
+        return lax.fori_loop(0, turns, lambda i, acc: step(first + i, acc), zero)
 
     if split is not None:
         total = part(split)
@@ -135,7 +144,7 @@ def matmul_parts(
         out, steps = parts[0].shape[-2], -(-parts[0].shape[-1] // form.step)
         splits = splits_of(out, steps)
         products.append(
-            Product(form, len(parts), layer is not None, tiles, -(-out // out_tile), -(-steps // splits), splits)
+            Product(form, len(parts), layer is not None, tiles, -(-out // out_tile), steps, splits)
         )
         operands += parts
         tiles += products[-1].tiles
