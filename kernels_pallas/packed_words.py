@@ -225,6 +225,11 @@ def grid(rows: Array, cols: Array) -> tuple[Array, Array]:
     return jnp.broadcast_to(rows[:, None], shape), jnp.broadcast_to(cols[None, :], shape)
 
 
+def power(size: int) -> int:
+    """The power of two that holds so many: kernels' arrays have such sizes."""
+    return 1 << (size - 1).bit_length()
+
+
 def load_rows(form: Form, x_ref: Any, rows: Array, first: Array, count: int) -> Float[Array, "rows count"]:
     """Inside a kernel: elements `first ... first + count - 1` of rows of `x_ref`, zero beyond either end, in the order in
     which words of `form` are unpacked.

@@ -17,11 +17,11 @@ from flax import struct
 from jax import Array, lax
 from jaxtyping import Float, Int, UInt32
 
+from kernels_pallas.sampling import KERNELS, least_kept
 from kernels_pallas.target import target
 from mtpjax.penalties import Penalties
 
 STOPS = 8  # stop tokens a request can have
-DIGIT = 4  # bits of a threshold found by one pass over the logits
 
 
 class Kept(struct.PyTreeNode):
@@ -60,15 +60,21 @@ def choose(
     if vocab < logits.shape[-1]:
         logits = jnp.where(jnp.arange(logits.shape[-1]) < vocab, logits, -jnp.inf)
 
-    def sampled(kept: Kept | None, logits: Array) -> Array:
-        def row(at: tuple[Array, Array]) -> Array:
-            row_logits, row_positions = at
-            noise = jax.vmap(gumbel_noise, (0, 0, None))(requests.seed, row_positions, logits.shape[-1])
-            if kept is not None:
-                row_logits = likeliest(row_logits, requests.temperature, kept)
-            return best(row_logits + requests.temperature[:, None] * noise)
+    batch, rows, size = logits.shape
 
-        return lax.map(row, (logits.swapaxes(0, 1), positions.T)).T
+    def sampled(kept: Kept | None, logits: Array) -> Array:
+        def some(logits: Array, positions: Array, requests: Requests, kept: Kept | None) -> Array:
+            """A token for each logits `[N, V]`."""
+            noise = jax.vmap(gumbel_noise, (0, 0, None))(requests.seed, positions, size)
+            if kept is not None:
+                logits = likeliest(logits, requests.temperature, kept)
+            return best(logits + requests.temperature[:, None] * noise)
+
+        if target() == "cpu":  # row by row: noise of all rows would be written to memory first
+            turns = logits.swapaxes(0, 1), positions.T
+            return lax.map(lambda row: some(row[0], row[1], requests, kept), turns).T
+        each, theirs = jax.tree.map(lambda of_request: jnp.repeat(of_request, rows, axis=0), (requests, kept))
+        return some(logits.reshape(-1, size), positions.reshape(-1), each, theirs).reshape(batch, rows)
 
     # The dearest way that some request needs: the first token, a sample of all tokens, a sample of some.
     ways: list[Callable[[Array], Array]] = [best, partial(sampled, None)]
@@ -87,36 +93,10 @@ def likeliest(logits: Float[Array, "B V"], temperature: Float[Array, " B"], kept
     renormalised, the fewest that have `top_p` together; of those, the ones at least `min_p` times as probable as the first. Of
     equally probable tokens all stay or none. At T = 0 the first token is the choice in any case.
     """
-    heat, first = jnp.where(temperature > 0, temperature, 1)[:, None], jnp.max(logits, axis=-1, keepdims=True)
-    order = _order(logits)
-    count = jnp.where(kept.top_k > 0, kept.top_k, logits.shape[-1]).astype(jnp.float32)
-    least = _highest(order, jnp.ones_like(logits), count)
-    mass = jnp.where(order >= least[:, None], jnp.exp((logits - first) / heat), 0)
-    nucleus = _highest(order, mass, kept.top_p * jnp.sum(mass, axis=-1))
-    least = jnp.where(kept.top_p < 1, jnp.maximum(least, nucleus), least)
-    probable = logits >= first + heat * jnp.log(kept.min_p)[:, None]
-    return jnp.where((order >= least[:, None]) & probable, logits, -jnp.inf)
-
-
-def _order(values: Float[Array, "B V"]) -> UInt32[Array, "B V"]:
-    """Whole numbers in the order of the float32 `values`; the two zeros are one."""
-    bits = lax.bitcast_convert_type(jnp.where(values == 0, 0, values), jnp.uint32)
-    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
-
-
-def _highest(order: UInt32[Array, "B V"], weights: Float[Array, "B V"], wanted: Float[Array, " B"]) -> UInt32[Array, " B"]:
-    """The highest threshold such that the tokens at or above it weigh `wanted` together; 0 where all weigh less.
-
-    Found digit by digit, without sorting: each pass weighs what lies above every value that the next digit can have.
-    """
-    digits = jnp.arange(1, 1 << DIGIT, dtype=jnp.uint32)
-    least = jnp.zeros(order.shape[:1], jnp.uint32)
-    for shift in range(32 - DIGIT, -1, -DIGIT):
-        tried = least[:, None] | digits << shift
-        above = jnp.where(order[:, None, :] >= tried[:, :, None], weights[:, None, :], 0)
-        enough = jnp.sum(above, axis=-1) >= wanted[:, None]
-        least = jnp.max(jnp.where(enough, tried, least[:, None]), axis=-1)
-    return least
+    heat, first = jnp.where(temperature > 0, temperature, 1), jnp.max(logits, axis=-1)
+    least = KERNELS.get(target(), least_kept)(logits, first, heat, kept.top_k, kept.top_p)
+    least = jnp.maximum(least, first + heat * jnp.log(kept.min_p))
+    return jnp.where(logits >= least[:, None], logits, -jnp.inf)
 
 
 def best(logits: Float[Array, "*rows V"]) -> Int[Array, "*rows"]:

@@ -17,6 +17,7 @@ from kernels_pallas.grouped_matmul.triton import grouped_mlp
 from kernels_pallas.matmul.triton import matmul
 from kernels_pallas.quantized import QuantizedTensor
 from kernels_pallas.routing.triton import choose_experts
+from kernels_pallas.sampling.triton import least_kept
 from mtpjax.cache import new_cache, slots_for
 from mtpjax.config import preset
 from mtpjax.loading import storage
@@ -100,6 +101,7 @@ class KernelSizes:
     heads: tuple[int, int, int] = (16, 2, 256)  # of queries, of keys and values, size
     linear: tuple[int, int, int] = (16, 32, 128)  # DeltaNet: key heads, value heads, size of both
     context: int = CONTEXT
+    vocab: int = 248_320
     rows: tuple[tuple[str, int], ...] = (("decode", 5), ("prefill", 2048))
 
 
@@ -137,8 +139,14 @@ def kernel_cases(
             spec((16, rows, size.experts), jnp.float32), spec((rows,), jnp.bool_),
         )  # fmt: skip
 
+    def sampling_case() -> tuple[Any, tuple[Any, ...]]:
+        rows = dict(size.rows)["decode"]
+        each = spec((rows,), jnp.float32)
+        return jax.jit(call(least_kept)), (spec((rows, size.vocab), jnp.float32), each, each, spec((rows,), jnp.int32), each)
+
+    single = {"deltanet decode": window_case, "routing decode": routing_case, "sampling decode": sampling_case}
     attention = {f"attention {regime}": partial(attention_case, rows) for regime, rows in size.rows}
-    return {"deltanet decode": window_case, "routing decode": routing_case} | attention | {
+    return single | attention | {
         f"{op} {form} {regime}": partial(make, form, rows)
         for op, make in (("linear", linear_case), ("experts", experts_case))
         for form in forms

@@ -15,11 +15,13 @@ from cuda_cases import FORMS, Case, KernelSizes, kernel_cases
 from roofline import Ceilings, seconds
 
 from kernels_pallas.quantized import QuantizedTensor
+from kernels_pallas.sampling import least_kept
+from kernels_pallas.sampling.triton import LISTED
 from kernels_pallas.target import target
 
 SMOKE = KernelSizes(
     hidden=256, layers=2, experts=4, chosen=2, expert_size=256, heads=(4, 2, 64), context=512, linear=(2, 4, 32),
-    rows=(("decode", 3), ("prefill", 32)),
+    vocab=9_000, rows=(("decode", 3), ("prefill", 32)),
 )  # fmt: skip
 CHECKED = 4  # rows compared with the reference: the last ones
 BOUND = 2e-2  # of the largest magnitude: bfloat16 operands and results
@@ -47,6 +49,9 @@ def data_of(name: str, args: tuple[Any, ...], size: KernelSizes) -> tuple[Any, .
         return delta_data(args)
     if name.startswith("routing"):
         return jax.random.normal(jax.random.key(0), args[0].shape), jnp.ones(args[1].shape, bool)
+    if name.startswith("sampling"):
+        logits, each = 3 * jax.random.normal(jax.random.key(0), args[0].shape), jnp.ones(args[1].shape)
+        return logits, jnp.max(logits, axis=-1), 0.7 * each, (20 * each).astype(jnp.int32), 0.95 * each
     rng = np.random.default_rng(0)
     leaves, tree = jax.tree.flatten(args)
     keys = jax.random.split(jax.random.key(0), len(leaves))
@@ -99,6 +104,8 @@ def reference(name: str, args: tuple[Any, ...]) -> jax.Array:
         p = jax.nn.softmax(jnp.sum(args[0], axis=0)[-CHECKED:])
         weights, _ = jax.lax.top_k(p, SMOKE.chosen if p.shape[1] == SMOKE.experts else KernelSizes().chosen)
         return weights / jnp.sum(weights, axis=-1, keepdims=True)
+    if op == "sampling":
+        return jax.jit(least_kept)(*(part[-CHECKED:] for part in args))
     if op == "deltanet":
         *rows, states, layer = args
         u, beta, g, state = (np.float64(x[0]) for x in (*rows, states[layer]))
@@ -135,6 +142,8 @@ def least(name: str, args: tuple[Any, ...], size: KernelSizes) -> tuple[float, f
         return 2 * k.nbytes / size.layers + 2 * q.nbytes, 4.0 * rows * heads * each * size.context
     if op == "routing":
         return args[0].nbytes, 4.0 * args[0].size
+    if op == "sampling":
+        return args[0].nbytes, 3.0 * LISTED * args[0].size
     if op == "deltanet":
         u, _, _, state, _ = args
         one = state.nbytes / state.shape[0]

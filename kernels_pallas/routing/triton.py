@@ -17,16 +17,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Bool, Float, Int
 
-
-def _power(size: int) -> int:
-    """The power of two that holds so many."""
-    return 1 << (size - 1).bit_length()
+from kernels_pallas.packed_words import power
 
 
 def _choose_kernel(parts_ref: Any, live_ref: Any, weights_ref: Any, chosen_ref: Any, *, k: int) -> None:
     """One row: the sum of its logits' parts, softmax, and the `k` largest, one after the other."""
     parts, _, experts = parts_ref.shape
-    row, expert, place = pl.program_id(0), jnp.arange(_power(experts)), jnp.arange(_power(k))
+    row, expert, place = pl.program_id(0), jnp.arange(power(experts)), jnp.arange(power(k))
     logits = jnp.zeros(expert.shape, jnp.float32)
     for part in range(parts):
         logits = logits + plt.load(parts_ref.at[part, row, expert], mask=expert < experts, other=0)
