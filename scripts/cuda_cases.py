@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kernels_pallas.attention.triton import attend_cache
-from kernels_pallas.deltanet.triton import delta_window
+from kernels_pallas.deltanet.triton import Fixed, Projected, delta_window
 from kernels_pallas.grouped_matmul.triton import grouped_mlp
 from kernels_pallas.matmul.triton import matmul
 from kernels_pallas.quantized import QuantizedTensor
@@ -128,16 +128,21 @@ def kernel_cases(
         return jax.jit(call(attend_cache)), (spec((1, rows, q, each), jnp.bfloat16), cache, cache, *where)
 
     def window_case() -> tuple[Any, tuple[Any, ...]]:
-        (keys, values, each), rows, f32 = size.linear, dict(size.rows)["decode"], jnp.float32
-        u, gates = spec((1, rows, (2 * keys + values) * each), f32), spec((1, rows, values), f32)
-        state = spec((size.layers, 1, values, each, each), f32)
-        return jax.jit(call(delta_window)), (u, gates, gates, state, spec((), jnp.int32))
+        (keys, values, each), rows, f32, one = size.linear, dict(size.rows)["decode"], jnp.float32, spec((1,), jnp.int32)
+        channels = (2 * keys + values) * each
+        gates, of_heads = spec((16, rows, values), f32), spec((values,), f32)
+        projected = Projected(spec((1, rows, channels), jnp.bfloat16), gates, gates)
+        fixed = Fixed(spec((channels, 4), jnp.bfloat16), of_heads, of_heads)
+        before, state = spec((size.layers, 1, 3, channels), jnp.bfloat16), spec((size.layers, 1, values, each, each), f32)
+        return jax.jit(partial(call(delta_window), dtype=jnp.bfloat16)), (
+            projected, fixed, before, state, spec((), jnp.int32), one, one,
+        )  # fmt: skip
 
     def routing_case() -> tuple[Any, tuple[Any, ...]]:
-        rows = dict(size.rows)["decode"]
-        return jax.jit(partial(call(choose_experts), k=size.chosen)), (
-            spec((16, rows, size.experts), jnp.float32), spec((rows,), jnp.bool_),
-        )  # fmt: skip
+        rows, hidden = dict(size.rows)["decode"], size.expert_size
+        parts = (spec((splits, rows, out), jnp.float32) for splits, out in ((16, size.experts), (8, hidden), (8, hidden)))
+        kernel = partial(call(choose_experts), k=size.chosen, dtype=jnp.bfloat16)
+        return jax.jit(kernel), (*parts, spec((rows,), jnp.bool_))
 
     def sampling_case() -> tuple[Any, tuple[Any, ...]]:
         rows = dict(size.rows)["decode"]

@@ -14,6 +14,7 @@ import numpy as np
 from cuda_cases import FORMS, Case, KernelSizes, kernel_cases
 from roofline import Ceilings, seconds
 
+from kernels_pallas.deltanet import Fixed, Projected
 from kernels_pallas.quantized import QuantizedTensor
 from kernels_pallas.sampling import least_kept
 from kernels_pallas.sampling.triton import LISTED
@@ -48,7 +49,8 @@ def data_of(name: str, args: tuple[Any, ...], size: KernelSizes) -> tuple[Any, .
     if name.startswith("deltanet"):
         return delta_data(args)
     if name.startswith("routing"):
-        return jax.random.normal(jax.random.key(0), args[0].shape), jnp.ones(args[1].shape, bool)
+        parts = (jax.random.normal(jax.random.key(i), part.shape) for i, part in enumerate(args[:3]))
+        return *parts, jnp.ones(args[3].shape, bool)
     if name.startswith("sampling"):
         logits, each = 3 * jax.random.normal(jax.random.key(0), args[0].shape), jnp.ones(args[1].shape)
         return logits, jnp.max(logits, axis=-1), 0.7 * each, (20 * each).astype(jnp.int32), 0.95 * each
@@ -74,10 +76,12 @@ def data_of(name: str, args: tuple[Any, ...], size: KernelSizes) -> tuple[Any, .
 
 
 def delta_data(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Rows as the model makes them: step sizes between 0 and 1, decay below 0."""
-    keys = jax.random.split(jax.random.key(0), len(args) - 1)
-    u, beta, g, state = (jax.random.normal(key, spec.shape, spec.dtype) for key, spec in zip(keys, args[:-1], strict=True))
-    return u, jax.nn.sigmoid(beta), -jax.nn.softplus(g), state, jnp.int32(state.shape[0] - 1)
+    """A window whose rows are all live; gates of moderate size."""
+    leaves, tree = jax.tree.flatten(args[:4])
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    made = [jax.random.normal(key, x.shape, x.dtype) / 2 for key, x in zip(keys, leaves, strict=True)]
+    rows = jnp.full(1, args[0].qkv.shape[1], jnp.int32)
+    return *jax.tree.unflatten(tree, made), jnp.int32(args[3].shape[0] - 1), 0 * rows, rows
 
 
 def whole(w: Any, layer: Any = ...) -> jax.Array:
@@ -107,19 +111,7 @@ def reference(name: str, args: tuple[Any, ...]) -> jax.Array:
     if op == "sampling":
         return jax.jit(least_kept)(*(part[-CHECKED:] for part in args))
     if op == "deltanet":
-        *rows, states, layer = args
-        u, beta, g, state = (np.float64(x[0]) for x in (*rows, states[layer]))
-        heads, each, width = state.shape
-        keys = (u.shape[1] - heads * width) // (2 * each)
-        q, k = (u[:, i * keys * each : (i + 1) * keys * each].reshape(-1, keys, each) for i in range(2))
-        q, k = (np.repeat(x / np.sqrt((x * x).sum(-1, keepdims=True) + 1e-6), heads // keys, axis=1) for x in (q, k))
-        v, out = u[:, 2 * keys * each :].reshape(-1, heads, width), []
-        for t in range(len(u)):
-            state = state * np.exp(g[t])[:, None, None]
-            d = beta[t][:, None] * (v[t] - np.einsum("mkv,mk->mv", state, k[t]))
-            state = state + k[t][:, :, None] * d[:, None]
-            out.append(np.einsum("mkv,mk->mv", state, q[t]) / math.sqrt(each))
-        return jnp.array(out[-CHECKED:], jnp.float32)
+        return jnp.array(recurrence(*args[:5])[-CHECKED:], jnp.float32)
     x, gate_up, down, layer, chosen, weights, _ = args
     rows, chosen, weights = x[-CHECKED:].astype(jnp.float32), chosen[-CHECKED:], weights[-CHECKED:]
     gates, downs = whole(gate_up, layer), whole(down, layer)
@@ -128,6 +120,26 @@ def reference(name: str, args: tuple[Any, ...]) -> jax.Array:
         gate, up = jnp.split(dot("nd,nod->no", rows, gates[chosen[:, slot]]), 2, axis=-1)
         total += weights[:, slot, None] * dot("ni,ndi->nd", jax.nn.silu(gate) * up, downs[chosen[:, slot]])
     return total
+
+
+def recurrence(projected: Projected, fixed: Fixed, before: Any, states: Any, layer: Any) -> np.ndarray:
+    """Outputs `[W, M, V]` of a window behind the state of a layer, row by row in float64."""
+    taps, a_log, dt_bias = (np.float64(x) for x in fixed)
+    qkv, b, a = (np.float64(parts).sum(0) for parts in projected)
+    state, inputs = np.float64(states[layer, 0]), np.concatenate([np.float64(before[layer, 0]), qkv])
+    heads, each, width = state.shape
+    keys, out = (qkv.shape[1] - heads * width) // (2 * each), []
+    g, beta = -np.exp(a_log) * np.log1p(np.exp(a + dt_bias)), 1 / (1 + np.exp(-b))
+    for t in range(len(qkv)):
+        u = (inputs[t : t + taps.shape[1]] * taps.T).sum(0)
+        u = u / (1 + np.exp(-u))
+        q, k = u[: 2 * keys * each].reshape(2, keys, each)
+        q, k = (np.repeat(x / np.sqrt((x * x).sum(-1, keepdims=True) + 1e-6), heads // keys, axis=0) for x in (q, k))
+        state = state * np.exp(g[t])[:, None, None]
+        v = u[2 * keys * each :].reshape(heads, width)
+        state = state + k[:, :, None] * (beta[t][:, None] * (v - np.einsum("mkv,mk->mv", state, k)))[:, None]
+        out.append(np.einsum("mkv,mk->mv", state, q) / math.sqrt(each))
+    return np.array(out)
 
 
 def least(name: str, args: tuple[Any, ...], size: KernelSizes) -> tuple[float, float]:
@@ -145,9 +157,9 @@ def least(name: str, args: tuple[Any, ...], size: KernelSizes) -> tuple[float, f
     if op == "sampling":
         return args[0].nbytes, 3.0 * LISTED * args[0].size
     if op == "deltanet":
-        u, _, _, state, _ = args
+        (qkv, *_), _, _, state, *_ = args
         one = state.nbytes / state.shape[0]
-        return one + 2 * u.nbytes, 8.0 * u.shape[1] * one / 4
+        return one + 2 * qkv.nbytes, 8.0 * qkv.shape[1] * one / 4
     x, gate_up, down, _, chosen = args[:5]
     touched, matrices = len(np.unique(np.asarray(chosen))), size.layers * size.experts
     flops = 2.0 * chosen.size * (math.prod(gate_up.shape) + math.prod(down.shape)) / matrices

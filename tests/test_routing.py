@@ -20,12 +20,13 @@ from kernels_pallas.target import target
 from mtpjax.model import moe
 from mtpjax.model.params import Shapes
 
-_choose = jax.jit(partial(choose_experts, interpret=True), static_argnames="k")
+_choose = jax.jit(partial(choose_experts, interpret=True), static_argnames=("k", "dtype"))
 
 
 def choose(x: jax.Array, router: jax.Array, k: int, live: np.ndarray | None = None) -> tuple[jax.Array, jax.Array]:
     [parts] = matmul_parts(x, [(router, None)], [jnp.float32], interpret=True)
-    return _choose(parts, np.ones(len(x), bool) if live is None else live, k=k)
+    gate, up = (jnp.zeros((1, len(x), 8)) for _ in range(2))
+    return _choose(parts, gate, up, np.ones(len(x), bool) if live is None else live, k=k, dtype="float32")[:2]
 
 
 def rows_of(rows: int, experts: int, dtype: str) -> tuple[jax.Array, jax.Array]:
@@ -56,6 +57,18 @@ def test_of_equals_the_first_is_chosen() -> None:
     assert (weights[:, 0] == weights[:, 2]).all() and (weights[:, 3] == weights[:, 4]).all()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_shared_expert_is_activated(dtype: str) -> None:
+    """Of a size that is no power of two, in other numbers of parts than the logits."""
+    rng = np.random.default_rng(0)
+    gate, up = (rng.normal(size=(parts, 5, 96)).astype(np.float32) for parts in (1, 4))
+    hidden = _choose(jnp.zeros((2, 5, 16)), gate, up, np.ones(5, bool), k=2, dtype=dtype)[2]
+    wide, up = (np.float64(part).sum(0) for part in (gate, up))
+    assert hidden.dtype == dtype
+    exact = 1e-5 if dtype == "float32" else 1e-2
+    np.testing.assert_allclose(np.float64(hidden), wide / (1 + np.exp(-wide)) * up, rtol=exact, atol=1e-6)
+
+
 def test_a_row_is_invariant_to_the_batch_bit_for_bit() -> None:
     """Also where a call has so many rows that the parts of a sum are added up by one program."""
     x, router = rows_of(2 * FEW, 256, "bfloat16")
@@ -81,11 +94,12 @@ def test_a_packed_model_sends_its_rows_through_the_kernel(monkeypatch: pytest.Mo
     plain, asked = layer(x, 0, live), []
 
     def chosen(*given: Any) -> Any:
-        asked.append([np.shape(a) for a in given])
+        asked.append([np.shape(a) for a in given[:5]])
         return choose_experts(*given, interpret=True)
 
     monkeypatch.setitem(matmul_api.KERNELS, target(), partial(matmul_parts, interpret=True))
     monkeypatch.setitem(KERNELS, target(), chosen)
     np.testing.assert_allclose(layer(x, 0, live), plain, atol=1e-5)
-    assert asked == [[(1, 10, cfg.experts), (10,), ()]]
+    hidden = [(1, 10, cfg.shared_expert_size)] * 2
+    assert asked == [[(1, 10, cfg.experts), *hidden, (10,), ()]]
     assert KERNELS["cuda"] is choose_experts

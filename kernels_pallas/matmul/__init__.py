@@ -1,5 +1,5 @@
 """Matrix products of activations with stored weights."""
 
-from kernels_pallas.matmul.api import Packed, linear, linears, take_rows, with_first_in_parts
+from kernels_pallas.matmul.api import Packed, added, linear, linears, linears_in_parts, take_rows
 
-__all__ = ["Packed", "linear", "linears", "take_rows", "with_first_in_parts"]
+__all__ = ["Packed", "added", "linear", "linears", "linears_in_parts", "take_rows"]

@@ -42,7 +42,10 @@ def linear(
         `[*rows, O]`.
     """
     if isinstance(w, Packed):
-        return _packed(x, [w], [out_dtype or x.dtype])[0]
+        if KERNELS.get(target()):
+            return linears(x, w, out_dtypes=[out_dtype])[0]
+        w = w.take() if isinstance(w, StackedTensor) else w
+        w = w.dequantize(x.dtype)
     # float32 rows ask for float32 products: a GPU would otherwise round the operands to TF32.
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     rows = math.prod(x.shape[:-1])
@@ -75,30 +78,27 @@ def linears(
         others = weights[len(each) :]
         return beside + (linears(x, *others, out_dtypes=dtypes[len(each) :]) if others else [])
     if any(isinstance(w, Packed) for w in weights) and KERNELS.get(target()):
-        return _packed(x, weights, dtypes)
+        parts = linears_in_parts(x, *weights, out_dtypes=dtypes)
+        return [added(x, each, dtype) for each, dtype in zip(parts, dtypes, strict=True)]
     return [linear(x, w, out_dtype=dtype) for w, dtype in zip(weights, dtypes, strict=True)]
 
 
-def _packed(x: Array, weights: Sequence[Array | Packed], out_dtypes: Sequence[Any]) -> list[Array]:
+def linears_in_parts(
+    x: Float[Array, "*rows D"], *weights: Any, out_dtypes: Sequence[jnp.dtype | None] | None = None
+) -> list[Float[Array, "S M O"]]:
+    """`linears`, each result as S parts that a kernel adds as it reads them, or `added`: float32, or a single one of its own
+    dtype. Rows are counted through."""
+    dtypes = [dtype or x.dtype for dtype in out_dtypes or [None] * len(weights)]
     kernel = KERNELS.get(target())
-    if kernel is None:
-        whole = [w.take() if isinstance(w, StackedTensor) else w for w in weights]
-        values = [w.dequantize(x.dtype) if isinstance(w, QuantizedTensor) else w for w in whole]
-        return [linear(x, w, out_dtype=dtype) for w, dtype in zip(values, out_dtypes, strict=True)]
-    parts = kernel(x.reshape(-1, x.shape[-1]), _operands(weights), out_dtypes)
-    results = (triton.added(each, dtype) for each, dtype in zip(parts, out_dtypes, strict=True))
-    return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in results]
+    if kernel is None or not any(isinstance(w, Packed) for w in weights):
+        return [y.reshape(1, -1, y.shape[-1]) for y in linears(x, *weights, out_dtypes=dtypes)]
+    operands = [(w.stack, w.layer) if isinstance(w, StackedTensor) else (w, None) for w in weights]
+    return kernel(x.reshape(-1, x.shape[-1]), operands, dtypes)
 
 
-def _operands(weights: Sequence[Array | Packed]) -> list[tuple[Array | QuantizedTensor, Array | None]]:
-    return [(w.stack, w.layer) if isinstance(w, StackedTensor) else (w, None) for w in weights]
-
-
-def with_first_in_parts(x: Float[Array, "*rows D"], *weights: Any) -> tuple[Float[Array, "S M O"], list[Array]]:
-    """`linears` into float32, but for the first of the results, which comes as parts to be added in their order by the
-    kernel that reads it. Only where `KERNELS` has one for the target."""
-    parts, *others = KERNELS[target()](x.reshape(-1, x.shape[-1]), _operands(weights), [jnp.float32] * len(weights))
-    return parts, [triton.added(each, jnp.float32).reshape(*x.shape[:-1], each.shape[-1]) for each in others]
+def added(x: Float[Array, "*rows D"], parts: Float[Array, "S M O"], dtype: jnp.dtype) -> Float[Array, "*rows O"]:
+    """The parts of a product of the rows x, in their order."""
+    return triton.added(parts, dtype).reshape(*x.shape[:-1], parts.shape[-1])
 
 
 def take_rows(w: Array | QuantizedTensor, rows: Int[Array, "*B"], dtype: jnp.dtype) -> Float[Array, "*B D"]:

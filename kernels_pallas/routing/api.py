@@ -8,5 +8,5 @@ from jax import Array
 
 from kernels_pallas.routing import triton
 
-# Platform -> (parts, live, k) -> (weights, chosen); see `triton.choose_experts`
-KERNELS: dict[str, Callable[..., tuple[Array, Array]]] = {"cuda": triton.choose_experts}
+# Platform -> kernel with the signature of `triton.choose_experts`
+KERNELS: dict[str, Callable[..., tuple[Array, Array, Array]]] = {"cuda": triton.choose_experts}

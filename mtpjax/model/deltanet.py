@@ -2,8 +2,8 @@
 
 Per value head, with state S [K, V], decay g <= 0 and step size beta:
     S <- exp(g) S;  d = beta (v - S^T k);  S <- S + k d^T;  o = S^T q
-`delta_chunk` does C rows of this at once with matrix products, `delta_window` the few rows of a verify window; `commit` adds
-rows whose k and d are already known.
+`delta_chunk` does C rows of this at once with matrix products; on a GPU a kernel takes the few rows of a verify window one by
+one; `commit` adds rows whose k and d are already known.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from flax import nnx
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
-from kernels_pallas.deltanet import pick
-from kernels_pallas.matmul import linear, linears
+from kernels_pallas.deltanet import Fixed, Projected, pick
+from kernels_pallas.matmul import added, linear, linears_in_parts
 from kernels_pallas.target import target
 from mtpjax.cache import Cache, Pending
 from mtpjax.config import ModelConfig
@@ -133,20 +133,6 @@ def _in_chunks(given: Rows, state: Float[Array, "B M K V"]) -> tuple[Array, Arra
     return o[:, :rows], d[:, :rows], decay[:, :rows], after
 
 
-def delta_window(
-    u: Float[Array, "B W C"], beta: Float[Array, "B W M"], g: Float[Array, "B W M"], state: Float[Array, "L B M K V"],
-    layer: Array | int,
-) -> tuple[Array, Array, Array, Array]:  # fmt: skip
-    """Of the rows of a verify window, whose convolution gives u: outputs o and updates d `[B, W, M, V]`, keys k
-    `[B, W, J, K]` and the summed log decay `[B, W, M]`; the state stays as it is."""
-    kernel = pick(target(), u.shape[1], *state.shape[3:])
-    if kernel is None:
-        given = split_rows(u, beta, g, *state.shape[2:])
-        o, d, decay, _ = _in_chunks(given, state[layer])
-        return o, d, given.k, decay
-    return *kernel(u, beta, g, state, layer), jnp.cumsum(g, axis=1)
-
-
 def split_rows(
     u: Float[Array, "B T C"], beta: Float[Array, "B T M"], g: Float[Array, "B T M"], heads: int, key_size: int, value_size: int
 ) -> Rows:
@@ -253,19 +239,26 @@ class DeltaNet(nnx.Module):
         self, x: Float[Array, "B T D"], cache: Cache, pending: Pending | None, layer: Array | int, where: Placement
     ) -> tuple[Array, Cache, Pending | None]:
         """Rows of one layer. They enter the state of the cache, or, given `pending`, wait there for `commit`."""
-        cfg, rows = self.cfg, x.shape[1]
+        cfg, rows, f32 = self.cfg, x.shape[1], jnp.float32
         before = cache.conv[layer]
-        weights = (w[...] for w in (self.in_qkv, self.in_z, self.in_b, self.in_a))
-        qkv, z, b, a = linears(x, *weights, out_dtypes=(None, None, jnp.float32, jnp.float32))
+        weights, dtypes = (self.in_qkv, self.in_z, self.in_b, self.in_a), (x.dtype, x.dtype, f32, f32)
+        parts = linears_in_parts(x, *(w[...] for w in weights), out_dtypes=dtypes)
+        qkv, z, b, a = (added(x, part, dtype) for part, dtype in zip(parts, dtypes, strict=True))
         inputs = conv_inputs(before, qkv.astype(before.dtype), where.pad, where.live)
-        u, gates = self._convolved(inputs, rows, x.dtype), self._gates(b, a, where.live)
+        kernel = None if pending is None else pick(target(), rows, cfg.linear_k_dim, cfg.linear_v_dim)
+        if kernel is None:
+            given = split_rows(self._convolved(inputs, rows, x.dtype), *self._gates(b, a, where.live), *cache.state.shape[2:])
+            o, d, decay, after = _in_chunks(given, cache.state[layer])
+            o, k = o.astype(x.dtype), given.k
+        else:
+            projected, fixed = Projected(parts[0], *parts[2:]), Fixed(self.conv[...], self.a_log[...], self.dt_bias[...])
+            end = where.pad + jnp.sum(where.live, axis=1)
+            o, d, k, decay = kernel(projected, fixed, cache.conv, cache.state, layer, where.pad, end, dtype=x.dtype)
         if pending is None:
-            o, _, _, after = _in_chunks(split_rows(u, *gates, *cache.state.shape[2:]), cache.state[layer])
             cache = cache.replace(
                 state=cache.state.at[layer].set(after), conv=cache.conv.at[layer].set(inputs[:, rows:])
             )
         else:
-            o, d, k, decay = delta_window(u, *gates, cache.state, layer)
             pending = Pending(
                 conv=pending.conv.at[layer].set(inputs),
                 k=pending.k.at[layer].set(k),
@@ -273,5 +266,5 @@ class DeltaNet(nnx.Module):
                 decay=pending.decay.at[layer].set(decay),
             )
         z = z.reshape(*x.shape[:2], cfg.linear_v_heads, cfg.linear_v_dim)
-        y = gated_rms_norm(o.astype(x.dtype), z, self.norm[...], cfg.norm_eps, cfg.z_gate)
+        y = gated_rms_norm(o, z, self.norm[...], cfg.norm_eps, cfg.z_gate)
         return linear(y.reshape(*x.shape[:2], -1), self.out[...]), cache, pending

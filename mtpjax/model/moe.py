@@ -9,7 +9,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Float
 
 from kernels_pallas.grouped_matmul import expert_mlp
-from kernels_pallas.matmul import Packed, linear, linears, with_first_in_parts
+from kernels_pallas.matmul import Packed, added, linear, linears, linears_in_parts
 from kernels_pallas.routing import KERNELS
 from kernels_pallas.target import target
 from mtpjax.config import ModelConfig
@@ -52,14 +52,18 @@ class Moe(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"], layer: Array | int, live: Bool[Array, "B T"]) -> Array:
         flat, index = x.reshape(-1, x.shape[-1]), jnp.asarray(layer, jnp.int32)
-        shared, alive = [w[...] for w in (self.shared_gate, self.shared.gate, self.shared.up)], live.reshape(-1)
-        kernel = KERNELS.get(target()) if isinstance(shared[-1], Packed) else None  # plain models train, too
+        alive, shared = live.reshape(-1), self.shared
+        weights = [w[...] for w in (self.router, self.shared_gate, shared.gate, shared.up)]
+        parts = linears_in_parts(x, *weights, out_dtypes=[jnp.float32] * 4)
+        kernel = KERNELS.get(target()) if isinstance(weights[-1], Packed) else None  # plain models train, too
         if kernel is None:
-            logits, shared_gate, gate, up = linears(x, self.router[...], *shared, out_dtypes=[jnp.float32] * 4)
-            weights, chosen, _ = self.route(logits.reshape(-1, self.cfg.experts))
-            routed = expert_mlp(flat, self.gate_up[...], self.down[...], index, chosen, weights, alive)
+            logits, _, gate, up = (added(x, part, jnp.float32) for part in parts)
+            weight, chosen, _ = self.route(logits.reshape(-1, self.cfg.experts))
+            routed = expert_mlp(flat, self.gate_up[...], self.down[...], index, chosen, weight, alive)
+            beside = shared.ending(gate, up, x.dtype)
         else:
-            parts, (shared_gate, gate, up) = with_first_in_parts(x, self.router[...], *shared)
-            weights, chosen = kernel(parts, alive, self.cfg.experts_per_token)  # of dead rows: none there is
-            routed = expert_mlp(flat, self.gate_up[...], self.down[...], index, chosen, weights)
-        return routed.reshape(x.shape) + jax.nn.sigmoid(shared_gate).astype(x.dtype) * self.shared.ending(gate, up, x.dtype)
+            logits, _, gate, up = parts
+            weight, chosen, hidden = kernel(logits, gate, up, alive, self.cfg.experts_per_token, x.dtype)
+            routed = expert_mlp(flat, self.gate_up[...], self.down[...], index, chosen, weight)  # of dead rows: none there is
+            beside = linear(hidden.reshape(*x.shape[:-1], -1), shared.down[...])
+        return routed.reshape(x.shape) + jax.nn.sigmoid(added(x, parts[1], jnp.float32)).astype(x.dtype) * beside
