@@ -230,6 +230,19 @@ def power(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
+def summed(ref: Any, *at: Any, mask: Any = None) -> Array:
+    """Inside a kernel: elements `at` of parts, which are added in their order; 0 where `mask` is False."""
+
+    def load(part: int) -> Array:
+        other = None if mask is None else 0
+        return plt.load(ref.at[(jnp.int32(part), *at)], mask=mask, other=other)  # a plain int among scalars is refused
+
+    total = load(0)
+    for part in range(1, ref.shape[0]):
+        total = total + load(part)
+    return total
+
+
 def load_rows(form: Form, x_ref: Any, rows: Array, first: Array, count: int) -> Float[Array, "rows count"]:
     """Inside a kernel: elements `first ... first + count - 1` of rows of `x_ref`, zero beyond either end, in the order in
     which words of `form` are unpacked.

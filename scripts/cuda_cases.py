@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from kernels_pallas.attention import Entering
+from kernels_pallas.attention.entering import enter_cache
 from kernels_pallas.attention.triton import attend_cache
 from kernels_pallas.deltanet.triton import Fixed, Projected, delta_window
 from kernels_pallas.grouped_matmul.triton import grouped_mlp
@@ -125,7 +127,19 @@ def kernel_cases(
         q, kv, each = size.heads
         cache = spec((size.layers, 1, kv, size.context, each), jnp.bfloat16)
         where = (spec((), jnp.int32), spec((1, rows), jnp.int32), spec((1, rows), jnp.bool_))
-        return jax.jit(call(attend_cache)), (spec((1, rows, q, each), jnp.bfloat16), cache, cache, *where)
+        gates = spec((1, rows, 2 * q * each), jnp.bfloat16)
+        return jax.jit(call(attend_cache)), (spec((1, rows, q, each), jnp.bfloat16), cache, cache, *where, gates)
+
+    def entering_case(rows: int) -> tuple[Any, tuple[Any, ...]]:
+        (q, kv, each), f32 = size.heads, jnp.float32
+        few = rows == dict(size.rows)["decode"]
+        keys = spec((8, rows, kv * each), f32) if few else spec((1, rows, kv * each), jnp.bfloat16)
+        entering = Entering(keys, keys, spec((1, rows, 2 * q * each), jnp.bfloat16))
+        norm, angles = spec((each,), jnp.bfloat16), spec((1, rows, each // 8), f32)
+        cache = spec((size.layers, 1, kv, size.context, each), jnp.bfloat16)
+        where = (spec((), jnp.int32), spec((1, rows), jnp.int32), spec((1, rows), jnp.bool_))
+        kernel = partial(call(enter_cache), eps=1e-6, dtype=jnp.bfloat16)
+        return jax.jit(kernel, donate_argnums=5), (entering, norm, norm, angles, angles, (cache, cache), *where)
 
     def window_case() -> tuple[Any, tuple[Any, ...]]:
         (keys, values, each), rows, f32, one = size.linear, dict(size.rows)["decode"], jnp.float32, spec((1,), jnp.int32)
@@ -150,7 +164,11 @@ def kernel_cases(
         return jax.jit(call(least_kept)), (spec((rows, size.vocab), jnp.float32), each, each, spec((rows,), jnp.int32), each)
 
     single = {"deltanet decode": window_case, "routing decode": routing_case, "sampling decode": sampling_case}
-    attention = {f"attention {regime}": partial(attention_case, rows) for regime, rows in size.rows}
+    attention = {
+        f"{op} {regime}": partial(make, rows)
+        for op, make in (("attention", attention_case), ("entering", entering_case))
+        for regime, rows in size.rows
+    }
     return single | attention | {
         f"{op} {form} {regime}": partial(make, form, rows)
         for op, make in (("linear", linear_case), ("experts", experts_case))

@@ -14,11 +14,13 @@ import numpy as np
 from cuda_cases import FORMS, Case, KernelSizes, kernel_cases
 from roofline import Ceilings, seconds
 
+from kernels_pallas.attention import Entering
 from kernels_pallas.deltanet import Fixed, Projected
 from kernels_pallas.quantized import QuantizedTensor
 from kernels_pallas.sampling import least_kept
 from kernels_pallas.sampling.triton import LISTED
 from kernels_pallas.target import target
+from mtpjax.model.rope import Rotary, rotate
 
 SMOKE = KernelSizes(
     hidden=256, layers=2, experts=4, chosen=2, expert_size=256, heads=(4, 2, 64), context=512, linear=(2, 4, 32),
@@ -62,7 +64,7 @@ def data_of(name: str, args: tuple[Any, ...], size: KernelSizes) -> tuple[Any, .
         if spec.dtype == jnp.bool_:
             made.append(jnp.ones(spec.shape, bool))
         elif spec.dtype != jnp.int32:
-            made.append(random_like(spec, key))
+            made.append(jax.random.normal(key, spec.shape, spec.dtype) if name.startswith("entering") else random_like(spec, key))
         elif not spec.shape:
             made.append(jnp.int32(size.layers - 1))
         elif name.startswith("experts"):
@@ -98,12 +100,15 @@ def reference(name: str, args: tuple[Any, ...]) -> jax.Array:
         x, w = args
         return dot("nd,od->no", x[-CHECKED:].astype(jnp.float32), whole(w))
     if op == "attention":
-        q, k, v, layer, positions, _ = args
+        q, k, v, layer, positions, _, gates = args
         rows = q[0, -CHECKED:].astype(jnp.float32)
         keys, values = (jnp.repeat(x[layer, 0].astype(jnp.float32), rows.shape[1] // x.shape[2], axis=0) for x in (k, v))
         scores = dot("tqh,qsh->tqs", rows, keys)
         seen = jnp.arange(k.shape[3]) <= positions[0, -CHECKED:, None, None]
-        return dot("tqs,qsh->tqh", jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1), values)
+        gates = gates[0, -CHECKED:].astype(jnp.float32).reshape(*rows.shape[:2], 2, -1)[:, :, 1]
+        return jax.nn.sigmoid(gates) * dot("tqs,qsh->tqh", jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1), values)
+    if op == "entering":
+        return entered(*args[:5], args[5][0].shape[-1])
     if op == "routing":
         p = jax.nn.softmax(jnp.sum(args[0], axis=0)[-CHECKED:])
         weights, _ = jax.lax.top_k(p, SMOKE.chosen if p.shape[1] == SMOKE.experts else KernelSizes().chosen)
@@ -120,6 +125,14 @@ def reference(name: str, args: tuple[Any, ...]) -> jax.Array:
         gate, up = jnp.split(dot("nd,nod->no", rows, gates[chosen[:, slot]]), 2, axis=-1)
         total += weights[:, slot, None] * dot("ni,ndi->nd", jax.nn.silu(gate) * up, downs[chosen[:, slot]])
     return total
+
+
+def entered(rows: Entering, k_norm: Any, q_norm: Any, cos: Any, sin: Any, each: int) -> jax.Array:
+    """The last queries, normalised, turned and scaled."""
+    q = rows.q[0, -CHECKED:].astype(jnp.float32)
+    q = q.reshape(len(q), -1, 2, each)[:, :, 0]
+    q = q * jax.lax.rsqrt(jnp.mean(q * q, axis=-1, keepdims=True) + 1e-6) * (1 + q_norm.astype(jnp.float32))
+    return rotate(q[None], Rotary(cos[:, -CHECKED:], sin[:, -CHECKED:]))[0] * each**-0.5
 
 
 def recurrence(projected: Projected, fixed: Fixed, before: Any, states: Any, layer: Any) -> np.ndarray:
@@ -152,6 +165,9 @@ def least(name: str, args: tuple[Any, ...], size: KernelSizes) -> tuple[float, f
         q, k = args[:2]
         _, rows, heads, each = q.shape
         return 2 * k.nbytes / size.layers + 2 * q.nbytes, 4.0 * rows * heads * each * size.context
+    if op == "entering":
+        moved = sum(part.nbytes for part in jax.tree.leaves(args[0]))
+        return 2 * moved, 10.0 * moved
     if op == "routing":
         return args[0].nbytes, 4.0 * args[0].size
     if op == "sampling":
@@ -166,15 +182,28 @@ def least(name: str, args: tuple[Any, ...], size: KernelSizes) -> tuple[float, f
     return (gate_up.nbytes + down.nbytes) / matrices * touched + 2 * x.nbytes, flops
 
 
+def in_place(fn: Any, args: tuple[Any, ...]) -> Callable[[], Any]:
+    """Calls `fn`, which takes the cache and gives it back, with the one that it gave back."""
+    held = args[5]
+
+    def run() -> Any:
+        nonlocal held
+        q, held = fn(*args[:5], held, *args[6:])
+        return q
+
+    return run
+
+
 def measure(name: str, make: Case, size: KernelSizes, ceilings: Ceilings, runs: int) -> dict[str, Any]:
     """One case: the largest error over the largest magnitude, seconds, and the share of the roofline."""
     fn, specs = make()
     args = data_of(name, specs, size)
-    got = jax.tree.leaves(fn(*args))[0]
+    run = in_place(fn, args) if name.startswith("entering") else partial(fn, *args)
+    got = jax.tree.leaves(run())[0]
     want = reference(name, args)
     rows = jnp.asarray(got, jnp.float32).reshape(-1, *want.shape[1:])[-CHECKED:]
     error = float(jnp.max(jnp.abs(rows - want)) / jnp.max(jnp.abs(want)))
-    times = seconds(lambda: fn(*args), runs)
+    times = seconds(run, runs)
     moved, flops = least(name, args, size)
     return {
         "case": name, "error": error, "right": error <= BOUND, "seconds": times,

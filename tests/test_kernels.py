@@ -367,7 +367,8 @@ def test_packed_experts_on_the_lax_path() -> None:
 
 
 def attended(rows: int, dtype: str, slots: int = 1280, head: int = 32) -> tuple[Any, Any, Any]:
-    """The kernels, the loop of `mtpjax.model.attention`, and what went in: one long, one short and one idle sequence."""
+    """The kernels, the loop of `mtpjax.model.attention` and the gates, and what went in: one long, one short and one idle
+    sequence."""
     from mtpjax.model import place
     from mtpjax.model.attention import attend
 
@@ -377,8 +378,10 @@ def attended(rows: int, dtype: str, slots: int = 1280, head: int = 32) -> tuple[
     where = place(cfg, jnp.array([1200, 100, 0]), rows, jnp.array([0, rows // 2, rows]), slots=slots)
     q = jnp.asarray(rng.normal(size=(3, rows, 8, head)), dtype)
     scaled = (q.astype(jnp.float32) * head**-0.5).astype(q.dtype)
-    args = (scaled, *cache, 1, where.positions, where.live)
-    return attention(*args), attend(q, cache, 1, where), args
+    gates = jnp.asarray(rng.normal(size=(1 if dtype == "bfloat16" else 2, 3 * rows, 8 * 2 * head)), dtype)
+    open_ = jax.nn.sigmoid(jnp.sum(gates, axis=0).astype(jnp.float32).reshape(3, rows, 8, 2, head)[..., 1, :])
+    args = (scaled, *cache, 1, where.positions, where.live, gates)
+    return attention(*args), (attend(q, cache, 1, where).astype(jnp.float32) * open_).astype(dtype), args
 
 
 attention = jax.jit(partial(attend_cache, interpret=True))
@@ -395,16 +398,19 @@ def test_attention_is_that_of_the_loop(rows: int, dtype: str) -> None:
 @pytest.mark.parametrize("dtype", BOUNDS)
 def test_attention_is_invariant_to_the_batch_bit_for_bit(dtype: str) -> None:
     """A row of a window of five alone in its window, and without the other sequences."""
-    got, _, (q, keys, values, layer, positions, live) = attended(5, dtype)
+    got, _, (q, keys, values, layer, positions, live, gates) = attended(5, dtype)
+    each = gates.reshape(len(gates), 3, 5, -1)
     for row in (0, 4):
         only = np.s_[:, row : row + 1]
-        alone = attention(q[only], keys, values, layer, positions[only], live[only])
+        its = each[:, :, row]
+        alone = attention(q[only], keys, values, layer, positions[only], live[only], its)
         assert (np.asarray(alone) == np.asarray(got[only])).all()
-    first = attention(q[:1], keys[:, :1], values[:, :1], layer, positions[:1], live[:1])
+    first = attention(q[:1], keys[:, :1], values[:, :1], layer, positions[:1], live[:1], each[:, 0])
     assert (np.asarray(first) == np.asarray(got[:1])).all()
 
 
 def test_attention_says_which_heads_it_takes() -> None:
     cache = jnp.zeros((1, 1, 1, 64, 24))
     with pytest.raises(ValueError, match="head size 24 must be a power of two"):
-        attend_cache(jnp.zeros((1, 1, 2, 24)), cache, cache, 0, jnp.zeros((1, 1), int), jnp.ones((1, 1), bool))
+        where = jnp.zeros((1, 1), int), jnp.ones((1, 1), bool)
+        attend_cache(jnp.zeros((1, 1, 2, 24)), cache, cache, 0, *where, jnp.zeros((1, 1, 96)))

@@ -1,5 +1,6 @@
 """Attention of a few or many rows over a cache of keys and values."""
 
-from kernels_pallas.attention.api import pick
+from kernels_pallas.attention.api import AttentionKernels, pick
+from kernels_pallas.attention.entering import Entering
 
-__all__ = ["pick"]
+__all__ = ["AttentionKernels", "Entering", "pick"]

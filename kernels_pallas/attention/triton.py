@@ -2,8 +2,8 @@
 
 As a loop of XLA operations, attention over 32k slots is a hundred turns of a dozen kernels, each turn awaited by the host.
 With few rows the cache is cut into pieces of a fixed length that are programs of their own, and a second kernel joins
-them in order; tiles of a fixed size make a row's result independent of the other rows, bit for bit. With many rows
-(prompt chunks) one program reads all slots.
+them in order and multiplies with the gates; tiles of a fixed size make a row's result independent of the other rows, bit
+for bit. With many rows (prompt chunks) one program reads all slots.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Bool, Float, Int
 
-from kernels_pallas.packed_words import dot, grid
+from kernels_pallas.packed_words import dot, grid, summed
 
 NEGATIVE = -1e30  # finite, so that a row without any key stays free of NaN
 SLOTS = 32  # slots that one turn reads
@@ -39,6 +39,7 @@ def _attend_kernel(
     q_ref: Any,
     k_ref: Any,
     v_ref: Any,
+    gate_ref: Any,
     *outs: Any,
     tile: int,
     kv_heads: int,
@@ -79,7 +80,7 @@ def _attend_kernel(
     top, total, out = lax.fori_loop(0, turns, turn, _empty(size, tile))
     if piece is None:
         out = out / jnp.where(total > 0, total, 1.0)[None, :]
-        plt.store(outs[0].at[b, tt, hh, cc], out.T.astype(outs[0].dtype), mask=tt < rows)
+        plt.store(outs[0].at[b, tt, hh, cc], _gated(out.T, gate_ref, (b, tt, hh, cc), outs[0]), mask=tt < rows)
         return
     at = (pl.program_id(2), pl.program_id(1))
     rr, _ = grid(r, channel)
@@ -91,8 +92,16 @@ def _attend_kernel(
         plt.store(outs[2].at[(*at, r)], total)
 
 
+def _gated(out: Float[Array, "R H"], gate_ref: Any, at: tuple[Array, ...], y_ref: Any) -> Float[Array, "R H"]:
+    """The values times the sigmoid of the gates, which stand behind the query of each head."""
+    _, rows, _, size = y_ref.shape
+    b, t, head, channel = at
+    gate = summed(gate_ref, b * rows + t, (2 * head + 1) * size + channel, mask=t < rows).astype(y_ref.dtype)
+    return (out.astype(y_ref.dtype).astype(jnp.float32) * lax.logistic(gate.astype(jnp.float32))).astype(y_ref.dtype)
+
+
 def _join_kernel(
-    end_ref: Any, out_ref: Any, top_ref: Any, total_ref: Any, y_ref: Any, *, tile: int, kv_heads: int, piece: int
+    end_ref: Any, out_ref: Any, top_ref: Any, total_ref: Any, gate_ref: Any, y_ref: Any, *, tile: int, kv_heads: int, piece: int
 ) -> None:
     """The pieces of one tile, in order."""
     _, rows, heads, size = y_ref.shape
@@ -115,7 +124,7 @@ def _join_kernel(
     _, total, out = lax.fori_loop(0, pieces, join, (top, total, jnp.zeros((tile, size), jnp.float32)))
     out = out / jnp.where(total > 0, total, 1.0)[:, None]
     at = (b, rr // group, n * group + rr % group, cc)
-    plt.store(y_ref.at[at], out.astype(y_ref.dtype), mask=rr < rows * group)
+    plt.store(y_ref.at[at], _gated(out, gate_ref, at, y_ref), mask=rr < rows * group)
 
 
 def takes(size: int, slots: int) -> bool:
@@ -130,13 +139,16 @@ def attend_cache(
     layer: Array | int,
     positions: Int[Array, "B T"],
     live: Bool[Array, "B T"],
+    gates: Float[Array, "S B*T Q*2*H"],
     *,
     interpret: bool = False,
 ) -> Float[Array, "B T Q H"]:
-    """Causal attention: a live row at position p sees slots 0...p of its sequence in layer `layer`; others give zero.
+    """Causal attention: a live row at position p sees slots 0...p of its sequence in layer `layer`; others give zero. Then
+    every head is multiplied with the sigmoid of its gate.
 
     Args:
         q: rows, already scaled; head h reads key/value head `h // (Q / N)`. H is a power of two, at least 16.
+        gates: the projection that q comes from, as parts to be added in their order: of each head the query, then the gate.
         keys, values: the whole cache; S is a multiple of 32. Nothing beyond the last live row is read.
         interpret: run as plain `jnp`, on any device.
 
@@ -166,7 +178,7 @@ def attend_cache(
         compiler_params=plt.CompilerParams(num_warps=4 if few else 8, num_stages=2),
         interpret=interpret,
         name="attention_few" if few else "attention_many",
-    )(index, end, position, q, keys, values)
+    )(index, end, position, q, keys, values, gates)
     if not few:
         return out
     return pl.pallas_call(
@@ -176,4 +188,4 @@ def attend_cache(
         compiler_params=plt.CompilerParams(num_warps=4, num_stages=2),
         interpret=interpret,
         name="attention_join",
-    )(end, *out)
+    )(end, *out, gates)

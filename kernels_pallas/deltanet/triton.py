@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Float, Int
 
-from kernels_pallas.packed_words import grid
+from kernels_pallas.packed_words import grid, summed
 
 FEW = 16  # rows of a window; with more the chunked form is faster
 COLUMNS = 32  # of the state that a program holds
@@ -56,12 +56,6 @@ def _window_kernel(
     cc, vv = grid(channel, column)
     pad, end, layer = pad_ref[b], end_ref[b], layer_ref[0]
 
-    def summed(ref: Any, *at: Any, **how: Any) -> Array:
-        total = plt.load(ref.at[(jnp.int32(0), *at)], **how)  # a plain int among scalars is refused
-        for part in range(1, ref.shape[0]):
-            total = total + plt.load(ref.at[(jnp.int32(part), *at)], **how)
-        return total
-
     def convolved(t: Array, at: Array) -> Array:
         """SiLU of the convolution at row t, channels `at`. The last inputs of the step before stand behind the padding."""
         total = jnp.zeros(at.shape, jnp.float32)
@@ -70,7 +64,7 @@ def _window_kernel(
             old, row = place - pad, place - past
             was, now = (old >= 0) & (old < past), (old >= past) & (row < end)
             here = jnp.ones(at.shape, bool)
-            given = summed(qkv_ref, b * rows + jnp.maximum(row, 0), at, mask=here & now, other=0).astype(dtype)
+            given = summed(qkv_ref, b * rows + jnp.maximum(row, 0), at, mask=here & now).astype(dtype)
             given = given.astype(before_ref.dtype).astype(jnp.float32)
             kept = plt.load(before_ref.at[layer, b, jnp.clip(old, 0, past - 1), at], mask=here & was, other=0)
             total = total + (given + kept.astype(jnp.float32)) * plt.load(taps_ref.at[at, tap]).astype(jnp.float32)

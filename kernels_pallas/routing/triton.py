@@ -18,15 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Bool, Float, Int
 
-from kernels_pallas.packed_words import power
-
-
-def _summed(ref: Any, row: Array, at: Array, size: int, missing: float) -> Array:
-    """Elements `at` of a row, of parts added in their order; beyond `size`: `missing`."""
-    total = jnp.zeros(at.shape, jnp.float32)
-    for part in range(ref.shape[0]):
-        total = total + plt.load(ref.at[part, row, at], mask=at < size, other=0)
-    return jnp.where(at < size, total, missing)
+from kernels_pallas.packed_words import power, summed
 
 
 def _choose_kernel(
@@ -38,7 +30,7 @@ def _choose_kernel(
     @pl.when(pl.program_id(1) == 0)
     def choose() -> None:
         expert, place = jnp.arange(power(experts)), jnp.arange(power(k))
-        logits = _summed(logits_ref, row, expert, experts, -jnp.inf)
+        logits = jnp.where(expert < experts, summed(logits_ref, row, expert, mask=expert < experts), -jnp.inf)
         p = jnp.exp(logits - jnp.max(logits))
         p = p / jnp.sum(p)
         weights, chosen = jnp.zeros(place.shape, jnp.float32), jnp.zeros(place.shape, jnp.int32)
@@ -54,7 +46,7 @@ def _choose_kernel(
     @pl.when(pl.program_id(1) == 1)
     def activate() -> None:
         at = jnp.arange(power(hidden))
-        gate, up = (_summed(ref, row, at, hidden, 0.0) for ref in (gate_ref, up_ref))
+        gate, up = (summed(ref, row, at, mask=at < hidden) for ref in (gate_ref, up_ref))
         plt.store(hidden_ref.at[row, at], (gate * lax.logistic(gate) * up).astype(hidden_ref.dtype), mask=at < hidden)
 
 

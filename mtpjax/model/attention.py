@@ -12,8 +12,8 @@ from flax import nnx
 from jax import Array, lax
 from jaxtyping import Float
 
-from kernels_pallas.attention import pick
-from kernels_pallas.matmul import linear, linears
+from kernels_pallas.attention import Entering, pick
+from kernels_pallas.matmul import added, linear, linears_in_parts
 from kernels_pallas.target import target
 from mtpjax.cache import BLOCK
 from mtpjax.config import ModelConfig
@@ -51,9 +51,6 @@ def attend(q: Float[Array, "B T Q H"], cache: KV, layer: Array | int, where: Pla
     group = q_heads // kv_heads
     precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
     q = (q.astype(jnp.float32) * size**-0.5).astype(q.dtype)
-    kernel = pick(target(), size, cache[0].shape[3])
-    if kernel is not None and not isinstance(where.blocks, int):  # a fixed number of blocks: to be differentiated
-        return kernel(q, *cache, layer, where.positions, where.live)
     q = q.reshape(batch, rows, kv_heads, group, size)
     q = q.transpose(0, 2, 3, 1, 4)  # [B, N, G, T, H]
 
@@ -94,31 +91,32 @@ class Attention(nnx.Module):
         self.q_norm = new.vector(cfg.head_dim)
         self.k_norm = new.vector(cfg.head_dim)
 
-    def keys_values(self, x: Float[Array, "B T D"], where: Placement) -> KV:
-        """Keys (normed, turned) and values `[B, T, N, H]` of the rows: all that a prompt row must leave behind."""
-        k, v = linears(x, self.k[...], self.v[...])
-        return self._turned(k, v, where)
-
-    def _turned(self, k: Float[Array, "B T N*H"], v: Float[Array, "B T N*H"], where: Placement) -> KV:
-        heads = (*k.shape[:2], self.cfg.kv_heads, self.cfg.head_dim)
-        k = rms_norm(k.reshape(heads), self.k_norm[...], self.cfg.norm_eps)
-        return rotate(k, where.turn), v.reshape(heads)
-
     def __call__(
         self, x: Float[Array, "B T D"], cache: KV, layer: Array | int, where: Placement, keep: int
     ) -> tuple[Float[Array, "B keep D"], KV]:
         """Keys and values of all rows go to the cache; queries, attention and output are those of the last `keep`."""
-        cfg, all_rows = self.cfg, keep == x.shape[1]
-        k, v, *queries = linears(x, self.k[...], self.v[...], *([self.q[...]] if all_rows else []))
-        cache = write_kv(cache, layer, *self._turned(k, v, where), where)
+        cfg, rows, size = self.cfg, x.shape[1], self.cfg.head_dim
+        k, v, *queries = linears_in_parts(x, self.k[...], self.v[...], *([self.q[...]] if keep == rows else []))
+        last, seen = x[:, rows - keep :], where.last(keep)
+        if 0 < keep < rows:
+            queries = linears_in_parts(last, self.q[...])
+        kernels = None if isinstance(where.blocks, int) else pick(target(), size, cache[0].shape[3])
+        if kernels is not None:  # with a fixed number of blocks there may be gradients
+            entering, norms = Entering(k, v, queries[0] if keep else None), (self.k_norm[...], self.q_norm[...])
+            q, cache = kernels.enter(
+                entering, *norms, *where.turn, cache, layer, where.positions, where.live, eps=cfg.norm_eps, dtype=x.dtype
+            )
+        else:
+            k, v = (added(x, part, x.dtype).reshape(*x.shape[:2], cfg.kv_heads, size) for part in (k, v))
+            k = rotate(rms_norm(k, self.k_norm[...], cfg.norm_eps), where.turn)
+            cache = write_kv(cache, layer, k, v, where)
         if keep == 0:
-            return x[:, :0], cache
-        if not all_rows:
-            x, where = x[:, x.shape[1] - keep :], where.last(keep)
-            queries = [linear(x, self.q[...])]
-        heads = queries[0].reshape(*x.shape[:2], cfg.q_heads, 2 * cfg.head_dim)
-        q, gate = jnp.split(heads, 2, axis=-1)
-        q = rotate(rms_norm(q, self.q_norm[...], cfg.norm_eps), where.turn)
-        out = attend(q, cache, layer, where)
-        out = (out.astype(jnp.float32) * jax.nn.sigmoid(gate.astype(jnp.float32))).astype(x.dtype)
-        return linear(out.reshape(*x.shape[:2], -1), self.o[...]), cache
+            return last, cache
+        if kernels is not None:
+            out = kernels.attend(q, *cache, layer, seen.positions, seen.live, queries[0])
+        else:
+            heads = added(last, queries[0], x.dtype).reshape(*last.shape[:2], cfg.q_heads, 2 * size)
+            q, gate = jnp.split(heads, 2, axis=-1)
+            out = attend(rotate(rms_norm(q, self.q_norm[...], cfg.norm_eps), seen.turn), cache, layer, seen)
+            out = (out.astype(jnp.float32) * jax.nn.sigmoid(gate.astype(jnp.float32))).astype(x.dtype)
+        return linear(out.reshape(*last.shape[:2], -1), self.o[...]), cache

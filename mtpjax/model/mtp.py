@@ -14,7 +14,6 @@ from jaxtyping import Float
 from kernels_pallas.matmul import linear
 from mtpjax.cache import Cache
 from mtpjax.config import FULL, ModelConfig
-from mtpjax.model.attention import write_kv
 from mtpjax.model.decoder import Layer
 from mtpjax.model.norm import rms_norm
 from mtpjax.model.params import Shapes
@@ -48,8 +47,7 @@ class Mtp(nnx.Module):
             hidden: trunk hidden state of each row, after the final norm.
         """
         x = rms_norm(self._join(embedded, hidden), self.layer.input_norm[...], self.cfg.norm_eps)
-        k, v = self.layer.mixer.keys_values(x, where)
-        k, v = write_kv((cache.mtp_k, cache.mtp_v), 0, k, v, where)
+        _, (k, v) = self.layer.mixer(x, (cache.mtp_k, cache.mtp_v), 0, where, keep=0)
         return cache.replace(mtp_k=k, mtp_v=v)
 
     def __call__(
