@@ -115,7 +115,8 @@ def kernel_cases(
     call = partial(partial, interpret=True) if interpret else lambda fn: fn
 
     def linear_case(form: str, rows: int) -> tuple[Any, tuple[Any, ...]]:
-        return jax.jit(call(matmul)), (spec((rows, size.hidden), jnp.bfloat16), packed((size.hidden, size.hidden), form))
+        stack = packed((size.layers, size.hidden, size.hidden), form)
+        return jax.jit(call(matmul)), (spec((rows, size.hidden), jnp.bfloat16), stack, spec((), jnp.int32))
 
     def experts_case(form: str, rows: int) -> tuple[Any, tuple[Any, ...]]:
         lead, d, i = (size.layers, size.experts), size.hidden, size.expert_size

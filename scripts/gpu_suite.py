@@ -1,6 +1,6 @@
 """Everything worth proving on a CUDA GPU, a part a call, each under nine minutes; no network.
 
-    python scripts/gpu_suite.py --part kernels|prefill|decode|table|profile [--out FOLDER]
+    python scripts/gpu_suite.py --part kernels|experts|prefill|decode|table|profile [--out FOLDER]
     python scripts/gpu_suite.py --smoke                    # all parts at a toy size, on any device
 
 The model is a 35B-A3B with random IQ4_NL weights (`--shape`, `--weights`), so acceptance is simulated. Each part writes
@@ -25,6 +25,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import bench_table
+import gpu_experts
 import gpu_kernels
 import jax
 import jax.numpy as jnp
@@ -46,7 +47,7 @@ from mtpjax.weights import LoadedModel, random_model
 
 TOY = replace(CONFIG, layers=4, hidden_size=128, vocab_size=1024, experts=8, expert_size=64, shared_expert_size=64)
 HOLDERS = ("while", "call", "conditional")  # their time is that of what they hold, which is counted itself
-PARTS = ("kernels", "prefill", "decode", "table", "profile")
+PARTS = ("kernels", "experts", "prefill", "decode", "table", "profile")
 
 
 class Suite:
@@ -103,6 +104,23 @@ def kernels(suite: Suite) -> dict[str, Any]:
             flush=True,
         )
     return {"rows": rows, "failed": [row["case"] for row in rows if not row["right"]]}
+
+
+def experts(suite: Suite) -> dict[str, Any]:
+    """The experts of a layer beside what else multiplies them. Goals: 0.6 of the roofline up to 8 rows, 0.4 at 2,048."""
+    rows = []
+    for row in gpu_experts.measure_all(suite.smoke, suite.ceilings, suite.go_on):
+        rows.append(row)
+        if "impossible" in row:
+            print(f"{row['rows']:5} rows {row['side']:10} impossible: {row['impossible']}", flush=True)
+            continue
+        print(
+            f"{row['rows']:5} rows {row['side']:10} {'right' if row['right'] else 'WRONG'} (error {row['error']:.1e})  "
+            f"{statistics.median(row['seconds']) * 1e6:9.1f} us a layer, {row['of_kernels_time']:.2f} x the kernels, "
+            f"{row['of_roofline']:.2f} of the roofline ({row['limit']})",
+            flush=True,
+        )
+    return {"rows": rows, "failed": [f"{row['side']} at {row['rows']} rows" for row in rows if not row.get("right", True)]}
 
 
 def read_chunks(suite: Suite) -> dict[str, Any]:
@@ -226,7 +244,7 @@ def profile(suite: Suite) -> dict[str, Any]:
     return {"context": context, "chunk": chunk, "draft": draft, **found}
 
 
-RUN = dict(zip(PARTS, (kernels, read_chunks, rounds, table, profile), strict=True))
+RUN = dict(zip(PARTS, (kernels, experts, read_chunks, rounds, table, profile), strict=True))
 
 
 def main() -> int:

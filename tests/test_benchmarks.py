@@ -62,7 +62,7 @@ def test_the_gpu_suite_runs_at_a_toy_size(tmp_path):
         [sys.executable, ROOT / "scripts/gpu_suite.py", "--smoke", "--out", tmp_path], capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
-    names = ("kernels", "prefill", "decode", "table", "profile")
+    names = ("kernels", "experts", "prefill", "decode", "table", "profile")
     parts = {name: json.loads((tmp_path / f"gpu_{name}.json").read_text()) for name in names}
     assert all(p["ceilings"]["bytes_per_second"] > 0 and not p["not_measured"] for p in parts.values())
     rows = parts["kernels"]["rows"]
@@ -70,6 +70,9 @@ def test_the_gpu_suite_runs_at_a_toy_size(tmp_path):
     assert {r["case"].split()[0] for r in rows} == kinds
     assert all(r["right"] and 0 < r["of_roofline"] for r in rows)
     assert all(0 < r["error"] for r in rows if r["case"].split()[0] not in ("routing", "sampling"))  # few sums
+    beside = parts["experts"]["rows"]
+    assert {r["side"] for r in beside} == {"kernels", "unpack", "ragged_dot"}
+    assert all(r["right"] and 0 < r["error"] and 0 < r["of_roofline"] for r in beside)
     assert {r["side"] for r in parts["prefill"]["rows"]} == {"MTP on", "MTP off"}
     assert {(r["context"], r["draft"]) for r in parts["decode"]["rows"]} == {(c, k) for c in (256, 512) for k in (0, 2)}
     assert all(r["prefill_floor"] > 0 for r in parts["table"]["rows"])
