@@ -7,19 +7,18 @@ the Triton lowering in range: up to 4 GiB it counts elements in 32 signed bits, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Float, Shaped
 
+from kernels_pallas.instructions import Instructions
 from kernels_pallas.quantized import INDICES, QuantizedTensor
+from kernels_pallas.unpacking import E4M3_SCALE, unpack
 
-Select = Callable[[Array, Array, Array], Array]
 PARTS = ("high", "scale", "offset", "super_scale", "super_offset")
 
 
@@ -67,78 +66,6 @@ def words(w: Array | QuantizedTensor) -> tuple[Form, tuple[Array, ...]]:
     return Form(w.layout, w.group, w.table, tuple(parts), super_group), (codes, *parts.values())
 
 
-def select_bytes(a: Array, b: Array, selector: Array) -> Array:
-    """The instruction `prmt.b32` in arithmetic: byte i of the result is the byte of (a, b) that the low 3 bits of nibble
-    i of the selector name. Bit 3 of these must be 0."""
-    out = jnp.zeros_like(a)
-    for i in range(4):
-        n = selector >> jnp.uint32(4 * i) & jnp.uint32(7)
-        shift = (n & jnp.uint32(3)) * jnp.uint32(8)
-        byte = jnp.where(n < jnp.uint32(4), a >> shift, b >> shift) & jnp.uint32(255)
-        out = out | byte << jnp.uint32(8 * i)
-    return out
-
-
-def prmt(a: Array, b: Array, selector: Array) -> Array:
-    """`select_bytes` as one instruction of an NVIDIA GPU; selector bits above the low 16 are ignored by it."""
-    out = jax.ShapeDtypeStruct(selector.shape, jnp.int32)  # the lowering takes signed integers only
-    args = [lax.bitcast_convert_type(word, jnp.int32) for word in (a, b, selector)]
-    asm = "prmt.b32 $0, $1, $2, $3;"
-    [found] = plt.elementwise_inline_asm(asm, args=args, constraints="=r,r,r,r", pack=1, result_shape_dtypes=[out])
-    return lax.bitcast_convert_type(found, jnp.uint32)
-
-
-def _biased(byte: Array, bias: int) -> Array:
-    """Small unsigned integers minus `bias` as float32, without a conversion: they become the last bits of 2^23."""
-    return lax.bitcast_convert_type(byte | jnp.uint32(0x4B000000), jnp.float32) - jnp.float32(2**23 + bias)
-
-
-def unpack(form: Form, word: Array, select: Select, high: Array | None = None) -> list[Array]:
-    """float32 values t of each slot of words of indices and of `codes8`, before scale and offset; `fp8`: the values.
-
-    `codes4` looks 4 nibbles up at a time: two selections of a byte by the low three bits, in each half of the table,
-    and one between their results by bit 3.
-    """
-    if form.slots == 1:
-        return [word]
-    if form.layout == "codes8":  # two's complement with the top bit flipped is the value + 128
-        flipped = word ^ jnp.uint32(0x80808080)
-        return [_biased(flipped >> jnp.uint32(8 * n) & jnp.uint32(255), 128) for n in range(4)]
-    if form.layout == "fp8":
-        return [_e4m3(word >> jnp.uint32(8 * n) & jnp.uint32(255)) for n in range(4)]
-    assert form.table is not None
-    first, steps = form.table[0], {b - a for a, b in zip(form.table, form.table[1:], strict=False)}
-    if high is not None:
-        bits = INDICES[form.layout] - 4
-        low = [word >> jnp.uint32(4 * n) & jnp.uint32(15) for n in range(8)]
-        top = [_moved(high, bits * n, 4) & jnp.uint32((1 << bits) - 1 << 4) for n in range(8)]
-        return [_biased(a | b, -first) for a, b in zip(low, top, strict=True)]
-    if len(steps) == 1:  # evenly spaced: no table
-        step = steps.pop()
-        even = [_biased(word >> jnp.uint32(4 * n) & jnp.uint32(15), 0) for n in range(8)]
-        return [t + first if step == 1 else t * step + first for t in even]
-    quarters = [sum((t + 128) << 8 * i for i, t in enumerate(form.table[4 * q : 4 * q + 4])) for q in range(4)]
-    table = [jnp.full(word.shape, jnp.uint32(q)) for q in quarters]
-    found = []
-    for nibbles in (word, word >> jnp.uint32(16)):
-        low_bits = nibbles & jnp.uint32(0x7777)
-        halves = (select(table[0], table[1], low_bits), select(table[2], table[3], low_bits))
-        found.append(select(*halves, (nibbles & jnp.uint32(0x8888)) >> jnp.uint32(1) | jnp.uint32(0x3210)))
-    return [_biased(found[n // 4] >> jnp.uint32(8 * (n % 4)) & jnp.uint32(255), 128) for n in range(8)]
-
-
-def _moved(word: Array, start: int, end: int) -> Array:
-    """Bit `start` at the place of bit `end`."""
-    return word >> jnp.uint32(start - end) if start > end else word << jnp.uint32(end - start)
-
-
-def _e4m3(byte: Array) -> Array:
-    """float8_e4m3fn (no NaN) as float32: its bits are those of a float16 whose exponent is 8 too small. No GPU before
-    compute capability 8.9 converts them itself."""
-    half = (byte & jnp.uint32(0x80)) << jnp.uint32(8) | (byte & jnp.uint32(0x7F)) << jnp.uint32(7)
-    return lax.bitcast_convert_type(half.astype(jnp.uint16), jnp.float16).astype(jnp.float32) * 256.0
-
-
 def load_tile(
     form: Form,
     refs: tuple[Any, ...],
@@ -148,7 +75,7 @@ def load_tile(
     count: int,
     shape: tuple[int, int],
     dtype: Any,
-    select: Select,
+    ops: Instructions,
 ) -> Float[Array, "rows count*slots"]:
     """Inside a kernel: a tile of the weight, dequantised in float32 and rounded to `dtype`, in the order of `load_rows`.
 
@@ -186,29 +113,41 @@ def load_tile(
     elif form.layout == "codes5":
         blocks = load("high", lax.div(first_word, 4) + jnp.arange(count // 4), 4)
         high = spread(blocks) >> (lax.rem(jnp.arange(count), 4) * 8).astype(jnp.uint32)
-    values = unpack(form, load("words", at), select, high)
+    values, bias = unpack(form, load("words", at), ops, high)
     if form.slots == 1:
         return values[0].astype(dtype)
     if form.layout == "fp8":
         rows = lax.div(rows, 128)
-        scale = spread(groups("scale", 32))
-        return _interleave([(t * scale).astype(dtype) for t in values])
+        scale = spread(groups("scale", 32) * E4M3_SCALE)
+        return _interleave([t * scale for t in values]).astype(dtype)
 
     def of_groups(name: str) -> list[Array]:
-        """Scale or offset of every word, of the two halves of a block of 32 elements if they differ."""
+        """Scale or offset of every group, of the two halves of a block of 32 elements if they differ."""
         halves = form.group < 32 and form.slots == 8
         numbers = [groups(name, 4, half) for half in range(2)] if halves else [groups(name, form.group // form.slots)]
         if f"super_{name}" in parts:
             outer = groups(f"super_{name}", form.super_group // form.slots)
             numbers = [outer * number for number in numbers]
-        return [spread(number) for number in numbers]
+        return numbers
 
-    scales = of_groups("scale")
-    out = [t * scales[n % len(scales)] for n, t in enumerate(values)]
+    numbers = of_groups("scale")
+    scales = [spread(number) for number in numbers]
+    if _exact(bias, parts["scale"].dtype if "super_scale" not in parts else None):
+        biases = [spread(number * jnp.float32(-bias)) for number in numbers]
+        out = [ops.scaled(m, bias, scales[n % len(scales)], biases[n % len(scales)]) for n, m in enumerate(values)]
+    else:
+        out = [(m - jnp.float32(bias)) * scales[n % len(scales)] for n, m in enumerate(values)]
     if "offset" in parts:
-        offsets = of_groups("offset")
+        offsets = [spread(number) for number in of_groups("offset")]
         out = [v + offsets[n % len(offsets)] for n, v in enumerate(out)]
-    return _interleave([v.astype(dtype) for v in out])
+    return _interleave(out).astype(dtype)
+
+
+def _exact(bias: int, scale: Any) -> bool:
+    """Whether `bias * scale` is a float32 for every scale, so that `fma(m, scale, -bias * scale)` is `(m - bias) * scale`
+    rounded once, in one instruction. A power of two keeps every scale; else the digits of both (11 of a float16) must fit."""
+    digits = bias.bit_length() - (bias & -bias).bit_length() + 1
+    return digits == 1 or (scale == jnp.float16 and digits + 11 <= 24)
 
 
 def _interleave(values: list[Array]) -> Array:

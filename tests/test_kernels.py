@@ -14,18 +14,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoints.packed import pack4, pack_high
+from kernels_pallas import packed_words
 from kernels_pallas.attention.triton import attend_cache
 from kernels_pallas.grouped_matmul import api as experts_api
 from kernels_pallas.grouped_matmul import expert_mlp
 from kernels_pallas.grouped_matmul.plan import plan_blocks, plan_each
 from kernels_pallas.grouped_matmul.triton import grouped_mlp
+from kernels_pallas.instructions import ARITHMETIC
 from kernels_pallas.matmul import api as linear_api
 from kernels_pallas.matmul import linear
 from kernels_pallas.matmul.triton import FEW, added, matmul, matmul_parts
-from kernels_pallas.packed_words import Form, select_bytes, unpack
+from kernels_pallas.packed_words import Form
 from kernels_pallas.quantized import INDICES, QuantizedTensor
 from kernels_pallas.stacked import StackedTensor
 from kernels_pallas.target import compile_options, compiling_for, target
+from kernels_pallas.unpacking import unpack
 from mtpjax.weights import fill
 
 IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
@@ -257,8 +260,8 @@ def test_dead_rows_take_no_blocks() -> None:
 @given(st.lists(st.integers(-128, 127), min_size=16, max_size=16), st.integers(0, 2**32 - 1))
 def test_a_word_of_codes_looks_up_eight_entries(table: list[int], word: int) -> None:
     form = Form("codes4", 32, tuple(table))
-    found = [float(t[0]) for t in unpack(form, jnp.full(1, word, jnp.uint32), select_bytes)]
-    assert found == [table[word >> 4 * n & 15] for n in range(8)]
+    found, bias = unpack(form, jnp.full(1, word, jnp.uint32), ARITHMETIC)
+    assert [float(m[0]) - bias for m in found] == [table[word >> 4 * n & 15] for n in range(8)]
 
 
 @settings(max_examples=30, deadline=None)
@@ -266,9 +269,25 @@ def test_a_word_of_codes_looks_up_eight_entries(table: list[int], word: int) -> 
 def test_a_word_of_codes_and_their_high_bits(word: int, high: int, first: int) -> None:
     for layout, bits in (("codes5", 1), ("codes6", 2)):
         form = Form(layout, 32, tuple(range(first, first + (16 << bits))))
-        found = [float(t[0]) for t in unpack(form, jnp.full(1, word, jnp.uint32), select_bytes, jnp.full(1, high, jnp.uint32))]
+        found, bias = unpack(form, jnp.full(1, word, jnp.uint32), ARITHMETIC, jnp.full(1, high, jnp.uint32))
         top = [high >> bits * n & ((1 << bits) - 1) for n in range(8)]
-        assert found == [first + (word >> 4 * n & 15) + 16 * top[n] for n in range(8)]
+        assert [float(m[0]) - bias for m in found] == [first + (word >> 4 * n & 15) + 16 * top[n] for n in range(8)]
+
+
+@pytest.mark.parametrize(("layout", "scale", "exact"), [
+    ("codes4", np.float16, True), ("codes8", np.float16, True), ("codes8", np.float32, False), ("codes4", np.float32, False),
+])  # fmt: skip
+def test_a_bias_goes_into_the_scale_only_where_nothing_is_lost(layout: str, scale: type, exact: bool) -> None:
+    """`fma(m, scale, -bias * scale)` is `(m - bias) * scale` for every code and scale, or the kernels do not use it."""
+    form = Form(layout, 32, (-127, *range(-104, 113, 15), 113)[:16])
+    words = jnp.asarray(np.random.default_rng(0).integers(0, 2**32, 64, np.uint32))
+    values, bias = unpack(form, words, ARITHMETIC)
+    m = np.float32(values).reshape(-1, 1)
+    scales = np.random.default_rng(1).normal(size=500).astype(scale).astype(np.float32)
+    want = (m - np.float32(bias)) * scales
+    fused = (np.float64(m) * scales + scales * np.float32(-bias)).astype(np.float32)  # a float64 holds the product
+    assert packed_words._exact(bias, np.dtype(scale)) == exact == bool((fused == want).all())
+    assert packed_words._exact(1 << 15, None) and not packed_words._exact(bias, None)
 
 
 def test_a_packed_weight_needs_whole_blocks() -> None:

@@ -19,14 +19,13 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Bool, Float, Int
 
 from kernels_pallas.grouped_matmul.plan import choose_block, plan_blocks, plan_each
+from kernels_pallas.instructions import ARITHMETIC, MACHINE
 from kernels_pallas.packed_words import (
     Form,
     dot,
     grid,
     load_rows,
     load_tile,
-    prmt,
-    select_bytes,
     words,
 )
 from kernels_pallas.quantized import QuantizedTensor
@@ -53,7 +52,7 @@ def _gate_up_kernel(
     experts = weight[0].shape[1]
     z, tile, size = pl.program_id(0), pl.program_id(1), out_ref.shape[1]
     shape = (2 * size, x_ref.shape[1] // form.slots)
-    select = prmt if asm else select_bytes
+    ops = MACHINE if asm else ARITHMETIC
 
     @pl.when((z < count_ref[0]) & (expert_ref[z] < experts))
     def _() -> None:
@@ -65,8 +64,8 @@ def _gate_up_kernel(
         def step(i: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
             x = load_rows(form, x_ref, rows, i * form.step * form.slots, form.step * form.slots)
             load = partial(load_tile, form, tuple(weight), at, count=form.step, shape=shape, dtype=x.dtype)
-            gate = load(rows=jnp.minimum(o, size - 1), first_word=i * form.step, select=select)
-            up = load(rows=size + jnp.minimum(o, size - 1), first_word=i * form.step, select=select)
+            gate = load(rows=jnp.minimum(o, size - 1), first_word=i * form.step, ops=ops)
+            up = load(rows=size + jnp.minimum(o, size - 1), first_word=i * form.step, ops=ops)
             return sums[0] + dot(gate, x), sums[1] + dot(up, x)
 
         zero = jnp.zeros((OUT_TILE, block), jnp.float32)
@@ -105,8 +104,8 @@ def _down_kernel(
 
         def step(i: Array, acc: Array) -> Array:
             x = load_rows(form, hidden_ref, place, i * form.step * form.slots, form.step * form.slots)
-            select = prmt if asm else select_bytes
-            w = load_tile(form, tuple(weight), at, o, i * form.step, form.step, shape, x.dtype, select)
+            ops = MACHINE if asm else ARITHMETIC
+            w = load_tile(form, tuple(weight), at, o, i * form.step, form.step, shape, x.dtype, ops)
             return acc + dot(w, x)
 
         zero = jnp.zeros((OUT_TILE, block), jnp.float32)

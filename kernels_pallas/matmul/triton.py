@@ -20,7 +20,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Float
 
-from kernels_pallas.packed_words import Form, dot, grid, load_rows, load_tile, prmt, select_bytes, words
+from kernels_pallas.instructions import ARITHMETIC, MACHINE
+from kernels_pallas.packed_words import Form, dot, grid, load_rows, load_tile, words
 from kernels_pallas.quantized import QuantizedTensor
 
 FEW = 64  # rows of a call up to which the splits are programs of their own
@@ -78,12 +79,12 @@ def _tile(
     """Rows m and columns o of a result: one split of the sum over D, or (None) all of them, added in order."""
     form, (rows, out) = product.form, y_ref.shape[1:]
     index = (layer_ref[number],) if product.lead else ()
-    select = prmt if asm else select_bytes
+    ops = MACHINE if asm else ARITHMETIC
     shape = (out, x_ref.shape[1] // form.slots)
 
     def step(i: Array, acc: Array) -> Array:
         first = i * form.step
-        w = load_tile(form, weight, index, o, first, form.step, shape, x_ref.dtype, select)
+        w = load_tile(form, weight, index, o, first, form.step, shape, x_ref.dtype, ops)
         return acc + dot(w, load_rows(form, x_ref, m, first * form.slots, form.step * form.slots))
 
     zero = jnp.zeros((o.size, m.size), jnp.float32)
