@@ -39,6 +39,11 @@ def sliced_in_blocks(index: tuple[int | slice, ...], packed: PackedArray) -> boo
     return packed.layout != "fp8" or all(i.start % FP8_BLOCK == 0 == i.stop % FP8_BLOCK for i in index if isinstance(i, slice))
 
 
+def joinable(weights: Sequence[PackedArray]) -> bool:
+    """Whether weights can lie in one leaf: `alike` widens all forms but fp8 to one."""
+    return len({weight.layout == "fp8" for weight in weights}) == 1
+
+
 def read_packed(source: TensorSource, name: str, weights: str) -> PackedArray | None:
     """One tensor packed: as the file holds it, or quantised here. None where the file holds it unquantised."""
     if weights == KEEP:
