@@ -231,11 +231,12 @@ _MODELOPT: dict[str, Callable[[], Format]] = {
 
 
 def _modelopt(settings: Mapping[str, Any]) -> tuple[Format, ...]:
-    _expect(settings, quant_algo=(*_MODELOPT, "MIXED_PRECISION"))
-    if settings["quant_algo"] != "MIXED_PRECISION":
-        return (_MODELOPT[settings["quant_algo"]](),)
+    algo = str(settings.get("quant_algo")).upper()  # modelopt 0.47 writes "fp8_pb_wo"
+    _expect({"quant_algo": algo}, quant_algo=(*_MODELOPT, "MIXED_PRECISION"))
+    if algo != "MIXED_PRECISION":
+        return (_MODELOPT[algo](),)
     for layer, each in (settings.get("quantized_layers") or {}).items():
-        _expect(each, f"quantized_layers: {layer}: ", quant_algo=tuple(_MODELOPT))
+        _expect({"quant_algo": str(each.get("quant_algo")).upper()}, f"quantized_layers: {layer}: ", quant_algo=tuple(_MODELOPT))
     return _modelopt_fp4(), _fp8(), _int8(0)
 
 

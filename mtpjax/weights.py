@@ -189,7 +189,7 @@ def load_model(
         if weights is not None and packable(path, leaf.shape, weights):
             packed = [(where.index, read_packed(source, name, weights)) for name, where in parts[path]]
             whole_parts = [(index, part) for index, part in packed if part is not None and sliced_in_blocks(index, part)]
-            if len(whole_parts) == len(packed) and joinable([part for _, part in whole_parts]):
+            if len(whole_parts) == len(packed) and joinable(path, [part for _, part in whole_parts]):
                 return assembled(leaf.shape, whole_parts)
         stored = [source.tensors[name].dtype for name, _ in parts[path]]
         whole = _aligned(leaf.shape, _leaf_dtype(leaf, stored, dtype))

@@ -163,6 +163,7 @@ FORMATS: dict[str, tuple[dict[str, Any], Callable[[np.ndarray], Encoded], str]] 
     "gptq v1, zeros": (_GPTQ | {"sym": False}, partial(gptq, symmetric=False), "codes4"),
     "gptq v2, zeros": (_GPTQ | {"checkpoint_format": "gptq_v2"}, partial(gptq, symmetric=False, version=2), "codes4"),
     "gptq, rows": (_GPTQ | {"group_size": -1, "desc_act": True}, partial(gptq, symmetric=False, group=0), "codes4"),
+    "gptq, groups of three times 64": (_GPTQ, lambda w: gptq(w, group=192 if w.shape[1] == 384 else 32), "codes4"),
     "gptq, 8 bits": (_GPTQ | {"bits": 8}, partial(gptq, bits=8), "codes8"),
     "gptq v1, 8 bits, zeros": (_GPTQ | {"bits": 8}, partial(gptq, bits=8, symmetric=False, group=0), "codes8"),
     "gptq, some 8 bits": (
@@ -217,7 +218,7 @@ FORMATS: dict[str, tuple[dict[str, Any], Callable[[np.ndarray], Encoded], str]] 
     ),
     "nvfp4": ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, nvfp4, "codes4"),
     "modelopt fp8": ({"quant_method": "modelopt", "quant_algo": "FP8"}, fp8_tensor, "fp8"),
-    "modelopt fp8 blocks": ({"quant_method": "modelopt", "quant_algo": "FP8_PB_WO"}, fp8_four_axes, "fp8"),
+    "modelopt fp8 blocks": ({"quant_method": "modelopt", "quant_algo": "fp8_pb_wo"}, fp8_four_axes, "fp8"),
     "modelopt int8": ({"quant_method": "modelopt", "quant_algo": "W8A16"}, int8_one_axis, "codes8"),
     "modelopt mixed": (
         {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": _MIXED},

@@ -1,5 +1,6 @@
 """Published quantised folders (FP8, GPTQ, AutoRound, AWQ, compressed-tensors, modelopt): values, whole models, bad files."""
 
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def write(path: Path, kind: str, change: Any = None, **settings: Any) -> Path:
 def write_three(path: Path, kind: str, change: Any = None, **settings: Any) -> Path:
     """Three matrices, one of them square; rows of one sign have zero points at the ends of the range."""
     rng = np.random.default_rng(0)
-    shapes = {"a": (128, 256), "b": (320, 128), "c": (128, 128)}
+    shapes = {"a": (128, 384), "b": (320, 128), "c": (128, 128)}
     weights = {f"model.layers.0.{n}.weight": rng.normal(0, 0.1, shape).astype(np.float32) for n, shape in shapes.items()}
     for w in weights.values():
         w[3::5] = np.abs(w[3::5])
@@ -128,9 +129,10 @@ def test_experts_of_fp8_and_other_types_are_unpacked(tmp_path: Path, monkeypatch
     assert np.abs(got - want).max() <= 1e-4 * np.abs(want).max()
 
 
-def test_experts_that_share_no_blocks_are_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Experts of 64 rows: gate and up would share a block of FP8 scales, so they are kept unpacked, with the same values."""
+def test_what_cannot_share_blocks_is_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts of 64 rows, whose gate and up would share a block of FP8 scales, and embeddings, of which single rows are read."""
     monkeypatch.setitem(SIZES, "expert_size", 64)
+    monkeypatch.setattr(sys.modules[__name__], "LEFT_ALONE", tuple(part for part in LEFT_ALONE if part != "embed_tokens"))
     write(tmp_path, "fp8")
     ids = list(range(20))
     want = LLM(tmp_path / "plain", draft=2, max_len=64).logits(ids)
@@ -171,7 +173,7 @@ PACK4, PACK8 = (config("pack-quantized", num_bits=bits, strategy="channel", grou
         ("fp8", {"weight_block_size": [64, 64]}, None, r"weight_block_size is \[64, 64\], expected \[128, 128\]"),
         ("fp8", {}, drop("weight_scale_inv"), r"is quantised, but '.*weight_scale_inv' is not there"),
         ("fp8", {}, edit("weight_scale_inv", lambda x: x[:, :0]), "scales do not fit a weight of .*one for each 128 x 128"),
-        ("fp8", {}, edit(".weight_scale_inv", lambda x: np.full_like(x, np.nan)), "weight_scale_inv' has 2 NaN"),
+        ("fp8", {}, edit(".weight_scale_inv", lambda x: np.full_like(x, np.nan)), "weight_scale_inv' has 3 NaN"),
         ("fp8, powers of two", {}, edit(".weight_scale_inv", lambda x: x * 0 + 255), "'layers.0.a.weight': scales hold NaN"),
         ("gptq", {"bits": 3}, None, "quant_method 'gptq'.*bits is 3, expected 4 or 8"),
         ("gptq", {"checkpoint_format": "marlin"}, None, "checkpoint_format is 'marlin', expected 'gptq' or 'gptq_v2'"),
