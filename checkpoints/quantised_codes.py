@@ -87,7 +87,7 @@ def gptq(arrays: Arrays, first_zero: int) -> Decoded:
     scale, zeros = arrays["scales"].T, arrays["qzeros"]
     bits = 32 * zeros.shape[1] // len(scale)
     q = unpacked(arrays["qweight"].T, bits)
-    _refuse_order(arrays.get("g_idx"), "g_idx", q.shape[1] // scale.shape[1])
+    _refuse_order(arrays.get("g_idx"), "g_idx", q.shape[1], scale.shape[1])
     words = zeros.view(np.uint32) + np.uint32(first_zero * _ONES[bits])
     return affine(q, scale, unpacked(words, bits).T, bits)
 
@@ -105,7 +105,7 @@ def words(arrays: Arrays, bits: int) -> Decoded:
     """weight_packed `[O, D * bits / 32]`, weight_scale `[O, G]` or one for all, weight_zero_point `[O * bits / 32, G]`."""
     q = unpacked(arrays["weight_packed"], bits)
     scale = _by_rows(arrays["weight_scale"], len(q))
-    _refuse_order(arrays.get("weight_g_idx"), "weight_g_idx", q.shape[1] // scale.shape[1])
+    _refuse_order(arrays.get("weight_g_idx"), "weight_g_idx", q.shape[1], scale.shape[1])
     zero = arrays.get("weight_zero_point")
     return affine(q, scale, None if zero is None else unpacked(zero.T, bits).T[: len(q)], bits)
 
@@ -157,8 +157,9 @@ def _by_rows(scale: NDArray[Any], rows: int) -> NDArray[Any]:
     return np.broadcast_to(scale.reshape(1, 1), (rows, 1)) if scale.size == 1 else scale.reshape(rows, -1)
 
 
-def _refuse_order(order: NDArray[Any] | None, name: str, group: int) -> None:
-    if order is not None and (order != np.arange(order.size) // group).any():
+def _refuse_order(order: NDArray[Any] | None, name: str, size: int, groups: int) -> None:
+    group = size // groups
+    if order is not None and not np.array_equal(order, np.arange(size) // group):
         raise Unsupported(
             f"{name!r} reorders columns (desc_act, actorder 'group'), expected groups of {group} one after the other; use a "
             "checkpoint without it"

@@ -79,6 +79,11 @@ class QuantisedDirectory(SafetensorsDirectory):
         """Of the formats that mark a weight alike, the first that fits its tensors; these; and its shape."""
         first = self._files[f"{base}.{formats[0].mark}"]
         where, found, problems = f"{first.file}: {first.name!r}", [], []
+        if len(first.shape) != 2:
+            raise CheckpointError(
+                f"{where} is quantised and has shape {list(first.shape)}, expected a matrix. Several matrices in one tensor "
+                "are not supported yet: use a checkpoint with one for each expert."
+            )
         for form in formats:
             names = {part: f"{base}.{part}" for part in (*form.parts, *form.optional)}
             parts = {part: self._files[name] for part, name in names.items() if name in self._files}

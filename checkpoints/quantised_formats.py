@@ -73,7 +73,7 @@ def _count(shape: tuple[int, ...], axes: int) -> tuple[int, ...]:
 def _transposed(shapes: Shapes, along_rows: bool = False) -> tuple[int, int]:
     """GPTQ, or with `along_rows` AWQ."""
     if any(len(shapes[part]) != 2 for part in ("qweight", "qzeros", "scales")):
-        raise Misfit(0, 0, "matrices")
+        raise Unsupported("or its scales are no matrices")
     weight, zeros, (groups, rows) = shapes["qweight"], shapes["qzeros"], shapes["scales"]
     bits = 32 * zeros[1] // max(rows, 1)
     size = weight[0] if along_rows else 32 * weight[0] // max(bits, 1)
@@ -116,6 +116,8 @@ def _blocks(shapes: Shapes, scales: str) -> tuple[int, int]:
 
 def _pairs(shapes: Shapes, mark: str, group: int) -> tuple[int, int]:
     rows, size = shapes[mark][0], 2 * shapes[mark][1]
+    if any(shapes.get(whole, ()) not in ((), (1,)) for whole in ("weight_scale_2", "weight_global_scale")):
+        raise Misfit(rows, size, "one factor for all beside them")
     if shapes["weight_scale"] != (rows, size // group) or size % 32:
         raise Misfit(rows, size, f"one for each {group} elements of a row")
     return rows, size

@@ -155,9 +155,9 @@ def edit(suffix: str, how: Callable[[np.ndarray], np.ndarray]) -> Callable[[dict
     return change
 
 
-def order(name: str, step: int) -> Callable[[dict[str, np.ndarray]], None]:
+def order(name: str, which: slice) -> Callable[[dict[str, np.ndarray]], None]:
     def change(tensors: dict[str, np.ndarray]) -> None:
-        tensors[f"model.layers.0.c.{name}"] = (np.arange(128) // 32)[::step].astype(np.int32)
+        tensors[f"model.layers.0.c.{name}"] = (np.arange(128) // 32)[which].astype(np.int32)
 
     return change
 
@@ -178,7 +178,7 @@ PACK4, PACK8 = (config("pack-quantized", num_bits=bits, strategy="channel", grou
         ("gptq", {"bits": 3}, None, "quant_method 'gptq'.*bits is 3, expected 4 or 8"),
         ("gptq", {"checkpoint_format": "marlin"}, None, "checkpoint_format is 'marlin', expected 'gptq' or 'gptq_v2'"),
         ("gptq", {"desc_act": True}, drop("g_idx"), "is quantised, but '.*g_idx' is not there"),
-        ("gptq", {}, order("g_idx", -1), "'layers.0.c.weight': 'g_idx' reorders columns"),
+        ("gptq", {}, order("g_idx", np.s_[::-1]), "'layers.0.c.weight': 'g_idx' reorders columns"),
         ("gptq", {}, edit("qzeros", lambda x: x[:, :1]), "scales do not fit"),
         ("gptq", {}, edit("qzeros", lambda x: x[:, : x.shape[1] // 2]), "a.qweight' holds 2 bits, expected 4 or 8"),
         ("gptq", {}, edit("scales", lambda x: x.astype(np.int32)), "a.scales' is I32, expected F16 or BF16 or F32"),
@@ -193,11 +193,15 @@ PACK4, PACK8 = (config("pack-quantized", num_bits=bits, strategy="channel", grou
         (CT, {"config_groups": {"a": {"targets": ["Linear"], "weights": None}}}, None, "config_groups names no weights"),
         (CT, {"transform_config": {"config_groups": {"R1": {}}}}, None, "transform_config is .*'R1'.*expected {}"),
         (CT, {"sparsity_config": {"format": "sparse"}}, None, "sparsity_config: format is 'sparse', expected 'dense'"),
-        (CT, {}, order("weight_g_idx", -1), "'weight_g_idx' reorders columns"),
+        (CT, {}, order("weight_g_idx", np.s_[::-1]), "'weight_g_idx' reorders columns"),
         (ZEROS, {}, drop("weight_zero_point"), "is quantised, but '.*weight_zero_point' is not there"),
         (ZEROS, {}, edit("weight_zero_point", lambda x: x[:1]), "scales do not fit .*zeros packed along the rows"),
         (CT, compressed_config(BLOCKS), None, r"config_groups: a: block_structure is \[64, 64\], expected \[128, 128\]"),
+        (CT, {}, order("weight_g_idx", np.s_[:64]), "'weight_g_idx' reorders columns"),
+        (CT, {}, edit("weight_packed", lambda x: x[None]), r"a.weight_packed' is .* shape \[1, 128, 48\], expected a matrix"),
+        ("gptq", {}, edit("scales", lambda x: x[0]), "a.qweight' or its scales are no matrices"),
         ("nvfp4, divided", {}, edit("weight_global_scale", lambda x: x * 0), "scales hold NaN or infinity"),
+        ("nvfp4, divided", {}, edit("weight_global_scale", lambda x: x.repeat(2)), "do not fit .*one factor for all"),
         ("nvfp4", {"quant_algo": "NVFP4_AWQ"}, None, "quant_algo is 'NVFP4_AWQ', expected 'NVFP4'"),
         ("nvfp4", {"quant_algo": "FP8"}, None, "a.weight' is U8, expected F8_E4M3, as quantization_config says, or floats"),
         ("modelopt mixed", {"quantized_layers": {"x": {"quant_algo": "W4A8"}}}, None, "layers: x: quant_algo is 'W4A8'"),
@@ -214,7 +218,7 @@ def test_what_is_not_read_is_named(kind: str, settings: dict, change: Any, messa
 
 def test_a_plain_order_and_what_activations_need_are_no_hindrance(tmp_path: Path) -> None:
     def change(tensors: dict[str, np.ndarray]) -> None:
-        order("weight_g_idx", 1)(tensors)
+        order("weight_g_idx", np.s_[:])(tensors)
         for name in ("input_global_scale", "k_scale", "output_scale"):
             tensors[f"model.layers.0.c.{name}"] = np.ones(1, np.float32)
 
