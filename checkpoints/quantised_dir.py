@@ -50,6 +50,10 @@ class QuantisedDirectory(SafetensorsDirectory):
             raise CheckpointError(
                 f"{self.path}: is quantised (quant_method {method!r}), and {error}; use the BF16 files of the same model"
             ) from None
+        except (AttributeError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{self.path}: quantization_config cannot be understood ({type(error).__name__}: {error}). Download it again."
+            ) from None
         self._files = self.tensors
         self._parts: dict[str, tuple[Format, dict[str, TensorInfo]]] = {}
         table, used = {}, set()

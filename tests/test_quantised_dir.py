@@ -191,6 +191,7 @@ PACK4, PACK8 = (config("pack-quantized", num_bits=bits, strategy="channel", grou
         (CT, compressed_config(PACK4), None, "scales do not fit"),
         ("compressed-tensors, rows", compressed_config(PACK4, PACK8), None, "a.weight_packed' fits several of the formats"),
         (CT, {"config_groups": {"a": {"targets": ["Linear"], "weights": None}}}, None, "config_groups names no weights"),
+        (CT, {"config_groups": ["a"]}, None, "quantization_config cannot be understood"),
         (CT, {"transform_config": {"config_groups": {"R1": {}}}}, None, "transform_config is .*'R1'.*expected {}"),
         (CT, {"sparsity_config": {"format": "sparse"}}, None, "sparsity_config: format is 'sparse', expected 'dense'"),
         (CT, {}, order("weight_g_idx", np.s_[::-1]), "'weight_g_idx' reorders columns"),
