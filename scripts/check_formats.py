@@ -121,7 +121,7 @@ def installed(library: str) -> str | None:
 
 
 def check(case: Case) -> dict[str, Any]:
-    """One format with both models. `skipped`: why the library could not be asked; `refused`: why the folder is not read."""
+    """One format with both models. `skipped`, `failed`: why the library says nothing; `refused`: why the folder is not read."""
     row: dict[str, Any] = {"library": case.library, "version": installed(case.library), "format": case.name}
     for kind in KINDS:
         cfg = model_config(kind == "moe")
@@ -131,6 +131,8 @@ def check(case: Case) -> dict[str, Any]:
                 packed = case.make(weights, quantised)
         except ImportError as error:
             return row | {"skipped": f"{type(error).__name__}: {error}"}
+        except Exception as error:  # of a library: the others are to be asked all the same
+            return row | {"failed": f"{type(error).__name__}: {error}"}
         with tempfile.TemporaryDirectory() as folder:
             try:
                 row[kind] = compare(Path(folder), cfg, weights, packed)
@@ -153,10 +155,13 @@ def check_whole(pipeline: Pipeline) -> dict[str, Any]:
             try:
                 with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
                     wanted = pipeline.make(plain, target, IDS)
-                source = open_checkpoint(target)
-                check_source(source)
             except ImportError as error:
                 return row | {"skipped": f"{type(error).__name__}: {error}"}
+            except Exception as error:
+                return row | {"failed": f"{type(error).__name__}: {error}"}
+            try:
+                source = open_checkpoint(target)
+                check_source(source)
             except CheckpointError as error:
                 return row | {"refused": str(error).replace(folder, "").lstrip("/")}
             assert isinstance(source, QuantisedDirectory)
@@ -170,7 +175,7 @@ def check_whole(pipeline: Pipeline) -> dict[str, Any]:
 def show(row: dict[str, Any]) -> str:
     """A line of either table."""
     title = f"{row['library']:19}{row['version'] or '-':9}{row['format']:30}"
-    if (why := row.keys() & {"skipped", "refused"}):
+    if (why := row.keys() & {"skipped", "failed", "refused"}):
         return f"{title}{min(why)}: {row[min(why)]}"
     both = [row[kind] for kind in KINDS]
     kept, found = sum(model["kept_packed"] for model in both), [model["logits_difference"] for model in both]
@@ -207,8 +212,8 @@ def main() -> None:
     libraries = {name: installed(name) for name in ("llmcompressor", *dict.fromkeys(case.library for case in CASES))}
     write_json(args.out, {"run": describe(), "libraries": libraries, "positions": len(IDS), "rows": rows, "whole_models": whole})
     wrong = [row for row in rows for kind in KINDS if kind in row and row[kind]["equal"] < row[kind]["tensors"]]
-    if wrong or any("refused" in row for row in rows + whole):
-        raise SystemExit("check_formats.py: values differ, or a folder is refused")
+    if wrong or any(row.keys() & {"failed", "refused"} for row in rows + whole):
+        raise SystemExit("check_formats.py: values differ, a library failed, or a folder is refused")
 
 
 if __name__ == "__main__":

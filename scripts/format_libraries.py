@@ -168,6 +168,7 @@ def auto_round(weights: Tensors, chosen: Callable[[str], bool], backend: str, sy
         parts |= {name: getattr(layer, name) for name in ("qweight", "qzeros", "scales")}
         if value is None:
             layer.scales = layer.scales.float()
+            layer._buffers.pop("g_idx", None)  # with it, its forward fails where there are more rows than columns
             value = layer(torch.eye(size)).T
         return parts, value
 
