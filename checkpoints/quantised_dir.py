@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from checkpoints.dtypes import DTYPES, not_finite
+from checkpoints.dtypes import DTYPE_NAMES, DTYPES, not_finite
 from checkpoints.errors import CheckpointError
-from checkpoints.packed import FP8_BLOCK, PackedArray
-from checkpoints.quantised_formats import GROUPS, Format, Unsupported, format_of
+from checkpoints.packed import PackedArray
+from checkpoints.quantised_codes import Decoded, Unsupported
+from checkpoints.quantised_formats import FLOATS, Format, Misfit, formats_of
 from checkpoints.reading import read_tensor_into
 from checkpoints.safetensors_dir import SafetensorsDirectory
 from checkpoints.source import TensorInfo
@@ -43,65 +44,84 @@ class QuantisedDirectory(SafetensorsDirectory):
         super().__init__(path)
         settings = quantisation(self.config)
         try:
-            self._format: Format = format_of(settings if isinstance(settings, Mapping) else {"quant_method": settings})
+            formats = formats_of(settings if isinstance(settings, Mapping) else {"quant_method": settings})
         except Unsupported as error:
             method = settings.get("quant_method") if isinstance(settings, Mapping) else settings
             raise CheckpointError(
                 f"{self.path}: is quantised (quant_method {method!r}), and {error}; use the BF16 files of the same model"
             ) from None
+        except (AttributeError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{self.path}: quantization_config cannot be understood ({type(error).__name__}: {error}). Download it again."
+            ) from None
         self._files = self.tensors
-        self._parts: dict[str, dict[str, TensorInfo]] = {}
+        self._parts: dict[str, tuple[Format, dict[str, TensorInfo]]] = {}
         table, used = {}, set()
-        first = self._format.parts[0]
         for name, info in self._files.items():
             base, _, suffix = name.rpartition(".")
-            if suffix == first and info.dtype == DTYPES[self._format.dtype]:
-                parts = self._gather(base)
+            dtype, marked = DTYPE_NAMES[info.dtype], [form for form in formats if suffix == form.mark]
+            meant = [form for form in marked if dtype in form.parts[suffix]]
+            if marked and not meant and dtype not in FLOATS:
+                expected = " or ".join(form.parts[suffix][0] for form in marked)
+                raise CheckpointError(
+                    f"{info.file}: {info.name!r} is {dtype}, expected {expected}, as quantization_config says, or floats. Do "
+                    "config.json and the weights belong together?"
+                )
+            if meant:
+                form, parts, shape = self._gather(base, meant)
                 weight = f"{base}.{_WEIGHT}"
-                self._parts[weight] = parts
+                self._parts[weight] = form, parts
                 used |= {f"{base}.{part}" for part in parts}
-                shape = self._format.shape({part: i.shape for part, i in parts.items()})
                 size = sum(i.nbytes for i in parts.values())
-                raw = info.name.removesuffix(first) + _WEIGHT
-                table[weight] = replace(info, name=raw, shape=tuple(shape), dtype=DTYPES["F32"], nbytes=size)
-        left = {n: i for n, i in self._files.items() if n not in used and n.rpartition(".")[2] not in self._format.ignored}
+                raw = info.name.removesuffix(suffix) + _WEIGHT
+                table[weight] = replace(info, name=raw, shape=shape, dtype=DTYPES["F32"], nbytes=size)
+        ignored = {part for form in formats for part in form.ignored}
+        left = {n: i for n, i in self._files.items() if n not in used and n.rpartition(".")[2] not in ignored}
         self.tensors = MappingProxyType(left | table)
 
-    def _gather(self, base: str) -> dict[str, TensorInfo]:
-        """The tensors of one weight, their shapes checked."""
-        needed, stored = self._format.parts, self._files
-        first = stored[f"{base}.{needed[0]}"]
-        where = f"{first.file}: {first.name!r}"
-        if missing := [part for part in needed if f"{base}.{part}" not in stored]:
-            raise CheckpointError(f"{where} is quantised, but '{base}.{missing[0]}' is not there. Download all files again.")
-        parts = {part: stored[f"{base}.{part}"] for part in (*needed, *self._format.optional) if f"{base}.{part}" in stored}
-        if any(len(info.shape) != 2 for part, info in parts.items() if part not in ("g_idx", "weight_scale_2")):
-            raise CheckpointError(f"{where} or its scales are no matrices: {_shapes(parts)}.")
-        rows, size = self._format.shape({part: info.shape for part, info in parts.items()})
-        scale = next(info for part, info in parts.items() if "scale" in part)
-        if "weight_scale_inv" in parts:
-            wanted = {(-(-rows // FP8_BLOCK), -(-size // FP8_BLOCK))}
-        else:
-            wanted = {(rows, size // group) for group in GROUPS if size % group == 0 and size % 32 == 0}
-            wanted = {(b, a) for a, b in wanted} if "qweight" in parts else wanted
-        zeros = parts.get("qzeros")
-        if scale.shape not in wanted or (zeros and zeros.shape != (scale.shape[0], scale.shape[1] // 8)):
+    def _gather(self, base: str, formats: Sequence[Format]) -> tuple[Format, dict[str, TensorInfo], tuple[int, int]]:
+        """Of the formats that mark a weight alike, the first that fits its tensors; these; and its shape."""
+        first = self._files[f"{base}.{formats[0].mark}"]
+        where, found, problems = f"{first.file}: {first.name!r}", [], []
+        if len(first.shape) != 2:
             raise CheckpointError(
-                f"{where}: scales do not fit a weight of {rows} x {size}: {_shapes(parts)}; expected one for each of "
-                f"{'128 x 128' if 'weight_scale_inv' in parts else '16, 32, 64 or 128'} elements."
+                f"{where} is quantised and has shape {list(first.shape)}, expected a matrix. Several matrices in one tensor "
+                "are not supported yet: use a checkpoint with one for each expert."
             )
-        return parts
+        for form in formats:
+            names = {part: f"{base}.{part}" for part in (*form.parts, *form.optional)}
+            parts = {part: self._files[name] for part, name in names.items() if name in self._files}
+            if missing := [part for part in form.parts if part not in parts]:
+                problems.append(f"{where} is quantised, but '{names[missing[0]]}' is not there. Download all files again.")
+                continue
+            wanted = {**form.parts, **form.optional}
+            if odd := [part for part, info in parts.items() if DTYPE_NAMES[info.dtype] not in wanted[part]]:
+                info, dtypes = parts[odd[0]], " or ".join(wanted[odd[0]])
+                problems.append(f"{where}: {info.name!r} is {DTYPE_NAMES[info.dtype]}, expected {dtypes}.")
+                continue
+            try:
+                found.append((form, parts, form.shape({part: info.shape for part, info in parts.items()})))
+            except Misfit as error:
+                says, expected = error.args
+                problems.append(f"{where}: {says}: {_shapes(parts)}; expected {expected}.")
+            except Unsupported as error:
+                problems.append(f"{where} {error}.")
+        if not found:
+            raise CheckpointError(problems[0])
+        if len({shape for *_, shape in found}) > 1:
+            raise CheckpointError(f"{where} fits several of the formats in quantization_config: {_shapes(found[0][1])}.")
+        return found[0]
 
     def read_into(self, name: str, out: NDArray[Any], check_finite: bool = True) -> None:
         """As `SafetensorsDirectory.read_into`; a quantised tensor is dequantised in float32 and rounded once."""
-        packed = self.read_packed(name)
-        if packed is None:
+        decoded = self._decoded(name)
+        if decoded is None:
             super().read_into(name, out, check_finite)
             return
         info = self.tensors[name]
         if out.shape != info.shape:
             raise CheckpointError(f"{info.file}: {info.name!r} has shape {list(info.shape)}, expected {list(out.shape)}.")
-        out[...] = packed.dequantize()
+        out[...] = decoded.dequantize() if isinstance(decoded, PackedArray) else decoded
         if check_finite and not_finite(out).any():
             raise CheckpointError(f"{info.file}: {info.name!r} holds NaN or infinity. Download the file again.")
 
@@ -112,16 +132,20 @@ class QuantisedDirectory(SafetensorsDirectory):
         return out
 
     def read_packed(self, name: str) -> PackedArray | None:
-        """Tensor `name` (canonical) packed, exactly; None where it is not quantised."""
-        parts = self._parts.get(name)
-        if parts is None:
+        """Tensor `name` (canonical) packed, exactly; None where it is not quantised, or no layout holds its values."""
+        decoded = self._decoded(name)
+        return decoded if isinstance(decoded, PackedArray) else None
+
+    def _decoded(self, name: str) -> Decoded | None:
+        if name not in self._parts:
             return None
+        form, parts = self._parts[name]
         arrays = {}
         for part, info in parts.items():
             arrays[part] = np.empty(info.shape, info.dtype)
             read_tensor_into(info, arrays[part])
         try:
-            return self._format.decode(arrays)
+            return form.decode(arrays)
         except Unsupported as error:
             raise CheckpointError(f"{self.tensors[name].file}: '{name}': {error}.") from None
 

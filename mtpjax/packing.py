@@ -39,6 +39,12 @@ def sliced_in_blocks(index: tuple[int | slice, ...], packed: PackedArray) -> boo
     return packed.layout != "fp8" or all(i.start % FP8_BLOCK == 0 == i.stop % FP8_BLOCK for i in index if isinstance(i, slice))
 
 
+def joinable(path: Sequence[str | int], weights: Sequence[PackedArray]) -> bool:
+    """Whether weights can lie in the leaf at `path`: `alike` widens all forms but fp8 to one; fp8 has no single rows."""
+    fp8 = {weight.layout == "fp8" for weight in weights}
+    return len(fp8) == 1 and not (True in fp8 and path[-1] in _TABLES)
+
+
 def read_packed(source: TensorSource, name: str, weights: str) -> PackedArray | None:
     """One tensor packed: as the file holds it, or quantised here. None where the file holds it unquantised."""
     if weights == KEEP:

@@ -16,7 +16,7 @@ from checkpoints import CheckpointError, TensorSource
 from kernels_pallas.quantized import QuantizedTensor
 from mtpjax.config import FULL, ModelConfig
 from mtpjax.model import abstract_model
-from mtpjax.packing import assembled, packable, random_packed, read_packed, sliced_in_blocks
+from mtpjax.packing import assembled, joinable, packable, random_packed, read_packed, sliced_in_blocks
 
 Path = tuple[str | int, ...]
 
@@ -188,8 +188,9 @@ def load_model(
     def read(path: Path, leaf: Any) -> jax.Array | QuantizedTensor:
         if weights is not None and packable(path, leaf.shape, weights):
             packed = [(where.index, read_packed(source, name, weights)) for name, where in parts[path]]
-            if all(part is not None and sliced_in_blocks(index, part) for index, part in packed):
-                return assembled(leaf.shape, [(index, part) for index, part in packed if part is not None])
+            whole_parts = [(index, part) for index, part in packed if part is not None and sliced_in_blocks(index, part)]
+            if len(whole_parts) == len(packed) and joinable(path, [part for _, part in whole_parts]):
+                return assembled(leaf.shape, whole_parts)
         stored = [source.tensors[name].dtype for name, _ in parts[path]]
         whole = _aligned(leaf.shape, _leaf_dtype(leaf, stored, dtype))
         for name, where in parts[path]:

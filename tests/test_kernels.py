@@ -43,6 +43,8 @@ FORMS = {  # layout, group, table, offset, super group
     "q6_k": ("codes6", 16, tuple(range(-32, 32)), False, 256),
     "q8_0": ("codes8", 32, None, False, 0),
     "mixed": ("codes8", 16, None, True, 0),
+    "gptq_8": ("codes8", 128, None, True, 0),
+    "differences": ("codes5", 128, tuple(range(-16, 16)), False, 0),
     "fp8": ("fp8", 128, None, False, 0),
 }
 OTHERS = [name for name in FORMS if name != "iq4_nl"]
