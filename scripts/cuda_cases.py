@@ -14,6 +14,7 @@ from flax import nnx
 from kernels_pallas.attention import Entering
 from kernels_pallas.attention.entering import enter_cache
 from kernels_pallas.attention.triton import attend_cache
+from kernels_pallas.deltanet.chunks import delta_chunks
 from kernels_pallas.deltanet.triton import Fixed, Projected, delta_window
 from kernels_pallas.grouped_matmul.triton import grouped_mlp
 from kernels_pallas.matmul.triton import matmul
@@ -153,6 +154,13 @@ def kernel_cases(
             projected, fixed, before, state, spec((), jnp.int32), one, one,
         )  # fmt: skip
 
+    def chunks_case() -> tuple[Any, tuple[Any, ...]]:
+        (keys, values, each), rows, f32 = size.linear, dict(size.rows)["prefill"], jnp.float32
+        of_keys, of_values = spec((1, rows, keys, each), f32), spec((1, rows, values, each), f32)
+        gates, state = spec((1, rows, values), f32), spec((size.layers, 1, values, each, each), f32)
+        kernels = partial(call(delta_chunks), chunk=min(64, rows), dtype=jnp.bfloat16)
+        return jax.jit(kernels), (of_keys, of_keys, of_values, gates, gates, state, spec((), jnp.int32))
+
     def routing_case() -> tuple[Any, tuple[Any, ...]]:
         rows, hidden = dict(size.rows)["decode"], size.expert_size
         parts = (spec((splits, rows, out), jnp.float32) for splits, out in ((16, size.experts), (8, hidden), (8, hidden)))
@@ -164,7 +172,10 @@ def kernel_cases(
         each = spec((rows,), jnp.float32)
         return jax.jit(call(least_kept)), (spec((rows, size.vocab), jnp.float32), each, each, spec((rows,), jnp.int32), each)
 
-    single = {"deltanet decode": window_case, "routing decode": routing_case, "sampling decode": sampling_case}
+    single = {
+        "deltanet decode": window_case, "deltanet prefill": chunks_case, "routing decode": routing_case,
+        "sampling decode": sampling_case,
+    }  # fmt: skip
     attention = {
         f"{op} {regime}": partial(make, rows)
         for op, make in (("attention", attention_case), ("entering", entering_case))

@@ -38,6 +38,8 @@ def random_like(spec: Any, key: jax.Array) -> jax.Array:
 
 def data_of(name: str, args: tuple[Any, ...], size: KernelSizes, seed: int = 0) -> tuple[Any, ...]:
     """Random arguments of a case, for its last layer."""
+    if name == "deltanet prefill":
+        return chunk_data(args)
     if name.startswith("deltanet"):
         return delta_data(args)
     if name.startswith("routing"):
@@ -76,6 +78,16 @@ def delta_data(args: tuple[Any, ...]) -> tuple[Any, ...]:
     return *jax.tree.unflatten(tree, made), jnp.int32(args[3].shape[0] - 1), 0 * rows, rows
 
 
+def chunk_data(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Unit keys and queries, scaled; steps of all sizes; decay summed in chunks of 64."""
+    keys = jax.random.split(jax.random.key(0), len(args) - 1)
+    q, k, v, beta, g, state = (jax.random.normal(key, x.shape, x.dtype) for key, x in zip(keys, args[:-1], strict=True))
+    q, k = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
+    chunk = min(64, g.shape[1])
+    decay = jnp.cumsum(-jax.nn.softplus(g).reshape(1, -1, chunk, g.shape[2]) / 8, axis=2).reshape(g.shape)
+    return q * q.shape[-1] ** -0.5, k, v, jax.nn.sigmoid(beta), decay, state, jnp.int32(state.shape[0] - 1)
+
+
 def whole(w: Any, layer: Any) -> jax.Array:
     """One layer of a stack in float32."""
     one = jax.tree.map(lambda part: part[layer], w)
@@ -105,6 +117,8 @@ def reference(name: str, args: tuple[Any, ...], chosen: int) -> jax.Array:
         return weights / jnp.sum(weights, axis=-1, keepdims=True)
     if op == "sampling":
         return jax.jit(least_kept)(*(part[-CHECKED:] for part in args))
+    if name == "deltanet prefill":
+        return jnp.array(through_chunks(*args)[-CHECKED:], jnp.float32)
     if op == "deltanet":
         return jnp.array(recurrence(*args[:5])[-CHECKED:], jnp.float32)
     x, gate_up, down, layer, numbers, weights, _ = args
@@ -123,6 +137,19 @@ def entered(rows: Entering, k_norm: Any, q_norm: Any, cos: Any, sin: Any, each: 
     q = q.reshape(len(q), -1, 2, each)[:, :, 0]
     q = q * jax.lax.rsqrt(jnp.mean(q * q, axis=-1, keepdims=True) + 1e-6) * (1 + q_norm.astype(jnp.float32))
     return rotate(q[None], Rotary(cos[:, -CHECKED:], sin[:, -CHECKED:]))[0] * each**-0.5
+
+
+def through_chunks(q: Any, k: Any, v: Any, beta: Any, decay: Any, states: Any, layer: Any) -> np.ndarray:
+    """Outputs `[T, M, V]` of the rows of a prompt, row by row in float64."""
+    q, k, v, beta, decay, state = (np.float64(x[0]) for x in (q, k, v, beta, decay, states[layer]))
+    chunk, ratio, out = min(64, len(v)), v.shape[1] // k.shape[1], np.zeros(v.shape)
+    q, k = (np.repeat(x, ratio, axis=1) for x in (q, k))
+    for t in range(len(v)):
+        state = state * np.exp(decay[t] - (decay[t - 1] if t % chunk else 0))[:, None, None]
+        d = beta[t][:, None] * (v[t] - np.einsum("mkv,mk->mv", state, k[t]))
+        state = state + k[t][:, :, None] * d[:, None]
+        out[t] = np.einsum("mkv,mk->mv", state, q[t])
+    return out
 
 
 def recurrence(projected: Projected, fixed: Fixed, before: Any, states: Any, layer: Any) -> np.ndarray:

@@ -42,6 +42,10 @@ def least(name: str, args: tuple[Any, ...], size: KernelSizes) -> tuple[float, f
         return args[0].nbytes, 4.0 * args[0].size
     if op == "sampling":
         return args[0].nbytes, 3.0 * LISTED * args[0].size
+    if name == "deltanet prefill":
+        q, k, v, _, _, state, _ = args
+        one = state.nbytes / state.shape[0]
+        return 2 * one + q.nbytes + k.nbytes + 2 * v.nbytes, 8.0 * v.shape[1] * one / 4
     if op == "deltanet":
         (qkv, *_), _, _, state, *_ = args
         one = state.nbytes / state.shape[0]

@@ -1,4 +1,4 @@
-"""Which kernel takes the rows of a verify window on which platform. Without one the model does so in plain `lax`."""
+"""Which kernels run the recurrence on which platform. Without one the model does so in plain `lax`."""
 
 from __future__ import annotations
 
@@ -6,14 +6,22 @@ from collections.abc import Callable
 
 from jax import Array
 
-from kernels_pallas.deltanet import triton
+from kernels_pallas.deltanet import chunks, triton
 
 Window = Callable[..., tuple[Array, Array, Array, Array]]
 
-# Platform -> kernel with the signature of `triton.delta_window`
+Chunks = Callable[..., tuple[Array, Array]]
+
+# Platform -> kernels with the signatures of `triton.delta_window` and `chunks.delta_chunks`
 KERNELS: dict[str, Window] = {"cuda": triton.delta_window}
+CHUNK_KERNELS: dict[str, Chunks] = {"cuda": chunks.delta_chunks}
 
 
 def pick(platform: str, rows: int, key_size: int, value_size: int) -> Window | None:
     """The kernel of a platform for windows of so many rows and heads of these sizes, if there is one."""
     return KERNELS.get(platform) if triton.takes(rows, key_size, value_size) else None
+
+
+def pick_chunks(platform: str, chunk: int, key_size: int, value_size: int) -> Chunks | None:
+    """The kernels of a platform for chunks of so many rows and heads of these sizes, if there are any."""
+    return CHUNK_KERNELS.get(platform) if chunks.takes(chunk, key_size, value_size) else None

@@ -100,8 +100,8 @@ class Attention(nnx.Module):
         last, seen = x[:, rows - keep :], where.last(keep)
         if 0 < keep < rows:
             queries = linears_in_parts(last, self.q[...])
-        kernels = None if isinstance(where.blocks, int) else pick(target(), size, cache[0].shape[3])
-        if kernels is not None:  # with a fixed number of blocks there may be gradients
+        kernels = None if where.differentiable else pick(target(), size, cache[0].shape[3])
+        if kernels is not None:
             entering, norms = Entering(k, v, queries[0] if keep else None), (self.k_norm[...], self.q_norm[...])
             q, cache = kernels.enter(
                 entering, *norms, *where.turn, cache, layer, where.positions, where.live, eps=cfg.norm_eps, dtype=x.dtype

@@ -120,7 +120,7 @@ class Decoder(nnx.Module):
                 rows = keep if number == len(self.blocks) - 1 else None
                 weights = experts, packed, jax.tree.map(lambda w: w[0], dense)
                 # With a plain number of blocks attention's loop is differentiable, which inside a call it would not be.
-                run = _run if isinstance(where.blocks, int) else _shared
+                run = _run if where.differentiable else _shared
                 x, memory = run(weights, x, memory, jnp.int32(first), where, graph=graph, rows=rows)
                 continue
 

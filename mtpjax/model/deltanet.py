@@ -16,7 +16,7 @@ from flax import nnx
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
-from kernels_pallas.deltanet import Fixed, Projected, pick
+from kernels_pallas.deltanet import Fixed, Projected, pick, pick_chunks
 from kernels_pallas.matmul import added, linear, linears_in_parts
 from kernels_pallas.target import target
 from mtpjax.cache import Cache, Pending
@@ -47,12 +47,13 @@ def unit_lower_inverse(n: Float[Array, "*batch C C"]) -> Float[Array, "*batch C 
     """`(I + n)^-1` for strictly lower triangular n.
 
     n is nilpotent, so the inverse is the product of `I + (-n)^(2^i)`; large blocks are split in two first,
-    `[[A, 0], [B, D]]^-1 = [[A', 0], [-D' B A', D']]`, which needs far fewer operations.
+    `[[A, 0], [B, D]]^-1 = [[A', 0], [-D' B A', D']]`, which needs far fewer operations, and where keys are nearly equal (one
+    token again and again) the powers of larger blocks would grow beyond float32's digits: of 16 rows the error is 1e-4.
     """
     size = n.shape[-1]
     if n.ndim > 3:  # XLA's CPU backend aborts on the gradient of products with eight axes
         return unit_lower_inverse(n.reshape(-1, size, size)).reshape(n.shape)
-    if size > 16 and size % 2 == 0:
+    if size > 8 and size % 2 == 0:
         h = size // 2
         corners = unit_lower_inverse(jnp.stack([n[..., :h, :h], n[..., h:, h:]]))
         below = -_einsum("...ij,...jk,...kl->...il", corners[1], n[..., h:, :h], corners[0])
@@ -123,14 +124,35 @@ def delta_chunk(
     return join(o), join(d), join(decay), s.reshape(state.shape)
 
 
+def _padded(given: Rows, chunk: int) -> Rows:
+    """With rows behind the last one that change nothing, up to whole chunks."""
+    extra = -given.q.shape[1] % chunk
+    return jax.tree.map(lambda a: jnp.pad(a, [(0, 0), (0, extra)] + [(0, 0)] * (a.ndim - 2)), given) if extra else given
+
+
 def _in_chunks(given: Rows, state: Float[Array, "B M K V"]) -> tuple[Array, Array, Array, Array]:
     """`delta_chunk` for any number of rows."""
     rows = given.q.shape[1]
     chunk = min(CHUNK, rows)
-    if extra := -rows % chunk:
-        given = jax.tree.map(lambda a: jnp.pad(a, [(0, 0), (0, extra)] + [(0, 0)] * (a.ndim - 2)), given)
-    o, d, decay, after = delta_chunk(given, state, chunk)
+    o, d, decay, after = delta_chunk(_padded(given, chunk), state, chunk)
     return o[:, :rows], d[:, :rows], decay[:, :rows], after
+
+
+def read_rows(
+    given: Rows, states: Float[Array, "L B M K V"], layer: Array | int, dtype: jnp.dtype, differentiable: bool = False
+) -> tuple[Float[Array, "B T M V"], Float[Array, "B M K V"]]:
+    """Outputs of the rows of a prompt, in `dtype`, and the state of layer `layer` after them."""
+    rows, chunk = given.q.shape[1], CHUNK
+    while chunk > rows:
+        chunk //= 2
+    kernels = None if differentiable else pick_chunks(target(), chunk, *states.shape[3:])
+    if kernels is None:
+        o, _, _, after = _in_chunks(given, states[layer])
+        return o.astype(dtype), after
+    q, k, v, beta, g = _padded(given, chunk)
+    decay = jnp.cumsum(g.reshape(g.shape[0], -1, chunk, g.shape[2]), axis=2).reshape(g.shape)
+    o, after = kernels(q, k, v, beta, decay, states, layer, chunk=chunk, dtype=dtype)
+    return o[:, :rows], after
 
 
 def split_rows(
@@ -248,17 +270,19 @@ class DeltaNet(nnx.Module):
         kernel = None if pending is None else pick(target(), rows, cfg.linear_k_dim, cfg.linear_v_dim)
         if kernel is None:
             given = split_rows(self._convolved(inputs, rows, x.dtype), *self._gates(b, a, where.live), *cache.state.shape[2:])
-            o, d, decay, after = _in_chunks(given, cache.state[layer])
-            o, k = o.astype(x.dtype), given.k
-        else:
-            projected, fixed = Projected(parts[0], *parts[2:]), Fixed(self.conv[...], self.a_log[...], self.dt_bias[...])
-            end = where.pad + jnp.sum(where.live, axis=1)
-            o, d, k, decay = kernel(projected, fixed, cache.conv, cache.state, layer, where.pad, end, dtype=x.dtype)
         if pending is None:
+            o, after = read_rows(given, cache.state, layer, x.dtype, where.differentiable)
             cache = cache.replace(
                 state=cache.state.at[layer].set(after), conv=cache.conv.at[layer].set(inputs[:, rows:])
             )
         else:
+            if kernel is None:
+                o, d, decay, _ = _in_chunks(given, cache.state[layer])
+                o, k = o.astype(x.dtype), given.k
+            else:
+                projected, fixed = Projected(parts[0], *parts[2:]), Fixed(self.conv[...], self.a_log[...], self.dt_bias[...])
+                end = where.pad + jnp.sum(where.live, axis=1)
+                o, d, k, decay = kernel(projected, fixed, cache.conv, cache.state, layer, where.pad, end, dtype=x.dtype)
             pending = Pending(
                 conv=pending.conv.at[layer].set(inputs),
                 k=pending.k.at[layer].set(k),

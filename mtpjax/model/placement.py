@@ -25,6 +25,11 @@ class Placement(NamedTuple):
     blocks: Array | int
     turn: Rotary
 
+    @property
+    def differentiable(self) -> bool:
+        """Whether gradients may be wanted, which kernels do not have."""
+        return isinstance(self.blocks, int)
+
     def last(self, rows: int) -> Placement:
         """The last `rows` rows of the step, where they were."""
         first = self.positions.shape[1] - rows
