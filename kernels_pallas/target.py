@@ -34,9 +34,10 @@ def compiling_for(platform: str) -> Iterator[None]:
         _target.reset(token)
 
 
-def compile_options() -> dict[str, dict[str, str]]:
+def compile_options() -> dict[str, dict[str, str | bool]]:
     """Keyword arguments of `jax.stages.Lowered.compile` that suit the target."""
     if target() != "cuda":
         return {}
-    # Where weights fill most of the memory, XLA computes small things again and again to save kilobytes nobody needs.
-    return {"compiler_options": {"xla_disable_hlo_passes": "rematerialization"}}
+    # Where weights fill most of the memory, XLA computes small things again and again to save kilobytes nobody needs. And it
+    # would leave out roundings to bfloat16 between operations that it happens to fuse, so that texts hung on what it fuses.
+    return {"compiler_options": {"xla_disable_hlo_passes": "rematerialization", "xla_allow_excess_precision": False}}
