@@ -104,8 +104,7 @@ def verify(
     """
     width = tokens.shape[1]
     where = place(model.cfg, cache.length, width, jnp.where(idle, width, 0), slots=cache.slots)
-    rows, cache, pending = model.trunk_pending(tokens, cache, where)
-    hidden = model.final_norm(rows)
+    hidden, cache, pending = model.trunk_pending(tokens, cache, where)
     return model.head(OutputRows.all().take(hidden)), hidden, cache, pending
 
 

@@ -77,7 +77,7 @@ def kernel_report(target: Any, make: Case, dump: Path) -> dict[str, Any]:
 
     fn, args = make()
     compiled = target.compile(fn, *args)
-    ours = kernel_resources(dump, ("matmul_", "experts_", "attention_", "delta_", "choose_", "sampling_"))
+    ours = kernel_resources(dump, ("matmul_", "experts_", "attention_", "delta_", "choose_", "sampling_", "norm_"))
     if not ours:
         raise RuntimeError("the compiled program holds none of our kernels")
     return {"kernels": ours, "temp": memory(compiled)["temp"]}

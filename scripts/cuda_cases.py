@@ -18,6 +18,8 @@ from kernels_pallas.deltanet.chunks import delta_chunks
 from kernels_pallas.deltanet.triton import Fixed, Projected, delta_window
 from kernels_pallas.grouped_matmul.triton import grouped_mlp
 from kernels_pallas.matmul.triton import matmul
+from kernels_pallas.norm import Mixture
+from kernels_pallas.norm.triton import add_norm, gated_norm
 from kernels_pallas.quantized import QuantizedTensor
 from kernels_pallas.routing.triton import choose_experts
 from kernels_pallas.sampling.triton import least_kept
@@ -167,6 +169,18 @@ def kernel_cases(
         kernel = partial(call(choose_experts), k=size.chosen, dtype=jnp.bfloat16)
         return jax.jit(kernel), (*parts, spec((rows,), jnp.bool_))
 
+    def norm_case() -> tuple[Any, tuple[Any, ...]]:
+        rows, f32 = dict(size.rows)["decode"], jnp.float32
+        each, shared = spec((rows, size.chosen, size.hidden), f32), spec((2, rows, size.hidden), f32)
+        mixture = Mixture(each, spec((rows,), jnp.bool_), shared, spec((16, rows, 1), f32))
+        x, w = spec((rows, size.hidden), jnp.bfloat16), spec((size.hidden,), f32)
+        return jax.jit(partial(call(add_norm), eps=1e-6)), (x, mixture, w)
+
+    def gated_case() -> tuple[Any, tuple[Any, ...]]:
+        (_, values, each), rows = size.linear, dict(size.rows)["decode"]
+        x, z = spec((rows, values, each), jnp.bfloat16), spec((2, rows, values * each), jnp.float32)
+        return jax.jit(partial(call(gated_norm), eps=1e-6, gate="silu")), (x, z, spec((each,), jnp.float32))
+
     def sampling_case() -> tuple[Any, tuple[Any, ...]]:
         rows = dict(size.rows)["decode"]
         each = spec((rows,), jnp.float32)
@@ -174,7 +188,7 @@ def kernel_cases(
 
     single = {
         "deltanet decode": window_case, "deltanet prefill": chunks_case, "routing decode": routing_case,
-        "sampling decode": sampling_case,
+        "sampling decode": sampling_case, "norm decode": norm_case, "gating decode": gated_case,
     }  # fmt: skip
     attention = {
         f"{op} {regime}": partial(make, rows)

@@ -15,6 +15,7 @@ from kernels_pallas.attention import Entering
 from kernels_pallas.deltanet import Fixed, Projected
 from kernels_pallas.quantized import QuantizedTensor
 from kernels_pallas.sampling import least_kept
+from mtpjax.model.norm import gated_rms_norm, rms_norm
 from mtpjax.model.rope import Rotary, rotate
 
 CHECKED = 4  # rows compared with the reference: the last ones
@@ -45,6 +46,14 @@ def data_of(name: str, args: tuple[Any, ...], size: KernelSizes, seed: int = 0) 
     if name.startswith("routing"):
         parts = (jax.random.normal(jax.random.key(3 * seed + i), part.shape) for i, part in enumerate(args[:3]))
         return *parts, jnp.ones(args[3].shape, bool)
+    if name.startswith(("norm", "gating")):
+        leaves, tree = jax.tree.flatten(args)
+        keys = jax.random.split(jax.random.key(seed), len(leaves))
+        made = [
+            jnp.ones(x.shape, bool) if x.dtype == jnp.bool_ else jax.random.normal(key, x.shape, x.dtype)
+            for key, x in zip(keys, leaves, strict=True)
+        ]
+        return tuple(jax.tree.unflatten(tree, made))
     if name.startswith("sampling"):
         logits, each = 3 * jax.random.normal(jax.random.key(seed), args[0].shape), jnp.ones(args[1].shape)
         return logits, jnp.max(logits, axis=-1), 0.7 * each, (20 * each).astype(jnp.int32), 0.95 * each
@@ -115,6 +124,14 @@ def reference(name: str, args: tuple[Any, ...], chosen: int) -> jax.Array:
         p = jax.nn.softmax(jnp.sum(args[0], axis=0)[-CHECKED:])
         weights, _ = jax.lax.top_k(p, chosen)
         return weights / jnp.sum(weights, axis=-1, keepdims=True)
+    if op == "norm":
+        x, mixture, w = args
+        h = x.astype(jnp.float32) + mixture.whole(jnp.float32)
+        return rms_norm(h, w, 1e-6)[-CHECKED:]
+    if op == "gating":
+        x, z, w = args
+        wide = x.astype(jnp.float32)
+        return gated_rms_norm(wide, jnp.sum(z, axis=0).reshape(wide.shape), w, 1e-6, "silu").reshape(len(x), -1)[-CHECKED:]
     if op == "sampling":
         return jax.jit(least_kept)(*(part[-CHECKED:] for part in args))
     if name == "deltanet prefill":

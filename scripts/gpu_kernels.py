@@ -22,6 +22,7 @@ SMOKE = KernelSizes(
     hidden=256, layers=2, experts=4, chosen=2, expert_size=256, heads=(4, 2, 64), context=512, linear=(2, 4, 32),
     vocab=9_000, rows=(("decode", 3), ("prefill", 32)),
 )  # fmt: skip
+LAYERLESS = ("routing", "sampling", "norm", "gating")  # kernels without a layer's number
 BOUND = 2e-2  # of the largest magnitude: bfloat16 operands and results
 
 
@@ -38,6 +39,9 @@ def least(name: str, args: tuple[Any, ...], size: KernelSizes) -> tuple[float, f
     if op == "entering":
         moved = sum(part.nbytes for part in jax.tree.leaves(args[0]))
         return 2 * moved, 10.0 * moved
+    if op in ("norm", "gating"):
+        moved = sum(part.nbytes for part in jax.tree.leaves(args)) + 2 * args[0].nbytes
+        return moved, 8.0 * args[0].size
     if op == "routing":
         return args[0].nbytes, 4.0 * args[0].size
     if op == "sampling":
@@ -60,7 +64,7 @@ def all_layers(name: str, fn: Any, args: tuple[Any, ...], size: KernelSizes) -> 
     """Runs the kernel once for each layer, in one program: what a launch by itself takes is mostly the host's, and data that
     was read a moment ago comes from a cache that decoding does not have. Kernels without layers get other data instead."""
     layers = range(size.layers)
-    if name.startswith(("routing", "sampling")):
+    if name.startswith(LAYERLESS):
         sets = [data_of(name, args, size, seed) for seed in layers]
         return partial(jax.jit(lambda sets: [fn(*each) for each in sets]), sets)
     at = next(i for i, arg in enumerate(args) if not isinstance(arg, tuple) and arg.ndim == 0)
@@ -95,7 +99,7 @@ def measure(name: str, make: Case, size: KernelSizes, ceilings: Ceilings, runs: 
     want = reference(name, args, size.chosen)
     moved, flops = least(name, args, size)
     run = all_layers(name, fn, args, size)
-    got = jax.tree.leaves(run()[-1])[0] if name.split()[0] not in ("routing", "sampling") else jax.tree.leaves(fn(*args))[0]
+    got = jax.tree.leaves(fn(*args) if name.startswith(LAYERLESS) else run()[-1])[-1 if name.startswith("norm") else 0]
     rows = jnp.asarray(got, jnp.float32).reshape(-1, *want.shape[1:])[-CHECKED:]
     error = float(jnp.max(jnp.abs(rows - want)) / jnp.max(jnp.abs(want)))
     times = [each / size.layers for each in seconds(run, runs)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from flax import nnx
 from jax import Array
 
+from mtpjax.cache import new_pending
 from mtpjax.model import Model
 from mtpjax.model.mtp import Mtp
 from mtpjax.model.norm import rms_norm
@@ -18,8 +19,9 @@ class PreNormMtp(Mtp):
     """Hands on its rows before `mtp.norm`."""
 
     def __call__(self, embedded, hidden, cache, where):  # type: ignore[no-untyped-def]
-        kv = (cache.mtp_k, cache.mtp_v)
-        y, (k, v) = self.layer.attention(self._join(embedded, hidden), kv, 0, 0, where)
+        x, layer = self._join(embedded, hidden), self.layer
+        normed = rms_norm(x, layer.input_norm[...], self.cfg.norm_eps)
+        y, _, (k, v) = layer.attention(x, normed, (cache.mtp_k, cache.mtp_v), 0, 0, where, self.norm[...])
         return y, cache.replace(mtp_k=k, mtp_v=v)
 
 
@@ -28,6 +30,11 @@ class PreNormModel(Model):
 
     def final_norm(self, x: Array) -> Array:
         return x
+
+    def trunk_pending(self, tokens, cache, where):  # type: ignore[no-untyped-def]
+        memory = cache, new_pending(self.cfg, *tokens.shape, dtype=cache.conv.dtype)
+        rows, _, (cache, pending) = self.decoder(self.embed(tokens, where.live), memory, where, self.norm[...])
+        return rows, cache, pending
 
     def head(self, hidden: Array) -> Array:
         return super().head(super().final_norm(hidden))

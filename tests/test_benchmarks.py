@@ -66,7 +66,7 @@ def test_the_gpu_suite_runs_at_a_toy_size(tmp_path):
     parts = {name: json.loads((tmp_path / f"gpu_{name}.json").read_text()) for name in names}
     assert all(p["ceilings"]["bytes_per_second"] > 0 and not p["not_measured"] for p in parts.values())
     rows = parts["kernels"]["rows"]
-    kinds = {"linear", "experts", "attention", "entering", "deltanet", "routing", "sampling"}
+    kinds = {"linear", "experts", "attention", "entering", "deltanet", "norm", "gating", "routing", "sampling"}
     assert {r["case"].split()[0] for r in rows} == kinds
     assert all(r["right"] and 0 < r["of_roofline"] for r in rows)
     assert all(0 < r["error"] for r in rows if r["case"].split()[0] not in ("routing", "sampling"))  # few sums

@@ -41,7 +41,7 @@ def test_the_model_attends_through_the_kernels(keep: int, dtype: str, monkeypatc
     jax.clear_caches()
     monkeypatch.setattr(attention, "pick", lambda *about: asked.append(about) or KERNELS)
     got = jax.jit(lambda x, cache, number: layer(x, cache, number, where, keep))(x, cache, 1)
-    assert asked == [(target(), HEAD, SLOTS)] and got[0].shape == (3, keep, cfg.hidden_size)
+    assert asked == [(target(), HEAD, SLOTS)] and got[0].shape == (1, 3 * keep, cfg.hidden_size)
     for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(plain), strict=True):
         if one.size:
             assert_close(one, np.asarray(other, np.float64), dtype)

@@ -11,6 +11,8 @@ from conftest import tiny_config
 from flax import nnx
 
 from checkpoints.quantize import quantize
+from kernels_pallas.grouped_matmul import EACH_KERNELS
+from kernels_pallas.grouped_matmul.triton import each_expert
 from kernels_pallas.matmul import api as matmul_api
 from kernels_pallas.matmul.triton import FEW, matmul_parts
 from kernels_pallas.quantized import QuantizedTensor
@@ -85,13 +87,13 @@ def test_a_packed_model_sends_its_rows_through_the_kernel(monkeypatch: pytest.Mo
     nnx.update(layer, jax.tree.map(lambda w: jnp.asarray(0.3 * rng.normal(size=w.shape), w.dtype), nnx.state(layer)))
     x, live = jnp.asarray(rng.normal(size=(2, 5, 64)), jnp.float32), rng.random((2, 5)) < 0.8
     monkeypatch.setitem(KERNELS, target(), lambda *about: pytest.fail("asked"))
-    layer(x, 0, live)
+    assert layer(x, 0, live).shape == (1, 10, 64)
     monkeypatch.undo()
     for matrix in ("gate", "up"):
         packed = quantize(np.asarray(getattr(layer.shared, matrix)[...]), "int8")
         weight = QuantizedTensor(jnp.asarray(packed.codes), jnp.asarray(packed.scale), None, "codes8", packed.group)
         setattr(layer.shared, matrix, getattr(layer.shared, matrix).replace(weight))
-    plain, asked = layer(x, 0, live), []
+    plain, asked = layer(x, 0, live)[0], []
 
     def chosen(*given: Any) -> Any:
         asked.append([np.shape(a) for a in given[:5]])
@@ -99,7 +101,8 @@ def test_a_packed_model_sends_its_rows_through_the_kernel(monkeypatch: pytest.Mo
 
     monkeypatch.setitem(matmul_api.KERNELS, target(), partial(matmul_parts, interpret=True))
     monkeypatch.setitem(KERNELS, target(), chosen)
-    np.testing.assert_allclose(layer(x, 0, live), plain, atol=1e-5)
+    monkeypatch.setitem(EACH_KERNELS, target(), partial(each_expert, interpret=True))
+    np.testing.assert_allclose(layer(x, 0, live).whole(x.dtype), plain, atol=1e-5)
     hidden = [(1, 10, cfg.shared_expert_size)] * 2
     assert asked == [[(1, 10, cfg.experts), *hidden, (10,), ()]]
     assert KERNELS["cuda"] is choose_experts

@@ -19,8 +19,9 @@ from kernels_pallas.turned import ExpertsAbreast, TurnedTensor
 
 ALL_EXPERTS_ROWS = range(2, 65)  # for which small experts are all multiplied: one row reads too few, more want windows
 
-# Platform -> kernels with the signature of `expert_mlp`. Elsewhere: `lax`.
+# Platform -> kernels with the signature of `expert_mlp`, and of `triton.each_expert`. Elsewhere: `lax`.
 KERNELS: dict[str, Callable[..., Array]] = {"cuda": triton.grouped_mlp}
+EACH_KERNELS: dict[str, Callable[..., Array]] = {"cuda": triton.each_expert}
 
 
 def expert_mlp(

@@ -125,8 +125,29 @@ def grouped_mlp(
     *,
     interpret: bool = False,
 ) -> Float[Array, "N D"]:
-    """`kernels_pallas.grouped_matmul.expert_mlp` on a GPU. Weights `[P, E, 2 I, D]` and `[P, E, D, I]` are dequantised in
-    float32 and rounded to the dtype of x; the hidden rows have the dtype of x; sums are float32.
+    """`kernels_pallas.grouped_matmul.expert_mlp` on a GPU."""
+    each = each_expert(x, gate_up, down, layer, chosen, weights, live, interpret=interpret)
+    total = each[:, 0]
+    for i in range(1, chosen.shape[1]):
+        total = total + each[:, i]
+    live = chosen[:, 0] < gate_up.shape[1] if live is None else live
+    return jnp.where(live[:, None], total, 0.0).astype(x.dtype)  # places of dead rows were never written
+
+
+def each_expert(
+    x: Float[Array, "N D"],
+    gate_up: Array | QuantizedTensor,
+    down: Array | QuantizedTensor,
+    layer: Int[Array, ""],
+    chosen: Int[Array, "N K"],
+    weights: Float[Array, "N K"],
+    live: Bool[Array, " N"] | None = None,
+    *,
+    interpret: bool = False,
+) -> Float[Array, "N K D"]:
+    """What each chosen expert gives for a row by its weight, float32; undefined for dead rows. Weights `[P, E, 2 I, D]` and
+    `[P, E, D, I]` are dequantised in float32 and rounded to the dtype of x; the hidden rows have the dtype of x; sums are
+    float32.
 
     Args:
         interpret: run as plain `jnp`, on any device.
@@ -147,16 +168,10 @@ def grouped_mlp(
         compiler_params=plt.CompilerParams(num_warps=8, num_stages=3),  # two accumulators spill on four warps
         name=f"experts_gate_up_{up_form.layout}",
     )(*index, x, *up)
-    each = call(
+    return call(
         partial(_down_kernel, form=down_form, block=block, asm=not interpret),
         grid=(blocks, -(-x.shape[1] // OUT_TILE)),
         out_shape=jax.ShapeDtypeStruct((rows * k, x.shape[1]), jnp.float32),
         compiler_params=plt.CompilerParams(num_warps=4, num_stages=3),
         name=f"experts_down_{down_form.layout}",
-    )(*index, weights.astype(jnp.float32).reshape(-1), hidden, *down_operands)
-    each = each.reshape(rows, k, -1)
-    total = each[:, 0]
-    for i in range(1, k):
-        total = total + each[:, i]
-    live = chosen[:, 0] < experts if live is None else live
-    return jnp.where(live[:, None], total, 0.0).astype(x.dtype)  # places of dead rows were never written
+    )(*index, weights.astype(jnp.float32).reshape(-1), hidden, *down_operands).reshape(rows, k, -1)

@@ -92,6 +92,8 @@ def linears_in_parts(
     kernel = KERNELS.get(target())
     if kernel is None or not any(isinstance(w, Packed) for w in weights):
         return [y.reshape(1, -1, y.shape[-1]) for y in linears(x, *weights, out_dtypes=dtypes)]
+    if x.size == 0:
+        return [jnp.zeros((1, 0, w.shape[-2]), dtype) for w, dtype in zip(weights, dtypes, strict=True)]
     operands = [(w.stack, w.layer) if isinstance(w, StackedTensor) else (w, None) for w in weights]
     return kernel(x.reshape(-1, x.shape[-1]), operands, dtypes)
 

@@ -13,7 +13,7 @@ from jax import Array, lax
 from jaxtyping import Float
 
 from kernels_pallas.attention import Entering, pick
-from kernels_pallas.matmul import added, linear, linears_in_parts
+from kernels_pallas.matmul import added, linears_in_parts
 from kernels_pallas.target import target
 from mtpjax.cache import BLOCK
 from mtpjax.config import ModelConfig
@@ -93,8 +93,9 @@ class Attention(nnx.Module):
 
     def __call__(
         self, x: Float[Array, "B T D"], cache: KV, layer: Array | int, where: Placement, keep: int
-    ) -> tuple[Float[Array, "B keep D"], KV]:
-        """Keys and values of all rows go to the cache; queries, attention and output are those of the last `keep`."""
+    ) -> tuple[Float[Array, "S B*keep D"], KV]:
+        """Keys and values of all rows go to the cache; queries, attention and output are those of the last `keep`. The output
+        is in parts, to be added in their order."""
         cfg, rows, size = self.cfg, x.shape[1], self.cfg.head_dim
         k, v, *queries = linears_in_parts(x, self.k[...], self.v[...], *([self.q[...]] if keep == rows else []))
         last, seen = x[:, rows - keep :], where.last(keep)
@@ -111,7 +112,7 @@ class Attention(nnx.Module):
             k = rotate(rms_norm(k, self.k_norm[...], cfg.norm_eps), where.turn)
             cache = write_kv(cache, layer, k, v, where)
         if keep == 0:
-            return last, cache
+            return last.reshape(1, -1, x.shape[-1]), cache
         if kernels is not None:
             out = kernels.attend(q, *cache, layer, seen.positions, seen.live, queries[0])
         else:
@@ -119,4 +120,4 @@ class Attention(nnx.Module):
             q, gate = jnp.split(heads, 2, axis=-1)
             out = attend(rotate(rms_norm(q, self.q_norm[...], cfg.norm_eps), seen.turn), cache, layer, seen)
             out = (out.astype(jnp.float32) * jax.nn.sigmoid(gate.astype(jnp.float32))).astype(x.dtype)
-        return linear(out.reshape(*last.shape[:2], -1), self.o[...]), cache
+        return linears_in_parts(out.reshape(*last.shape[:2], -1), self.o[...])[0], cache

@@ -17,7 +17,7 @@ from mtpjax.config import FULL, ModelConfig
 from mtpjax.model.attention import KV, Attention
 from mtpjax.model.deltanet import DeltaNet
 from mtpjax.model.moe import Mlp, Moe
-from mtpjax.model.norm import rms_norm
+from mtpjax.model.norm import add_norm
 from mtpjax.model.params import Expert, Shapes
 from mtpjax.model.placement import Placement
 
@@ -34,26 +34,37 @@ class Layer(nnx.Module):
         self.mixer: Any = Attention(cfg, new) if kind == FULL else DeltaNet(cfg, new)
         self.mlp: Any = Moe(cfg, new) if cfg.experts else Mlp(cfg, new, cfg.mlp_size)
 
-    def feed_forward(self, h: Float[Array, "B T D"], expert_layer: Array | int, where: Placement) -> Array:
-        if h.shape[1] == 0:
-            return h
-        return h + self.mlp(rms_norm(h, self.post_norm[...], self.cfg.norm_eps), expert_layer, where.live)
+    def feed_forward(
+        self, x: Array, parts: Array, expert_layer: Array | int, where: Placement, next_norm: Array | None
+    ) -> tuple[Array, Array]:
+        """What follows the mixer, which gave `parts`: the rows, and these normalised for what comes next."""
+        if x.shape[1] == 0:
+            return x, x
+        eps, plain = self.cfg.norm_eps, where.differentiable
+        h, normed = add_norm(x, parts, self.post_norm[...], eps, plain)
+        more = self.mlp(normed, expert_layer, where.live)
+        return add_norm(h, more, self.post_norm[...] if next_norm is None else next_norm, eps, plain)
 
     def attention(  # type: ignore[no-untyped-def]
-        self, x: Array, kv: KV, layer: Array | int, expert_layer: Array | int, where: Placement, keep: int | None = None
-    ):
-        """A full-attention layer over key/value stacks. Returns the rows, the last `keep` of them, and the stacks."""
+        self, x: Array, normed: Array, kv: KV, layer: Array | int, expert_layer: Array | int, where: Placement,
+        next_norm: Array | None, keep: int | None = None,
+    ):  # fmt: skip
+        """A full-attention layer over key/value stacks, on rows that are given normalised, too. Returns the rows, the last
+        `keep` of them, these normalised by `next_norm`, and the stacks."""
         keep = x.shape[1] if keep is None else keep
-        y, kv = self.mixer(rms_norm(x, self.input_norm[...], self.cfg.norm_eps), kv, layer, where, keep)
-        return self.feed_forward(_last(x, keep) + y, expert_layer, where.last(keep)), kv
+        parts, kv = self.mixer(normed, kv, layer, where, keep)
+        return *self.feed_forward(_last(x, keep), parts, expert_layer, where.last(keep), next_norm), kv
 
     def linear(  # type: ignore[no-untyped-def]
-        self, x: Array, memory: Memory, layer: Array | int, expert_layer: Array | int, where: Placement, keep: int | None = None
-    ):
-        """A DeltaNet layer. Returns the rows, the last `keep` of them, and the memory, which all rows enter."""
-        keep = x.shape[1] if keep is None else keep
-        y, *after = self.mixer(rms_norm(x, self.input_norm[...], self.cfg.norm_eps), *memory, layer, where)
-        return self.feed_forward(_last(x + y, keep), expert_layer, where.last(keep)), tuple(after)
+        self, x: Array, normed: Array, memory: Memory, layer: Array | int, expert_layer: Array | int, where: Placement,
+        next_norm: Array | None, keep: int | None = None,
+    ):  # fmt: skip
+        """A DeltaNet layer, as `attention`; its memory is that which all rows enter."""
+        batch, rows, size = x.shape
+        keep = rows if keep is None else keep
+        parts, *after = self.mixer(normed, *memory, layer, where)
+        parts = parts.reshape(-1, batch, rows, size)[:, :, rows - keep :].reshape(len(parts), -1, size)
+        return *self.feed_forward(_last(x, keep), parts, expert_layer, where.last(keep), next_norm), tuple(after)
 
 
 def _last(x: Float[Array, "B T D"], keep: int) -> Float[Array, "B keep D"]:
@@ -67,24 +78,32 @@ class SuperBlock(nnx.Module):
         self.cfg = cfg
         self.layers = nnx.List([Layer(cfg, new, kind) for kind in cfg.pattern])
 
+    def first_norm(self, x: Array, where: Placement) -> Array:
+        return add_norm(x, None, self.layers[0].input_norm[...], self.cfg.norm_eps, where.differentiable)[1]
+
     def __call__(  # type: ignore[no-untyped-def]
-        self, x: Array, memory: Memory, repeat: Array | int, inside: Array | int, where: Placement, keep: int | None = None
-    ):
+        self, x: Array, normed: Array, memory: Memory, repeat: Array | int, inside: Array | int, where: Placement,
+        next_norm: Array | None, keep: int | None = None,
+    ):  # fmt: skip
         """Run repeat number `repeat` of the model, which is number `inside` of this stack (for its experts).
 
-        `keep`: rows that the last layer returns, the last ones; all unless told.
+        Args:
+            normed: the rows after `first_norm`.
+            next_norm: norm of what follows; without it no normalised rows are returned.
+            keep: rows that the last layer returns, the last ones; all unless told.
         """
+        norms = [layer.input_norm[...] for layer in self.layers[1:]] + [next_norm]
         full, lin = repeat * self.cfg.full_per_block, repeat * self.cfg.linear_per_block
-        for number, (layer, kind) in enumerate(zip(self.layers, self.cfg.pattern, strict=True), 1):
+        for number, (layer, kind, norm) in enumerate(zip(self.layers, self.cfg.pattern, norms, strict=True), 1):
             wanted = keep if number == len(self.cfg.pattern) else None
             if kind == FULL:
                 cache, pending = memory
-                x, (k, v) = layer.attention(x, (cache.k, cache.v), full, inside, where, wanted)
+                x, normed, (k, v) = layer.attention(x, normed, (cache.k, cache.v), full, inside, where, norm, wanted)
                 memory, full = (cache.replace(k=k, v=v), pending), full + 1
             else:
-                x, memory = layer.linear(x, memory, lin, inside, where, wanted)
+                x, normed, memory = layer.linear(x, normed, memory, lin, inside, where, norm, wanted)
                 lin = lin + 1
-        return x, memory
+        return x, normed, memory
 
 
 class Decoder(nnx.Module):
@@ -104,41 +123,54 @@ class Decoder(nnx.Module):
         self.blocks = nnx.List([SuperBlock(cfg, Shapes(dtype, stack)) for _ in range(cfg.repeats // stack)])
 
     def __call__(
-        self, x: Float[Array, "B T D"], memory: Memory, where: Placement, keep: int | None = None
-    ) -> tuple[Float[Array, "B keep D"], Memory]:
-        """All layers on all rows; returns the last `keep` rows (all unless told) and the memory.
+        self, x: Float[Array, "B T D"], memory: Memory, where: Placement, final_norm: Float[Array, " D"], keep: int | None = None
+    ) -> tuple[Float[Array, "B keep D"], Float[Array, "B keep D"], Memory]:
+        """All layers on all rows; returns the last `keep` rows (all unless told), these after the final norm, and the memory.
 
         Unrolled layers do no more than these need: of the last layer, the others leave their keys and values or their part
         of the state. In a scan all layers are alike, so there the rows are only cut off.
         """
         keep = x.shape[1] if keep is None else keep
+        if self.stack > 1:
+            x, memory = self._scanned(x, memory, where)
+            x = _last(x, keep)
+            return x, add_norm(x, None, final_norm, self.blocks[0].cfg.norm_eps, where.differentiable)[1], memory
+        norms = [block.layers[0].input_norm[...][0] for block in self.blocks] + [final_norm]
+        normed = add_norm(x, None, norms[0], self.blocks[0].cfg.norm_eps, where.differentiable)[1]
+        for number, block in enumerate(self.blocks):
+            split: Any = nnx.split(block, Expert, _packed, ...)
+            graph, experts, packed, dense = split
+            rows = keep if number == len(self.blocks) - 1 else None
+            weights = experts, packed, jax.tree.map(lambda w: w[0], dense)
+            # With a plain number of blocks attention's loop is differentiable, which inside a call it would not be.
+            run = _run if where.differentiable else _shared
+            told = memory, jnp.int32(number), where, norms[number + 1]
+            x, normed, memory = run(weights, x, normed, *told, graph=graph, rows=rows)
+        return x, normed, memory
+
+    def _scanned(self, x: Float[Array, "B T D"], memory: Memory, where: Placement) -> tuple[Float[Array, "B T D"], Memory]:
         for number, block in enumerate(self.blocks):
             split: Any = nnx.split(block, Expert, _packed, ...)
             graph, experts, packed, dense = split
             first = number * self.stack
-            if self.stack == 1:
-                rows = keep if number == len(self.blocks) - 1 else None
-                weights = experts, packed, jax.tree.map(lambda w: w[0], dense)
-                # With a plain number of blocks attention's loop is differentiable, which inside a call it would not be.
-                run = _run if where.differentiable else _shared
-                x, memory = run(weights, x, memory, jnp.int32(first), where, graph=graph, rows=rows)
-                continue
 
             def body(carry: tuple[Array, Memory], at: Any, first=first, g=graph, e=experts, p=packed):  # type: ignore[no-untyped-def]
-                inside, weights = at
+                (x, memory), (inside, weights) = carry, at
                 run = nnx.merge(g, e, _layer_of(p, inside), weights)
-                return run(*carry, first + inside, inside, where), None
+                x, _, memory = run(x, run.first_norm(x, where), memory, first + inside, inside, where, None)
+                return (x, memory), None
 
             (x, memory), _ = lax.scan(body, (x, memory), (jnp.arange(self.stack), dense))
-        return _last(x, keep), memory
+        return x, memory
 
 
 def _run(  # type: ignore[no-untyped-def]
-    weights: Any, x: Array, memory: Memory, repeat: Array, where: Placement, *, graph: Any, rows: int | None
-):
+    weights: Any, x: Array, normed: Array, memory: Memory, repeat: Array, where: Placement, next_norm: Array, *, graph: Any,
+    rows: int | None,
+):  # fmt: skip
     """One unrolled super-block."""
     experts, packed, dense = weights
-    return nnx.merge(graph, experts, _layer_of(packed, 0), dense)(x, memory, repeat, 0, where, rows)
+    return nnx.merge(graph, experts, _layer_of(packed, 0), dense)(x, normed, memory, repeat, 0, where, next_norm, rows)
 
 
 # Blocks of one shape share a trace, and their kernels are lowered once.

@@ -17,7 +17,8 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
 from kernels_pallas.deltanet import Fixed, Projected, pick, pick_chunks
-from kernels_pallas.matmul import added, linear, linears_in_parts
+from kernels_pallas.matmul import added, linears_in_parts
+from kernels_pallas.norm import pick as pick_norms
 from kernels_pallas.target import target
 from mtpjax.cache import Cache, Pending
 from mtpjax.config import ModelConfig
@@ -259,8 +260,9 @@ class DeltaNet(nnx.Module):
 
     def __call__(
         self, x: Float[Array, "B T D"], cache: Cache, pending: Pending | None, layer: Array | int, where: Placement
-    ) -> tuple[Array, Cache, Pending | None]:
-        """Rows of one layer. They enter the state of the cache, or, given `pending`, wait there for `commit`."""
+    ) -> tuple[Float[Array, "S B*T D"], Cache, Pending | None]:
+        """Rows of one layer, in parts, to be added in their order. They enter the state of the cache, or, given `pending`, wait
+        there for `commit`."""
         cfg, rows, f32 = self.cfg, x.shape[1], jnp.float32
         before = cache.conv[layer]
         weights, dtypes = (self.in_qkv, self.in_z, self.in_b, self.in_a), (x.dtype, x.dtype, f32, f32)
@@ -289,6 +291,9 @@ class DeltaNet(nnx.Module):
                 d=pending.d.at[layer].set(d),
                 decay=pending.decay.at[layer].set(decay),
             )
-        z = z.reshape(*x.shape[:2], cfg.linear_v_heads, cfg.linear_v_dim)
-        y = gated_rms_norm(o, z, self.norm[...], cfg.norm_eps, cfg.z_gate)
-        return linear(y.reshape(*x.shape[:2], -1), self.out[...]), cache, pending
+        norms = None if where.differentiable else pick_norms(target())
+        if norms is None:
+            y = gated_rms_norm(o, z.reshape(o.shape), self.norm[...], cfg.norm_eps, cfg.z_gate)
+        else:
+            y = norms.gated(o.reshape(-1, *o.shape[2:]), parts[1], self.norm[...], cfg.norm_eps, cfg.z_gate)
+        return linears_in_parts(y.reshape(*x.shape[:2], -1), self.out[...])[0], cache, pending

@@ -55,15 +55,17 @@ class Model(nnx.Module):
     ) -> tuple[Float[Array, "B keep D"], Cache]:
         """All layers. Returns the last `keep` rows (all unless told) *before* the final norm and the cache, `length` still
         that of before."""
-        rows, (cache, _) = self.decoder(self.embed(tokens, where.live), (cache, None), where, keep)
+        rows, _, (cache, _) = self.decoder(self.embed(tokens, where.live), (cache, None), where, self.norm[...], keep)
         return rows, cache
 
     def trunk_pending(self, tokens: Int[Array, "B W"], cache: Cache, where: Placement) -> tuple[Array, Cache, Pending]:
-        """`trunk` for rows that may yet be rejected: DeltaNet layers leave them in `Pending`, for `commit`."""
+        """`trunk` for rows that may yet be rejected: DeltaNet layers leave them in `Pending`, for `commit`. All rows, *after* the
+        final norm."""
         waiting = new_pending(self.cfg, *tokens.shape, dtype=cache.conv.dtype)
-        rows, (cache, pending) = self.decoder(self.embed(tokens, where.live), (cache, waiting), where)
+        memory = (cache, waiting)
+        _, hidden, (cache, pending) = self.decoder(self.embed(tokens, where.live), memory, where, self.norm[...])
         assert pending is not None  # what went in comes out
-        return rows, cache, pending
+        return hidden, cache, pending
 
     def final_norm(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         return rms_norm(x, self.norm[...], self.cfg.norm_eps)

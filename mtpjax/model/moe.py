@@ -8,8 +8,9 @@ from flax import nnx
 from jax import Array, lax
 from jaxtyping import Bool, Float
 
-from kernels_pallas.grouped_matmul import expert_mlp
-from kernels_pallas.matmul import Packed, added, linear, linears, linears_in_parts
+from kernels_pallas.grouped_matmul import EACH_KERNELS, expert_mlp
+from kernels_pallas.matmul import Packed, added, linears, linears_in_parts
+from kernels_pallas.norm import Mixture
 from kernels_pallas.routing import KERNELS
 from kernels_pallas.target import target
 from mtpjax.config import ModelConfig
@@ -24,13 +25,16 @@ class Mlp(nnx.Module):
         self.up = new.matrix(size, cfg.hidden_size)
         self.down = new.matrix(cfg.hidden_size, size)
 
-    def __call__(self, x: Float[Array, "B T D"], layer: Array | int = 0, live: Array | None = None) -> Array:
+    def __call__(
+        self, x: Float[Array, "B T D"], layer: Array | int = 0, live: Array | None = None
+    ) -> Float[Array, "S B*T D"]:
+        """Parts, to be added in their order."""
         gate, up = linears(x, self.gate[...], self.up[...], out_dtypes=[jnp.float32] * 2)
         return self.ending(gate, up, x.dtype)
 
-    def ending(self, gate: Float[Array, "B T I"], up: Float[Array, "B T I"], dtype: jnp.dtype) -> Float[Array, "B T D"]:
+    def ending(self, gate: Float[Array, "B T I"], up: Float[Array, "B T I"], dtype: jnp.dtype) -> Float[Array, "S B*T D"]:
         """What follows the two projections, whose results are float32."""
-        return linear((jax.nn.silu(gate) * up).astype(dtype), self.down[...])
+        return linears_in_parts((jax.nn.silu(gate) * up).astype(dtype), self.down[...])[0]
 
 
 class Moe(nnx.Module):
@@ -50,7 +54,10 @@ class Moe(nnx.Module):
         weights, chosen = lax.top_k(p, self.cfg.experts_per_token)
         return weights / jnp.sum(weights, axis=-1, keepdims=True), chosen, p
 
-    def __call__(self, x: Float[Array, "B T D"], layer: Array | int, live: Bool[Array, "B T"]) -> Array:
+    def __call__(
+        self, x: Float[Array, "B T D"], layer: Array | int, live: Bool[Array, "B T"]
+    ) -> Float[Array, "S B*T D"] | Mixture:
+        """Parts, to be added in their order, or a mixture of experts."""
         flat, index = x.reshape(-1, x.shape[-1]), jnp.asarray(layer, jnp.int32)
         alive, shared = live.reshape(-1), self.shared
         weights = [w[...] for w in (self.router, self.shared_gate, shared.gate, shared.up)]
@@ -60,10 +67,10 @@ class Moe(nnx.Module):
             logits, _, gate, up = (added(x, part, jnp.float32) for part in parts)
             weight, chosen, _ = self.route(logits.reshape(-1, self.cfg.experts))
             routed = expert_mlp(flat, self.gate_up[...], self.down[...], index, chosen, weight, alive)
-            beside = shared.ending(gate, up, x.dtype)
-        else:
-            logits, _, gate, up = parts
-            weight, chosen, hidden = kernel(logits, gate, up, alive, self.cfg.experts_per_token, x.dtype)
-            routed = expert_mlp(flat, self.gate_up[...], self.down[...], index, chosen, weight)  # of dead rows: none there is
-            beside = linear(hidden.reshape(*x.shape[:-1], -1), shared.down[...])
-        return routed.reshape(x.shape) + jax.nn.sigmoid(added(x, parts[1], jnp.float32)).astype(x.dtype) * beside
+            beside = added(x, shared.ending(gate, up, x.dtype), x.dtype)
+            y = routed.reshape(x.shape) + jax.nn.sigmoid(added(x, parts[1], jnp.float32)).astype(x.dtype) * beside
+            return y.reshape(1, -1, y.shape[-1])
+        logits, shared_gate, gate, up = parts
+        weight, chosen, hidden = kernel(logits, gate, up, alive, self.cfg.experts_per_token, x.dtype)  # of dead rows: none
+        each = EACH_KERNELS[target()](flat, self.gate_up[...], self.down[...], index, chosen, weight)
+        return Mixture(each, alive, linears_in_parts(hidden, shared.down[...])[0], shared_gate)

@@ -15,7 +15,7 @@ from kernels_pallas.matmul import linear
 from mtpjax.cache import Cache
 from mtpjax.config import FULL, ModelConfig
 from mtpjax.model.decoder import Layer
-from mtpjax.model.norm import rms_norm
+from mtpjax.model.norm import add_norm, rms_norm
 from mtpjax.model.params import Shapes
 from mtpjax.model.placement import Placement
 
@@ -55,5 +55,7 @@ class Mtp(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """The whole head for the rows: hidden states after `mtp.norm`, ready for the LM head and for the next step."""
         kv = (cache.mtp_k, cache.mtp_v)
-        y, (k, v) = self.layer.attention(self._join(embedded, hidden), kv, 0, 0, where)
-        return rms_norm(y, self.norm[...], self.cfg.norm_eps), cache.replace(mtp_k=k, mtp_v=v)
+        x = self._join(embedded, hidden)
+        _, normed = add_norm(x, None, self.layer.input_norm[...], self.cfg.norm_eps, where.differentiable)
+        _, y, (k, v) = self.layer.attention(x, normed, kv, 0, 0, where, self.norm[...])
+        return y, cache.replace(mtp_k=k, mtp_v=v)

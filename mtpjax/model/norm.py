@@ -7,12 +7,30 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float
 
+from kernels_pallas.matmul import added
+from kernels_pallas.norm import Mixture, pick
+from kernels_pallas.target import target
+
 
 def rms_norm(x: Float[Array, "*rows D"], w: Float[Array, " D"], eps: float) -> Float[Array, "*rows D"]:
     """`x / rms(x) * (1 + w)` in float32, cast back after the product."""
     y = x.astype(jnp.float32)
     y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
     return (y * (1.0 + w.astype(jnp.float32))).astype(x.dtype)
+
+
+def add_norm(
+    x: Float[Array, "B T D"], more: Float[Array, "S B*T D"] | Mixture | None, w: Float[Array, " D"], eps: float,
+    differentiable: bool,
+) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:  # fmt: skip
+    """`h = x + more` and `rms_norm(h)`; `more` is in pieces, which a kernel adds up as it reads them."""
+    flat, kernels = x.reshape(-1, x.shape[-1]), None if differentiable else pick(target())
+    if kernels is not None:
+        h, y = kernels.add(flat, more, w, eps)
+        return h.reshape(x.shape), y.reshape(x.shape)
+    if more is not None:
+        x = x + (more.whole(x.dtype).reshape(x.shape) if isinstance(more, Mixture) else added(x, more, x.dtype))
+    return x, rms_norm(x, w, eps)
 
 
 def gated_rms_norm(
