@@ -1,4 +1,4 @@
-"""The kernel by which rows enter attention, in interpret mode: in the place of the model's plain path, and bit for bit."""
+"""The kernels of attention in interpret mode, and that by which rows enter it: against the plain path, and bit for bit."""
 
 from functools import partial
 from typing import Any
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import numpy_model, tiny_config
 from flax import nnx
-from test_kernels import assert_close
+from test_kernels import BOUNDS, assert_close
 
 from kernels_pallas.attention import AttentionKernels, Entering, api, pick
 from kernels_pallas.attention.entering import enter_cache
@@ -17,6 +17,7 @@ from kernels_pallas.attention.triton import attend_cache
 from kernels_pallas.target import target
 from mtpjax.config import FULL
 from mtpjax.model import attention, place
+from mtpjax.model.attention import attend
 
 SLOTS, ROWS, HEAD = 256, 6, 16
 enter = jax.jit(partial(enter_cache, interpret=True), static_argnames=("eps", "dtype"))
@@ -94,3 +95,50 @@ def test_dead_rows_leave_the_cache_alone() -> None:
 def test_which_caches_they_take() -> None:
     assert pick("cuda", 256, 512) is api.KERNELS["cuda"] and pick("cpu", 256, 512) is None
     assert pick("cuda", 24, 512) is None and pick("cuda", 256, 500) is None
+
+
+def attended(rows: int, dtype: str, slots: int = 1280, head: int = 32) -> tuple[Any, Any, Any]:
+    """The kernels, the loop of `mtpjax.model.attention` and the gates, and what went in: one long, one short and one idle
+    sequence."""
+    rng = np.random.default_rng(rows)
+    cfg = tiny_config(moe=False, head_dim=head, q_heads=8)
+    cache = tuple(jnp.asarray(rng.normal(size=(2, 3, 2, slots, head)), dtype) for _ in range(2))
+    where = place(cfg, jnp.array([1200, 100, 0]), rows, jnp.array([0, rows // 2, rows]), slots=slots)
+    q = jnp.asarray(rng.normal(size=(3, rows, 8, head)), dtype)
+    scaled = (q.astype(jnp.float32) * head**-0.5).astype(q.dtype)
+    gates = jnp.asarray(rng.normal(size=(1 if dtype == "bfloat16" else 2, 3 * rows, 8 * 2 * head)), dtype)
+    open_ = jax.nn.sigmoid(jnp.sum(gates, axis=0).astype(jnp.float32).reshape(3, rows, 8, 2, head)[..., 1, :])
+    args = (scaled, *cache, 1, where.positions, where.live, gates)
+    return run(*args), (attend(q, cache, 1, where).astype(jnp.float32) * open_).astype(dtype), args
+
+
+run = jax.jit(partial(attend_cache, interpret=True))
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_attention_is_that_of_the_loop(rows: int, dtype: str) -> None:
+    got, want, _ = attended(rows, dtype)
+    assert_close(got, np.asarray(want, np.float64), dtype)
+    assert not np.asarray(got[2]).any()  # nobody lives there
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_attention_is_invariant_to_the_batch_bit_for_bit(dtype: str) -> None:
+    """A row of a window of five alone in its window, and without the other sequences."""
+    got, _, (q, keys, values, layer, positions, live, gates) = attended(5, dtype)
+    each = gates.reshape(len(gates), 3, 5, -1)
+    for row in (0, 4):
+        only = np.s_[:, row : row + 1]
+        its = each[:, :, row]
+        alone = run(q[only], keys, values, layer, positions[only], live[only], its)
+        assert (np.asarray(alone) == np.asarray(got[only])).all()
+    first = run(q[:1], keys[:, :1], values[:, :1], layer, positions[:1], live[:1], each[:, 0])
+    assert (np.asarray(first) == np.asarray(got[:1])).all()
+
+
+def test_attention_says_which_heads_it_takes() -> None:
+    cache = jnp.zeros((1, 1, 1, 64, 24))
+    with pytest.raises(ValueError, match="head size 24 must be a power of two"):
+        where = jnp.zeros((1, 1), int), jnp.ones((1, 1), bool)
+        attend_cache(jnp.zeros((1, 1, 2, 24)), cache, cache, 0, *where, jnp.zeros((1, 1, 96)))
