@@ -4,9 +4,10 @@
     python scripts/check_cuda.py [--cards rtx3090 ...] [--programs rtx3090 ...] [--json FILE]
 
 A kernel that does not fit a card (shared memory, an instruction it lacks) fails here as it would there; a crash of the
-compiler ends only the process of that card. The programs are those of a 35B-A3B with IQ4_NL weights, and for the smallest
-card with the mixture of types that llama.cpp calls Q4_K_M, for one sequence, draft 4 and a bfloat16 cache: bytes, kernels
-a round, and copies of weights, of which there must be none.
+compiler ends only the process of that card. On the first card every decoding kernel is compiled for one row, too, and must
+have the same floating-point instructions as for five: a row's bits then do not depend on its window. The programs are those
+of a 35B-A3B with IQ4_NL weights, and for the smallest card with the mixture of types that llama.cpp calls Q4_K_M, for one
+sequence, draft 4 and a bfloat16 cache: bytes, kernels a round, and copies of weights, of which there must be none.
 Exit status 1 when anything fails. Nothing is run on a GPU: there are no times and no numbers here.
 """
 
@@ -33,6 +34,7 @@ from scripts.cuda_cases import (
     MODEL,
     PROGRAMS,
     Case,
+    KernelSizes,
     kernel_cases,
     program_case,
     weight_shapes,
@@ -40,6 +42,7 @@ from scripts.cuda_cases import (
 from scripts.results import describe, write_json
 
 CARDS = ("rtx3090", "a100", "rtx4090", "h200", "b200")
+KERNELS = ("matmul_", "experts_", "attention_", "delta_", "choose_", "sampling_", "norm_")  # beginnings of their names
 LIMIT_GIB = {"rtx3090": 23.0}  # of the 24 that the card has
 
 
@@ -59,6 +62,7 @@ def _work(card: str, cases: list[str], dump: Path) -> None:
     from scripts.cuda_target import Target
 
     target, kernels = Target(DESCRIBED[card]), kernel_cases()
+    alone = kernel_cases(KernelSizes(rows=(("decode", 1), ("prefill", 2048)))) if card in LIMIT_GIB else {}
     for name in cases:
         print(json.dumps({"start": name}), flush=True)
         began = time.perf_counter()
@@ -66,21 +70,29 @@ def _work(card: str, cases: list[str], dump: Path) -> None:
             if name in PROGRAMS:
                 found = program_report(target, name)
             else:
-                found = kernel_report(target, kernels[name], dump)
+                found = kernel_report(target, kernels[name], dump, alone.get(name) if name.endswith("decode") else None)
         except Exception as error:  # whatever the compiler says is the result
             found = {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"}
         print(json.dumps({"case": name, "seconds": round(time.perf_counter() - began, 1), **found}), flush=True)
 
 
-def kernel_report(target: Any, make: Case, dump: Path) -> dict[str, Any]:
-    from scripts.cuda_target import kernel_resources, memory
+def kernel_report(target: Any, make: Case, dump: Path, alone: Case | None) -> dict[str, Any]:
+    """`alone`: the same kernel for a single row, whose instructions must be the same."""
+    from scripts.cuda_target import float_instructions, kernel_resources, memory
 
     fn, args = make()
     compiled = target.compile(fn, *args)
-    ours = kernel_resources(dump, ("matmul_", "experts_", "attention_", "delta_", "choose_", "sampling_", "norm_"))
+    floats, ours = float_instructions(dump, KERNELS), kernel_resources(dump, KERNELS)
     if not ours:
         raise RuntimeError("the compiled program holds none of our kernels")
-    return {"kernels": ours, "temp": memory(compiled)["temp"]}
+    found = {"kernels": ours, "temp": memory(compiled)["temp"]}
+    if alone is not None:
+        fn, args = alone()
+        target.compile(fn, *args)
+        its = float_instructions(dump, KERNELS)
+        kernel_resources(dump, KERNELS)  # empties the folder
+        found["differ_for_one_row"] = [name for name in floats | its if not floats.get(name) or floats[name] != its.get(name)]
+    return found
 
 
 def program_report(target: Any, name: str) -> dict[str, Any]:
@@ -136,7 +148,7 @@ def problems(result: dict[str, Any]) -> list[str]:
     """What must not be."""
     if "error" in result:
         return [result["error"]]
-    found = []
+    found = [f"{name}: other instructions for one row than for five" for name in result.get("differ_for_one_row", ())]
     if result["case"] in PROGRAMS:
         for kind in ("expert_copies", "packed_copies"):
             found += [f"{kind.replace('_', ' ')}: {result[kind]}"] if result[kind] else []
@@ -166,7 +178,8 @@ def show(result: dict[str, Any]) -> str:
         + (f", {use['spilled']} B SPILLED" if use.get("spilled") else "")
         for kernel, use in result["kernels"].items()
     )
-    return f"{name} {each}"
+    alike = "; the same instructions for one row" if result.get("differ_for_one_row") == [] else ""
+    return f"{name} {each}{alike}"
 
 
 def main() -> int:

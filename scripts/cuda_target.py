@@ -177,6 +177,25 @@ class Program:
 # The machine code
 
 
+_FLOATS = re.compile(
+    r"^\s+(?:@!?%p\d+ )?((?:fma|mul|add|sub|neg|abs|div|rcp|sqrt|rsqrt|ex2|lg2|sin|cos|max|min|cvt|mma|wgmma)[\w.]*"
+    r"(?:f32|f16)[\w.]*)",
+    re.MULTILINE,
+)
+
+
+def float_instructions(dump: Path, prefixes: tuple[str, ...]) -> dict[str, list[str]]:
+    """The floating-point instructions of each kernel whose name starts so, in their order (PTX, from a folder that
+    `--xla_dump_to` filled). Where they are the same for one row as for five, so are a row's bits."""
+    found = {}
+    for file in dump.glob("*.ptx"):
+        for entry in file.read_text().split(".visible .entry ")[1:]:
+            name = entry[: entry.index("(")]
+            if name.startswith(prefixes):
+                found[name] = _FLOATS.findall(entry)
+    return found
+
+
 def kernel_resources(dump: Path, prefixes: tuple[str, ...]) -> dict[str, dict[str, int]]:
     """What each kernel whose name starts so takes, from a folder that `--xla_dump_to` filled (it is emptied): registers
     a thread, spilled bytes a thread, bytes of shared memory of a block, threads of a block, blocks.

@@ -1,9 +1,11 @@
 """Reading compiled programs: kernels counted through loops, copies of weights found. Compiling itself is `make check-cuda`."""
 
+from pathlib import Path
+
 from mtpjax.weights import flat
 from scripts.check_cuda import problems
 from scripts.cuda_cases import kernel_cases, program_case, weight_shapes
-from scripts.cuda_target import Program
+from scripts.cuda_target import Program, float_instructions
 
 HLO = """HloModule jit_f, is_scheduled=true
 
@@ -77,7 +79,28 @@ def test_a_mixed_file_keeps_the_type_of_every_matrix() -> None:
     assert {"u16[256,2048,64]", "s8[256,2048,32]", "f16[256,2048,2]"} <= experts and "u8[8192,256]" in others
 
 
+def test_instructions_of_a_kernel(tmp_path: Path) -> None:
+    """Floating-point ones alone, predicated or not, and of our kernels alone."""
+    ptx = """
+.visible .entry matmul_codes4(
+	add.s32 %r1, %r2, 1;
+	@%p1 fma.rn.f32 %r3, %r4, %r5, %r6;
+	cvt.rn.bf16x2.f32 %r7, %r8, %r9;
+	mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%r1}, {%r2}, {%r3}, {%r4};
+	st.global.v4.b32 [%rd1], {%r1};
+.visible .entry loop_fusion(
+	add.f32 %r1, %r2, %r3;
+"""
+    (tmp_path / "one.ptx").write_text(ptx)
+    mma = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
+    assert float_instructions(tmp_path, ("matmul_",)) == {"matmul_codes4": ["fma.rn.f32", "cvt.rn.bf16x2.f32", mma]}
+
+
 def test_what_must_not_be() -> None:
+    kernel = {"card": "rtx3090", "case": "linear fp8 decode", "kernels": {}, "differ_for_one_row": []}
+    assert problems(kernel) == []
+    said = "matmul_fp8: other instructions for one row than for five"
+    assert problems(kernel | {"differ_for_one_row": ["matmul_fp8"]}) == [said]
     good = {"card": "rtx3090", "case": "decode", "argument": 20 * 2**30, "temp": 0, "expert_copies": {}, "packed_copies": {}}
     assert problems(good) == []
     assert problems(good | {"argument": 24 * 2**30}) == ["needs 24.00 GiB of 23.0"]
