@@ -105,6 +105,7 @@ def test_bytes_and_error_of_each_mode(mode: str, bits: float) -> None:
     assert error < {"int4": 0.10, "iq4nl": 0.08, "int8": 0.008, "fp8": 0.03}[mode]
 
 
+@pytest.mark.slow
 def test_the_embedded_model_in_four_bits() -> None:
     """Text does not depend on the draft length there either; three quarters of the bytes are gone."""
     prompt = ["Once upon a time there was a fox, and"]

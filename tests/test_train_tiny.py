@@ -40,6 +40,7 @@ def run(plan: Plan, steps: int = 3, last: int | None = None) -> tuple[list[dict[
     return [parts for _, parts in each], each[-1][0]
 
 
+@pytest.mark.slow
 def test_same_seed_same_losses() -> None:
     """Two runs of three steps agree to the last bit; another seed does not."""
     plan = Plan(batch=2, mtp_steps=2)
@@ -72,6 +73,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     assert Saves(tmp_path / "elsewhere", plan).latest(like) is None
 
 
+@pytest.mark.slow
 def test_accumulated_parts_are_the_mean_of_the_batch() -> None:
     """The same windows read in two parts; only the balance of experts, not linear in the batch, may differ."""
     plan = Plan(batch=4, mtp_steps=1, optimizer="adamw")
@@ -82,6 +84,7 @@ def test_accumulated_parts_are_the_mean_of_the_batch() -> None:
         np.testing.assert_allclose(after[name], second[name], rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_while_the_weights_stay_float32() -> None:
     plan = Plan(batch=2, mtp_steps=1)
     (wide,), _ = run(plan, 1)
