@@ -37,8 +37,8 @@ Tensor = tuple[str, tuple[int, ...], np.dtype, Callable[[], np.ndarray]]  # name
 def storage(dtype: jnp.dtype) -> dict[str, Any]:
     """How to hold weights for a compute dtype: arguments of `load_model` and `restore_orbax`.
 
-    Matrices are converted to the compute dtype once. Layers are unrolled: a CPU then slices no weight, a GPU launches a
-    sixth fewer kernels a round than with one scan over the layers, and no two layers have to be of one type.
+    Matrices are converted to the compute dtype once. Layers are unrolled: a CPU then slices no weight, a GPU launches
+    fewer kernels a round than with one scan over the layers, and no two layers have to be of one type.
     """
     return {"dtype": dtype, "compute_dtype": dtype, "stack": 1}
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -68,7 +69,7 @@ def measure_all(smoke: bool, ceilings: Ceilings, go_on: Callable[[str], bool]) -
     for rows in (1, 5, 40) if smoke else ROWS:
         if not go_on(f"experts at {rows} rows"):
             continue
-        size = KernelSizes(**{**vars(many), "rows": (("decode", rows),)})
+        size = replace(many, rows=(("decode", rows),))
         fn, specs = kernel_cases(size, ("iq4_nl",), interpret=target() != "cuda")["experts iq4_nl decode"]()
         args = data_of("experts", specs, size)
         want, runs = reference("experts", args, size.chosen), sides(fn, args, size.layers)
