@@ -127,11 +127,15 @@ def grouped_mlp(
 ) -> Float[Array, "N D"]:
     """`kernels_pallas.grouped_matmul.expert_mlp` on a GPU."""
     each = each_expert(x, gate_up, down, layer, chosen, weights, live, interpret=interpret)
+    return mixed(each, chosen[:, 0] < gate_up.shape[1] if live is None else live, x.dtype)
+
+
+def mixed(each: Float[Array, "N K D"], live: Bool[Array, " N"], dtype: Any) -> Float[Array, "N D"]:
+    """The sum of `each_expert`, in order; zero for dead rows, whose places were never written."""
     total = each[:, 0]
-    for i in range(1, chosen.shape[1]):
+    for i in range(1, each.shape[1]):
         total = total + each[:, i]
-    live = chosen[:, 0] < gate_up.shape[1] if live is None else live
-    return jnp.where(live[:, None], total, 0.0).astype(x.dtype)  # places of dead rows were never written
+    return jnp.where(live[:, None], total, 0.0).astype(dtype)
 
 
 def each_expert(

@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Bool, Float
 
+from kernels_pallas.grouped_matmul.triton import mixed
 from kernels_pallas.matmul.triton import added
 from kernels_pallas.packed_words import power, summed
 
@@ -32,10 +33,7 @@ class Mixture(NamedTuple):
 
     def whole(self, dtype: Any) -> Float[Array, "N D"]:
         """The sum in plain `lax`, rounded to `dtype` after every operation."""
-        total = self.each[:, 0]
-        for k in range(1, self.each.shape[1]):
-            total = total + self.each[:, k]
-        routed = jnp.where(self.live[:, None], total, 0.0).astype(dtype)
+        routed = mixed(self.each, self.live, dtype)
         return routed + jax.nn.sigmoid(added(self.gate, jnp.float32)).astype(dtype) * added(self.shared, dtype)
 
 
