@@ -7,6 +7,7 @@ the Triton lowering in range: up to 4 GiB it counts elements in 32 signed bits, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +17,11 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Float, Shaped
 
 from kernels_pallas.instructions import Instructions
-from kernels_pallas.quantized import INDICES, QuantizedTensor
-from kernels_pallas.unpacking import E4M3_SCALE, unpack
+from kernels_pallas.quantized import FP8_BLOCK, INDICES, QuantizedTensor
+from kernels_pallas.target import capability
+from kernels_pallas.unpacking import PAIR_SCALE, floats, pairs
 
+LANES = 4  # threads that share the words of a row in a step
 PARTS = ("high", "scale", "offset", "super_scale", "super_offset")
 
 
@@ -32,6 +35,7 @@ class Form:
     table: tuple[int, ...] | None = None
     parts: tuple[str, ...] = ()
     super_group: int = 0  # elements of a `super_scale`
+    run: int = 4  # elements that a thread has side by side for the tensor cores, whose order that makes
 
     @property
     def slots(self) -> int:
@@ -43,6 +47,17 @@ class Form:
         """Words along D that one turn of a kernel's loop takes. Fixed by the form, so that a row's sum is always taken
         in the same order."""
         return {1: 64, 4: 32, 8: 16}[self.slots]
+
+
+def wide() -> bool:
+    """Whether the tensor cores of the target take 64 rows at once (`wgmma` and what followed it). The compiler takes these
+    for sixteen columns and more, older instructions for fewer."""
+    return capability() >= (9, 0)
+
+
+def few_rows() -> int:
+    """Rows of a tile at least: what the tensor cores take, by the same instruction as more of them."""
+    return 16 if wide() else 8
 
 
 def words(w: Array | QuantizedTensor) -> tuple[Form, tuple[Array, ...]]:
@@ -63,7 +78,7 @@ def words(w: Array | QuantizedTensor) -> tuple[Form, tuple[Array, ...]]:
     if w.layout == "codes5":  # one high bit an element: those of a block of 32 are a word
         parts["high"] = lax.bitcast_convert_type(parts["high"].reshape(*lead, -1, 4), jnp.uint32)
     super_group = 0 if w.super_scale is None else w.shape[-1] // w.super_scale.shape[-1]
-    return Form(w.layout, w.group, w.table, tuple(parts), super_group), (codes, *parts.values())
+    return Form(w.layout, w.group, w.table, tuple(parts), super_group, 2 if wide() else 4), (codes, *parts.values())
 
 
 def load_tile(
@@ -113,13 +128,11 @@ def load_tile(
     elif form.layout == "codes5":
         blocks = load("high", lax.div(first_word, 4) + jnp.arange(count // 4), 4)
         high = spread(blocks) >> (lax.rem(jnp.arange(count), 4) * 8).astype(jnp.uint32)
-    values, bias = unpack(form, load("words", at), ops, high)
+    word = load("words", at)
     if form.slots == 1:
-        return values[0].astype(dtype)
+        return word.astype(dtype)
     if form.layout == "fp8":
-        rows = lax.div(rows, 128)
-        scale = spread(groups("scale", 32) * E4M3_SCALE)
-        return _interleave([t * scale for t in values]).astype(dtype)
+        rows = lax.div(rows, FP8_BLOCK)
 
     def of_groups(name: str) -> list[Array]:
         """Scale or offset of every group, of the two halves of a block of 32 elements if they differ."""
@@ -130,24 +143,28 @@ def load_tile(
             numbers = [outer * number for number in numbers]
         return numbers
 
-    numbers = of_groups("scale")
-    scales = [spread(number) for number in numbers]
-    if _exact(bias, parts["scale"].dtype if "super_scale" not in parts else None):
-        biases = [spread(number * jnp.float32(-bias)) for number in numbers]
-        out = [ops.scaled(m, bias, scales[n % len(scales)], biases[n % len(scales)]) for n, m in enumerate(values)]
+    scales = of_groups("scale")
+    if dtype == jnp.bfloat16 and "offset" not in parts:
+        return _arranged(_scaled_pairs(pairs(form, word, ops, high), scales, spread, ops), form.run)
+    values, bias = floats(form, word, ops, high)
+    offsets = of_groups("offset") if "offset" in parts else [jnp.zeros_like(scale) for scale in scales]
+    if dtype == jnp.bfloat16 and bias <= 256:  # what the sum loses is 2^-16 of the scale at most
+        offsets = [offset - bias * scale for offset, scale in zip(offsets, scales, strict=True)]
     else:
-        out = [(m - jnp.float32(bias)) * scales[n % len(scales)] for n, m in enumerate(values)]
-    if "offset" in parts:
-        offsets = [spread(number) for number in of_groups("offset")]
-        out = [v + offsets[n % len(offsets)] for n, v in enumerate(out)]
-    return _interleave(out).astype(dtype)
+        values = [m - bias for m in values]
+    each = [(spread(scale), spread(offset)) for scale, offset in zip(scales, offsets, strict=True)]
+    return _arranged([ops.fused(m, *each[n // 4 % len(each)]) for n, m in enumerate(values)], form.run).astype(dtype)
 
 
-def _exact(bias: int, scale: Any) -> bool:
-    """Whether `bias * scale` is a float32 for every scale, so that `fma(m, scale, -bias * scale)` is `(m - bias) * scale`
-    rounded once, in one instruction. A power of two keeps every scale; else the digits of both (11 of a float16) must fit."""
-    digits = bias.bit_length() - (bias & -bias).bit_length() + 1
-    return digits == 1 or (scale == jnp.float16 and digits + 11 <= 24)
+def _scaled_pairs(numbers: list[Array], scales: list[Array], spread: Callable[[Array], Array], ops: Instructions) -> list[Array]:
+    """bfloat16 numbers of pairs by their scales (one, or those of the two halves), each scale as the sum of two bfloat16."""
+    factors = []
+    for scale in scales:
+        high = ops.both(scale * PAIR_SCALE)
+        rest = scale * PAIR_SCALE - lax.bitcast_convert_type(high & jnp.uint32(0xFFFF0000), jnp.float32)
+        factors.append((spread(high), spread(ops.both(rest))))
+    scaled = [ops.scaled(pair, *factors[n // 2 % len(factors)]) for n, pair in enumerate(numbers)]
+    return [number for pair in scaled for number in ops.split(pair)]
 
 
 def _interleave(values: list[Array]) -> Array:
@@ -156,6 +173,23 @@ def _interleave(values: list[Array]) -> Array:
         return values[0]
     pair = jnp.stack([_interleave(values[0::2]), _interleave(values[1::2])], axis=-1)
     return pair.reshape(pair.shape[0], -1)
+
+
+def _arranged(values: list[Array], run: int) -> Array:
+    """The elements that words were unpacked to, in the order of `load_rows`."""
+    rows, words = values[0].shape
+    halves = len(values) // 4
+    tile = _interleave([_interleave(values[4 * h : 4 * h + 4]) for h in range(halves)])
+    tile = tile.reshape(-1, 4, 8, LANES, words // LANES, 4 // run, run, halves)
+    return tile.transpose(1, 0, 2, 7, 4, 5, 3, 6).reshape(rows, -1)
+
+
+def tile_rows(form: Form, count: int) -> Array:
+    """Numbers of the rows of a tile, in the order in which `load_tile` reads them."""
+    at = jnp.arange(count)
+    if form.slots == 1:
+        return at
+    return lax.rem(lax.div(at, 8), 4) * (count // 4) + lax.div(at, 32) * 8 + lax.rem(at, 8)
 
 
 def grid(rows: Array, cols: Array) -> tuple[Array, Array]:
@@ -196,11 +230,11 @@ def load_rows(form: Form, x_ref: Any, rows: Array, first: Array, count: int) -> 
             inside &= at[1] < x_ref.shape[1]
         return plt.load(x_ref.at[at], mask=inside, other=0)
 
-    if form.layout not in INDICES:
-        return load(first + jnp.arange(count))
-    half = jnp.arange(count // 2)
-    low = first + lax.div(half, 16) * 32 + lax.rem(half, 16)
-    return _interleave([load(low), load(low + 16)])
+    at = jnp.arange(count)
+    if form.slots > 1:
+        lane, turn = lax.rem(lax.div(at, form.run), LANES), lax.div(at, form.run * LANES)
+        at = lane * (count // LANES) + turn * form.run + lax.rem(at, form.run)
+    return load(first + at)
 
 
 def dot(w: Float[Array, "O K"], x: Float[Array, "M K"]) -> Float[Array, "O M"]:

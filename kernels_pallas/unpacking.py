@@ -5,7 +5,8 @@ A GPU that reads four bits a weight at full speed has time for four to ten instr
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -13,78 +14,104 @@ from jax import Array, lax
 from kernels_pallas.instructions import Instructions
 from kernels_pallas.quantized import INDICES
 
-BYTE = 1 << 15  # `_bytes` gives this and the byte
-E4M3_SCALE = 256.0
+PAIR_SCALE = 128.0  # `pairs` gives numbers divided by this
 
 
-def unpack(form: Any, word: Array, ops: Instructions, high: Array | None = None) -> tuple[list[Array], int]:
-    """float32 values m and a bias: the slots of words of indices and of `codes8` hold `m - bias`, before scale and offset;
-    those of `fp8` m times `E4M3_SCALE`.
+class Codes(NamedTuple):
+    """Bytes that stand for the numbers of a word: n for `n + first`.
 
-    `codes4` looks 4 nibbles up at a time: two selections of a byte by the low three bits, in each half of the table,
-    and one between their results by bit 3.
+    Attributes:
+        words: uint32, four bytes each.
+        places: for two neighbours each: their word, and their bytes in it.
+        first: a whole number.
+        limit: the bytes are below this.
+    """
+
+    words: list[Array]
+    places: list[tuple[int, int, int]]
+    first: int
+    limit: int
+
+
+def pairs(form: Any, word: Array, ops: Instructions, high: Array | None = None) -> list[Array]:
+    """Pairs of bfloat16 of the numbers of a word, divided by `PAIR_SCALE`, before scale and offset; see `codes`.
+
+    A whole number up to 255 is a bfloat16 of the same bits in units of 2^-133, so that no instruction converts it; the
+    bits of a float8_e4m3fn, moved, are one whose exponent counts from elsewhere.
+    """
+    zero = jnp.zeros_like(word)
+    if form.layout == "fp8":
+        upper = [ops.select(word, zero, selector) for selector in (0x1404, 0x3424)]  # a byte to the upper half of each half
+        moved = [p & jnp.uint32(0x80008000) | p >> jnp.uint32(4) & jnp.uint32(0x07F007F0) for p in upper]
+        return [ops.numbers(p, 2.0**120 / PAIR_SCALE, 0.0) for p in moved]
+    found = codes(form, word, ops, high)
+    whole = [ops.select(found.words[n], zero, 0x4040 | a | b << 8) for n, a, b in found.places]
+    return [ops.numbers(p, 2.0**133 / PAIR_SCALE, found.first / PAIR_SCALE) for p in whole]
+
+
+def floats(form: Any, word: Array, ops: Instructions, high: Array | None = None) -> tuple[list[Array], int]:
+    """float32 values m and a bias: the numbers of a word are `m - bias`, before scale and offset; see `codes`."""
+    if form.layout == "fp8":
+        return [v.astype(jnp.float32) * PAIR_SCALE for pair in pairs(form, word, ops) for v in ops.split(pair)], 0
+    found = codes(form, word, ops, high)
+    # A byte below 128 is all of a mantissa whose last bit is 1; another one is its third byte, whose last bit is 1 too.
+    base, exponent, selector, place = (128, 0x43000000, 0x7044, 8) if found.limit <= 128 else (1 << 15, 0x47000000, 0x7404, 4)
+    top = ops.constant(exponent, word.shape)
+    bits = [ops.select(found.words[n], top, selector | byte << place) for n, *two in found.places for byte in two]
+    return [lax.bitcast_convert_type(m, jnp.float32) for m in bits], base - found.first
+
+
+def codes(form: Any, word: Array, ops: Instructions, high: Array | None = None) -> Codes:
+    """The bytes of a word of indices or of `codes8`, in the order of elements; of indices, those of low nibbles first.
 
     Args:
         form: a `kernels_pallas.packed_words.Form`.
         high: the high bits of `codes5` and `codes6`, for each word.
     """
-    if form.slots == 1:
-        return [word], 0
     if form.layout == "codes8":  # two's complement with the top bit flipped is the value + 128
-        return _bytes(word ^ jnp.uint32(0x80808080), ops), BYTE + 128
-    if form.layout == "fp8":
-        return _e4m3(word, ops), 0
+        return Codes([word ^ jnp.uint32(0x80808080)], [(0, 0, 1), (0, 2, 3)], -128, 256)
     assert form.table is not None
-    first, steps = form.table[0], {b - a for a, b in zip(form.table, form.table[1:], strict=False)}
+    first, size = form.table[0], len(form.table)
+    if form.table != tuple(range(first, first + size)):
+        return Codes(_looked_up(form.table, word, ops), [(0, 0, 2), (1, 0, 2), (0, 1, 3), (1, 1, 3)], -128, 256)
+    halves = [half & jnp.uint32(0x0F0F0F0F) for half in (word, word >> jnp.uint32(4))]
     if high is not None:
         bits = INDICES[form.layout] - 4
-        top = [_moved(high, bits * n, 12) & jnp.uint32((1 << bits) - 1 << 12) for n in range(8)]
-        return [_float(a | b) for a, b in zip(_nibble_bits(word, ops), top, strict=True)], BYTE - first
-    if len(steps) == 1:  # evenly spaced: no table
-        even, step = [_float(n) for n in _nibble_bits(word, ops)], steps.pop()
-        return (even, BYTE - first) if step == 1 else ([(m - BYTE) * step + first for m in even], 0)
-    quarters = [sum((t + 128) << 8 * i for i, t in enumerate(form.table[4 * q : 4 * q + 4])) for q in range(4)]
-    table = [ops.constant(q, word.shape) for q in quarters]
-    order = ops.constant(0x3210, word.shape)
+        for n in range(8):
+            end = 8 * (n // 2) + 4
+            halves[n % 2] |= _moved(high, bits * n, end) & jnp.uint32((1 << bits) - 1 << end)
+    return Codes(halves, [(0, 0, 1), (0, 2, 3), (1, 0, 1), (1, 2, 3)], first, size)
+
+
+def _looked_up(table: tuple[int, ...], word: Array, ops: Instructions) -> list[Array]:
+    """The entry + 128 for each nibble of a word, the lowest first, four bytes each."""
+    halves = (word, word >> jnp.uint32(16))
+
+    def entries(values: Iterable[int]) -> list[Array]:
+        sizes = list(values)
+        return [ops.constant(sum(v << 8 * i for i, v in enumerate(sizes[n : n + 4])), word.shape) for n in (0, 4, 8, 12)]
+
+    signs = [1 if min(half) >= 0 else -1 if max(half) <= 0 else 0 for half in (table[:8], table[8:])]
     found = []
-    for nibbles in (word, word >> jnp.uint32(16)):
-        low_bits = nibbles & jnp.uint32(0x7777)
-        halves = (ops.select(table[0], table[1], low_bits), ops.select(table[2], table[3], low_bits))
-        found.append(ops.select(*halves, nibbles >> jnp.uint32(1) & jnp.uint32(0x4444) | order))
-    return [m for four in found for m in _bytes(four, ops)], BYTE + 128
-
-
-def _float(bits: Array) -> Array:
-    return lax.bitcast_convert_type(bits, jnp.float32)
-
-
-def _byte_bits(word: Array, ops: Instructions) -> list[Array]:
-    """Bits of `BYTE + n`, float32, for each byte n: as the third byte of the mantissa."""
-    top = ops.constant(0x47000000, word.shape)
-    return [ops.select(word, top, 0x7404 | n << 4) for n in range(4)]
-
-
-def _bytes(word: Array, ops: Instructions) -> list[Array]:
-    return [_float(bits) for bits in _byte_bits(word, ops)]
-
-
-def _nibble_bits(word: Array, ops: Instructions) -> list[Array]:
-    """`_byte_bits` of the eight nibbles, the lowest first."""
-    pairs = (_byte_bits(half & jnp.uint32(0x0F0F0F0F), ops) for half in (word, word >> jnp.uint32(4)))
-    return [nibble for pair in zip(*pairs, strict=True) for nibble in pair]
+    if all(signs) and max(map(abs, table)) < 128:
+        # Each half of the table by its magnitudes: where bit 3 names the other half, `select` gives eight times the
+        # sign of a byte, which is 0.
+        sizes = entries(abs(t) for t in table)
+        for nibbles in halves:
+            total = jnp.full_like(word, jnp.uint32(0x80808080))
+            for half, sign in enumerate(signs):
+                size = ops.select(sizes[2 * half], sizes[2 * half + 1], nibbles ^ jnp.uint32(0x88888888 * half))
+                total = total + size if sign > 0 else total - size
+            found.append(total)
+        return found
+    raised = entries(t + 128 for t in table)
+    for nibbles in halves:  # a byte by the low three bits from each half, and one of the two by bit 3
+        low = nibbles & jnp.uint32(0x7777)
+        both = (ops.select(raised[0], raised[1], low), ops.select(raised[2], raised[3], low))
+        found.append(ops.select(*both, nibbles >> jnp.uint32(1) & jnp.uint32(0x4444) | jnp.uint32(0x3210)))
+    return found
 
 
 def _moved(word: Array, start: int, end: int) -> Array:
     """Bit `start` at the place of bit `end`."""
     return word >> jnp.uint32(start - end) if start > end else word << jnp.uint32(end - start)
-
-
-def _e4m3(word: Array, ops: Instructions) -> list[Array]:
-    """The bytes as float8_e4m3fn (no NaN) by `E4M3_SCALE`: their bits are those of a float16, whose exponent counts from
-    elsewhere. No GPU before compute capability 8.9 converts them itself."""
-    zero, found = ops.constant(0, word.shape), []
-    for selector in (0x1404, 0x3424):  # a byte to the upper half of either half
-        pair = ops.select(word, zero, selector)
-        pair = pair & jnp.uint32(0x80008000) | pair >> jnp.uint32(1) & jnp.uint32(0x3F803F80)
-        found += [pair & jnp.uint32(0xFFFF), pair >> jnp.uint32(16)]
-    return [lax.bitcast_convert_type(half.astype(jnp.uint16), jnp.float16).astype(jnp.float32) for half in found]

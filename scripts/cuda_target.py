@@ -75,12 +75,13 @@ class Target:
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
         topology = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=card.config())
         self.mesh = topologies.make_mesh(topology, (1,), ("x",))
+        self.card = card
 
     def compile(self, fn: Any, *shapes: Any, **static: Any) -> Any:
         """`jax.stages.Compiled` of a jitted function for arguments of these shapes."""
         put = NamedSharding(self.mesh, PartitionSpec())
         args = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=put), shapes)
-        with compiling_for("cuda"), use_abstract_mesh(self.mesh.abstract_mesh):
+        with compiling_for("cuda", self.card.capability), use_abstract_mesh(self.mesh.abstract_mesh):
             return fn.lower(*args, **static).compile(**compile_options())
 
 

@@ -23,11 +23,11 @@ from kernels_pallas.instructions import ARITHMETIC
 from kernels_pallas.matmul import api as linear_api
 from kernels_pallas.matmul import linear
 from kernels_pallas.matmul.triton import FEW, added, matmul, matmul_parts
-from kernels_pallas.packed_words import Form
+from kernels_pallas.packed_words import Form, few_rows, words
 from kernels_pallas.quantized import INDICES, QuantizedTensor
 from kernels_pallas.stacked import StackedTensor
 from kernels_pallas.target import compile_options, compiling_for, target
-from kernels_pallas.unpacking import unpack
+from kernels_pallas.unpacking import PAIR_SCALE, floats, pairs
 from mtpjax.weights import fill
 
 IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
@@ -114,6 +114,17 @@ def test_matmul_of_every_layout(name: str, dtype: str) -> None:
     w = packed(name, (136, 768))
     x = np.random.default_rng(1).normal(size=(5, 768))
     assert_close(product(jnp.asarray(x, dtype), w), rounded(x, dtype) @ dense(w, dtype).T, dtype)
+
+
+@pytest.mark.parametrize("name", ["iq4_nl", "halves", "q6_k", "q8_0", "fp8"])
+def test_products_in_the_order_of_wide_tensor_cores(name: str) -> None:
+    """As for compute capability 9.0: tiles of other sizes, elements in another order."""
+    x = np.random.default_rng(1).normal(size=(5, 256)).astype(np.float32)
+    with compiling_for(target(), (9, 0)):
+        assert words(w := packed(name, (136, 256)))[0].run == 2 and few_rows() == 16
+        got = matmul(jnp.asarray(x, jnp.bfloat16), w, interpret=True)
+    assert_close(got, rounded(x, "bfloat16") @ dense(w, "bfloat16").T, "bfloat16")
+    assert words(w)[0].run == 4 and few_rows() == 8
 
 
 def test_matmul_reads_one_layer_of_a_stack() -> None:
@@ -257,38 +268,64 @@ def test_dead_rows_take_no_blocks() -> None:
 # Words
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.lists(st.integers(-128, 127), min_size=16, max_size=16), st.integers(0, 2**32 - 1))
+ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # of nibbles as elements: the low ones of four bytes, then the high ones
+ENTRY = st.integers(-128, 127)
+HALF = st.lists(st.integers(0, 127), min_size=8, max_size=8)
+SIGN = st.sampled_from([1, -1])
+TABLES = st.one_of(  # of any numbers; of a sign in each half, as the formats have them; one after the other
+    st.lists(ENTRY, min_size=16, max_size=16),
+    st.tuples(HALF, SIGN, HALF, SIGN).map(lambda made: [made[i + 1] * t for i in (0, 2) for t in made[i]]),
+    st.integers(-128, 112).map(lambda first: list(range(first, first + 16))),
+)
+
+
+def numbers(form: Form, word: int, high: int = 0) -> list[list[float]]:
+    """What a word holds, by float32 and by pairs."""
+    args = (form, jnp.full(1, word, jnp.uint32), ARITHMETIC, jnp.full(1, high, jnp.uint32) if high else None)
+    values, bias = floats(*args)
+    halves = [half for pair in pairs(*args) for half in ARITHMETIC.split(pair)]
+    return [[float(m[0]) - bias for m in values], [float(half[0]) * PAIR_SCALE for half in halves]]
+
+
+@settings(max_examples=60, deadline=None)
+@given(TABLES, st.integers(0, 2**32 - 1))
 def test_a_word_of_codes_looks_up_eight_entries(table: list[int], word: int) -> None:
-    form = Form("codes4", 32, tuple(table))
-    found, bias = unpack(form, jnp.full(1, word, jnp.uint32), ARITHMETIC)
-    assert [float(m[0]) - bias for m in found] == [table[word >> 4 * n & 15] for n in range(8)]
+    want = [table[word >> 4 * n & 15] for n in ORDER]
+    assert numbers(Form("codes4", 32, tuple(table)), word) == [want, want]
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(0, 2**32 - 1), st.integers(0, 2**16 - 1), st.integers(-128, 0))
+@given(st.integers(0, 2**32 - 1), st.integers(1, 2**16 - 1), st.integers(-128, 0))
 def test_a_word_of_codes_and_their_high_bits(word: int, high: int, first: int) -> None:
     for layout, bits in (("codes5", 1), ("codes6", 2)):
         form = Form(layout, 32, tuple(range(first, first + (16 << bits))))
-        found, bias = unpack(form, jnp.full(1, word, jnp.uint32), ARITHMETIC, jnp.full(1, high, jnp.uint32))
-        top = [high >> bits * n & ((1 << bits) - 1) for n in range(8)]
-        assert [float(m[0]) - bias for m in found] == [first + (word >> 4 * n & 15) + 16 * top[n] for n in range(8)]
+        top = [high >> bits * n & ((1 << bits) - 1) for n in ORDER]
+        want = [first + (word >> 4 * n & 15) + 16 * t for n, t in zip(ORDER, top, strict=True)]
+        assert numbers(form, word, high) == [want, want]
 
 
-@pytest.mark.parametrize(("layout", "scale", "exact"), [
-    ("codes4", np.float16, True), ("codes8", np.float16, True), ("codes8", np.float32, False), ("codes4", np.float32, False),
-])  # fmt: skip
-def test_a_bias_goes_into_the_scale_only_where_nothing_is_lost(layout: str, scale: type, exact: bool) -> None:
-    """`fma(m, scale, -bias * scale)` is `(m - bias) * scale` for every code and scale, or the kernels do not use it."""
-    form = Form(layout, 32, (-127, *range(-104, 113, 15), 113)[:16])
-    words = jnp.asarray(np.random.default_rng(0).integers(0, 2**32, 64, np.uint32))
-    values, bias = unpack(form, words, ARITHMETIC)
-    m = np.float32(values).reshape(-1, 1)
-    scales = np.random.default_rng(1).normal(size=500).astype(scale).astype(np.float32)
-    want = (m - np.float32(bias)) * scales
-    fused = (np.float64(m) * scales + scales * np.float32(-bias)).astype(np.float32)  # a float64 holds the product
-    assert packed_words._exact(bias, np.dtype(scale)) == exact == bool((fused == want).all())
-    assert packed_words._exact(1 << 15, None) and not packed_words._exact(bias, None)
+@settings(max_examples=30, deadline=None)
+@given(st.binary(min_size=4, max_size=4))
+def test_a_word_of_bytes(four: bytes) -> None:
+    word = int.from_bytes(four, "little")
+    assert numbers(Form("codes8", 32), word) == [list(np.frombuffer(four, np.int8))] * 2
+    small = bytes(b & 0xBF if b & 0x7F == 0x7F else b for b in four)  # 0x7F and 0xFF are no numbers
+    want = list(np.frombuffer(small, ml_dtypes.float8_e4m3fn).astype(np.float32))
+    assert numbers(Form("fp8", 128), int.from_bytes(small, "little")) == [want, want]
+
+
+def test_a_number_by_its_scale_is_bfloat16_within_a_rounding() -> None:
+    """Every code by float16 scales, of all sizes: the nearest bfloat16, or in a few cases the second nearest."""
+    rng = np.random.default_rng(0)
+    codes = np.arange(-128, 128, dtype=np.float32)
+    scales = np.concatenate([rng.normal(size=300), 2.0 ** rng.uniform(-24, 15, 300)]).astype(np.float16).astype(np.float32)
+    whole = ARITHMETIC.both(jnp.asarray(codes[:, None] / PAIR_SCALE))
+    got, same = packed_words._scaled_pairs([whole], [jnp.asarray(scales)], lambda x: x, ARITHMETIC)
+    got, same = np.asarray(got, np.float32), np.asarray(same, np.float32)
+    exact = codes[:, None] * scales[None]
+    nearest = exact.astype(ml_dtypes.bfloat16).astype(np.float32)
+    assert (got == same).all() and (got == nearest).mean() > 0.98
+    assert (np.abs(got - exact) <= 2.0**-8 * np.abs(exact)).all()
 
 
 def test_a_packed_weight_needs_whole_blocks() -> None:

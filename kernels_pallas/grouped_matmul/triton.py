@@ -23,16 +23,17 @@ from kernels_pallas.instructions import ARITHMETIC, MACHINE
 from kernels_pallas.packed_words import (
     Form,
     dot,
+    few_rows,
     grid,
     load_rows,
     load_tile,
+    tile_rows,
     words,
 )
 from kernels_pallas.quantized import QuantizedTensor
 
 OUT_TILE = 64
 EACH = 64  # assignments of a call up to which every one has a block of its own
-SMALLEST_BLOCK = 16  # rows of a block at least: what one tensor-core instruction takes
 
 
 def _gate_up_kernel(
@@ -59,19 +60,19 @@ def _gate_up_kernel(
         at = (layer_ref[0], expert_ref[z])
         place = z * block + jnp.arange(block)
         rows = plt.load(source_ref.at[place]) // chosen  # the row count for places without a row: beyond the end
-        o = tile * OUT_TILE + jnp.arange(OUT_TILE)
+        rows_read = jnp.minimum(tile * OUT_TILE + tile_rows(form, OUT_TILE), size - 1)
 
         def step(i: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
             x = load_rows(form, x_ref, rows, i * form.step * form.slots, form.step * form.slots)
             load = partial(load_tile, form, tuple(weight), at, count=form.step, shape=shape, dtype=x.dtype)
-            gate = load(rows=jnp.minimum(o, size - 1), first_word=i * form.step, ops=ops)
-            up = load(rows=size + jnp.minimum(o, size - 1), first_word=i * form.step, ops=ops)
+            gate = load(rows=rows_read, first_word=i * form.step, ops=ops)
+            up = load(rows=size + rows_read, first_word=i * form.step, ops=ops)
             return sums[0] + dot(gate, x), sums[1] + dot(up, x)
 
         zero = jnp.zeros((OUT_TILE, block), jnp.float32)
         gate, up = lax.fori_loop(0, -(-shape[1] // form.step), step, (zero, zero))
         hidden = gate / (1.0 + jnp.exp(-gate)) * up
-        place, col = grid(place, o)
+        place, col = grid(place, tile * OUT_TILE + jnp.arange(OUT_TILE))
         plt.store(out_ref.at[place, col], hidden.T.astype(out_ref.dtype), mask=col < size)
 
 
@@ -100,17 +101,17 @@ def _down_kernel(
         place = z * block + jnp.arange(block)
         source = plt.load(source_ref.at[place])
         share = plt.load(share_ref.at[source], mask=source < total, other=0)
-        o = tile * OUT_TILE + jnp.arange(OUT_TILE)
+        rows_read = tile * OUT_TILE + tile_rows(form, OUT_TILE)
 
         def step(i: Array, acc: Array) -> Array:
             x = load_rows(form, hidden_ref, place, i * form.step * form.slots, form.step * form.slots)
             ops = MACHINE if asm else ARITHMETIC
-            w = load_tile(form, tuple(weight), at, o, i * form.step, form.step, shape, x.dtype, ops)
+            w = load_tile(form, tuple(weight), at, rows_read, i * form.step, form.step, shape, x.dtype, ops)
             return acc + dot(w, x)
 
         zero = jnp.zeros((OUT_TILE, block), jnp.float32)
         y = lax.fori_loop(0, -(-shape[1] // form.step), step, zero).T * share[:, None]
-        row, col = grid(source, o)
+        row, col = grid(source, tile * OUT_TILE + jnp.arange(OUT_TILE))
         plt.store(out_ref.at[row, col], y, mask=(row < total) & (col < shape[0]))
 
 
@@ -160,7 +161,7 @@ def each_expert(
     up_form, up = words(gate_up)
     down_form, down_operands = words(down)
     experts, inner = up[0].shape[1], up[0].shape[2] // 2
-    block = max(SMALLEST_BLOCK, choose_block(rows, k, experts))
+    block = max(few_rows(), choose_block(rows, k, experts))
     plan = (plan_each if chosen.size <= EACH else plan_blocks)(chosen, live, experts, block)
     blocks = plan.expert.shape[0]
     call = partial(pl.pallas_call, interpret=interpret)
@@ -169,7 +170,7 @@ def each_expert(
         partial(_gate_up_kernel, form=up_form, chosen=k, block=block, asm=not interpret),
         grid=(blocks, -(-inner // OUT_TILE)),
         out_shape=jax.ShapeDtypeStruct((blocks * block, inner), x.dtype),
-        compiler_params=plt.CompilerParams(num_warps=8, num_stages=3),  # two accumulators spill on four warps
+        compiler_params=plt.CompilerParams(num_warps=4, num_stages=3),
         name=f"experts_gate_up_{up_form.layout}",
     )(*index, x, *up)
     return call(

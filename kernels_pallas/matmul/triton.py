@@ -21,7 +21,7 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Float
 
 from kernels_pallas.instructions import ARITHMETIC, MACHINE
-from kernels_pallas.packed_words import Form, dot, grid, load_rows, load_tile, words
+from kernels_pallas.packed_words import Form, dot, few_rows, grid, load_rows, load_tile, power, tile_rows, words
 from kernels_pallas.quantized import QuantizedTensor
 
 FEW = 64  # rows of a call up to which the splits are programs of their own
@@ -63,8 +63,9 @@ def _kernel(
     y_refs, at = refs[len(refs) - len(products) :], 0
     for number, product in enumerate(products):
         weight, at = refs[at : at + product.operands], at + product.operands
-        o = (tile - product.first) * out_tile + jnp.arange(out_tile)
-        run = partial(_tile, layer_ref, x_ref, weight, y_refs[number], number, product, m, o, split if apart else None, asm)
+        first = (tile - product.first) * out_tile
+        part = split if apart else None
+        run = partial(_tile, layer_ref, x_ref, weight, y_refs[number], number, product, m, first, out_tile, part, asm)
         if len(products) == 1:
             run()
         else:
@@ -73,21 +74,22 @@ def _kernel(
 
 
 def _tile(
-    layer_ref: Any, x_ref: Any, weight: tuple[Any, ...], y_ref: Any, number: int, product: Product, m: Array, o: Array,
-    split: Array | None, asm: bool,
+    layer_ref: Any, x_ref: Any, weight: tuple[Any, ...], y_ref: Any, number: int, product: Product, m: Array, first_out: Array,
+    out_tile: int, split: Array | None, asm: bool,
 ) -> None:  # fmt: skip
-    """Rows m and columns o of a result: one split of the sum over D, or (None) all of them, added in order."""
+    """Rows m and some columns of a result: one split of the sum over D, or (None) all of them, added in order."""
     form, (rows, out) = product.form, y_ref.shape[1:]
     index = (layer_ref[number],) if product.lead else ()
     ops = MACHINE if asm else ARITHMETIC
     shape = (out, x_ref.shape[1] // form.slots)
+    rows_read = first_out + tile_rows(form, out_tile)
 
     def step(i: Array, acc: Array) -> Array:
         first = i * form.step
-        w = load_tile(form, weight, index, o, first, form.step, shape, x_ref.dtype, ops)
+        w = load_tile(form, weight, index, rows_read, first, form.step, shape, x_ref.dtype, ops)
         return acc + dot(w, load_rows(form, x_ref, m, first * form.slots, form.step * form.slots))
 
-    zero = jnp.zeros((o.size, m.size), jnp.float32)
+    zero = jnp.zeros((out_tile, m.size), jnp.float32)
 
     def part(p: Array | int) -> Array:
         first = p * product.turns
@@ -102,7 +104,7 @@ def _tile(
         total = part(0)
     else:  # a loop: written out, sixteen parts would be sixteen times the code to compile
         total = lax.fori_loop(0, product.splits, lambda p, total: total + part(p), zero)
-    row, col = grid(m, o)
+    row, col = grid(m, first_out + jnp.arange(out_tile))
     plt.store(y_ref.at[0 if split is None else split, row, col], total.T.astype(y_ref.dtype), mask=(row < rows) & (col < out))
 
 
@@ -135,7 +137,7 @@ def matmul_parts(
     order; of its dtype if there is one, else float32."""
     rows = x.shape[0]
     few = rows <= FEW
-    row_tile = 64 if not few else 16 if rows <= 16 else 32 if rows <= 32 else 64
+    row_tile = max(few_rows(), min(power(rows), 64))
     out_tile, warps = (OUT_TILE, 4) if few else (2 * OUT_TILE, 8)
     products: list[Product] = []
     operands: list[Array] = []
