@@ -1,0 +1,139 @@
+"""Machine instructions of the decoding kernels, for cards that are not there.
+
+    .venv-cuda/bin/python -m pip install nvidia-cuda-nvdisasm
+    .venv-cuda/bin/python scripts/count_instructions.py [--cards rtx3090 ...] [--forms iq4_nl ...] [--rows 5] [--json FILE]
+
+Compiles the products of a few rows as `check_cuda.py` does (its environment: `make check-cuda`), assembles them and counts
+the instructions of a turn of the longest loop, in which a thread takes a known number of weights. A multiprocessor
+starts four a clock; bytes, logic and whole numbers (`alu`) have units for half of that. From this follows the
+share of the card's bandwidth at which instructions, not memory, set the pace: below 1 the bandwidth cannot be reached; above,
+nothing is promised. Nothing is run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import jax
+
+from scripts.check_cuda import CARDS
+from scripts.cuda_cases import FORMS, Case, KernelSizes, kernel_cases, packed
+from scripts.cuda_target import CARDS as DESCRIBED
+from scripts.cuda_target import Card, Target
+from scripts.results import describe, write_json
+
+LANES, SCHEDULERS = 32, 4  # threads of a warp; of a multiprocessor, each starts an instruction of a warp a clock
+ALU = frozenset("PRMT LOP3 SHF IADD3 VIADD LEA ISETP FSETP IMNMX FMNMX SEL FSEL F2FP I2F F2F I2I F2I SGXT BMSK PLOP3 IABS".split())
+TILES = {"matmul": 1, "experts_gate_up": 2, "experts_down": 1}  # of 64 rows that a block of the kernel takes in a turn
+THREADS, ROWS = 128, 64
+
+
+def weights_a_turn(kernel: str, form: str) -> int:
+    """Weights that a thread takes in a turn of the loop."""
+    elements = 64 if FORMS[form].layout == "plain" else 128
+    [tiles] = [count for name, count in TILES.items() if kernel.startswith(name)]
+    return tiles * ROWS * elements // THREADS
+
+
+def bits_a_weight(form: str) -> float:
+    """As stored, scales and offsets included."""
+    size = 4096
+    return 8 * sum(part.size * part.dtype.itemsize for part in jax.tree.leaves(packed((size, size), form))) / size**2
+
+
+def longest_loop(sass: str) -> Counter[str]:
+    """Instructions of the longest backward branch of a function, by name."""
+    labels: dict[str, int] = {}
+    best = (0, 0)
+    lines = sass.splitlines()
+    for i, line in enumerate(lines):
+        if label := re.match(r"\s*(\.L_\w+):", line):
+            labels[label[1]] = i
+        jump = re.search(r"BRA\S*\s.*`\((\.L_\w+)\)", line)
+        if jump and jump[1] in labels and i - labels[jump[1]] > best[1] - best[0]:
+            best = labels[jump[1]], i
+    code = (re.sub(r"/\*\w+\*/", "", line) for line in lines[best[0] : best[1] + 1])
+    names = (re.match(r"\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]+)[\s.;]", line) for line in code)
+    return Counter(name[1] for name in names if name)
+
+
+def disassembled(ptx: Path) -> dict[str, str]:
+    """The machine code of the functions of a PTX file, as text."""
+    site = Path(sys.prefix)
+    tools = {name: next(site.glob(f"lib/python*/site-packages/nvidia/**/{name}"), None) for name in ("ptxas", "nvdisasm")}
+    for name, package in (("ptxas", "nvidia-cuda-nvcc-cu12"), ("nvdisasm", "nvidia-cuda-nvdisasm")):
+        if tools[name] is None:
+            raise SystemExit(f"count_instructions: {name} is missing here ({site}): pip install {package}")
+    arch = re.search(r"\.target (\w+)", ptx.read_text())
+    assert arch
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "a.cubin"
+        subprocess.run([str(tools["ptxas"]), "-arch", arch[1], "-o", str(cubin), str(ptx)], check=True, stderr=subprocess.DEVNULL)
+        text = subprocess.run([str(tools["nvdisasm"]), "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
+    return {part.split(",")[0].split()[0]: part for part in re.split(r"\.section\s+\.text\.", text)[1:]}
+
+
+def count(card: Card, case: Case, form: str, dump: Path, target: Target) -> list[dict[str, Any]]:
+    """A row for each kernel of a case."""
+    fn, args = case()
+    target.compile(fn, *args)
+    rows = []
+    for file in sorted(dump.glob("*.ptx")):
+        if not re.search(rf"\.entry ({'|'.join(TILES)})", file.read_text()):
+            continue
+        for name, sass in disassembled(file).items():
+            ops, weights = longest_loop(sass), weights_a_turn(name, form)
+            issue, alu = sum(ops.values()), sum(n for op, n in ops.items() if op in ALU)
+            pace = max(issue, 2 * alu) / weights  # clocks of a scheduler for a weight of each lane
+            a_second = card.cores * SCHEDULERS * LANES * card.ghz * 1e9 / pace
+            share = a_second * bits_a_weight(form) / 8 / (card.gb_per_second * 1e9)
+            rows.append(
+                {"kernel": name, "form": form, "weights": weights, "instructions": issue, "alu": alu,
+                 "a_weight": round(issue / weights, 2), "share_of_bandwidth": round(share, 2), "loop": dict(ops.most_common())}
+            )  # fmt: skip
+    for file in dump.iterdir():
+        file.unlink()
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cards", nargs="+", default=list(CARDS), choices=CARDS)
+    parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=list(FORMS))
+    parser.add_argument("--rows", type=int, default=5, help="rows of a call (default: a window of four drafts)")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as dump:
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={dump} --xla_dump_emitter_re=ptx"
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+        cases = kernel_cases(KernelSizes(rows=(("decode", args.rows),)))
+        found: dict[str, list[dict[str, Any]]] = {}
+        print("| card | kernel | format | instructions a weight | of these alu | share of the bandwidth |\n|---|---|---|---|---|---|")
+        for name in args.cards:
+            card = DESCRIBED[name]
+            target = Target(card)
+            for form in args.forms:
+                for op in ("linear", "experts"):
+                    for row in count(card, cases[f"{op} {form} decode"], form, Path(dump), target):
+                        found.setdefault(name, []).append(row)
+                        print(
+                            f"| {name} | {row['kernel']} | {form} | {row['a_weight']} | {row['alu'] / row['weights']:.2f} "
+                            f"| {row['share_of_bandwidth']} |",
+                            flush=True,
+                        )
+    if args.json:
+        write_json(args.json, {**describe("none: compiled only"), "rows": args.rows, "cards": found})
+
+
+if __name__ == "__main__":
+    main()
