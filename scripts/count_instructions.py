@@ -33,7 +33,7 @@ from scripts.cuda_target import Card, Target
 from scripts.results import describe, write_json
 
 LANES, SCHEDULERS = 32, 4  # threads of a warp; of a multiprocessor, each starts an instruction of a warp a clock
-ALU = frozenset("PRMT LOP3 SHF IADD3 VIADD LEA ISETP FSETP IMNMX FMNMX SEL FSEL F2FP I2F F2F I2I F2I SGXT BMSK PLOP3 IABS".split())
+ALU = frozenset("PRMT LOP3 SHF IADD3 VIADD LEA ISETP FSETP IMNMX FMNMX SEL FSEL F2FP I2F F2F F2I SGXT PLOP3 IABS".split())
 TILES = {"matmul": 1, "experts_gate_up": 2, "experts_down": 1}  # of 64 rows that a block of the kernel takes in a turn
 THREADS, ROWS = 128, 64
 
@@ -69,11 +69,11 @@ def longest_loop(sass: str) -> Counter[str]:
 
 def disassembled(ptx: Path) -> dict[str, str]:
     """The machine code of the functions of a PTX file, as text."""
-    site = Path(sys.prefix)
-    tools = {name: next(site.glob(f"lib/python*/site-packages/nvidia/**/{name}"), None) for name in ("ptxas", "nvdisasm")}
+    tools = {}
     for name, package in (("ptxas", "nvidia-cuda-nvcc-cu12"), ("nvdisasm", "nvidia-cuda-nvdisasm")):
+        tools[name] = next(Path(sys.prefix).glob(f"lib/python*/site-packages/nvidia/**/bin/{name}"), None)
         if tools[name] is None:
-            raise SystemExit(f"count_instructions: {name} is missing here ({site}): pip install {package}")
+            raise SystemExit(f"count_instructions: {name} is missing in {sys.prefix}: pip install {package}")
     arch = re.search(r"\.target (\w+)", ptx.read_text())
     assert arch
     with tempfile.TemporaryDirectory() as folder:
@@ -111,14 +111,15 @@ def main() -> None:
     parser.add_argument("--cards", nargs="+", default=list(CARDS), choices=CARDS)
     parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=list(FORMS))
     parser.add_argument("--rows", type=int, default=5, help="rows of a call (default: a window of four drafts)")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as dump:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={dump} --xla_dump_emitter_re=ptx"
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
         cases = kernel_cases(KernelSizes(rows=(("decode", args.rows),)))
         found: dict[str, list[dict[str, Any]]] = {}
-        print("| card | kernel | format | instructions a weight | of these alu | share of the bandwidth |\n|---|---|---|---|---|---|")
+        print("| card | kernel | format | instructions a weight | of these alu | share of the bandwidth |")
+        print("|---" * 6 + "|")
         for name in args.cards:
             card = DESCRIBED[name]
             target = Target(card)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from mtpjax.weights import flat
 from scripts.check_cuda import problems
+from scripts.count_instructions import bits_a_weight, longest_loop, weights_a_turn
 from scripts.cuda_cases import kernel_cases, program_case, weight_shapes
 from scripts.cuda_target import Program, float_instructions
 
@@ -108,3 +109,22 @@ def test_what_must_not_be() -> None:
     assert problems(good | {"expert_copies": {"u8[256,1024,1024]": 4}}) == ["expert copies: {'u8[256,1024,1024]': 4}"]
     assert problems({"card": "b200", "case": "linear fp8 decode", "error": "no"}) == ["no"]
     assert len(kernel_cases()) == 50
+
+
+SASS = """
+.L_x_1:
+        /*0000*/                   PRMT R1, R2, 0x4140, RZ ;
+        /*0010*/              @P0  BRA `(.L_x_1) ;
+.L_x_2:
+        /*0020*/                   HFMA2.BF16_V2 R3, R1, R4, R5 ;
+        /*0030*/              @!P1 LDS.64 R6, [R7] ;
+        /*0040*/                   HMMA.16816.F32.BF16 R8, R8, R6, R8 ;
+        /*0050*/              @UP0 BRA `(.L_x_2) ;
+        /*0060*/                   EXIT ;
+"""
+
+
+def test_the_instructions_of_a_turn_are_those_of_the_longest_loop() -> None:
+    assert longest_loop(SASS) == {"HFMA2": 1, "LDS": 1, "HMMA": 1, "BRA": 1}
+    assert weights_a_turn("experts_gate_up_codes4", "iq4_nl") == 2 * weights_a_turn("matmul_codes4", "iq4_nl") == 128
+    assert bits_a_weight("iq4_nl") == 4.5 and bits_a_weight("q4_k") == 4.625 and bits_a_weight("bf16") == 16
