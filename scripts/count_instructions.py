@@ -34,15 +34,15 @@ from scripts.results import describe, write_json
 
 LANES, SCHEDULERS = 32, 4  # threads of a warp; of a multiprocessor, each starts an instruction of a warp a clock
 ALU = frozenset("PRMT LOP3 SHF IADD3 VIADD LEA ISETP FSETP IMNMX FMNMX SEL FSEL F2FP I2F F2F F2I SGXT PLOP3 IABS".split())
+PACKED = [form for form, stored in FORMS.items() if stored.layout != "plain"]
 TILES = {"matmul": 1, "experts_gate_up": 2, "experts_down": 1}  # of 64 rows that a block of the kernel takes in a turn
-THREADS, ROWS = 128, 64
+THREADS, ROWS, STEP = 128, 64, 128  # of a block: threads, rows of a tile, weights of a row that a turn takes
 
 
-def weights_a_turn(kernel: str, form: str) -> int:
+def weights_a_turn(kernel: str) -> int:
     """Weights that a thread takes in a turn of the loop."""
-    elements = 64 if FORMS[form].layout == "plain" else 128
     [tiles] = [count for name, count in TILES.items() if kernel.startswith(name)]
-    return tiles * ROWS * elements // THREADS
+    return tiles * ROWS * STEP // THREADS
 
 
 def bits_a_weight(form: str) -> float:
@@ -92,7 +92,7 @@ def count(card: Card, case: Case, form: str, dump: Path, target: Target) -> list
         if not re.search(rf"\.entry ({'|'.join(TILES)})", file.read_text()):
             continue
         for name, sass in disassembled(file).items():
-            ops, weights = longest_loop(sass), weights_a_turn(name, form)
+            ops, weights = longest_loop(sass), weights_a_turn(name)
             issue, alu = sum(ops.values()), sum(n for op, n in ops.items() if op in ALU)
             pace = max(issue, 2 * alu) / weights  # clocks of a scheduler for a weight of each lane
             a_second = card.cores * SCHEDULERS * LANES * card.ghz * 1e9 / pace
@@ -109,7 +109,7 @@ def count(card: Card, case: Case, form: str, dump: Path, target: Target) -> list
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cards", nargs="+", default=list(CARDS), choices=CARDS)
-    parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=list(FORMS))
+    parser.add_argument("--forms", nargs="+", default=PACKED, choices=PACKED)
     parser.add_argument("--rows", type=int, default=5, help="rows of a call (default: a window of four drafts)")
     parser.add_argument("--json")
     args = parser.parse_args()

@@ -126,5 +126,5 @@ SASS = """
 
 def test_the_instructions_of_a_turn_are_those_of_the_longest_loop() -> None:
     assert longest_loop(SASS) == {"HFMA2": 1, "LDS": 1, "HMMA": 1, "BRA": 1}
-    assert weights_a_turn("experts_gate_up_codes4", "iq4_nl") == 2 * weights_a_turn("matmul_codes4", "iq4_nl") == 128
+    assert weights_a_turn("experts_gate_up_codes4") == 2 * weights_a_turn("matmul_codes4") == 128
     assert bits_a_weight("iq4_nl") == 4.5 and bits_a_weight("q4_k") == 4.625 and bits_a_weight("bf16") == 16
