@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.pallas import triton as plt
@@ -35,7 +36,7 @@ class Form:
     table: tuple[int, ...] | None = None
     parts: tuple[str, ...] = ()
     super_group: int = 0  # elements of a `super_scale`
-    run: int = 4  # elements that a thread has side by side for the tensor cores, whose order that makes
+    run: int = 2  # elements of a row that a thread has side by side for the tensor cores; see `neighbours`
 
     @property
     def slots(self) -> int:
@@ -60,6 +61,12 @@ def few_rows() -> int:
     return 16 if wide() else 8
 
 
+def neighbours() -> int:
+    """Elements of a row that a thread has side by side where the compiler loads a tile for the tensor cores: two; four for the
+    older instructions, in jax before 0.11, if a tile is put together from several. The wrong number costs time alone."""
+    return 2 if wide() or jax.__version_info__ >= (0, 11) else 4
+
+
 def words(w: Array | QuantizedTensor) -> tuple[Form, tuple[Array, ...]]:
     """The form of a weight `[..., O, D]` and its operands: words `[..., O, D / slots]`, then its parts.
 
@@ -78,7 +85,7 @@ def words(w: Array | QuantizedTensor) -> tuple[Form, tuple[Array, ...]]:
     if w.layout == "codes5":  # one high bit an element: those of a block of 32 are a word
         parts["high"] = lax.bitcast_convert_type(parts["high"].reshape(*lead, -1, 4), jnp.uint32)
     super_group = 0 if w.super_scale is None else w.shape[-1] // w.super_scale.shape[-1]
-    return Form(w.layout, w.group, w.table, tuple(parts), super_group, 2 if wide() else 4), (codes, *parts.values())
+    return Form(w.layout, w.group, w.table, tuple(parts), super_group, neighbours()), (codes, *parts.values())
 
 
 def load_tile(
