@@ -21,7 +21,7 @@ class Instructions(NamedTuple):
         numbers: the pair of `p * factor + shift` for a pair p, whose numbers may be below the least normal one, where the
             results are bfloat16 without rounding.
         scaled: the pair of `t * (high + low)` for pairs t, high and low, to a rounding of `t * high`.
-        both: the pair of a float32 and itself, rounded.
+        pair: of two float32, rounded.
         split: the two numbers of a pair.
         constant: a word of a shape that the compiler does not know. One that it knows is moved to a register again and
             again, wherever an instruction wants it there.
@@ -31,7 +31,7 @@ class Instructions(NamedTuple):
     fused: Callable[[Array, Array, Array], Array]
     numbers: Callable[[Array, float, float], Array]
     scaled: Callable[[Array, Array, Array], Array]
-    both: Callable[[Array], Array]
+    pair: Callable[[Array, Array], Array]
     split: Callable[[Array], list[Array]]
     constant: Callable[[int, Sequence[int]], Array]
 
@@ -103,8 +103,8 @@ def _scaled(t: Array, high: Array, low: Array) -> Array:
     return fma2(t, high, fma2(t, low, jnp.zeros_like(t)))
 
 
-def _both(x: Array) -> Array:
-    return lax.bitcast_convert_type(_asm("cvt.rn.bf16x2.f32 $0, $1, $1;", [x], jnp.int32, "rf"), jnp.uint32)
+def _pair(low: Array, high: Array) -> Array:
+    return lax.bitcast_convert_type(_asm("cvt.rn.bf16x2.f32 $0, $2, $1;", [low, high], jnp.int32, "rff"), jnp.uint32)
 
 
 def _split(pair: Array) -> list[Array]:
@@ -118,7 +118,7 @@ def _wide(pair: Array) -> list[Array]:
     return [lax.bitcast_convert_type(bits, jnp.float32) for bits in (pair << jnp.uint32(16), pair & jnp.uint32(0xFFFF0000))]
 
 
-def _joined(values: Sequence[Array]) -> Array:
+def _joined(*values: Array) -> Array:
     low, high = (lax.bitcast_convert_type(v.astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint32) for v in values)
     return low | high << jnp.uint32(16)
 
@@ -132,21 +132,21 @@ def _numbers_plainly(p: Array, factor: float, shift: float) -> Array:
         size = (bits & jnp.uint32(127) | jnp.where(exponent > 0, jnp.uint32(128), jnp.uint32(0))).astype(jnp.float32) / 128 * unit
         return jnp.where(bits & jnp.uint32(0x8000) == 0, size, -size)
 
-    return _joined([number(half) * (factor * 2.0**-126) + shift for half in (p & jnp.uint32(0xFFFF), p >> jnp.uint32(16))])
+    return _joined(*[number(half) * (factor * 2.0**-126) + shift for half in (p & jnp.uint32(0xFFFF), p >> jnp.uint32(16))])
 
 
 def _scaled_plainly(t: Array, high: Array, low: Array) -> Array:
     parts = zip(_wide(t), _wide(high), _wide(low), strict=True)
-    return _joined([a * b + (a * c).astype(jnp.bfloat16).astype(jnp.float32) for a, b, c in parts])
+    return _joined(*[a * b + (a * c).astype(jnp.bfloat16).astype(jnp.float32) for a, b, c in parts])
 
 
-MACHINE = Instructions(prmt, _fused, _numbers, _scaled, _both, _split, hidden_constant)
+MACHINE = Instructions(prmt, _fused, _numbers, _scaled, _pair, _split, hidden_constant)
 ARITHMETIC = Instructions(
     select=select_bytes,
     fused=lambda m, scale, rest: m * scale + rest,
     numbers=_numbers_plainly,
     scaled=_scaled_plainly,
-    both=lambda x: _joined([x, x]),
+    pair=_joined,
     split=lambda pair: [half.astype(jnp.bfloat16) for half in _wide(pair)],
     constant=lambda word, shape: jnp.full(shape, jnp.uint32(word)),
 )

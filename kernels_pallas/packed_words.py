@@ -35,6 +35,8 @@ class Form:
     group: int = 0
     table: tuple[int, ...] | None = None
     parts: tuple[str, ...] = ()
+    narrow: tuple[tuple[str, str], ...] = ()  # parts that are read as 32-bit words, too, as less than four bytes a
+    # thread are not prefetched; and the dtype of what the words hold
     super_group: int = 0  # elements of a `super_scale`
     run: int = 2  # elements of a row that a thread has side by side for the tensor cores; see `neighbours`
 
@@ -85,7 +87,15 @@ def words(w: Array | QuantizedTensor) -> tuple[Form, tuple[Array, ...]]:
     if w.layout == "codes5":  # one high bit an element: those of a block of 32 are a word
         parts["high"] = lax.bitcast_convert_type(parts["high"].reshape(*lead, -1, 4), jnp.uint32)
     super_group = 0 if w.super_scale is None else w.shape[-1] // w.super_scale.shape[-1]
-    return Form(w.layout, w.group, w.table, tuple(parts), super_group, neighbours()), (codes, *parts.values())
+    narrow = {}
+    for name, part in parts.items():
+        each, group = 4 // part.dtype.itemsize, super_group if name.startswith("super") else w.group
+        side_by_side = group == 32 and each == 2  # four of them in a step of a row: two for a thread, which are four bytes
+        if name != "high" and each > 1 and part.shape[-1] % each == 0 and not side_by_side:
+            narrow[name] = part.dtype.name
+            parts[name] = lax.bitcast_convert_type(part.reshape(*part.shape[:-1], -1, each), jnp.uint32)
+    form = Form(w.layout, w.group, w.table, tuple(parts), tuple(narrow.items()), super_group, neighbours())
+    return form, (codes, *parts.values())
 
 
 def load_tile(
@@ -119,15 +129,22 @@ def load_tile(
     def groups(name: str, words: int, half: int | None = None) -> Float[Array, "rows groups"]:
         """What a part holds for each `words` words of the tile; of pairs, one half."""
         cols = lax.div(first_word, words) + jnp.arange(max(1, count // words))
-        part = load(name, cols, words) if half is None else load(name, 2 * cols + half, words // 2)
-        return part.astype(jnp.float32)
+        several = 1 if half is None else 2
+        at = cols if half is None else 2 * cols + half
+        if name not in narrow:
+            return load(name, at, words // several).astype(jnp.float32)
+        kept = jnp.dtype(narrow[name])
+        each = 4 // kept.itemsize
+        word = load(name, lax.div(cols, each // several), words // several * each)
+        bits = word >> (lax.rem(at, each) * 8 * kept.itemsize).astype(jnp.uint32)
+        return lax.bitcast_convert_type(bits.astype(f"uint{8 * kept.itemsize}"), kept).astype(jnp.float32)
 
     def spread(numbers: Shaped[Array, "rows groups"]) -> Shaped[Array, "rows count"]:
         """The number of its group for every word."""
         each = (*numbers.shape, count // numbers.shape[1])
         return jnp.broadcast_to(numbers[:, :, None], each).reshape(rows.size, count)
 
-    parts = dict(zip(("words", *form.parts), refs, strict=True))
+    parts, narrow = dict(zip(("words", *form.parts), refs, strict=True)), dict(form.narrow)
     at = first_word + jnp.arange(count)
     high = None
     if form.layout == "codes6":
@@ -151,27 +168,34 @@ def load_tile(
         return numbers
 
     scales = of_groups("scale")
-    if dtype == jnp.bfloat16 and "offset" not in parts:
-        return _arranged(_scaled_pairs(pairs(form, word, ops, high), scales, spread, ops), form.run)
+    short = dtype == jnp.bfloat16
+    if short and "offset" not in parts:
+        return _arranged(_numbers(_scaled_pairs(pairs(form, word, ops, high), scales, spread, ops), ops), form.run)
     values, bias = floats(form, word, ops, high)
     offsets = of_groups("offset") if "offset" in parts else [jnp.zeros_like(scale) for scale in scales]
-    if dtype == jnp.bfloat16 and bias <= 256:  # what the sum loses is 2^-16 of the scale at most
+    if short and bias <= 256:  # what the sum loses is 2^-16 of the scale at most
         offsets = [offset - bias * scale for offset, scale in zip(offsets, scales, strict=True)]
     else:
         values = [m - bias for m in values]
     each = [(spread(scale), spread(offset)) for scale, offset in zip(scales, offsets, strict=True)]
-    return _arranged([ops.fused(m, *each[n // 4 % len(each)]) for n, m in enumerate(values)], form.run).astype(dtype)
+    out = [ops.fused(m, *each[n // 4 % len(each)]) for n, m in enumerate(values)]
+    if short:
+        out = _numbers([ops.pair(*out[n : n + 2]) for n in range(0, len(out), 2)], ops)
+    return _arranged(out, form.run)
+
+
+def _numbers(pairs: list[Array], ops: Instructions) -> list[Array]:
+    return [number for pair in pairs for number in ops.split(pair)]
 
 
 def _scaled_pairs(numbers: list[Array], scales: list[Array], spread: Callable[[Array], Array], ops: Instructions) -> list[Array]:
-    """bfloat16 numbers of pairs by their scales (one, or those of the two halves), each scale as the sum of two bfloat16."""
+    """Pairs by their scales (one, or those of the two halves), each scale as the sum of two bfloat16."""
     factors = []
     for scale in scales:
-        high = ops.both(scale * PAIR_SCALE)
+        high = ops.pair(scale * PAIR_SCALE, scale * PAIR_SCALE)
         rest = scale * PAIR_SCALE - lax.bitcast_convert_type(high & jnp.uint32(0xFFFF0000), jnp.float32)
-        factors.append((spread(high), spread(ops.both(rest))))
-    scaled = [ops.scaled(pair, *factors[n // 2 % len(factors)]) for n, pair in enumerate(numbers)]
-    return [number for pair in scaled for number in ops.split(pair)]
+        factors.append((spread(high), spread(ops.pair(rest, rest))))
+    return [ops.scaled(pair, *factors[n // 2 % len(factors)]) for n, pair in enumerate(numbers)]
 
 
 def _interleave(values: list[Array]) -> Array:

@@ -5,7 +5,8 @@
 
 A kernel that does not fit a card (shared memory, an instruction it lacks) fails here as it would there; a crash of the
 compiler ends only the process of that card. On the first card every decoding kernel is compiled for one row, too, and must
-have the same floating-point instructions as for five: a row's bits then do not depend on its window. The programs are those
+have the same floating-point instructions as for five: a row's bits then do not depend on its window. The loops of products may
+not wait for memory where they load, nor those for few rows pass four-bit weights through shared memory. The programs are those
 of a 35B-A3B with IQ4_NL weights, and for the smallest card with the mixture of types that llama.cpp calls Q4_K_M, for one
 sequence, draft 4 and a bfloat16 cache: bytes, kernels a round, and copies of weights, of which there must be none.
 Exit status 1 when anything fails. Nothing is run on a GPU: there are no times and no numbers here.
@@ -43,6 +44,9 @@ from scripts.results import describe, write_json
 
 CARDS = ("rtx3090", "a100", "rtx4090", "h200", "b200")
 KERNELS = ("matmul_", "experts_", "attention_", "delta_", "choose_", "sampling_", "norm_")  # beginnings of their names
+PRODUCTS = ("matmul_", "experts_")  # of packed weights
+BY_REGISTERS = ("codes4", "codes5")  # layouts whose decoding kernels hand weights from register to tensor core
+BY_MEMORY = ("b200",)  # cards whose tensor cores take weights from memory alone
 LIMIT_GIB = {"rtx3090": 23.0}  # of the 24 that the card has
 
 
@@ -78,13 +82,15 @@ def _work(card: str, cases: list[str], dump: Path) -> None:
 
 def kernel_report(target: Any, make: Case, dump: Path, alone: Case | None) -> dict[str, Any]:
     """`alone`: the same kernel for a single row, whose instructions must be the same."""
-    from scripts.cuda_target import float_instructions, kernel_resources, memory
+    from scripts.cuda_target import detours, float_instructions, kernel_resources, memory
 
     fn, args = make()
     compiled = target.compile(fn, *args)
-    floats, ours = float_instructions(dump, KERNELS), kernel_resources(dump, KERNELS)
+    floats, ways, ours = float_instructions(dump, KERNELS), detours(dump, PRODUCTS), kernel_resources(dump, KERNELS)
     if not ours:
         raise RuntimeError("the compiled program holds none of our kernels")
+    for name, way in ways.items():
+        ours[name] |= way
     found = {"kernels": ours, "temp": memory(compiled)["temp"]}
     if alone is not None:
         fn, args = alone()
@@ -149,6 +155,12 @@ def problems(result: dict[str, Any]) -> list[str]:
     if "error" in result:
         return [result["error"]]
     found = [f"{name}: other instructions for one row than for five" for name in result.get("differ_for_one_row", ())]
+    for name, use in result["kernels"].items() if result["case"] not in PROGRAMS else ():
+        if use.get("unprefetched"):
+            found.append(f"{name}: {use['unprefetched']} loads of its loop are not prefetched")
+        straight = result["case"].endswith("decode") and name.endswith(BY_REGISTERS) and result["card"] not in BY_MEMORY
+        if straight and use.get("stored", 0) + use.get("shuffled", 0):
+            found.append(f"{name}: its loop passes weights on ({use['stored']} stores, {use['shuffled']} shuffles)")
     if result["case"] in PROGRAMS:
         for kind in ("expert_copies", "packed_copies"):
             found += [f"{kind.replace('_', ' ')}: {result[kind]}"] if result[kind] else []

@@ -197,6 +197,24 @@ def float_instructions(dump: Path, prefixes: tuple[str, ...]) -> dict[str, list[
     return found
 
 
+_DETOURS = {"unprefetched": r"ld\.global", "stored": r"st\.shared", "shuffled": r"shfl\.sync"}
+
+
+def detours(dump: Path, prefixes: tuple[str, ...]) -> dict[str, dict[str, int]]:
+    """Of each kernel whose name starts so, in the longest loop of its PTX (from a folder that `--xla_dump_to` filled): loads
+    that wait for memory where they stand, stores to shared memory by threads (copies go there without them), and shuffles."""
+    found = {}
+    for file in dump.glob("*.ptx"):
+        for entry in file.read_text().split(".visible .entry ")[1:]:
+            name = entry[: entry.index("(")]
+            if name.startswith(prefixes):
+                labels = {label[1]: label.start() for label in re.finditer(r"(\$L__BB\d+_\d+):", entry)}
+                jumps = ((labels.get(jump[1], jump.end()), jump.end()) for jump in re.finditer(r"bra(?:\.uni)?\s+(\$\w+)", entry))
+                begin, end = max(jumps, key=lambda jump: jump[1] - jump[0], default=(0, 0))
+                found[name] = {what: len(re.findall(text, entry[begin:end])) for what, text in _DETOURS.items()}
+    return found
+
+
 def kernel_resources(dump: Path, prefixes: tuple[str, ...]) -> dict[str, dict[str, int]]:
     """What each kernel whose name starts so takes, from a folder that `--xla_dump_to` filled (it is emptied): registers
     a thread, spilled bytes a thread, bytes of shared memory of a block, threads of a block, blocks.

@@ -6,7 +6,7 @@ from mtpjax.weights import flat
 from scripts.check_cuda import problems
 from scripts.count_instructions import bits_a_weight, longest_loop, weights_a_turn
 from scripts.cuda_cases import kernel_cases, program_case, weight_shapes
-from scripts.cuda_target import Program, float_instructions
+from scripts.cuda_target import Program, detours, float_instructions
 
 HLO = """HloModule jit_f, is_scheduled=true
 
@@ -97,11 +97,38 @@ def test_instructions_of_a_kernel(tmp_path: Path) -> None:
     assert float_instructions(tmp_path, ("matmul_",)) == {"matmul_codes4": ["fma.rn.f32", "cvt.rn.bf16x2.f32", mma]}
 
 
+def test_the_detours_of_a_loop_are_found(tmp_path: Path) -> None:
+    ptx = """
+.visible .entry matmul_codes4(
+	ld.global.b16 %rs1, [%rd1];
+$L__BB0_1:
+	@%p1 ld.global.b16 %rs2, [%rd1];
+	st.shared.b16 [%r1], %rs2;
+	cp.async.cg.shared.global [ %r2 + 0 ], [ %rd2 + 0 ], 0x10, 0x10;
+	@%p2 bra $L__BB0_1;
+	bra.uni $L__BB0_2;
+	st.shared.b32 [%r1], %r3;
+$L__BB0_2:
+	ret;
+"""
+    (tmp_path / "one.ptx").write_text(ptx)
+    assert detours(tmp_path, ("matmul_",)) == {"matmul_codes4": {"unprefetched": 1, "stored": 1, "shuffled": 0}}
+    assert detours(tmp_path, ("experts_",)) == {}
+
+
 def test_what_must_not_be() -> None:
     kernel = {"card": "rtx3090", "case": "linear fp8 decode", "kernels": {}, "differ_for_one_row": []}
     assert problems(kernel) == []
     said = "matmul_fp8: other instructions for one row than for five"
     assert problems(kernel | {"differ_for_one_row": ["matmul_fp8"]}) == [said]
+    straight = {"unprefetched": 0, "stored": 0, "shuffled": 0}
+    four = kernel | {"case": "linear iq4_nl decode", "kernels": {"matmul_codes4": straight}}
+    assert problems(four) == []
+    waits, detour = ({"kernels": {"matmul_codes4": straight | more}} for more in ({"unprefetched": 2}, {"shuffled": 32}))
+    assert problems(four | waits) == ["matmul_codes4: 2 loads of its loop are not prefetched"]
+    said = "matmul_codes4: its loop passes weights on (0 stores, 32 shuffles)"
+    assert problems(four | detour) == [said] and problems(four | detour | {"card": "b200"}) == []
+    assert problems(four | detour | {"case": "linear iq4_nl prefill"}) == []
     good = {"card": "rtx3090", "case": "decode", "argument": 20 * 2**30, "temp": 0, "expert_copies": {}, "packed_copies": {}}
     assert problems(good) == []
     assert problems(good | {"argument": 24 * 2**30}) == ["needs 24.00 GiB of 23.0"]

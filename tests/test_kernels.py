@@ -323,8 +323,9 @@ def test_a_number_by_its_scale_is_bfloat16_within_a_rounding() -> None:
     rng = np.random.default_rng(0)
     codes = np.arange(-128, 128, dtype=np.float32)
     scales = np.concatenate([rng.normal(size=300), 2.0 ** rng.uniform(-24, 15, 300)]).astype(np.float16).astype(np.float32)
-    whole = ARITHMETIC.both(jnp.asarray(codes[:, None] / PAIR_SCALE))
-    got, same = packed_words._scaled_pairs([whole], [jnp.asarray(scales)], lambda x: x, ARITHMETIC)
+    column = jnp.asarray(codes[:, None] / PAIR_SCALE)
+    [pair] = packed_words._scaled_pairs([ARITHMETIC.pair(column, column)], [jnp.asarray(scales)], lambda x: x, ARITHMETIC)
+    got, same = ARITHMETIC.split(pair)
     got, same = np.asarray(got, np.float32), np.asarray(same, np.float32)
     exact = codes[:, None] * scales[None]
     nearest = exact.astype(ml_dtypes.bfloat16).astype(np.float32)

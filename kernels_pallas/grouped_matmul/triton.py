@@ -170,7 +170,7 @@ def each_expert(
         partial(_gate_up_kernel, form=up_form, chosen=k, block=block, asm=not interpret),
         grid=(blocks, -(-inner // OUT_TILE)),
         out_shape=jax.ShapeDtypeStruct((blocks * block, inner), x.dtype),
-        compiler_params=plt.CompilerParams(num_warps=4 if block <= 16 else 8, num_stages=3),  # more columns spill on four warps
+        compiler_params=plt.CompilerParams(num_warps=4, num_stages=3),
         name=f"experts_gate_up_{up_form.layout}",
     )(*index, x, *up)
     return call(
