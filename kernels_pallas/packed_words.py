@@ -84,8 +84,8 @@ def words(w: Array | QuantizedTensor) -> tuple[Form, tuple[Array, ...]]:
         codes = lax.bitcast_convert_type(codes, jnp.uint8)
     codes = lax.bitcast_convert_type(codes.reshape(*lead, -1, 4), jnp.uint32)
     parts = {name: part for name in PARTS if (part := getattr(w, name)) is not None}
-    if w.layout == "codes5":  # one high bit an element: those of a block of 32 are a word
-        parts["high"] = lax.bitcast_convert_type(parts["high"].reshape(*lead, -1, 4), jnp.uint32)
+    if w.high is not None:  # those of two or four words are one
+        parts["high"] = lax.bitcast_convert_type(w.high.reshape(*lead, -1, 4 // w.high.dtype.itemsize), jnp.uint32)
     super_group = 0 if w.super_scale is None else w.shape[-1] // w.super_scale.shape[-1]
     narrow = {}
     for name, part in parts.items():
@@ -145,14 +145,12 @@ def load_tile(
         return jnp.broadcast_to(numbers[:, :, None], each).reshape(rows.size, count)
 
     parts, narrow = dict(zip(("words", *form.parts), refs, strict=True)), dict(form.narrow)
-    at = first_word + jnp.arange(count)
     high = None
-    if form.layout == "codes6":
-        high = load("high", at).astype(jnp.uint32)
-    elif form.layout == "codes5":
-        blocks = load("high", lax.div(first_word, 4) + jnp.arange(count // 4), 4)
-        high = spread(blocks) >> (lax.rem(jnp.arange(count), 4) * 8).astype(jnp.uint32)
-    word = load("words", at)
+    if "high" in parts:
+        sharing = 32 // (8 * (INDICES[form.layout] - 4))  # words whose high bits are one word
+        together = load("high", lax.div(first_word, sharing) + jnp.arange(count // sharing), sharing)
+        high = spread(together) >> (lax.rem(jnp.arange(count), sharing) * (32 // sharing)).astype(jnp.uint32)
+    word = load("words", first_word + jnp.arange(count))
     if form.slots == 1:
         return word.astype(dtype)
     if form.layout == "fp8":

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from kernels_pallas.instructions import Instructions
-from kernels_pallas.quantized import INDICES
 
 PAIR_SCALE = 128.0  # `pairs` gives numbers divided by this
 
@@ -76,10 +75,8 @@ def codes(form: Any, word: Array, ops: Instructions, high: Array | None = None) 
         return Codes(_looked_up(form.table, word, ops), [(0, 0, 2), (1, 0, 2), (0, 1, 3), (1, 1, 3)], -128, 256)
     halves = [half & jnp.uint32(0x0F0F0F0F) for half in (word, word >> jnp.uint32(4))]
     if high is not None:
-        bits = INDICES[form.layout] - 4
-        for n in range(8):
-            end = 8 * (n // 2) + 4
-            halves[n % 2] |= _moved(high, bits * n, end) & jnp.uint32((1 << bits) - 1 << end)
+        moved = _raised_bit if form.layout == "codes5" else _raised_two
+        halves = [low | moved(high, half) for half, low in enumerate(halves)]
     return Codes(halves, [(0, 0, 1), (0, 2, 3), (1, 0, 1), (1, 2, 3)], first, size)
 
 
@@ -112,6 +109,14 @@ def _looked_up(table: tuple[int, ...], word: Array, ops: Instructions) -> list[A
     return found
 
 
-def _moved(word: Array, start: int, end: int) -> Array:
-    """Bit `start` at the place of bit `end`."""
-    return word >> jnp.uint32(start - end) if start > end else word << jnp.uint32(end - start)
+def _raised_bit(high: Array, half: int) -> Array:
+    """Bits 0, 2, 4, 6 (half 0) or 1, 3, 5, 7 at bit 4 of the four bytes. By a product, which moves each to each place; those
+    that meet between the places carry no farther than the next bit, which no other one comes to."""
+    return (high & jnp.uint32(0x55 << half)) * jnp.uint32(0x00410410 >> half) & jnp.uint32(0x10101010)
+
+
+def _raised_two(high: Array, half: int) -> Array:
+    """Bits 0-1, 4-5, 8-9, 12-13 (half 0) or the two above each at bits 4-5 of the four bytes: by products, as `_raised_bit`,
+    which spread them to 16 bits and to 8."""
+    wide = (high >> jnp.uint32(2 * half) & jnp.uint32(0x3333)) * jnp.uint32(0x101) & jnp.uint32(0x00330033)
+    return wide * jnp.uint32(0x110) & jnp.uint32(0x30303030)

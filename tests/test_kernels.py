@@ -308,6 +308,17 @@ def test_a_word_of_codes_and_their_high_bits(word: int, high: int, first: int) -
         assert numbers(form, word, high) == [want, want]
 
 
+@pytest.mark.parametrize("layout", ["codes5", "codes6"])
+def test_all_high_bits(layout: str) -> None:
+    """Each number that the high bits of a word can be, beside nibbles that are zero."""
+    bits = INDICES[layout] - 4
+    high = np.arange(1 << 8 * bits, dtype=np.uint32)
+    form = Form(layout, 32, tuple(range(16 << bits)))
+    values, bias = floats(form, jnp.zeros(high.shape, jnp.uint32), ARITHMETIC, jnp.asarray(high))
+    for n, m in zip(ORDER, values, strict=True):
+        assert (np.asarray(m) - bias == 16 * (high >> bits * n & ((1 << bits) - 1))).all()
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.binary(min_size=4, max_size=4))
 def test_a_word_of_bytes(four: bytes) -> None:
