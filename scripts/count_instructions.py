@@ -95,14 +95,14 @@ def count(card: Card, case: Case, form: str, dump: Path, target: Target) -> list
             ops, weights = longest_loop(sass), weights_a_turn(name)
             issue, alu = sum(ops.values()), sum(n for op, n in ops.items() if op in ALU)
             if issue < weights / 2:  # a loop of few turns that the assembler wrote out: only what ends the kernel is left
-                rows.append({"kernel": name, "form": form, "loop": None})
+                rows.append({"kernel": name, "form": form, "a_weight": None})
                 continue
             pace = max(issue, 2 * alu) / weights  # clocks of a scheduler for a weight of each lane
             a_second = card.cores * SCHEDULERS * LANES * card.ghz * 1e9 / pace
             share = a_second * bits_a_weight(form) / 8 / (card.gb_per_second * 1e9)
             rows.append(
                 {"kernel": name, "form": form, "weights": weights, "instructions": issue, "alu": alu,
-                 "a_weight": round(issue / weights, 2), "share_of_bandwidth": round(share, 2), "loop": dict(ops.most_common())}
+                 "a_weight": round(issue / weights, 2), "share_of_bandwidth": round(share, 2)}
             )  # fmt: skip
     for file in dump.iterdir():
         file.unlink()
@@ -131,7 +131,7 @@ def main() -> None:
                     for row in count(card, cases[f"{op} {form} decode"], form, Path(dump), target):
                         found.setdefault(name, []).append(row)
                         figures = "written out | |"
-                        if row["loop"]:
+                        if row["a_weight"]:
                             figures = f"{row['a_weight']} | {row['alu'] / row['weights']:.2f} | {row['share_of_bandwidth']}"
                         print(f"| {name} | {row['kernel']} | {form} | {figures} |", flush=True)
     if args.json:
