@@ -52,6 +52,13 @@ class Form:
         return {1: 64, 4: 32, 8: 16}[self.slots]
 
 
+    def stages(self, rows: int, dtype: Any) -> int:
+        """Turns of a kernel's loop that are under way at once, for tiles of so many rows: fewer where what is prefetched would
+        not fit the 99 KiB that a block has on smaller cards: float32, or bytes with scales and offsets of small groups."""
+        large = rows > 16 and self.slots == 4 and "offset" in self.parts
+        return 2 if large or dtype == jnp.float32 else 3
+
+
 def wide() -> bool:
     """Whether the tensor cores of the target take 64 rows at once (`wgmma` and what followed it). The compiler takes these
     for sixteen columns and more, older instructions for fewer."""
@@ -61,6 +68,11 @@ def wide() -> bool:
 def few_rows() -> int:
     """Rows of a tile at least: what the tensor cores take, by the same instruction as more of them."""
     return 16 if wide() else 8
+
+
+def most_rows(dtype: Any) -> int:
+    """Rows of a tile at most: larger ones of float32 do not fit the shared memory of smaller cards."""
+    return 16 if dtype == jnp.float32 else 64
 
 
 def neighbours() -> int:

@@ -27,6 +27,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import jax.numpy as jnp
+
 from scripts.cuda_cases import (
     CHUNK,
     CONTEXT,
@@ -65,7 +67,7 @@ def _work(card: str, cases: list[str], dump: Path) -> None:
     from scripts.cuda_target import CARDS as DESCRIBED
     from scripts.cuda_target import Target
 
-    target, kernels = Target(DESCRIBED[card]), kernel_cases()
+    target, kernels = Target(DESCRIBED[card]), kernel_cases() | float32_cases()
     alone = kernel_cases(KernelSizes(rows=(("decode", 1), ("prefill", 2048)))) if card in LIMIT_GIB else {}
     for name in cases:
         print(json.dumps({"start": name}), flush=True)
@@ -78,6 +80,11 @@ def _work(card: str, cases: list[str], dump: Path) -> None:
         except Exception as error:  # whatever the compiler says is the result
             found = {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"}
         print(json.dumps({"case": name, "seconds": round(time.perf_counter() - began, 1), **found}), flush=True)
+
+
+def float32_cases() -> dict[str, Case]:
+    """The kernels for rows of float32, whose tiles are larger, in bytes."""
+    return {f"{name} float32": case for name, case in kernel_cases(forms=("iq4_nl", "mixed"), dtype=jnp.float32).items()}
 
 
 def kernel_report(target: Any, make: Case, dump: Path, alone: Case | None) -> dict[str, Any]:
@@ -172,7 +179,7 @@ def problems(result: dict[str, Any]) -> list[str]:
 
 
 def show(result: dict[str, Any]) -> str:
-    name = f"{result['card']:8} {result['case']:26}"
+    name = f"{result['card']:8} {result['case']:31}"
     if "error" in result:
         return f"{name} FAILED {result['error']}"
     if result["case"] in PROGRAMS:
@@ -207,6 +214,7 @@ def main() -> int:
     results, bad = [], 0
     for card in CARDS:
         cases = list(kernel_cases()) if card in args.cards else []
+        cases += list(float32_cases()) if card in args.cards and card in LIMIT_GIB else []
         programs = [name for name in PROGRAMS if card in LIMIT_GIB or not name.endswith(MIXED)]  # those where it is tight
         cases += programs if card in args.programs else []
         for result in run_card(card, cases):

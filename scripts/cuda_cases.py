@@ -60,6 +60,7 @@ FORMS = {
     "q5_k": Stored("codes5", 32, tuple(range(32)), offset=True, super_group=256),
     "q6_k": Stored("codes6", 16, tuple(range(-32, 32)), super_group=256),
     "q8_0": Stored("codes8", 32),
+    "mixed": Stored("codes8", 16, offset=True),  # what holds several types in one
     "nvfp4": Stored("codes4", 16, (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)),
     "int4 g128": Stored("codes4", 128, EVEN, offset=True),
     "fp8": Stored("fp8", 128),
@@ -111,48 +112,48 @@ class KernelSizes:
 
 
 def kernel_cases(
-    size: KernelSizes | None = None, forms: Sequence[str] = tuple(FORMS), interpret: bool = False
+    size: KernelSizes | None = None, forms: Sequence[str] = tuple(FORMS), interpret: bool = False, dtype: Any = jnp.bfloat16
 ) -> dict[str, Case]:
-    """Every kernel, "OP FORM REGIME", for weights in these forms."""
+    """Every kernel, "OP FORM REGIME", for weights in these forms and rows of this dtype."""
     size, spec = size or KernelSizes(), jax.ShapeDtypeStruct
     call = partial(partial, interpret=True) if interpret else lambda fn: fn
 
     def linear_case(form: str, rows: int) -> tuple[Any, tuple[Any, ...]]:
         stack = packed((size.layers, size.hidden, size.hidden), form)
-        return jax.jit(call(matmul)), (spec((rows, size.hidden), jnp.bfloat16), stack, spec((), jnp.int32))
+        return jax.jit(call(matmul)), (spec((rows, size.hidden), dtype), stack, spec((), jnp.int32))
 
     def experts_case(form: str, rows: int) -> tuple[Any, tuple[Any, ...]]:
         lead, d, i = (size.layers, size.experts), size.hidden, size.expert_size
         stacks = packed((*lead, 2 * i, d), form), packed((*lead, d, i), form)
         routing = (spec((rows, size.chosen), jnp.int32), spec((rows, size.chosen), jnp.float32), spec((rows,), jnp.bool_))
-        return jax.jit(call(grouped_mlp)), (spec((rows, d), jnp.bfloat16), *stacks, spec((), jnp.int32), *routing)
+        return jax.jit(call(grouped_mlp)), (spec((rows, d), dtype), *stacks, spec((), jnp.int32), *routing)
 
     def attention_case(rows: int) -> tuple[Any, tuple[Any, ...]]:
         q, kv, each = size.heads
-        cache = spec((size.layers, 1, kv, size.context, each), jnp.bfloat16)
+        cache = spec((size.layers, 1, kv, size.context, each), dtype)
         where = (spec((), jnp.int32), spec((1, rows), jnp.int32), spec((1, rows), jnp.bool_))
-        gates = spec((1, rows, 2 * q * each), jnp.bfloat16)
-        return jax.jit(call(attend_cache)), (spec((1, rows, q, each), jnp.bfloat16), cache, cache, *where, gates)
+        gates = spec((1, rows, 2 * q * each), dtype)
+        return jax.jit(call(attend_cache)), (spec((1, rows, q, each), dtype), cache, cache, *where, gates)
 
     def entering_case(rows: int) -> tuple[Any, tuple[Any, ...]]:
         (q, kv, each), f32 = size.heads, jnp.float32
         few = rows == dict(size.rows)["decode"]
-        keys = spec((8, rows, kv * each), f32) if few else spec((1, rows, kv * each), jnp.bfloat16)
-        entering = Entering(keys, keys, spec((1, rows, 2 * q * each), jnp.bfloat16))
-        norm, angles = spec((each,), jnp.bfloat16), spec((1, rows, each // 8), f32)
-        cache = spec((size.layers, 1, kv, size.context, each), jnp.bfloat16)
+        keys = spec((8, rows, kv * each), f32) if few else spec((1, rows, kv * each), dtype)
+        entering = Entering(keys, keys, spec((1, rows, 2 * q * each), dtype))
+        norm, angles = spec((each,), dtype), spec((1, rows, each // 8), f32)
+        cache = spec((size.layers, 1, kv, size.context, each), dtype)
         where = (spec((), jnp.int32), spec((1, rows), jnp.int32), spec((1, rows), jnp.bool_))
-        kernel = partial(call(enter_cache), eps=1e-6, dtype=jnp.bfloat16)
+        kernel = partial(call(enter_cache), eps=1e-6, dtype=dtype)
         return jax.jit(kernel, donate_argnums=5), (entering, norm, norm, angles, angles, (cache, cache), *where)
 
     def window_case() -> tuple[Any, tuple[Any, ...]]:
         (keys, values, each), rows, f32, one = size.linear, dict(size.rows)["decode"], jnp.float32, spec((1,), jnp.int32)
         channels = (2 * keys + values) * each
         gates, of_heads = spec((16, rows, values), f32), spec((values,), f32)
-        projected = Projected(spec((1, rows, channels), jnp.bfloat16), gates, gates)
-        fixed = Fixed(spec((channels, 4), jnp.bfloat16), of_heads, of_heads)
-        before, state = spec((size.layers, 1, 3, channels), jnp.bfloat16), spec((size.layers, 1, values, each, each), f32)
-        return jax.jit(partial(call(delta_window), dtype=jnp.bfloat16)), (
+        projected = Projected(spec((1, rows, channels), dtype), gates, gates)
+        fixed = Fixed(spec((channels, 4), dtype), of_heads, of_heads)
+        before, state = spec((size.layers, 1, 3, channels), dtype), spec((size.layers, 1, values, each, each), f32)
+        return jax.jit(partial(call(delta_window), dtype=dtype)), (
             projected, fixed, before, state, spec((), jnp.int32), one, one,
         )  # fmt: skip
 
@@ -160,25 +161,25 @@ def kernel_cases(
         (keys, values, each), rows, f32 = size.linear, dict(size.rows)["prefill"], jnp.float32
         of_keys, of_values = spec((1, rows, keys, each), f32), spec((1, rows, values, each), f32)
         gates, state = spec((1, rows, values), f32), spec((size.layers, 1, values, each, each), f32)
-        kernels = partial(call(delta_chunks), chunk=min(64, rows), dtype=jnp.bfloat16)
+        kernels = partial(call(delta_chunks), chunk=min(64, rows), dtype=dtype)
         return jax.jit(kernels), (of_keys, of_keys, of_values, gates, gates, state, spec((), jnp.int32))
 
     def routing_case() -> tuple[Any, tuple[Any, ...]]:
         rows, hidden = dict(size.rows)["decode"], size.expert_size
         parts = (spec((splits, rows, out), jnp.float32) for splits, out in ((16, size.experts), (8, hidden), (8, hidden)))
-        kernel = partial(call(choose_experts), k=size.chosen, dtype=jnp.bfloat16)
+        kernel = partial(call(choose_experts), k=size.chosen, dtype=dtype)
         return jax.jit(kernel), (*parts, spec((rows,), jnp.bool_))
 
     def norm_case() -> tuple[Any, tuple[Any, ...]]:
         rows, f32 = dict(size.rows)["decode"], jnp.float32
         each, shared = spec((rows, size.chosen, size.hidden), f32), spec((2, rows, size.hidden), f32)
         mixture = Mixture(each, spec((rows,), jnp.bool_), shared, spec((16, rows, 1), f32))
-        x, w = spec((rows, size.hidden), jnp.bfloat16), spec((size.hidden,), f32)
+        x, w = spec((rows, size.hidden), dtype), spec((size.hidden,), f32)
         return jax.jit(partial(call(add_norm), eps=1e-6)), (x, mixture, w)
 
     def gated_case() -> tuple[Any, tuple[Any, ...]]:
         (_, values, each), rows = size.linear, dict(size.rows)["decode"]
-        x, z = spec((rows, values, each), jnp.bfloat16), spec((2, rows, values * each), jnp.float32)
+        x, z = spec((rows, values, each), dtype), spec((2, rows, values * each), jnp.float32)
         return jax.jit(partial(call(gated_norm), eps=1e-6, gate="silu")), (x, z, spec((each,), jnp.float32))
 
     def sampling_case() -> tuple[Any, tuple[Any, ...]]:
@@ -275,7 +276,9 @@ def weight_shapes(params: Any) -> tuple[set[str], set[str]]:
         if not any(part in key for part in ("codes", "scale", "offset", "high")):
             continue
         mine = experts if len(shape) == 4 else others
-        views = [(kind, shape)] + ([("u32", (*shape[:-1], shape[-1] // 4))] if kind == "u8" else [])
+        views = [(kind, shape)]
+        if leaf.dtype.itemsize < 4:  # as the kernels read it
+            views.append(("u32", (*shape[:-1], shape[-1] * leaf.dtype.itemsize // 4)))
         for dtype, dims in views:
             mine |= {f"{dtype}[{','.join(map(str, d))}]" for d in (dims, dims[1:]) if len(d) >= 2}
     return experts, others

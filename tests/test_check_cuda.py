@@ -135,7 +135,7 @@ def test_what_must_not_be() -> None:
     assert problems(good | {"argument": 24 * 2**30, "card": "h200"}) == []
     assert problems(good | {"expert_copies": {"u8[256,1024,1024]": 4}}) == ["expert copies: {'u8[256,1024,1024]': 4}"]
     assert problems({"card": "b200", "case": "linear fp8 decode", "error": "no"}) == ["no"]
-    assert len(kernel_cases()) == 50
+    assert len(kernel_cases()) == 54
 
 
 SASS = """

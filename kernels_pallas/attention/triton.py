@@ -163,7 +163,7 @@ def attend_cache(
     end = jnp.max(position, axis=1) + 1
     index = jnp.asarray(layer, jnp.int32).reshape(1)
     pairs, few = batch * kv_heads, rows <= FEW
-    tile = 16 if few else 64
+    tile = 16 if few or q.dtype == jnp.float32 else 64  # 64 rows of float32 do not fit the shared memory of smaller cards
     tiles = -(-rows * (heads // kv_heads) // tile)
     piece = PIECE if few else None
     pieces = -(-slots // PIECE) if few else 1
@@ -175,7 +175,7 @@ def attend_cache(
         partial(_attend_kernel, tile=tile, kv_heads=kv_heads, piece=piece),
         grid=(tiles, pairs, pieces),
         out_shape=shapes,
-        compiler_params=plt.CompilerParams(num_warps=4 if few else 8, num_stages=2),
+        compiler_params=plt.CompilerParams(num_warps=4 if tile == 16 else 8, num_stages=2),
         interpret=interpret,
         name="attention_few" if few else "attention_many",
     )(index, end, position, q, keys, values, gates)

@@ -27,6 +27,7 @@ from kernels_pallas.packed_words import (
     grid,
     load_rows,
     load_tile,
+    most_rows,
     tile_rows,
     words,
 )
@@ -161,7 +162,7 @@ def each_expert(
     up_form, up = words(gate_up)
     down_form, down_operands = words(down)
     experts, inner = up[0].shape[1], up[0].shape[2] // 2
-    block = max(few_rows(), choose_block(rows, k, experts))
+    block = max(few_rows(), min(choose_block(rows, k, experts), most_rows(x.dtype)))
     plan = (plan_each if chosen.size <= EACH else plan_blocks)(chosen, live, experts, block)
     blocks = plan.expert.shape[0]
     call = partial(pl.pallas_call, interpret=interpret)
@@ -170,13 +171,13 @@ def each_expert(
         partial(_gate_up_kernel, form=up_form, chosen=k, block=block, asm=not interpret),
         grid=(blocks, -(-inner // OUT_TILE)),
         out_shape=jax.ShapeDtypeStruct((blocks * block, inner), x.dtype),
-        compiler_params=plt.CompilerParams(num_warps=4, num_stages=3),
+        compiler_params=plt.CompilerParams(num_warps=4, num_stages=up_form.stages(block, x.dtype)),
         name=f"experts_gate_up_{up_form.layout}",
     )(*index, x, *up)
     return call(
         partial(_down_kernel, form=down_form, block=block, asm=not interpret),
         grid=(blocks, -(-x.shape[1] // OUT_TILE)),
         out_shape=jax.ShapeDtypeStruct((rows * k, x.shape[1]), jnp.float32),
-        compiler_params=plt.CompilerParams(num_warps=4, num_stages=3),
+        compiler_params=plt.CompilerParams(num_warps=4, num_stages=down_form.stages(block, x.dtype)),
         name=f"experts_down_{down_form.layout}",
     )(*index, weights.astype(jnp.float32).reshape(-1), hidden, *down_operands).reshape(rows, k, -1)

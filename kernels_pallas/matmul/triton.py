@@ -21,7 +21,18 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Float
 
 from kernels_pallas.instructions import ARITHMETIC, MACHINE
-from kernels_pallas.packed_words import Form, dot, few_rows, grid, load_rows, load_tile, power, tile_rows, words
+from kernels_pallas.packed_words import (
+    Form,
+    dot,
+    few_rows,
+    grid,
+    load_rows,
+    load_tile,
+    most_rows,
+    power,
+    tile_rows,
+    words,
+)
 from kernels_pallas.quantized import QuantizedTensor
 
 FEW = 64  # rows of a call up to which the splits are programs of their own
@@ -137,8 +148,8 @@ def matmul_parts(
     order; of its dtype if there is one, else float32."""
     rows = x.shape[0]
     few = rows <= FEW
-    row_tile = max(few_rows(), min(power(rows), 64))
-    out_tile, warps = (OUT_TILE, 4) if few else (2 * OUT_TILE, 8)
+    row_tile = max(few_rows(), min(power(rows), most_rows(x.dtype)))
+    out_tile, warps = (2 * OUT_TILE, 8) if row_tile == 64 and not few else (OUT_TILE, 4)
     products: list[Product] = []
     operands: list[Array] = []
     shapes, tiles = [], 0
@@ -161,7 +172,7 @@ def matmul_parts(
         kernel,
         grid=(-(-rows // row_tile), tiles, max(shape.shape[0] for shape in shapes)),
         out_shape=shapes,
-        compiler_params=plt.CompilerParams(num_warps=warps, num_stages=3),
+        compiler_params=plt.CompilerParams(num_warps=warps, num_stages=min(p.form.stages(row_tile, x.dtype) for p in products)),
         interpret=interpret,
         name="matmul_" + "_".join(dict.fromkeys(product.form.layout for product in products)),
     )(index, x, *operands)
