@@ -65,7 +65,7 @@ def prmt(a: Array, b: Array, selector: Array | int) -> Array:
 
 
 def hidden_constant(word: int, shape: Sequence[int]) -> Array:
-    """`word`, by way of the lanes below a thread's own, of which lane 31 is none: nobody knows."""
+    """`word`, by way of the highest bit of the mask of the lanes below a thread's own, which is never set: no compiler knows."""
     text = "{ .reg .b32 zero; mov.u32 zero, %lanemask_lt; shr.u32 zero, zero, 31; xor.b32 $0, zero, $1; }"
     return _words(text, jnp.full(shape, jnp.uint32(word)))
 

@@ -1,8 +1,10 @@
 """How a GPU kernel reads a stored weight: 32-bit words, each holding a few elements of one row, unpacked in registers.
 
-The elements of a word of indices come out in an order of their own, and the rows that are multiplied with it are read
-in that order (`load_rows`); the weight is read as it is stored. Words also keep the offsets of
-the Triton lowering in range: up to 4 GiB it counts elements in 32 signed bits, which single bytes would overflow at 2 GiB.
+A tensor-core instruction wants certain elements of a tile in each thread. The weight is read as it is stored, four words of a
+row in a thread, which are a quarter of the row's words in a step; so the rows that are multiplied with it are read in
+the order that makes those the wanted elements (`load_rows`), and the rows of the weight in such an order, too (`tile_rows`).
+Words also keep the offsets of the Triton lowering in range: up to 4 GiB it counts elements in 32 signed bits, which single
+bytes would overflow at 2 GiB.
 """
 
 from __future__ import annotations
@@ -28,17 +30,24 @@ PARTS = ("high", "scale", "offset", "super_scale", "super_offset")
 
 @dataclass(frozen=True)
 class Form:
-    """The static half of a stored weight: its layout ("plain": an array, whose elements are read as they are), `group` and
-    `table` as in `QuantizedTensor`, and the names of its operands after the words."""
+    """The static half of a stored weight.
+
+    Attributes:
+        layout, group, table: as in `QuantizedTensor`; "plain" is an array, whose elements are read as they are.
+        parts: names of its operands after the words.
+        narrow: parts that are read as 32-bit words, too, and the dtype of what these hold: the compiler prefetches nothing
+            that is less than four bytes a thread.
+        super_group: elements of a `super_scale`.
+        run: elements of a row that a thread has side by side for the tensor cores; see `neighbours`.
+    """
 
     layout: str
     group: int = 0
     table: tuple[int, ...] | None = None
     parts: tuple[str, ...] = ()
-    narrow: tuple[tuple[str, str], ...] = ()  # parts that are read as 32-bit words, too, as less than four bytes a
-    # thread are not prefetched; and the dtype of what the words hold
-    super_group: int = 0  # elements of a `super_scale`
-    run: int = 2  # elements of a row that a thread has side by side for the tensor cores; see `neighbours`
+    narrow: tuple[tuple[str, str], ...] = ()
+    super_group: int = 0
+    run: int = 2
 
     @property
     def slots(self) -> int:
@@ -50,7 +59,6 @@ class Form:
         """Words along D that one turn of a kernel's loop takes. Fixed by the form, so that a row's sum is always taken
         in the same order."""
         return {1: 64, 4: 32, 8: 16}[self.slots]
-
 
     def stages(self, rows: int, dtype: Any) -> int:
         """Turns of a kernel's loop that are under way at once, for tiles of so many rows: fewer where what is prefetched would
@@ -121,12 +129,13 @@ def load_tile(
     dtype: Any,
     ops: Instructions,
 ) -> Float[Array, "rows count*slots"]:
-    """Inside a kernel: a tile of the weight, dequantised in float32 and rounded to `dtype`, in the order of `load_rows`.
+    """Inside a kernel: a tile of the weight in `dtype`, dequantised, in the order of `load_rows`. To bfloat16 it is rounded once
+    from float32, or without offsets as `Instructions.scaled` does, which in one case of ten thousand is the second nearest.
 
     Args:
         refs: the operands of `words`.
         lead: indices of the leading axes.
-        rows: rows of the tile, `[rows]` int32.
+        rows: rows of the tile, `[rows]` int32, in the order of `tile_rows`.
         first_word, count: words along D.
         shape: rows and words of the weight; beyond them the tile is zero.
     """
@@ -191,7 +200,7 @@ def load_tile(
     out = [ops.fused(m, *each[n // 4 % len(each)]) for n, m in enumerate(values)]
     if short:
         out = _numbers([ops.pair(*out[n : n + 2]) for n in range(0, len(out), 2)], ops)
-    return _arranged(out, form.run)
+    return _arranged(out, form.run).astype(dtype)
 
 
 def _numbers(pairs: list[Array], ops: Instructions) -> list[Array]:
@@ -226,7 +235,8 @@ def _arranged(values: list[Array], run: int) -> Array:
 
 
 def tile_rows(form: Form, count: int) -> Array:
-    """Numbers of the rows of a tile, in the order in which `load_tile` reads them."""
+    """Numbers of the rows of a tile, in the order in which `load_tile` reads them: for four warps, each of which has 8 rows at
+    a time and as a result those that lie together."""
     at = jnp.arange(count)
     if form.slots == 1:
         return at
@@ -259,23 +269,16 @@ def summed(ref: Any, *at: Any, mask: Any = None) -> Array:
 
 def load_rows(form: Form, x_ref: Any, rows: Array, first: Array, count: int) -> Float[Array, "rows count"]:
     """Inside a kernel: elements `first ... first + count - 1` of rows of `x_ref`, zero beyond either end, in the order in
-    which words of `form` are unpacked.
-
-    In a block of 32 indices, byte c of word j holds elements 4 j + c and 16 + 4 j + c: the two halves come out in turn.
-    """
-
-    def load(cols: Array) -> Array:
-        at = grid(rows, cols)
-        inside = at[0] < x_ref.shape[0]
-        if x_ref.shape[1] % count:
-            inside &= at[1] < x_ref.shape[1]
-        return plt.load(x_ref.at[at], mask=inside, other=0)
-
-    at = jnp.arange(count)
+    which words of `form` are unpacked: a few of each lane's share in turn."""
+    cols = jnp.arange(count)
     if form.slots > 1:
-        lane, turn = lax.rem(lax.div(at, form.run), LANES), lax.div(at, form.run * LANES)
-        at = lane * (count // LANES) + turn * form.run + lax.rem(at, form.run)
-    return load(first + at)
+        lane, turn = lax.rem(lax.div(cols, form.run), LANES), lax.div(cols, form.run * LANES)
+        cols = lane * (count // LANES) + turn * form.run + lax.rem(cols, form.run)
+    at = grid(rows, first + cols)
+    inside = at[0] < x_ref.shape[0]
+    if x_ref.shape[1] % count:
+        inside &= at[1] < x_ref.shape[1]
+    return plt.load(x_ref.at[at], mask=inside, other=0)
 
 
 def dot(w: Float[Array, "O K"], x: Float[Array, "M K"]) -> Float[Array, "O M"]:

@@ -53,7 +53,7 @@ def floats(form: Any, word: Array, ops: Instructions, high: Array | None = None)
     if form.layout == "fp8":
         return [v.astype(jnp.float32) * PAIR_SCALE for pair in pairs(form, word, ops) for v in ops.split(pair)], 0
     found = codes(form, word, ops, high)
-    # A byte below 128 is all of a mantissa whose last bit is 1; another one is its third byte, whose last bit is 1 too.
+    # The byte as bits 16 to 22 of a float32 that begins at 128, or a larger one as bits 8 to 15 of one that begins at 2^15.
     base, exponent, selector, place = (128, 0x43000000, 0x7044, 8) if found.limit <= 128 else (1 << 15, 0x47000000, 0x7404, 4)
     top = ops.constant(exponent, word.shape)
     bits = [ops.select(found.words[n], top, selector | byte << place) for n, *two in found.places for byte in two]
