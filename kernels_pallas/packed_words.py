@@ -189,7 +189,7 @@ def load_tile(
     scales = of_groups("scale")
     short = dtype == jnp.bfloat16
     if short and "offset" not in parts:
-        return _arranged(_numbers(_scaled_pairs(pairs(form, word, ops, high), scales, spread, ops), ops), form.run)
+        return _arranged(_halves(_scaled_pairs(pairs(form, word, ops, high), scales, spread, ops), ops), form.run)
     values, bias = floats(form, word, ops, high)
     offsets = of_groups("offset") if "offset" in parts else [jnp.zeros_like(scale) for scale in scales]
     if short and bias <= 256:  # what the sum loses is 2^-16 of the scale at most
@@ -199,12 +199,13 @@ def load_tile(
     each = [(spread(scale), spread(offset)) for scale, offset in zip(scales, offsets, strict=True)]
     out = [ops.fused(m, *each[n // 4 % len(each)]) for n, m in enumerate(values)]
     if short:
-        out = _numbers([ops.pair(*out[n : n + 2]) for n in range(0, len(out), 2)], ops)
+        out = _halves([ops.pair(*out[n : n + 2]) for n in range(0, len(out), 2)], ops)
     return _arranged(out, form.run).astype(dtype)
 
 
-def _numbers(pairs: list[Array], ops: Instructions) -> list[Array]:
-    return [number for pair in pairs for number in ops.split(pair)]
+def _halves(whole: list[Array], ops: Instructions) -> list[Array]:
+    """The numbers of pairs, in their order."""
+    return [number for pair in whole for number in ops.split(pair)]
 
 
 def _scaled_pairs(numbers: list[Array], scales: list[Array], spread: Callable[[Array], Array], ops: Instructions) -> list[Array]:

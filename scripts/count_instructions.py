@@ -29,7 +29,7 @@ import jax
 from scripts.check_cuda import CARDS
 from scripts.cuda_cases import FORMS, Case, KernelSizes, kernel_cases, packed
 from scripts.cuda_target import CARDS as DESCRIBED
-from scripts.cuda_target import Card, Target
+from scripts.cuda_target import Card, Target, cuda_tool, longest_loop
 from scripts.results import describe, write_json
 
 LANES, SCHEDULERS = 32, 4  # threads of a warp; of a multiprocessor, each starts an instruction of a warp a clock
@@ -51,18 +51,10 @@ def bits_a_weight(form: str) -> float:
     return 8 * sum(part.size * part.dtype.itemsize for part in jax.tree.leaves(packed((size, size), form))) / size**2
 
 
-def longest_loop(sass: str) -> Counter[str]:
-    """Instructions of the longest backward branch of a function, by name."""
-    labels: dict[str, int] = {}
-    best = (0, 0)
-    lines = sass.splitlines()
-    for i, line in enumerate(lines):
-        if label := re.match(r"\s*(\.L_\w+):", line):
-            labels[label[1]] = i
-        jump = re.search(r"BRA\S*\s.*`\((\.L_\w+)\)", line)
-        if jump and jump[1] in labels and i - labels[jump[1]] > best[1] - best[0]:
-            best = labels[jump[1]], i
-    code = (re.sub(r"/\*\w+\*/", "", line) for line in lines[best[0] : best[1] + 1])
+def instructions(sass: str) -> Counter[str]:
+    """Those of the longest loop of a function, by name."""
+    loop = longest_loop(sass, r"(?m)^\s*(\.L_\w+):", r"BRA\S*\s.*`\((\.L_\w+)\)")
+    code = (re.sub(r"/\*\w+\*/", "", line) for line in loop.splitlines())
     names = (re.match(r"\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]+)[\s.;]", line) for line in code)
     return Counter(name[1] for name in names if name)
 
@@ -71,7 +63,7 @@ def disassembled(ptx: Path) -> dict[str, str]:
     """The machine code of the functions of a PTX file, as text."""
     tools = {}
     for name, package in (("ptxas", "nvidia-cuda-nvcc-cu12"), ("nvdisasm", "nvidia-cuda-nvdisasm")):
-        tools[name] = next(Path(sys.prefix).glob(f"lib/python*/site-packages/nvidia/**/bin/{name}"), None)
+        tools[name] = cuda_tool(name)
         if tools[name] is None:
             raise SystemExit(f"count_instructions: {name} is missing in {sys.prefix}: pip install {package}")
     arch = re.search(r"\.target (\w+)", ptx.read_text())
@@ -92,7 +84,7 @@ def count(card: Card, case: Case, form: str, dump: Path, target: Target) -> list
         if not re.search(rf"\.entry ({'|'.join(TILES)})", file.read_text()):
             continue
         for name, sass in disassembled(file).items():
-            ops, weights = longest_loop(sass), weights_a_turn(name)
+            ops, weights = instructions(sass), weights_a_turn(name)
             issue, alu = sum(ops.values()), sum(n for op, n in ops.items() if op in ALU)
             if issue < weights / 2:  # a loop of few turns that the assembler wrote out: only what ends the kernel is left
                 rows.append({"kernel": name, "form": form, "a_weight": None})

@@ -185,34 +185,45 @@ _FLOATS = re.compile(
 )
 
 
-def float_instructions(dump: Path, prefixes: tuple[str, ...]) -> dict[str, list[str]]:
-    """The floating-point instructions of each kernel whose name starts so, in their order (PTX, from a folder that
-    `--xla_dump_to` filled). Where they are the same for one row as for five, so are a row's bits."""
-    found = {}
+def _entries(dump: Path, prefixes: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    """Name and PTX of each kernel whose name starts so, from a folder that `--xla_dump_to` filled."""
     for file in dump.glob("*.ptx"):
         for entry in file.read_text().split(".visible .entry ")[1:]:
             name = entry[: entry.index("(")]
             if name.startswith(prefixes):
-                found[name] = _FLOATS.findall(entry)
-    return found
+                yield name, entry
+
+
+def float_instructions(dump: Path, prefixes: tuple[str, ...]) -> dict[str, list[str]]:
+    """The floating-point instructions of each kernel of `_entries`, in their order. Where they are the same for one row as for
+    five, so are a row's bits."""
+    return {name: _FLOATS.findall(entry) for name, entry in _entries(dump, prefixes)}
+
+
+def longest_loop(code: str, label: str, jump: str) -> str:
+    """The longest stretch of code from a label to a jump back to it; both are expressions whose first group is the label."""
+    labels = {found[1]: found.start() for found in re.finditer(label, code)}
+    jumps = ((labels.get(found[1], found.end()), found.end()) for found in re.finditer(jump, code))
+    begin, end = max(jumps, key=lambda jump: jump[1] - jump[0], default=(0, 0))
+    return code[begin:end]
 
 
 _DETOURS = {"unprefetched": r"ld\.global", "stored": r"st\.shared", "shuffled": r"shfl\.sync"}
 
 
 def detours(dump: Path, prefixes: tuple[str, ...]) -> dict[str, dict[str, int]]:
-    """Of each kernel whose name starts so, in the longest loop of its PTX (from a folder that `--xla_dump_to` filled): loads
-    that wait for memory where they stand, stores to shared memory by threads (copies go there without them), and shuffles."""
+    """In the longest loop of each kernel of `_entries`: loads that wait for memory where they stand, stores to shared memory by
+    threads (copies go there without them), and shuffles."""
     found = {}
-    for file in dump.glob("*.ptx"):
-        for entry in file.read_text().split(".visible .entry ")[1:]:
-            name = entry[: entry.index("(")]
-            if name.startswith(prefixes):
-                labels = {label[1]: label.start() for label in re.finditer(r"(\$L__BB\d+_\d+):", entry)}
-                jumps = ((labels.get(jump[1], jump.end()), jump.end()) for jump in re.finditer(r"bra(?:\.uni)?\s+(\$\w+)", entry))
-                begin, end = max(jumps, key=lambda jump: jump[1] - jump[0], default=(0, 0))
-                found[name] = {what: len(re.findall(text, entry[begin:end])) for what, text in _DETOURS.items()}
+    for name, entry in _entries(dump, prefixes):
+        loop = longest_loop(entry, r"(\$L__BB\d+_\d+):", r"bra(?:\.uni)?\s+(\$\w+)")
+        found[name] = {what: len(re.findall(text, loop)) for what, text in _DETOURS.items()}
     return found
+
+
+def cuda_tool(name: str) -> Path | None:
+    """One of NVIDIA's programs that pip installed, if it did."""
+    return next(Path(sys.prefix).glob(f"lib/python*/site-packages/nvidia/**/bin/{name}"), None)
 
 
 def kernel_resources(dump: Path, prefixes: tuple[str, ...]) -> dict[str, dict[str, int]]:
@@ -228,13 +239,13 @@ def kernel_resources(dump: Path, prefixes: tuple[str, ...]) -> dict[str, dict[st
             blocks = [int(n) for n in grid.split(",")]
             found[name] = {"shared": int(shared), "threads": int(threads), "blocks": blocks[0] * blocks[1] * blocks[2]}
     found = {name: use for name, use in found.items() if name.startswith(prefixes)}
-    tools = list(Path(sys.prefix).glob("lib/python*/site-packages/nvidia/cuda_nvcc/bin/ptxas"))
+    ptxas = cuda_tool("ptxas")
     for file in dump.glob("*.ptx"):
         ptx = file.read_text()
         mine = [name for name in re.findall(r"\.entry (\w+)\(", ptx) if name in found]
-        if tools and mine:
+        if ptxas and mine:
             arch = re.search(r"\.target (\w+)", ptx)[1]  # type: ignore[index]
-            command = [str(tools[0]), "-v", "-arch", arch, "-o", os.devnull, str(file)]
+            command = [str(ptxas), "-v", "-arch", arch, "-o", os.devnull, str(file)]
             said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
             for name, spilled, registers in re.findall(
                 r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers", said, re.DOTALL

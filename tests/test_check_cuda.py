@@ -4,7 +4,7 @@ from pathlib import Path
 
 from mtpjax.weights import flat
 from scripts.check_cuda import problems
-from scripts.count_instructions import bits_a_weight, longest_loop, weights_a_turn
+from scripts.count_instructions import bits_a_weight, instructions, weights_a_turn
 from scripts.cuda_cases import kernel_cases, program_case, weight_shapes
 from scripts.cuda_target import Program, detours, float_instructions
 
@@ -152,6 +152,6 @@ SASS = """
 
 
 def test_the_instructions_of_a_turn_are_those_of_the_longest_loop() -> None:
-    assert longest_loop(SASS) == {"HFMA2": 1, "LDS": 1, "HMMA": 1, "BRA": 1}
+    assert instructions(SASS) == {"HFMA2": 1, "LDS": 1, "HMMA": 1, "BRA": 1}
     assert weights_a_turn("experts_gate_up_codes4") == 2 * weights_a_turn("matmul_codes4") == 128
     assert bits_a_weight("iq4_nl") == 4.5 and bits_a_weight("q4_k") == 4.625 and bits_a_weight("bf16") == 16

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Bool, Float, Int
 
-from kernels_pallas.packed_words import dot, grid, summed
+from kernels_pallas.packed_words import dot, grid, most_rows, summed
 
 NEGATIVE = -1e30  # finite, so that a row without any key stays free of NaN
 SLOTS = 32  # slots that one turn reads
@@ -163,7 +163,7 @@ def attend_cache(
     end = jnp.max(position, axis=1) + 1
     index = jnp.asarray(layer, jnp.int32).reshape(1)
     pairs, few = batch * kv_heads, rows <= FEW
-    tile = 16 if few or q.dtype == jnp.float32 else 64  # 64 rows of float32 do not fit the shared memory of smaller cards
+    tile = 16 if few else most_rows(q.dtype)
     tiles = -(-rows * (heads // kv_heads) // tile)
     piece = PIECE if few else None
     pieces = -(-slots // PIECE) if few else 1
