@@ -1,0 +1,336 @@
+"""Instructions that compute with registers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from scripts.emulator.machine import TYPES, Lanes, Mask, Step, opcode, unsigned
+from scripts.emulator.ptx import Both, EmulationError, Instruction
+
+FLOATS = ("f32", "f64", "f16", "bf16")
+PAIRS = {"bf16x2": "bf16", "f16x2": "f16"}
+LEAST = np.finfo(np.float32).tiny
+ROUNDINGS = ("rn", "rz", "rm", "rp", "rna", "rni", "rzi", "rmi", "rpi")
+
+
+def to_odd(x: Any) -> Any:
+    """float64 -> float32 towards zero, the last bit set where that is not exact: rounded once more to fewer bits, it comes out
+    as if rounded once."""
+    near = x.astype(np.float32)
+    toward = np.where(np.abs(near.astype(np.float64)) > np.abs(x), np.nextafter(near, np.float32(0)), near)
+    inexact = (toward.astype(np.float64) != x) & np.isfinite(x)
+    return (toward.view(np.uint32) | inexact.astype(np.uint32)).view(np.float32)
+
+
+def rounded(x: Any, dtype: Any, way: str = "rn") -> Any:
+    """float64 -> a shorter one; `way` as PTX names it."""
+    x = np.asarray(x)
+    if dtype == np.float64:
+        return x
+    if dtype in (ml_dtypes.bfloat16, np.float16):
+        if way != "rn":
+            raise EmulationError(f"rounding '{way}' to 16 bits is not known here")
+        return to_odd(x).astype(dtype)
+    near = x.astype(np.float32)
+    exact = near.astype(np.float64)
+    limit = {"rm": np.float32(-np.inf), "rp": np.float32(np.inf), "rz": np.float32(0)}.get(way)
+    if limit is None:
+        return near
+    too_far = {"rm": exact > x, "rp": exact < x, "rz": np.abs(exact) > np.abs(x)}[way]
+    return np.where(too_far, np.nextafter(near, limit), near)
+
+
+def flushed(x: Any) -> Any:
+    """Numbers below the least normal one as zeros."""
+    return np.where(np.abs(x) < LEAST, np.copysign(np.float32(0), x), x) if x.dtype == np.float32 else x
+
+
+def computes(i: Instruction, kind: str, fn: Callable[..., Any], operands: int | None = None) -> Step:
+    """A step that gives `fn` the sources as arrays of a type, and writes what comes back."""
+    target, sources = i.operands[0], i.operands[1 : None if operands is None else 1 + operands]
+    dtype, ftz = TYPES[kind], "ftz" in i.words
+
+    def run(lanes: Lanes, mask: Mask) -> None:
+        values = [lanes.read(source, dtype) for source in sources]
+        if ftz:
+            values = [flushed(v) for v in values]
+        out = np.asarray(fn(*values))
+        lanes.write(target, flushed(out) if ftz else out, mask)
+
+    return run
+
+
+def _float_op(i: Instruction, kind: str, fn: Callable[..., Any], size: int) -> Step:
+    """An operation in float64, rounded to the type, or to each half of a pair."""
+    way = next((w for w in i.words if w in ROUNDINGS), "rn")
+    clamp = "sat" in i.words
+
+    def one(*values: Any) -> Any:
+        out = rounded(fn(*(v.astype(np.float64) for v in values)), values[0].dtype, way)
+        return np.where(out > 0, np.minimum(out, out.dtype.type(1)), out.dtype.type(0)) if clamp else out
+
+    if kind not in PAIRS:
+        return computes(i, kind, one, size)
+    half = TYPES[PAIRS[kind]]
+
+    def two(*values: Any) -> Any:
+        low, high = (one(*((v >> np.uint32(s)).astype(np.uint16).view(half) for v in values)) for s in (0, 16))
+        return low.view(np.uint16).astype(np.uint32) | high.view(np.uint16).astype(np.uint32) << np.uint32(16)
+
+    return computes(i, "b32", two, size)
+
+
+def _least(a: Any, b: Any) -> Any:
+    return np.fmin(a, b)
+
+
+def _most(a: Any, b: Any) -> Any:
+    return np.fmax(a, b)
+
+
+FLOAT_OPS: dict[str, tuple[int, Callable[..., Any]]] = {
+    "add": (2, lambda a, b: a + b), "sub": (2, lambda a, b: a - b), "mul": (2, lambda a, b: a * b),
+    "fma": (3, lambda a, b, c: a * b + c), "mad": (3, lambda a, b, c: a * b + c), "div": (2, lambda a, b: a / b),
+    "min": (2, _least), "max": (2, _most), "neg": (1, lambda a: -a), "abs": (1, np.abs), "rcp": (1, lambda a: 1 / a),
+    "sqrt": (1, np.sqrt), "rsqrt": (1, lambda a: 1 / np.sqrt(a)), "ex2": (1, np.exp2), "lg2": (1, np.log2), "sin": (1, np.sin),
+    "cos": (1, np.cos), "tanh": (1, np.tanh),
+}  # fmt: skip
+
+
+def _signed_div(a: Any, b: Any) -> Any:
+    if np.any(b == 0):
+        raise EmulationError("an integer is divided by zero")
+    return (np.abs(a.astype(object)) // np.abs(b.astype(object)) * np.sign(a) * np.sign(b)).astype(a.dtype)
+
+
+INTEGER_OPS: dict[str, tuple[int, Callable[..., Any]]] = {
+    "add": (2, lambda a, b: a + b), "sub": (2, lambda a, b: a - b), "min": (2, np.minimum), "max": (2, np.maximum),
+    "and": (2, lambda a, b: a & b), "or": (2, lambda a, b: a | b), "xor": (2, lambda a, b: a ^ b), "not": (1, np.invert),
+    "neg": (1, np.negative), "abs": (1, np.abs), "div": (2, _signed_div), "rem": (2, lambda a, b: a - _signed_div(a, b) * b),
+}  # fmt: skip
+
+
+@opcode(*(INTEGER_OPS | FLOAT_OPS))
+def _plain(i: Instruction) -> Step:
+    kind = i.words[-1]
+    if i.op in ("mul", "mad") and kind not in FLOATS and kind not in PAIRS:
+        return _product(i)
+    table = FLOAT_OPS if kind in FLOATS or kind in PAIRS else INTEGER_OPS
+    if i.op not in table:
+        raise EmulationError(f"the instruction '{i.text}' is not known here")
+    size, fn = table[i.op]
+    return _float_op(i, kind, fn, size) if table is FLOAT_OPS else computes(i, kind, fn, size)
+
+
+def _product(i: Instruction) -> Step:
+    """mul and mad of integers: the low half of the product, the high one, or all of it."""
+    part, kind = i.words[1], TYPES[i.words[-1]]
+    bits = 8 * np.dtype(kind).itemsize
+    target, *sources = i.operands
+    wide = {8: np.int16, 16: np.int32, 32: np.int64}.get(bits) if np.issubdtype(kind, np.signedinteger) else (
+        {8: np.uint16, 16: np.uint32, 32: np.uint64}.get(bits)
+    )  # fmt: skip
+    if part != "lo" and wide is None:
+        raise EmulationError(f"the instruction '{i.text}' is not known here")
+
+    def run(lanes: Lanes, mask: Mask) -> None:
+        a, b = (lanes.read(source, kind) for source in sources[:2])
+        if part == "lo":
+            out = a * b
+        else:
+            out = a.astype(wide) * b.astype(wide)
+            if part == "hi":
+                out = (out >> out.dtype.type(bits)).astype(kind)
+        if len(sources) == 3:
+            out = out + lanes.read(sources[2], out.dtype)
+        lanes.write(target, np.asarray(out), mask)
+
+    return run
+
+
+@opcode("shl", "shr")
+def _shift(i: Instruction) -> Step:
+    """By amounts of any size; those of the width or more leave nothing but the sign."""
+    kind, left = TYPES[i.words[-1]], i.op == "shl"
+    bits = 8 * np.dtype(kind).itemsize
+    target, source, amount = i.operands
+
+    def run(lanes: Lanes, mask: Mask) -> None:
+        value, by = lanes.read(source, kind), lanes.read(amount, np.uint32)
+        signed = np.issubdtype(value.dtype, np.signedinteger)
+        inside = np.minimum(by, np.uint32(bits - 1)).astype(value.dtype)
+        out = value << inside if left else value >> inside
+        if not (signed and not left):
+            out = np.where(by < bits, out, value.dtype.type(0))
+        lanes.write(target, np.asarray(out), mask)
+
+    return run
+
+
+@opcode("shf")
+def _funnel(i: Instruction) -> Step:
+    """The high (left) or low (right) half of two words together, shifted."""
+    left, wrap = i.words[1] == "l", i.words[2] == "wrap"
+
+    def run(a: Any, b: Any, c: Any) -> Any:
+        by = (c & np.uint32(31) if wrap else np.minimum(c, np.uint32(32))).astype(np.uint64)
+        both = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
+        return ((both << by) >> np.uint64(32) if left else both >> by).astype(np.uint32)
+
+    return computes(i, "u32", run, 3)
+
+
+@opcode("bfe")
+def _field(i: Instruction) -> Step:
+    """Bits from a place on, so many; of a signed type with the sign of the last of them."""
+    kind = TYPES[i.words[-1]]
+    bits = 8 * np.dtype(kind).itemsize
+    target, source, begin, size = i.operands
+
+    def run(lanes: Lanes, mask: Mask) -> None:
+        value = lanes.read(source, unsigned(kind)).astype(np.uint64)
+        at, many = (lanes.read(x, np.uint32).astype(np.uint64) & np.uint64(255) for x in (begin, size))
+        out = np.where(at < 64, value >> np.minimum(at, np.uint64(63)), np.uint64(0))
+        keep = np.where(many < 64, (np.uint64(1) << np.minimum(many, np.uint64(63))) - np.uint64(1), ~np.uint64(0))
+        out = out & keep
+        if np.issubdtype(kind, np.signedinteger):
+            last = np.minimum(at + many - np.uint64(1), np.uint64(bits - 1))
+            negative = (value >> last & np.uint64(1) == 1) & (many > 0)
+            out = np.where(negative, out | ~keep, out)
+        lanes.write(target, np.asarray(out).astype(unsigned(kind)), mask)
+
+    return run
+
+
+@opcode("prmt")
+def _permute(i: Instruction) -> Step:
+    if len(i.words) > 2:
+        raise EmulationError(f"the instruction '{i.text}' is not known here")
+
+    def run(a: Any, b: Any, selector: Any) -> Any:
+        both, out = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32), np.uint32(0)
+        for n in range(4):
+            nibble = selector >> np.uint32(4 * n)
+            byte = (both >> (np.uint64(8) * (nibble & np.uint32(7)).astype(np.uint64))).astype(np.uint32) & np.uint32(255)
+            sign = np.where(byte & np.uint32(128), np.uint32(255), np.uint32(0))
+            out = out | np.where(nibble & np.uint32(8), sign, byte) << np.uint32(8 * n)
+        return out
+
+    return computes(i, "b32", run, 3)
+
+
+@opcode("lop3")
+def _logic(i: Instruction) -> Step:
+    """Any function of three bits: bit 4a + 2b + c of the last operand."""
+    table = i.operands[4].value  # type: ignore[union-attr]
+
+    def run(a: Any, b: Any, c: Any) -> Any:
+        out = np.uint32(0)
+        for n in range(8):
+            if table >> n & 1:
+                out = out | (a if n & 4 else ~a) & (b if n & 2 else ~b) & (c if n & 1 else ~c)
+        return out
+
+    return computes(i, "b32", run, 3)
+
+
+@opcode("clz", "popc")
+def _count(i: Instruction) -> Step:
+    bits = 8 * np.dtype(TYPES[i.words[-1]]).itemsize
+
+    def run(a: Any) -> Any:
+        ones = np.zeros(np.shape(a), np.uint32)
+        for n in range(bits):
+            if i.op == "popc":
+                ones = ones + (a >> a.dtype.type(n) & a.dtype.type(1)).astype(np.uint32)
+            else:
+                ones = ones + (a >> a.dtype.type(n) == 0)
+        return ones.astype(np.uint32)
+
+    return computes(i, i.words[-1], run, 1)
+
+
+COMPARISONS: dict[str, Callable[..., Any]] = {
+    "eq": lambda a, b: a == b, "ne": lambda a, b: (a != b) & (a == a) & (b == b), "lt": lambda a, b: a < b, "le": lambda a, b: a <= b,
+    "gt": lambda a, b: a > b, "ge": lambda a, b: a >= b, "num": lambda a, b: (a == a) & (b == b),
+    "nan": lambda a, b: (a != a) | (b != b), "neu": lambda a, b: a != b, "equ": lambda a, b: ~(a < b) & ~(a > b),
+    "ltu": lambda a, b: ~(a >= b), "leu": lambda a, b: ~(a > b), "gtu": lambda a, b: ~(a <= b), "geu": lambda a, b: ~(a < b),
+}  # fmt: skip
+
+
+@opcode("setp")
+def _compare(i: Instruction) -> Step:
+    """A comparison, perhaps joined with a predicate."""
+    kind, fn = TYPES[i.words[-1]], COMPARISONS[i.words[1]]
+    join = next((w for w in i.words[2:-1] if w in ("and", "or", "xor")), None)
+    target = i.operands[0]
+    if isinstance(target, Both):
+        raise EmulationError(f"the instruction '{i.text}' is not known here")
+
+    def run(lanes: Lanes, mask: Mask) -> None:
+        a, b = (lanes.read(x, kind) for x in i.operands[1:3])
+        out = np.asarray(fn(a, b), bool)
+        if join:
+            other = lanes.read(i.operands[3], np.bool_)
+            out = {"and": out & other, "or": out | other, "xor": out ^ other}[join]
+        lanes.write(target, np.asarray(out), mask)
+
+    return run
+
+
+@opcode("selp")
+def _choose(i: Instruction) -> Step:
+    kind = unsigned(TYPES[i.words[-1]])
+    target, a, b, which = i.operands
+
+    def run(lanes: Lanes, mask: Mask) -> None:
+        lanes.write(target, np.where(lanes.read(which, np.bool_), lanes.read(a, kind), lanes.read(b, kind)), mask)
+
+    return run
+
+
+@opcode("cvt")
+def _convert(i: Instruction) -> Step:
+    target, *sources = i.operands
+    to, source = i.words[-2], i.words[-1]
+    way = next((w for w in i.words if w in ROUNDINGS), "rn")
+    if to in PAIRS and source == "f32":  # the first source becomes the high half
+        half = TYPES[PAIRS[to]]
+
+        def pair(high: Any, low: Any) -> Any:
+            high, low = (rounded(x.astype(np.float64), half, way).view(np.uint16).astype(np.uint32) for x in (high, low))
+            return high << np.uint32(16) | low
+
+        return computes(i, "f32", pair, 2)
+    if to == "tf32" and way == "rna":  # to 10 bits behind the first one, halves away from zero
+        return computes(i, "b32", lambda x: (x + np.uint32(0x1000)) & np.uint32(0xFFFFE000), 1)
+    if to not in TYPES or source not in TYPES:
+        raise EmulationError(f"the instruction '{i.text}' is not known here")
+    dtype = TYPES[to]
+    ints = [np.issubdtype(TYPES[kind], np.integer) for kind in (to, source)]
+
+    def one(x: Any) -> Any:
+        if all(ints):
+            if "sat" in i.words:
+                limits = np.iinfo(dtype)
+                x = np.clip(x.astype(object), limits.min, limits.max)
+            return np.asarray(x).astype(dtype)
+        if ints[0]:  # a number outside the type becomes the nearest in it
+            whole = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}[way](x.astype(np.float64))
+            limits = np.iinfo(dtype)
+            inside = np.clip(np.nan_to_num(whole, posinf=float(limits.max), neginf=float(limits.min)), limits.min, limits.max)
+            return np.where(whole >= limits.max, dtype(limits.max), inside.astype(dtype))
+        if ints[1]:
+            return rounded(x.astype(np.float64), dtype, way)
+        wide = x.astype(np.float64)
+        if way.endswith("i"):
+            wide = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}[way](wide)
+        if "sat" in i.words:
+            wide = np.where(wide > 0, np.minimum(wide, 1), 0)
+        return rounded(wide, dtype, way)
+
+    return computes(i, source, one, len(sources))
