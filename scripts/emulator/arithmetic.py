@@ -9,10 +9,11 @@ import ml_dtypes
 import numpy as np
 
 from scripts.emulator.machine import TYPES, Lanes, Mask, Step, opcode, unsigned
-from scripts.emulator.ptx import Both, EmulationError, Instruction
+from scripts.emulator.ptx import Both, EmulationError, Instruction, Reg
 
 FLOATS = ("f32", "f64", "f16", "bf16")
 PAIRS = {"bf16x2": "bf16", "f16x2": "f16"}
+CARRY = "CC.CF"  # name of the flag
 LEAST = np.finfo(np.float32).tiny
 ROUNDINGS = ("rn", "rz", "rm", "rp", "rna", "rni", "rzi", "rmi", "rpi")
 
@@ -117,6 +118,8 @@ INTEGER_OPS: dict[str, tuple[int, Callable[..., Any]]] = {
 @opcode(*(INTEGER_OPS | FLOAT_OPS))
 def _plain(i: Instruction) -> Step:
     kind = i.words[-1]
+    if "cc" in i.words:
+        return _with_carry(i)
     if i.op in ("mul", "mad") and kind not in FLOATS and kind not in PAIRS:
         return _product(i)
     table = FLOAT_OPS if kind in FLOATS or kind in PAIRS else INTEGER_OPS
@@ -148,6 +151,26 @@ def _product(i: Instruction) -> Step:
         if len(sources) == 3:
             out = out + lanes.read(sources[2], out.dtype)
         lanes.write(target, np.asarray(out), mask)
+
+    return run
+
+
+@opcode("addc", "madc")
+def _with_carry(i: Instruction) -> Step:
+    """32-bit words of longer numbers: `addc` and `madc` take the carry that the last one with `cc` left."""
+    if i.words[-1] != "u32" or i.op not in ("add", "addc", "mad", "madc"):
+        raise EmulationError(f"the instruction '{i.text}' is not known here")
+    target, *sources = i.operands
+    shift = np.uint64(32 if "hi" in i.words else 0)
+
+    def run(lanes: Lanes, mask: Mask) -> None:
+        values = [lanes.read(source, np.uint32).astype(np.uint64) for source in sources]
+        total = (values[0] * values[1] >> shift & np.uint64(0xFFFFFFFF)) + values[2] if "mad" in i.op else values[0] + values[1]
+        if i.op.endswith("c"):
+            total = total + lanes.registers[CARRY].astype(np.uint64)
+        lanes.write(target, np.asarray(total.astype(np.uint32)), mask)
+        if "cc" in i.words:
+            lanes.write(Reg(CARRY, 32), np.asarray((total >> np.uint64(32)).astype(np.uint32)), mask)
 
     return run
 

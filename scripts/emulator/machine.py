@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import ml_dtypes
@@ -64,6 +65,7 @@ class Lanes:
     memory: Memory
     shared: Memory
     shared_bytes: int
+    local: Memory
     registers: dict[str, Any] = field(default_factory=dict)
     copies: list[tuple[Any, Any, Any, Any]] = field(default_factory=list)
     committed: Any = None
@@ -90,8 +92,8 @@ class Lanes:
         if isinstance(operand, Name):
             if operand.text in self.special:
                 value = self.special[operand.text]
-            elif operand.text in self.kernel.shared:
-                value = np.uint64(self.kernel.shared[operand.text])
+            elif operand.text in self.kernel.shared or operand.text in self.kernel.local:
+                value = np.uint64((self.kernel.shared | self.kernel.local)[operand.text])
             else:
                 raise EmulationError(f"'{operand.text}' is neither a register nor a symbol that is known")
             return value.astype(unsigned(dtype)).view(dtype)
@@ -128,6 +130,13 @@ class Lanes:
         base = self.read(operand.base, np.uint64 if wide else np.uint32).astype(np.uint64)
         return (base + np.uint64(operand.offset & (1 << 64) - 1)).view(np.int64)
 
+    def local_address(self, operand: Operand) -> Any:
+        """`[count]` places in the memory that holds what each thread has for itself."""
+        address = self.whole(self.address(operand))
+        if int(address.min()) < 0 or int(address.max()) >= self.kernel.local_bytes:
+            raise EmulationError(f"address {int(address.max()):#x} of local memory, which has {self.kernel.local_bytes} bytes")
+        return address + np.arange(self.count) * (len(self.local.bytes) // self.count)
+
     def shared_address(self, operand: Operand) -> Any:
         """`[count]` places in the memory of all these blocks."""
         return self.in_block(self.address(operand))
@@ -150,7 +159,7 @@ def launch(
     """One run of a kernel. `params`: addresses in `memory`; `shared_bytes`: what the launch asks for, in all."""
     if len(params) != len(kernel.params):
         raise EmulationError(f"{kernel.name} takes {len(kernel.params)} parameters, not {len(params)}")
-    steps = [[(_step(i), i) for i in block.instructions] for block in kernel.blocks]
+    steps = _steps(kernel)
     blocks, each = int(np.prod(grid)), max(1, AT_ONCE // threads)
     for first in range(0, blocks, each):
         numbers = np.arange(first, min(first + each, blocks))
@@ -174,15 +183,19 @@ def _lanes(
     room = -(-size // GUARD) * GUARD
     shared = Memory(room * len(numbers), "shared memory")
     shared.allowed[:] = np.tile(np.arange(room) < size, len(numbers))
+    local = Memory(-(-kernel.local_bytes // 16) * 16 * len(block), "local memory")
+    local.allowed[:] = True
     values = {name: np.uint64(value) for name, value in zip(kernel.params, params, strict=True)}
-    return Lanes(kernel, len(block), block, thread, special, values, memory, shared, size, committed=np.zeros(len(block), np.int64))
+    return Lanes(kernel, len(block), block, thread, special, values, memory, shared, size, local, committed=np.zeros(len(block), np.int64))
 
 
-def _step(i: Instruction) -> Step:
-    make = MAKERS.get(i.op)
-    if make is None:
-        raise EmulationError(f"the instruction '{i.text}' is not known here")
-    return make(i)
+@cache
+def _steps(kernel: Kernel) -> list[list[tuple[Step, Instruction]]]:
+    """Of each basic block."""
+    unknown = [i.text for block in kernel.blocks for i in block.instructions if i.op not in MAKERS]
+    if unknown:
+        raise EmulationError(f"{kernel.name}: the instruction '{unknown[0]}' is not known here")
+    return [[(MAKERS[i.op](i), i) for i in block.instructions] for block in kernel.blocks]
 
 
 def _run(kernel: Kernel, steps: list[list[tuple[Step, Instruction]]], lanes: Lanes) -> None:

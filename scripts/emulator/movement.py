@@ -10,12 +10,13 @@ from scripts.emulator.machine import TYPES, WARP, Lanes, Mask, Step, opcode, uns
 from scripts.emulator.memory import Memory
 from scripts.emulator.ptx import Address, Both, EmulationError, Instruction, Name, Vector
 
-SPACES = ("global", "shared", "param")
+SPACES = ("global", "shared", "local", "param")
 
 
 def _places(lanes: Lanes, i: Instruction, where: Any, space: str) -> tuple[Memory, Any]:
-    shared = space == "shared"
-    return (lanes.shared if shared else lanes.memory), (lanes.shared_address(where) if shared else lanes.address(where))
+    if space == "local":
+        return lanes.local, lanes.local_address(where)
+    return (lanes.shared, lanes.shared_address(where)) if space == "shared" else (lanes.memory, lanes.address(where))
 
 
 def _space(i: Instruction) -> str:

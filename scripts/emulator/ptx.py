@@ -68,7 +68,7 @@ class Block:
     instructions: list[Instruction] = field(default_factory=list)
 
 
-@dataclass
+@dataclass(eq=False)
 class Kernel:
     name: str
     params: list[str]
@@ -76,10 +76,12 @@ class Kernel:
     labels: dict[str, int]  # number of the block that begins there
     shared: dict[str, int]  # symbols of shared memory, and where they begin
     shared_bytes: int  # of those with a size; a symbol without one begins behind them
+    local: dict[str, int]  # symbols of the memory that a thread has for itself, and where they begin
+    local_bytes: int
 
 
 _PARAM = re.compile(r"\.param\s+[.\w]+(?:\s+\.ptr(?:\s+\.\w+)*?(?:\s+\.align\s+\d+)?)?\s+([\w$]+)")
-_SHARED = re.compile(r"\.shared\s+\.align\s+(\d+)\s+\.b8\s+([\w$]+)\[(\d*)\]")
+_SYMBOLS = {space: re.compile(rf"\.{space}\s+\.align\s+(\d+)\s+\.b8\s+([\w$]+)\[(\d*)\]") for space in ("shared", "local")}
 _REGISTERS = re.compile(r"\.reg\s+\.(\w+)\s+(.*)", re.DOTALL)
 _GUARDED = re.compile(r"@(!?)(%?[\w$]+)\s+(.*)", re.DOTALL)
 _USED = re.compile(r'\.pragma "used_bytes_mask (0x[0-9a-f]+)"')
@@ -91,18 +93,14 @@ def kernels(text: str) -> dict[str, Kernel]:
     """The entry points of a module, by name."""
     text = re.sub(r"//[^\n]*|/\*.*?\*/", "", text, flags=re.DOTALL)
     head, *entries = re.split(r"\.visible\s+\.entry\s+", text)
-    return {kernel.name: kernel for kernel in (_kernel(entry, _SHARED.findall(head)) for entry in entries)}
+    return {kernel.name: kernel for kernel in (_kernel(entry, _SYMBOLS["shared"].findall(head)) for entry in entries)}
 
 
 def _kernel(text: str, outside: list[tuple[str, str, str]]) -> Kernel:
     name = re.match(r"[\w$]+", text)[0]  # type: ignore[index]
     begin = text.index("{")
     params, body = _PARAM.findall(text[:begin]), text[begin:]
-    end = 0
-    shared: dict[str, int] = {}
-    for align, symbol, size in sorted(outside + _SHARED.findall(body), key=lambda found: found[2] == ""):
-        shared[symbol] = -(-end // int(align)) * int(align)
-        end = shared[symbol] + int(size or 0)
+    shared, local = _placed(outside + _SYMBOLS["shared"].findall(body)), _placed(_SYMBOLS["local"].findall(body))
     blocks, labels = [Block()], {}
     for label, instruction in _statements(body):
         if label is not None:
@@ -114,7 +112,17 @@ def _kernel(text: str, outside: list[tuple[str, str, str]]) -> Kernel:
             blocks[-1].instructions.append(instruction)
             if instruction.op in _ENDS and instruction.words[:2] != ("bar", "warp"):
                 blocks.append(Block())
-    return Kernel(name, params, blocks, labels, shared, end)
+    return Kernel(name, params, blocks, labels, *shared, *local)
+
+
+def _placed(symbols: list[tuple[str, str, str]]) -> tuple[dict[str, int], int]:
+    """Where symbols of (alignment, name, bytes) begin, those of no size last, and where the others end."""
+    end = 0
+    places: dict[str, int] = {}
+    for align, symbol, size in sorted(symbols, key=lambda found: found[2] == ""):
+        places[symbol] = -(-end // int(align)) * int(align)
+        end = places[symbol] + int(size or 0)
+    return places, end
 
 
 def _statements(body: str) -> Iterator[tuple[str | None, Instruction | None]]:
