@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -39,6 +39,11 @@ def plan_chunks(rows: int, buckets: Sequence[int]) -> list[int]:
 @partial(jax.jit, static_argnames=("cfg", "batch", "slots", "dtype"))
 def _empty(cfg: Any, batch: int, slots: int, dtype: Any) -> Cache:
     return new_cache(cfg, batch, slots, dtype=dtype)
+
+
+def compiled(fn: Any, args: tuple[Any, ...]) -> Callable[..., Any]:
+    """A jitted function, compiled ahead of time for arguments like these. The one place that makes programs of an engine."""
+    return fn.lower(*args).compile(**compile_options())
 
 
 class Compiled:
@@ -98,7 +103,7 @@ class Compiled:
         if key not in self._programs:
             start = time.perf_counter()
             own: Any = jax.jit(partial(fn.__wrapped__, **static), donate_argnames=donate)
-            self._programs[key] = own.lower(*args).compile(**compile_options())
+            self._programs[key] = compiled(own, args)
             self.compile_seconds += time.perf_counter() - start
         return self._programs[key](*args)
 

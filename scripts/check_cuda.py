@@ -58,8 +58,6 @@ LIMIT_GIB = {"rtx3090": 23.0}  # of the 24 that the card has
 def work(card: str, cases: list[str]) -> None:
     """Compile cases one by one, a line of JSON before and after each."""
     with tempfile.TemporaryDirectory() as dump:
-        # Without the second flag jax 0.11 does not leave the PTX there.
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={dump} --xla_dump_emitter_re=ptx"
         _work(card, cases, Path(dump))
 
 
@@ -67,7 +65,7 @@ def _work(card: str, cases: list[str], dump: Path) -> None:
     from scripts.cuda_target import CARDS as DESCRIBED
     from scripts.cuda_target import Target
 
-    target, kernels = Target(DESCRIBED[card]), kernel_cases() | float32_cases()
+    target, kernels = Target(DESCRIBED[card], dump), kernel_cases() | float32_cases()
     alone = kernel_cases(KernelSizes(rows=(("decode", 1), ("prefill", 2048)))) if card in LIMIT_GIB else {}
     for name in cases:
         print(json.dumps({"start": name}), flush=True)
@@ -82,9 +80,9 @@ def _work(card: str, cases: list[str], dump: Path) -> None:
         print(json.dumps({"case": name, "seconds": round(time.perf_counter() - began, 1), **found}), flush=True)
 
 
-def float32_cases() -> dict[str, Case]:
+def float32_cases(size: KernelSizes | None = None, interpret: bool = False) -> dict[str, Case]:
     """The kernels for rows of float32, whose tiles are larger, in bytes; that of logits takes nothing else anyway."""
-    cases = kernel_cases(forms=("iq4_nl", "mixed"), dtype=jnp.float32)
+    cases = kernel_cases(size, ("iq4_nl", "mixed"), interpret, jnp.float32)
     return {f"{name} float32": case for name, case in cases.items() if not name.startswith("sampling")}
 
 
@@ -133,11 +131,12 @@ def program_report(target: Any, name: str) -> dict[str, Any]:
 # Parent
 
 
-def run_card(card: str, cases: list[str], python: str = sys.executable) -> Iterator[dict[str, Any]]:
-    """Results of all cases on a card; a process that dies costs the case that it was at, and a new one goes on."""
+def run_card(card: str, cases: list[str], script: str = __file__, python: str = sys.executable) -> Iterator[dict[str, Any]]:
+    """Results of all cases on a card, by the workers of a script; a process that dies costs the case that it was at, and a new
+    one goes on."""
     left = list(cases)
     while left:
-        command = [python, __file__, "--worker", card, *left]
+        command = [python, script, "--worker", card, *left]
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"})
         at: str | None = None
         for line in done.stdout.splitlines():
@@ -153,7 +152,7 @@ def run_card(card: str, cases: list[str], python: str = sys.executable) -> Itera
             words = (done.stderr.strip().splitlines() or ["no message"])[-1][:300]
             failed = at or left[0]
             if at is None and failed == left[0] and len(left) == len(cases):
-                raise SystemExit(f"check_cuda: cannot compile for {card} here: {words}")
+                raise SystemExit(f"{Path(script).stem}: cannot compile for {card} here: {words}")
             left.remove(failed)
             yield {"card": card, "case": failed, "error": f"the compiler process ended with {done.returncode}: {words}"}
 

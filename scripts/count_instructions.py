@@ -109,7 +109,6 @@ def main() -> None:
     parser.add_argument("--json")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as dump:
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={dump} --xla_dump_emitter_re=ptx"
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
         cases = kernel_cases(KernelSizes(rows=(("decode", args.rows),)))
         found: dict[str, list[dict[str, Any]]] = {}
@@ -117,7 +116,7 @@ def main() -> None:
         print("|---" * 6 + "|")
         for name in args.cards:
             card = DESCRIBED[name]
-            target = Target(card)
+            target = Target(card, Path(dump))
             for form in args.forms:
                 for op in ("linear", "experts"):
                     for row in count(card, cases[f"{op} {form} decode"], form, Path(dump), target):

@@ -67,12 +67,17 @@ CARDS = {
 }
 
 
-class Target:
-    """A described card that programs can be compiled for."""
+# Without the second flag jax 0.11 does not leave the PTX there; the third writes all constants out.
+DUMP_FLAGS = "--xla_dump_to={} --xla_dump_emitter_re=ptx --xla_dump_large_constants=true"
 
-    def __init__(self, card: Card):
+
+class Target:
+    """A described card that programs can be compiled for. `dump`: a folder that gets all that XLA writes about each."""
+
+    def __init__(self, card: Card, dump: Path | None = None):
         os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # the plugin would ask the driver, which is not there
-        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
+        flags = [os.environ.get("XLA_FLAGS", ""), "--xla_gpu_autotune_level=0"]
+        os.environ["XLA_FLAGS"] = " ".join(flags + ([DUMP_FLAGS.format(dump)] if dump else []))
         topology = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=card.config())
         self.mesh = topologies.make_mesh(topology, (1,), ("x",))
         self.card = card

@@ -22,11 +22,11 @@ CHECKED = 4  # rows compared with the reference: the last ones
 
 
 def random_like(spec: Any, key: jax.Array) -> jax.Array:
-    """Codes: any bits; scales 2^-7; floats normal. The first axis of a stack is made piece by piece."""
-    if spec.dtype in (jnp.float16, jnp.float32) and spec.ndim:
-        return jnp.full(spec.shape, 2.0**-7, spec.dtype)
+    """Codes: any bits; scales 2^-8 to 2^-6, all different; other numbers normal. The first axis of a stack is made piece by piece."""
 
     def make(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        if spec.dtype in (jnp.float16, jnp.float32):
+            return jnp.exp2(jax.random.uniform(key, shape, minval=-8, maxval=-6)).astype(spec.dtype)
         if jnp.issubdtype(spec.dtype, jnp.integer):
             kind = jnp.dtype(f"uint{8 * spec.dtype.itemsize}")
             return jax.lax.bitcast_convert_type(jax.random.bits(key, shape, kind), spec.dtype)
@@ -39,7 +39,7 @@ def random_like(spec: Any, key: jax.Array) -> jax.Array:
 
 def data_of(name: str, args: tuple[Any, ...], size: KernelSizes, seed: int = 0) -> tuple[Any, ...]:
     """Random arguments of a case, for its last layer."""
-    if name == "deltanet prefill":
+    if name.startswith("deltanet prefill"):
         return chunk_data(args)
     if name.startswith("deltanet"):
         return delta_data(args)
@@ -134,7 +134,7 @@ def reference(name: str, args: tuple[Any, ...], chosen: int) -> jax.Array:
         return gated_rms_norm(wide, jnp.sum(z, axis=0).reshape(wide.shape), w, 1e-6, "silu").reshape(len(x), -1)[-CHECKED:]
     if op == "sampling":
         return jax.jit(least_kept)(*(part[-CHECKED:] for part in args))
-    if name == "deltanet prefill":
+    if name.startswith("deltanet prefill"):
         return jnp.array(through_chunks(*args)[-CHECKED:], jnp.float32)
     if op == "deltanet":
         return jnp.array(recurrence(*args[:5])[-CHECKED:], jnp.float32)

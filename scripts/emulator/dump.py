@@ -15,7 +15,6 @@ DTYPES = {
     "pred": "bool", "s8": "int8", "u8": "uint8", "s16": "int16", "u16": "uint16", "s32": "int32", "u32": "uint32", "s64": "int64",
     "u64": "uint64", "f16": "float16", "bf16": "bfloat16", "f32": "float32", "f64": "float64", "f8e4m3fn": "float8_e4m3fn",
 }  # fmt: skip
-FLAGS = "--xla_dump_emitter_re=ptx --xla_dump_large_constants=true"  # what `XLA_FLAGS` must hold beside `--xla_dump_to=FOLDER`
 
 
 class Buffer(NamedTuple):
@@ -33,13 +32,14 @@ class Array(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """One run of a kernel: the buffers are what it reads, then what it writes."""
+    """One run of a kernel: the buffers are what it reads, then what it writes (`written`)."""
 
     kernel: str
     grid: tuple[int, ...]
     threads: int
     shared: int
     buffers: list[Buffer]
+    written: list[Buffer]
 
 
 class Copy(NamedTuple):
@@ -204,11 +204,12 @@ class Dump:
     def _thunk(self, line: _Line) -> Thunk:
         i = self.instructions[self._names[line.number]]
         if line.kind == "kCustomKernel" and (launched := _LAUNCH.search(line.text)):
-            buffers = [self.where[operand, ""] for operand in i.operands] + [array.buffer for array in self.arrays(i.name)]
+            written = [array.buffer for array in self.arrays(i.name)]
+            buffers = [self.where[operand, ""] for operand in i.operands] + written
             if len(self.kernels[launched[1]].params) < len(buffers):  # kernels of XLA's own take a buffer once
                 buffers = list(dict.fromkeys(buffers))
             grid = tuple(int(n) for n in launched[2].split(","))
-            return Launch(launched[1], grid, int(launched[3]), int(launched[4]), buffers)
+            return Launch(launched[1], grid, int(launched[3]), int(launched[4]), buffers, written)
         if line.kind == "kCopy" and i.op == "copy":
             return Copy(self.where[i.operands[0], ""], self.where[i.name, ""])
         if line.kind == "kCopy" and i.op == "fusion":

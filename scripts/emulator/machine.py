@@ -51,9 +51,13 @@ class Lanes:
 
     Attributes:
         count: threads, those included that only fill a warp up.
-        block, thread: `[count]` number of a thread's block among these, and of the thread in it.
+        block, thread: `[count]` number of a thread's block among these, and of the thread in it; `number`: of the block among all.
         registers: by name; a number for each thread, or a single one that all have.
-        started, done: groups of asynchronous copies that each thread has begun and has waited for.
+        copies: those that have begun: threads, places, bytes, and of which of its groups each thread counts them.
+        committed: groups of copies that each thread has closed.
+        products: what groups of products of four warps may still read: places, bytes at each, and which of the four warps; the last
+            group is open. (That their results are not read too early the assembler sees to.)
+        met: barriers behind each block.
     """
 
     kernel: Kernel
@@ -62,6 +66,8 @@ class Lanes:
     thread: Any
     special: dict[str, Any]
     params: dict[str, Any]
+    number: Any
+    met: Any
     memory: Memory
     shared: Memory
     shared_bytes: int
@@ -69,6 +75,13 @@ class Lanes:
     registers: dict[str, Any] = field(default_factory=dict)
     copies: list[tuple[Any, Any, Any, Any]] = field(default_factory=list)
     committed: Any = None
+    products: list[list[tuple[Any, int, Any]]] = field(default_factory=lambda: [[]])
+
+    def by(self, space: str) -> Any:
+        """`[count]`: who accesses memory, as `Memory` has it."""
+        if space == "shared":  # warps of a block, which meet at barriers
+            return self.met[self.block] * (WARP + 1) + self.thread // WARP
+        return self.number if space == "global" else None  # blocks do not meet
 
     def whole(self, value: Any) -> Any:
         """`[count]`"""
@@ -181,12 +194,15 @@ def _lanes(
     }  # fmt: skip
     size = max(shared_bytes, kernel.shared_bytes)
     room = -(-size // GUARD) * GUARD
-    shared = Memory(room * len(numbers), "shared memory")
-    shared.allowed[:] = np.tile(np.arange(room) < size, len(numbers))
+    shared = Memory(room * len(numbers), "shared memory", memory.span and WARP + 1)
+    shared.allowed[:] = shared.writable[:] = np.tile(np.arange(room) < size, len(numbers))
     local = Memory(-(-kernel.local_bytes // 16) * 16 * len(block), "local memory")
-    local.allowed[:] = True
+    local.allowed[:] = local.writable[:] = True
     values = {name: np.uint64(value) for name, value in zip(kernel.params, params, strict=True)}
-    return Lanes(kernel, len(block), block, thread, special, values, memory, shared, size, local, committed=np.zeros(len(block), np.int64))
+    met, committed = np.zeros(len(numbers), np.int64), np.zeros(len(block), np.int64)
+    return Lanes(
+        kernel, len(block), block, thread, special, values, numbers[block], met, memory, shared, size, local, committed=committed
+    )  # fmt: skip
 
 
 @cache
@@ -252,6 +268,7 @@ def _meet(lanes: Lanes, at: Any, waits: Any) -> None:
         places = at[waits & (lanes.block == block)]
         if len(places) and (places != places[0]).any():
             raise EmulationError(f"{lanes.kernel.name}: threads of a block wait at different barriers")
+        lanes.met[block] += len(places) > 0
     waits[:] = False
 
 

@@ -19,6 +19,10 @@ def _places(lanes: Lanes, i: Instruction, where: Any, space: str) -> tuple[Memor
     return (lanes.shared, lanes.shared_address(where)) if space == "shared" else (lanes.memory, lanes.address(where))
 
 
+def _some(by: Any, mask: Any) -> Any:
+    return None if by is None else by[mask]
+
+
 def _space(i: Instruction) -> str:
     for word in i.words:
         if word.split("::")[0] in SPACES:
@@ -56,10 +60,10 @@ def _load(i: Instruction) -> Step:
     def run(lanes: Lanes, mask: Mask) -> None:
         memory, places = _places(lanes, i, where, space)
         if mask is None:
-            found = memory.load(places, size, len(parts), i.used)
+            found = memory.load(places, size, len(parts), i.used, lanes.by(space))
         else:
             found = []
-            for some in memory.load(lanes.whole(places)[mask], size, len(parts), i.used):
+            for some in memory.load(lanes.whole(places)[mask], size, len(parts), i.used, _some(lanes.by(space), mask)):
                 all_of_them = np.zeros(lanes.count, some.dtype)
                 all_of_them[mask] = some
                 found.append(all_of_them)
@@ -79,7 +83,7 @@ def _store(i: Instruction) -> Step:
         memory, places = _places(lanes, i, where, space)
         values = [lanes.whole(lanes.read(part, kind)) for part in parts]
         some = slice(None) if mask is None else mask
-        memory.store(lanes.whole(places)[some], [value[some] for value in values], kind.itemsize)
+        memory.store(lanes.whole(places)[some], [value[some] for value in values], kind.itemsize, _some(lanes.by(space), some))
 
     return run
 
@@ -164,7 +168,8 @@ def _copy(i: Instruction) -> Step:
         if not np.isin(many, (0, count)).all():
             raise EmulationError("a copy of a part of its bytes is not known here")
         lines = np.zeros((len(threads), count), np.uint8)  # bytes that are not used count as zero
-        lines[many > 0] = lanes.memory.lines(origins[many > 0], count)
+        lines[many > 0] = lanes.memory.lines(origins[many > 0], count, lanes.by("global")[threads[many > 0]])
+        lanes.shared.expect(places, count, lanes.by("shared")[threads])
         lanes.copies.append((threads, places, lines, lanes.committed[threads]))
 
     return begin
@@ -177,7 +182,7 @@ def _arrive(lanes: Lanes, mask: Mask, left: int) -> None:
     for threads, places, lines, group in lanes.copies:
         here = waiting[threads] & (group < lanes.committed[threads] - left)
         if here.any():
-            lanes.shared.store_lines(places[here], lines[here])
+            lanes.shared.store_lines(places[here], lines[here], lanes.by("shared")[threads[here]])
         if not here.all():
             kept.append((threads[~here], places[~here], lines[~here], group[~here]))
     lanes.copies = kept

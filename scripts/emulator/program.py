@@ -19,7 +19,7 @@ from scripts.emulator.ptx import EmulationError, Kernel
 
 class Program:
     """Args:
-        folder: what XLA dumped when it compiled the program, with `dump.FLAGS`.
+        folder: what XLA dumped when it compiled the program, as a `cuda_target.Target` makes it do.
     Raises:
         EmulationError: as `Dump`.
 
@@ -105,7 +105,7 @@ def run_kernel(kernel: Kernel, launched: Launch, held: dict[int, Any]) -> None:
     for _, low, high in spans:
         begins.append(end)
         end += -(-(high - low) // GUARD) * GUARD + GUARD
-    memory = Memory(end, "global memory")
+    memory = Memory(end, "global memory", span=1 << 40)
     for (allocation, low, high), begin in zip(spans, begins, strict=True):
         memory.bytes[begin : begin + high - low] = held[allocation][low:high]
         memory.allowed[begin : begin + high - low] = True
@@ -114,6 +114,8 @@ def run_kernel(kernel: Kernel, launched: Launch, held: dict[int, Any]) -> None:
         at = next(n for n, (a, low, high) in enumerate(spans) if a == buffer.allocation and low <= buffer.offset < max(high, low + 1))
         return begins[at] + buffer.offset - spans[at][1]
 
+    for buffer in launched.written:
+        memory.writable[address(buffer) : address(buffer) + buffer.size] = True
     launch(kernel, launched.grid, launched.threads, launched.shared, memory, [address(b) for b in launched.buffers])
     for (allocation, low, high), begin in zip(spans, begins, strict=True):
         held[allocation][low:high] = memory.bytes[begin : begin + high - low]

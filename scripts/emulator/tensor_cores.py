@@ -97,8 +97,9 @@ def _matrices(i: Instruction) -> Step:
     def run(lanes: Lanes, mask: Mask) -> None:
         some = _whole_warps(mask)
         places = lanes.shared_address(where).reshape(-1, WARP)[some, : 8 * many]
+        by = lanes.by("shared").reshape(-1, WARP)[some, : 8 * many].reshape(-1)
         if load:
-            rows = lanes.shared.lines(places.reshape(-1), 16).view(np.uint16).reshape(-1, many, 8, 8)
+            rows = lanes.shared.lines(places.reshape(-1), 16, by).view(np.uint16).reshape(-1, many, 8, 8)
             for n, part in enumerate(parts):
                 halves = [rows[:, n, 2 * QUAD + e, ROW] if turned else rows[:, n, ROW, 2 * QUAD + e] for e in (0, 1)]
                 value = np.zeros((lanes.count // WARP, WARP), np.uint32)
@@ -111,7 +112,7 @@ def _matrices(i: Instruction) -> Step:
             for e in (0, 1):
                 row, column = (2 * QUAD + e, ROW) if turned else (ROW, 2 * QUAD + e)
                 rows[:, n, row, column] = (word >> np.uint32(16 * e)).astype(np.uint16)
-        lanes.shared.store_lines(places.reshape(-1), rows.reshape(-1, 8).view(np.uint8))
+        lanes.shared.store_lines(places.reshape(-1), rows.reshape(-1, 8).view(np.uint8), by)
 
     return run
 
@@ -153,10 +154,28 @@ def _described(lanes: Lanes, descriptor: Any, rows: int, columns: int, size: int
     return places ^ (places >> 7 & swap) << 4
 
 
+def _product_groups(i: Instruction) -> Step:
+    """Products read shared memory until somebody waits for their group."""
+    if i.words[1] == "fence":
+        return lambda lanes, mask: None
+    if i.words[1] == "commit_group":
+        return lambda lanes, mask: lanes.products.append([])
+    left = int(i.operands[0].value)  # type: ignore[union-attr]
+
+    def wait(lanes: Lanes, mask: Mask) -> None:
+        done = lanes.products[: max(0, len(lanes.products) - 1 - left)]
+        for places, size, groups in (read for products in done for read in products):
+            by = np.broadcast_to(lanes.by("shared").reshape(-1, 4 * WARP)[groups, :1, None], places.shape)
+            lanes.shared.load(places, size, by=by)
+        del lanes.products[: len(done)]
+
+    return wait
+
+
 @opcode("wgmma")
 def _wgmma(i: Instruction) -> Step:
     if i.words[1] in ("fence", "commit_group", "wait_group"):
-        return lambda lanes, mask: None
+        return _product_groups(i)
     m, n, k = (int(x) for x in re.fullmatch(r"m(\d+)n(\d+)k(\d+)", i.words[4]).groups())  # type: ignore[union-attr]
     accumulated, kind, other = i.words[5:]
     if i.words[1] != "mma_async" or accumulated != "f32" or kind != other or kind not in ("bf16", "f16", "tf32"):
@@ -176,7 +195,10 @@ def _wgmma(i: Instruction) -> Step:
         room = len(lanes.shared.bytes) // lanes.blocks
         if int(places.max()) + size > lanes.shared_bytes:
             raise EmulationError("a matrix reaches beyond the shared memory of its block")
-        [words] = lanes.shared.load(places + of_group[:, None, None] * room, size)
+        places = places + of_group[:, None, None] * room
+        by = np.broadcast_to(lanes.by("shared").reshape(-1, group)[some, :1, None], places.shape)
+        [words] = lanes.shared.load(places, size, by=by)
+        lanes.products[-1].append((places, size, np.flatnonzero(np.ones(lanes.count // group, bool)[some])))
         if kind == "tf32":
             return (words & np.uint32(0xFFFFE000)).view(np.float32)
         return words.view({"bf16": ml_dtypes.bfloat16, "f16": np.float16}[kind]).astype(np.float32)

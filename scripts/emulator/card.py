@@ -1,0 +1,70 @@
+"""`mtpjax` on a card that is not here: its programs are compiled for it, and run by emulation."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import mtpjax.compiled
+from kernels_pallas.target import compiling_for
+from scripts.cuda_target import Card, Target
+from scripts.emulator.program import Program
+
+
+class EmulatedCard:
+    """Make it before jax is first used.
+
+    Attributes:
+        launched: kernels that it has run.
+        seconds: what the emulation took.
+    """
+
+    def __init__(self, card: Card):
+        self._folder = tempfile.TemporaryDirectory()
+        self.card, self.target = card, Target(card, Path(self._folder.name))
+        self.launched, self.seconds = 0, 0.0
+
+    def compile(self, fn: Any, args: tuple[Any, ...]) -> Callable[..., Any]:
+        """A jitted function as one that computes, on numpy arrays, what the card would.
+
+        A function without arguments has nothing to compute on: its result comes from the host.
+        """
+        leaves, tree = jax.tree.flatten(args)
+        if not leaves:
+            return fn
+        shapes = jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(np.shape(x), x.dtype) for x in leaves])
+        folder = Path(self._folder.name)
+        shutil.rmtree(folder)
+        folder.mkdir()
+        made = self.target.compile(fn, *shapes)
+        program, results = Program(folder), jax.tree.structure(made.out_info)
+        # jax leaves out the arrays that the program does not read, and tells nobody else of it.
+        kept = sorted(made._executable._kept_var_idx)
+
+        def run(*args: Any) -> Any:
+            began, before = time.perf_counter(), program.launched
+            leaves = jax.tree.leaves(args)
+            out = program.run([np.asarray(leaves[n]) for n in kept])
+            self.launched += program.launched - before
+            self.seconds += time.perf_counter() - began
+            return jax.tree.unflatten(results, out)
+
+        return run
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Inside, engines of `mtpjax` run on this card."""
+        before, mtpjax.compiled.compiled = mtpjax.compiled.compiled, self.compile
+        try:
+            with compiling_for("cuda", self.card.capability):
+                yield
+        finally:
+            mtpjax.compiled.compiled = before
