@@ -136,25 +136,29 @@ def run_card(card: str, cases: list[str], script: str = __file__, python: str = 
     one goes on."""
     left = list(cases)
     while left:
-        command = [python, script, "--worker", card, *left]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"})
-        at: str | None = None
-        for line in done.stdout.splitlines():
-            if not line.startswith("{"):
-                continue
-            said = json.loads(line)
-            at = said.get("start", at)
-            if "case" in said:
-                left.remove(said["case"])
-                at = None
-                yield {"card": card, **said}
-        if done.returncode:
-            words = (done.stderr.strip().splitlines() or ["no message"])[-1][:300]
+        command, at = [python, script, "--worker", card, *left], None
+        with tempfile.TemporaryFile("w+") as errors:
+            env = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
+            worker = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=env)
+            assert worker.stdout
+            for line in worker.stdout:
+                if not line.startswith("{"):
+                    continue
+                said = json.loads(line)
+                at = said.get("start", at)
+                if "case" in said:
+                    left.remove(said["case"])
+                    at = None
+                    yield {"card": card, **said}
+            status = worker.wait()
+            errors.seek(0)
+            words = (errors.read().strip().splitlines() or ["no message"])[-1][:300]
+        if status:
             failed = at or left[0]
             if at is None and failed == left[0] and len(left) == len(cases):
                 raise SystemExit(f"{Path(script).stem}: cannot compile for {card} here: {words}")
             left.remove(failed)
-            yield {"card": card, "case": failed, "error": f"the compiler process ended with {done.returncode}: {words}"}
+            yield {"card": card, "case": failed, "error": f"the compiler process ended with {status}: {words}"}
 
 
 def problems(result: dict[str, Any]) -> list[str]:

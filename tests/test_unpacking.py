@@ -1,14 +1,19 @@
-"""Words of stored weights to numbers, as kernels unpack them, in arithmetic: every code, table and high bit."""
+"""Words of stored weights to numbers, as kernels unpack them: every code, table and high bit in arithmetic, and a GPU's own
+instructions, emulated, beside it."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from emulated import each_thread
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels_pallas import packed_words
-from kernels_pallas.instructions import ARITHMETIC
+from kernels_pallas import instructions, packed_words
+from kernels_pallas.instructions import ARITHMETIC, MACHINE
 from kernels_pallas.packed_words import Form
 from kernels_pallas.quantized import INDICES
 from kernels_pallas.unpacking import PAIR_SCALE, floats, pairs
@@ -83,3 +88,57 @@ def test_a_number_by_its_scale_is_bfloat16_within_a_rounding() -> None:
     nearest = exact.astype(ml_dtypes.bfloat16).astype(np.float32)
     assert (got == same).all() and (got == nearest).mean() > 0.999
     assert (np.abs(got - exact) <= 2.0**-8 * np.abs(exact)).all()
+
+
+@pytest.fixture
+def emulated_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`MACHINE` outside of a kernel: its assembly is run by the emulator."""
+
+    def run(text: str, args: Sequence[Any], dtype: Any, kinds: str) -> Any:
+        return jnp.asarray(each_thread(text, [np.asarray(arg) for arg in args], dtype, kinds))
+
+    monkeypatch.setattr(instructions, "_asm", run)
+
+
+FORMS = {
+    "iq4_nl": Form("codes4", 32, (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)),
+    "a table of any numbers": Form("codes4", 32, (5, -3, 127, -128, 0, 64, -64, 1, -1, 90, -90, 33, 2, -77, 17, 4)),
+    "q4_k": Form("codes4", 32, tuple(range(16))),
+    "q5_k": Form("codes5", 32, tuple(range(32))),
+    "q6_k": Form("codes6", 16, tuple(range(-32, 32))),
+    "q8_0": Form("codes8", 32),
+    "fp8": Form("fp8", 128),
+}
+
+
+@pytest.mark.usefixtures("emulated_machine")
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_instructions_of_a_gpu_give_the_bits_of_arithmetic(form: Form) -> None:
+    rng = np.random.default_rng(0)
+    four = rng.integers(0, 256, (600, 4)).astype(np.uint8)
+    if form.layout == "fp8":
+        four[four & 0x7F == 0x7F] = 0x7E  # 0x7F and 0xFF are no numbers
+    word = jnp.asarray(four.view(np.uint32).reshape(-1))
+    many = INDICES.get(form.layout, 4) - 4
+    high = jnp.asarray(rng.integers(0, 1 << 8 * many, 600).astype(np.uint32)) if many else None
+    for machine, plain in zip(pairs(form, word, MACHINE, high), pairs(form, word, ARITHMETIC, high), strict=True):
+        np.testing.assert_array_equal(np.asarray(machine), np.asarray(plain))
+    (machine, bias), (plain, same) = (floats(form, word, ops, high) for ops in (MACHINE, ARITHMETIC))
+    assert bias == same
+    for one, other in zip(machine, plain, strict=True):
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+
+
+@pytest.mark.usefixtures("emulated_machine")
+def test_scales_are_applied_by_a_gpu_as_by_arithmetic() -> None:
+    rng = np.random.default_rng(1)
+    m, scale, rest = (jnp.asarray(rng.normal(size=500).astype(np.float32)) for _ in range(3))
+    exact = np.float64(np.asarray(m)) * np.float64(np.asarray(scale)) + np.float64(np.asarray(rest))
+    np.testing.assert_array_equal(np.asarray(MACHINE.fused(m, scale, rest)), exact.astype(np.float32))
+    joined = MACHINE.pair(m, scale)
+    np.testing.assert_array_equal(joined, ARITHMETIC.pair(m, scale))
+    for one, other in zip(MACHINE.split(joined), ARITHMETIC.split(joined), strict=True):
+        np.testing.assert_array_equal(np.asarray(one).view(np.uint16), np.asarray(other).view(np.uint16))
+    high, low = ARITHMETIC.pair(scale, scale), ARITHMETIC.pair(scale * 2.0**-9, scale * 2.0**-9)
+    np.testing.assert_array_equal(MACHINE.scaled(joined, high, low), ARITHMETIC.scaled(joined, high, low))
+    assert (np.asarray(MACHINE.constant(0x12345678, (40,))) == 0x12345678).all()

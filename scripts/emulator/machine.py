@@ -143,23 +143,23 @@ class Lanes:
         base = self.read(operand.base, np.uint64 if wide else np.uint32).astype(np.uint64)
         return (base + np.uint64(operand.offset & (1 << 64) - 1)).view(np.int64)
 
-    def local_address(self, operand: Operand) -> Any:
-        """`[count]` places in the memory that holds what each thread has for itself."""
-        address = self.whole(self.address(operand))
-        if int(address.min()) < 0 or int(address.max()) >= self.kernel.local_bytes:
-            raise EmulationError(f"address {int(address.max()):#x} of local memory, which has {self.kernel.local_bytes} bytes")
-        return address + np.arange(self.count) * (len(self.local.bytes) // self.count)
-
-    def shared_address(self, operand: Operand) -> Any:
-        """`[count]` places in the memory of all these blocks."""
-        return self.in_block(self.address(operand))
-
-    def in_block(self, address: Any) -> Any:
-        """Places in the shared memory of all these blocks, from those in a block's own."""
-        address = self.whole(address)
-        if address.size and (int(address.min()) < 0 or int(address.max()) >= self.shared_bytes):
-            raise EmulationError(f"address {int(address.max()):#x} of shared memory, of which a block has {self.shared_bytes} bytes")
-        return address + self.block.astype(np.int64) * len(self.shared.bytes) // self.blocks
+    def places(self, space: str, operand: Operand, some: Any) -> Any:
+        """Where in the memory of all these threads an address lies, for some of the threads (a mask, or numbers); all if None. A
+        single number where it is the same for all."""
+        address = self.address(operand)
+        if space == "global":
+            return address if some is None else self.whole(address)[some]
+        if some is None:
+            some = slice(None)
+        memory, own, number = (self.shared, self.shared_bytes, self.block) if space == "shared" else (
+            self.local, self.kernel.local_bytes, np.arange(self.count)
+        )  # fmt: skip
+        address, number = self.whole(address)[some], number[some]
+        if address.size and (int(address.min()) < 0 or int(address.max()) >= own):
+            owner = "block" if space == "shared" else "thread"
+            raise EmulationError(f"address {int(address.max()):#x} of {space} memory, of which a {owner} has {own} bytes")
+        each = len(memory.bytes) // (self.blocks if space == "shared" else self.count)
+        return address + number.astype(np.int64) * each
 
     @property
     def blocks(self) -> int:

@@ -68,6 +68,10 @@ class Memory:
             if self.span and by is not None:
                 self._writes(places + i * size, size, by, view[units + i] != value)
             view[units + i] = value
+            if self.span and by is not None:  # of several that write one place at a time, one was the last
+                lost = view[units + i] != value
+                if np.any(lost) and (self._writer[places + i * size] != by)[lost].any():
+                    raise EmulationError(f"a race: {self.what} is written at once with different values, by others")
 
     def lines(self, addresses: Any, size: int, by: Any = None) -> Any:
         """uint8 `[n, size]`: what lies at n addresses."""
@@ -116,9 +120,8 @@ class Memory:
     def _writes(self, places: Any, size: int, by: Any, changed: Any) -> None:
         at, who = _each_byte(places, size, by)
         changed = np.broadcast_to(np.asarray(changed)[..., None], (*np.shape(places), size)).reshape(-1)
-        at, who = at[changed], who[changed]
-        self._check(at, self._reader[at], who, "written", "read")
-        self._check(at, self._writer[at], who, "written", "written")
+        self._check(at[changed], self._reader[at[changed]], who[changed], "written", "read")
+        self._check(at[changed], self._writer[at[changed]], who[changed], "written", "written")
         self._writer[at] = who
 
     def _check(self, at: Any, before: Any, who: Any, now: str, earlier: str) -> None:

@@ -13,14 +13,12 @@ from scripts.emulator.ptx import Address, Both, EmulationError, Instruction, Nam
 SPACES = ("global", "shared", "local", "param")
 
 
-def _places(lanes: Lanes, i: Instruction, where: Any, space: str) -> tuple[Memory, Any]:
-    if space == "local":
-        return lanes.local, lanes.local_address(where)
-    return (lanes.shared, lanes.shared_address(where)) if space == "shared" else (lanes.memory, lanes.address(where))
+def _memory(lanes: Lanes, space: str) -> Memory:
+    return {"global": lanes.memory, "shared": lanes.shared, "local": lanes.local}[space]
 
 
 def _some(by: Any, mask: Any) -> Any:
-    return None if by is None else by[mask]
+    return by if by is None or mask is None else by[mask]
 
 
 def _space(i: Instruction) -> str:
@@ -58,12 +56,11 @@ def _load(i: Instruction) -> Step:
     size = np.dtype(kind).itemsize
 
     def run(lanes: Lanes, mask: Mask) -> None:
-        memory, places = _places(lanes, i, where, space)
-        if mask is None:
-            found = memory.load(places, size, len(parts), i.used, lanes.by(space))
-        else:
-            found = []
-            for some in memory.load(lanes.whole(places)[mask], size, len(parts), i.used, _some(lanes.by(space), mask)):
+        places, by = lanes.places(space, where, mask), _some(lanes.by(space), mask)
+        found = _memory(lanes, space).load(places, size, len(parts), i.used, by)
+        if mask is not None:
+            loaded, found = found, []
+            for some in loaded:
                 all_of_them = np.zeros(lanes.count, some.dtype)
                 all_of_them[mask] = some
                 found.append(all_of_them)
@@ -80,10 +77,9 @@ def _store(i: Instruction) -> Step:
     parts = source.parts if isinstance(source, Vector) else [source]
 
     def run(lanes: Lanes, mask: Mask) -> None:
-        memory, places = _places(lanes, i, where, space)
-        values = [lanes.whole(lanes.read(part, kind)) for part in parts]
         some = slice(None) if mask is None else mask
-        memory.store(lanes.whole(places)[some], [value[some] for value in values], kind.itemsize, _some(lanes.by(space), some))
+        values = [lanes.whole(lanes.read(part, kind))[some] for part in parts]
+        _memory(lanes, space).store(lanes.places(space, where, some), values, kind.itemsize, _some(lanes.by(space), some))
 
     return run
 
@@ -103,13 +99,13 @@ def _atomic(i: Instruction) -> Step:
     size = np.dtype(kind).itemsize
 
     def run(lanes: Lanes, mask: Mask) -> None:
-        memory, places = _places(lanes, i, where, space)
-        places, values = lanes.whole(places), lanes.whole(lanes.read(source, kind))
+        some = np.arange(lanes.count) if mask is None else np.flatnonzero(mask)
+        memory, values = _memory(lanes, space), lanes.whole(lanes.read(source, kind))
         before = np.zeros(lanes.count, kind)
-        for lane in range(lanes.count) if mask is None else np.flatnonzero(mask):
-            [old] = memory.load(places[lane], size)
+        for lane, place in zip(some, lanes.places(space, where, some), strict=True):
+            [old] = memory.load(place, size)
             before[lane] = old.view(kind)
-            memory.store(places[lane], [np.asarray(do(before[lane], values[lane])).view(old.dtype)], size)
+            memory.store(place, [np.asarray(do(before[lane], values[lane])).view(old.dtype)], size)
         lanes.write(target, before, mask)
 
     return run
@@ -156,14 +152,14 @@ def _copy(i: Instruction) -> Step:
 
         return commit
     if i.words[2] in ("wait_group", "wait_all"):
-        left = i.operands[0].value if i.operands else 0  # type: ignore[union-attr]
+        left = i.operands[0].value if i.operands else -1  # type: ignore[union-attr]  # -1: those of no group yet, too
         return lambda lanes, mask: _arrive(lanes, mask, int(left))
     to, source, size, *used = i.operands
     count = int(size.value)  # type: ignore[union-attr]
 
     def begin(lanes: Lanes, mask: Mask) -> None:
         threads = np.arange(lanes.count) if mask is None else np.flatnonzero(mask)
-        places, origins = lanes.shared_address(to)[threads], lanes.whole(lanes.address(source))[threads]
+        places, origins = lanes.places("shared", to, threads), lanes.places("global", source, threads)
         many = lanes.whole(lanes.read(used[0], np.uint32) if used else np.uint32(count))[threads]
         if not np.isin(many, (0, count)).all():
             raise EmulationError("a copy of a part of its bytes is not known here")

@@ -96,23 +96,24 @@ def _matrices(i: Instruction) -> Step:
 
     def run(lanes: Lanes, mask: Mask) -> None:
         some = _whole_warps(mask)
-        places = lanes.shared_address(where).reshape(-1, WARP)[some, : 8 * many]
-        by = lanes.by("shared").reshape(-1, WARP)[some, : 8 * many].reshape(-1)
+        named = np.zeros((lanes.count // WARP, WARP), bool)  # threads whose addresses count
+        named[some, : 8 * many] = True
+        places, by = lanes.places("shared", where, named.reshape(-1)), lanes.by("shared")[named.reshape(-1)]
         if load:
-            rows = lanes.shared.lines(places.reshape(-1), 16, by).view(np.uint16).reshape(-1, many, 8, 8)
+            rows = lanes.shared.lines(places, 16, by).view(np.uint16).reshape(-1, many, 8, 8)
             for n, part in enumerate(parts):
                 halves = [rows[:, n, 2 * QUAD + e, ROW] if turned else rows[:, n, ROW, 2 * QUAD + e] for e in (0, 1)]
                 value = np.zeros((lanes.count // WARP, WARP), np.uint32)
                 value[some] = halves[0].astype(np.uint32) | halves[1].astype(np.uint32) << np.uint32(16)
                 lanes.write(part, value.reshape(-1), mask)
             return
-        rows = np.empty((len(places), many, 8, 8), np.uint16)
+        rows = np.empty((len(places) // (8 * many), many, 8, 8), np.uint16)
         for n, part in enumerate(parts):
             word = lanes.whole(lanes.read(part, np.uint32)).reshape(-1, WARP)[some]
             for e in (0, 1):
                 row, column = (2 * QUAD + e, ROW) if turned else (ROW, 2 * QUAD + e)
                 rows[:, n, row, column] = (word >> np.uint32(16 * e)).astype(np.uint16)
-        lanes.shared.store_lines(places.reshape(-1), rows.reshape(-1, 8).view(np.uint8), by)
+        lanes.shared.store_lines(places, rows.reshape(-1, 8).view(np.uint8), by)
 
     return run
 

@@ -1,0 +1,45 @@
+"""A whole program that XLA compiled for a GPU, run by the emulator: its loops, branches, copies and slices, on its buffers."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from golden.make_emulated import MOST, SIZE, steps
+
+from scripts.emulator.dump import Branches, Copy, Dump, Launch, Loop, Slice, every
+from scripts.emulator.program import Program
+from scripts.emulator.ptx import EmulationError
+
+FOLDER = Path(__file__).parent / "golden" / "emulated"
+
+
+@pytest.mark.parametrize(("turns", "first"), [(0, 0), (5, 0), (3, 1), (2, -4), (4, 7)])
+def test_a_program_gives_what_it_gives_on_a_cpu(turns: int, first: int) -> None:
+    x = np.random.default_rng(0).normal(size=SIZE).astype(np.float32)
+    got = Program(FOLDER).run([x, np.int32(turns), np.int32(first)])
+    for one, other in zip(got, steps(x, turns, first), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_every_kind_of_step_is_in_it() -> None:
+    """What the test above proves."""
+    assert {type(thunk) for thunk in every(Dump(FOLDER).thunks)} == {Launch, Copy, Slice, Loop, Branches}
+
+
+def test_arguments_of_another_number_are_refused() -> None:
+    with pytest.raises(EmulationError, match="takes 3 arrays, not 1"):
+        Program(FOLDER).run([np.zeros(SIZE, np.float32)])
+
+
+def test_a_step_that_is_not_known_is_named(tmp_path: Path) -> None:
+    for file in FOLDER.iterdir():
+        text = file.read_text()
+        (tmp_path / file.name).write_text(text.replace("kCopy ", "kGemm ") if "thunk_sequence" in file.name else text)
+    with pytest.raises(EmulationError, match="a program with a 'kGemm' for 'copy'"):
+        Program(tmp_path)
+
+
+def test_a_folder_without_a_program_is_named(tmp_path: Path) -> None:
+    with pytest.raises(EmulationError, match="tells of 0 programs"):
+        Dump(tmp_path)
+    assert MOST == 5
