@@ -1,4 +1,4 @@
-# make demo | test | lint | check-cuda: each sets up all it needs on a fresh machine, and starts at once the next time.
+# make demo | test | lint | check-cuda | emulate-cuda: each sets up all it needs on a fresh machine, and starts at once the next time.
 # Overridable: PYTHON (interpreter that makes the environment), VENV (its folder), PYTEST_ARGS.
 
 PYTHON      ?= python3
@@ -8,6 +8,7 @@ PYTEST_ARGS ?= -n 2 --dist worksteal
 # The CUDA compiler plugin has its own environment: with it installed, jax would look for a GPU.
 CUDA_VENV   ?= .venv-cuda
 CHECK_CUDA_ARGS ?= --json docs/benchmarks/cuda_check.json
+EMULATE_CUDA_ARGS ?= --json docs/benchmarks/emulated.json
 
 VENV_PYTHON := $(VENV)/bin/python
 CUDA_READY  := $(CUDA_VENV)/.installed
@@ -29,7 +30,7 @@ XLA_PYTHON_CLIENT_PREALLOCATE              ?= false
 export JAX_COMPILATION_CACHE_DIR JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES
 test: export XLA_PYTHON_CLIENT_PREALLOCATE := $(XLA_PYTHON_CLIENT_PREALLOCATE)
 
-.PHONY: help demo test lint check-cuda
+.PHONY: help demo test lint check-cuda emulate-cuda
 .DELETE_ON_ERROR:
 # demo and test share the environment: under -j, two pips must not write to it at once.
 .NOTPARALLEL:
@@ -39,6 +40,7 @@ help:
 	@echo "make test   run the tests (PYTEST_ARGS='-n 2 ...')"
 	@echo "make lint   ruff check and mypy"
 	@echo "make check-cuda   compile the GPU kernels and programs for five cards, without a GPU (CHECK_CUDA_ARGS='--cards h200 ...')"
+	@echo "make emulate-cuda   run what they compile to, without a GPU: kernels and texts (EMULATE_CUDA_ARGS='--cards h200 --cases text ...')"
 
 demo: $(RUN_READY)
 	@$(VENV_PYTHON) scripts/batch_generate.py --advised
@@ -53,6 +55,9 @@ lint: $(DEV_READY)
 # Kernels and programs for GPUs that are not here: nothing runs on one.
 check-cuda: $(CUDA_READY)
 	@$(CUDA_VENV)/bin/python scripts/check_cuda.py $(CHECK_CUDA_ARGS)
+
+emulate-cuda: $(CUDA_READY)
+	@$(CUDA_VENV)/bin/python scripts/emulate_cuda.py $(EMULATE_CUDA_ARGS)
 
 $(CUDA_READY): $(INSTALL_FROM)
 	@echo "Making $(CUDA_VENV) with $$($(PYTHON) --version 2>&1), jax and its CUDA compiler plugin (about 1.6 GB)"

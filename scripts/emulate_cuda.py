@@ -17,14 +17,12 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from scripts.check_cuda import float32_cases, run_card
@@ -44,15 +42,15 @@ PROMPTS = (
     "It was",
     "“I do not know,” said the",
 )
-TOKENS, DRAFT = 12, 3
+DRAFT = 3
 SAMPLED = {"temperature": 0.9, "top_k": 20, "top_p": 0.95, "presence_penalty": 0.5, "repetition_penalty": 1.1, "seed": 5}
-TEXTS: dict[str, dict[str, Any]] = {  # arguments of `LLM`, and of `SamplingParams`
-    "text bf16": {"dtype": "bfloat16"},
-    "text bf16 sampled": {"dtype": "bfloat16", "sampling": SAMPLED},
-    "text iq4_nl": {"dtype": "bfloat16", "weights": "iq4nl"},
-    "text int8 refilled": {"dtype": "bfloat16", "weights": "int8", "max_batch": 2},
-    "text fp8": {"dtype": "bfloat16", "weights": "fp8"},
-    "text float32": {"dtype": "float32"},
+TEXTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # arguments of `LLM`, and of `SamplingParams`
+    "text bf16": ({"dtype": "bfloat16"}, {}),
+    "text bf16 sampled": ({"dtype": "bfloat16"}, SAMPLED),
+    "text iq4_nl": ({"dtype": "bfloat16", "weights": "iq4nl"}, {}),
+    "text int8 refilled": ({"dtype": "bfloat16", "weights": "int8", "max_batch": 2}, {}),
+    "text fp8": ({"dtype": "bfloat16", "weights": "fp8"}, {}),
+    "text float32": ({"dtype": "float32"}, {"max_tokens": 6}),
 }
 
 
@@ -73,7 +71,7 @@ def work(card: str, names: list[str]) -> None:
         print(json.dumps({"start": name}), flush=True)
         began, before = time.perf_counter(), emulated.launched
         try:
-            found = text_report(emulated, TEXTS[name]) if name in TEXTS else kernel_report(emulated, name)
+            found = text_report(emulated, *TEXTS[name]) if name in TEXTS else kernel_report(emulated, name)
         except Exception as error:  # whatever goes wrong is the result
             found = {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"}
         seconds = round(time.perf_counter() - began, 1)
@@ -102,14 +100,13 @@ def kernel_report(emulated: Any, name: str) -> dict[str, Any]:
     }
 
 
-def text_report(emulated: Any, given: dict[str, Any]) -> dict[str, Any]:
+def text_report(emulated: Any, options: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
     from mtpjax import LLM, SamplingParams
 
-    sampling = SamplingParams(max_tokens=TOKENS, **given.get("sampling", {}))
-    options = {"max_len": 256, **{key: value for key, value in given.items() if key != "sampling"}}
+    sampling = SamplingParams(**{"max_tokens": 12, **wanted})
 
     def texts(draft: int) -> tuple[list[str], float]:
-        outputs = LLM(CHECKPOINT, draft=draft, **options).generate(list(PROMPTS), sampling)
+        outputs = LLM(CHECKPOINT, draft=draft, max_len=256, **options).generate(list(PROMPTS), sampling)
         return [out.text for out in outputs], float(np.mean([out.metrics.tokens_per_round for out in outputs]))
 
     with emulated.in_use():
@@ -128,7 +125,7 @@ def problems(result: dict[str, Any]) -> list[str]:
         return [result["error"]]
     if result["case"] in TEXTS:
         found = [] if result["same_with_drafts"] else ["drafts change the text"]
-        exact = TEXTS[result["case"]]["dtype"] == "float32"
+        exact = TEXTS[result["case"]][0]["dtype"] == "float32"
         return found + (["another text than on a CPU, in float32"] if exact and not result["same_on_cpu"] else [])
     return [
         f"differs by {result[of]:.1e} from {what}"
@@ -144,10 +141,11 @@ def show(result: dict[str, Any]) -> str:
     if result["case"] in TEXTS:
         same = ["the same" if result[of] else "OTHERS" for of in ("same_with_drafts", "same_on_cpu")]
         return (
-            f"{name} {len(result['texts'])} texts: {same[0]} with drafts ({result['tokens_a_round']:.2f} tokens a round), {same[1]} "
-            f"on a CPU; {result['kernels']} kernels in {result['seconds']:.0f} s"
+            f"{name} {len(result['texts'])} texts: {same[0]} with drafts ({result['tokens_a_round']:.2f} tokens a round), "
+            f"{same[1]} on a CPU; {result['kernels']} kernels in {result['seconds']:.0f} s"
         )
-    return f"{name} differs by {result['of_formula']:.1e} from the formula, {result['of_interpreted']:.1e} from the interpreted kernel"
+    formula, interpreted = result["of_formula"], result["of_interpreted"]
+    return f"{name} differs by {formula:.1e} from the formula, {interpreted:.1e} from the interpreted kernel"
 
 
 def main() -> int:

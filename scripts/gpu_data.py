@@ -22,7 +22,7 @@ CHECKED = 4  # rows compared with the reference: the last ones
 
 
 def random_like(spec: Any, key: jax.Array) -> jax.Array:
-    """Codes: any bits; scales 2^-8 to 2^-6, all different; other numbers normal. The first axis of a stack is made piece by piece."""
+    """Codes: any bits; scales 2^-8 to 2^-6, all different; other numbers normal. A stack is made piece by piece."""
 
     def make(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         if spec.dtype in (jnp.float16, jnp.float32):

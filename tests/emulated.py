@@ -56,7 +56,7 @@ def each_thread(text: str, inputs: Sequence[Any], dtype: Any, kinds: str = "") -
     width = {"r": 4, "f": 4, "h": 2, "l": 8}
     prefix = {"r": "%r1", "f": "%f", "h": "%h", "l": "%rd1"}
     registers = [f"{prefix[kind]}{n}" for n, kind in enumerate(kinds)]
-    lines = ["setp.ge.s32 %p1, %r3, {}; @%p1 ret;".format(size)]
+    lines = [f"setp.ge.s32 %p1, %r3, {size}; @%p1 ret;"]
     for n, kind in enumerate(kinds[1:]):
         lines.append(f"mul.wide.s32 %rd9, %r3, {width[kind]}; add.s64 %rd9, %rd9, %rd{n};")
         lines.append(f"ld.global.b{8 * width[kind]} {registers[n + 1]}, [%rd9];")

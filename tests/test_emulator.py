@@ -196,7 +196,12 @@ def test_what_nobody_wrote_is_no_number() -> None:
 @pytest.mark.parametrize(("way", "by"), [("bfly", 5), ("down", 3), ("up", 2), ("idx", 7)])
 def test_values_go_from_thread_to_thread(way: str, by: int) -> None:
     clamp = 0 if way == "up" else 31
-    text = f"shfl.sync.{way}.b32 %r4, %r0, {by}, {clamp}, -1; mul.wide.u32 %rd9, %r0, 4; add.s64 %rd9, %rd9, %rd0; st.global.b32 [%rd9], %r4;"
+    text = f"""
+    shfl.sync.{way}.b32 %r4, %r0, {by}, {clamp}, -1;
+    mul.wide.u32 %rd9, %r0, 4;
+    add.s64 %rd9, %rd9, %rd0;
+    st.global.b32 [%rd9], %r4;
+    """
     lanes = np.arange(32)
     source = {"bfly": lanes ^ by, "down": lanes + by, "up": lanes - by, "idx": np.full(32, by)}[way]
     want = np.where((source >= 0) & (source < 32), source, lanes)
@@ -230,7 +235,8 @@ def test_a_product_of_matrices_from_shared_memory() -> None:
     shl.b32 %r9, %r5, 4;
     ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%r24, %r25}, [%r9+512];
     mov.b32 %r30, 0; mov.b32 %r31, 0; mov.b32 %r32, 0; mov.b32 %r33, 0;
-    mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%r30, %r31, %r32, %r33}, {%r20, %r21, %r22, %r23}, {%r24, %r25}, {%r30, %r31, %r32, %r33};
+    mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32
+        {%r30, %r31, %r32, %r33}, {%r20, %r21, %r22, %r23}, {%r24, %r25}, {%r30, %r31, %r32, %r33};
     shr.u32 %r10, %r0, 2;
     shl.b32 %r11, %r10, 5;
     and.b32 %r12, %r0, 3;

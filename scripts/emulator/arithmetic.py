@@ -278,8 +278,8 @@ def _count(i: Instruction) -> Step:
 
 
 COMPARISONS: dict[str, Callable[..., Any]] = {
-    "eq": lambda a, b: a == b, "ne": lambda a, b: (a != b) & (a == a) & (b == b), "lt": lambda a, b: a < b, "le": lambda a, b: a <= b,
-    "gt": lambda a, b: a > b, "ge": lambda a, b: a >= b, "num": lambda a, b: (a == a) & (b == b),
+    "eq": lambda a, b: a == b, "ne": lambda a, b: (a != b) & (a == a) & (b == b), "lt": lambda a, b: a < b,
+    "le": lambda a, b: a <= b, "gt": lambda a, b: a > b, "ge": lambda a, b: a >= b, "num": lambda a, b: (a == a) & (b == b),
     "nan": lambda a, b: (a != a) | (b != b), "neu": lambda a, b: a != b, "equ": lambda a, b: ~(a < b) & ~(a > b),
     "ltu": lambda a, b: ~(a >= b), "leu": lambda a, b: ~(a > b), "gtu": lambda a, b: ~(a <= b), "geu": lambda a, b: ~(a < b),
 }  # fmt: skip

@@ -309,6 +309,8 @@ def every(thunks: list[Thunk]) -> Iterator[Thunk]:
     """All of them, those inside of others too."""
     for thunk in thunks:
         yield thunk
-        inner = [thunk.condition, thunk.body] if isinstance(thunk, Loop) else thunk.branches if isinstance(thunk, Branches) else []
-        for some in inner:
-            yield from every(some)
+        if isinstance(thunk, Loop):
+            yield from every(thunk.condition + thunk.body)
+        elif isinstance(thunk, Branches):
+            for branch in thunk.branches:
+                yield from every(branch)

@@ -51,12 +51,14 @@ class Lanes:
 
     Attributes:
         count: threads, those included that only fill a warp up.
-        block, thread: `[count]` number of a thread's block among these, and of the thread in it; `number`: of the block among all.
+        block, thread: `[count]` number of a thread's block among these, and of the thread in it.
+        number: `[count]` that of its block among all blocks of the kernel.
         registers: by name; a number for each thread, or a single one that all have.
         copies: those that have begun: threads, places, bytes, and of which of its groups each thread counts them.
         committed: groups of copies that each thread has closed.
-        products: what groups of products of four warps may still read: places, bytes at each, and which of the four warps; the last
-            group is open. (That their results are not read too early the assembler sees to.)
+        products: products of four warps that may still read: which four, places, bytes at each, and of which of its groups each
+            four count them; `closed`: groups of products that each four have closed. (That results are not read too early, the
+            assembler sees to.)
         met: barriers behind each block.
     """
 
@@ -75,7 +77,8 @@ class Lanes:
     registers: dict[str, Any] = field(default_factory=dict)
     copies: list[tuple[Any, Any, Any, Any]] = field(default_factory=list)
     committed: Any = None
-    products: list[list[tuple[Any, int, Any]]] = field(default_factory=lambda: [[]])
+    products: list[tuple[Any, Any, int, Any]] = field(default_factory=list)
+    closed: Any = None
 
     def by(self, space: str) -> Any:
         """`[count]`: who accesses memory, as `Memory` has it."""
@@ -201,7 +204,8 @@ def _lanes(
     values = {name: np.uint64(value) for name, value in zip(kernel.params, params, strict=True)}
     met, committed = np.zeros(len(numbers), np.int64), np.zeros(len(block), np.int64)
     return Lanes(
-        kernel, len(block), block, thread, special, values, numbers[block], met, memory, shared, size, local, committed=committed
+        kernel, len(block), block, thread, special, values, numbers[block], met, memory, shared, size, local, committed=committed,
+        closed=np.zeros(-(-len(block) // (4 * WARP)), np.int64),
     )  # fmt: skip
 
 

@@ -111,7 +111,8 @@ def run_kernel(kernel: Kernel, launched: Launch, held: dict[int, Any]) -> None:
         memory.allowed[begin : begin + high - low] = True
 
     def address(buffer: Buffer) -> int:
-        at = next(n for n, (a, low, high) in enumerate(spans) if a == buffer.allocation and low <= buffer.offset < max(high, low + 1))
+        in_span = (a == buffer.allocation and low <= buffer.offset < max(high, low + 1) for a, low, high in spans)
+        at = list(in_span).index(True)
         return begins[at] + buffer.offset - spans[at][1]
 
     for buffer in launched.written:

@@ -159,18 +159,25 @@ def _product_groups(i: Instruction) -> Step:
     """Products read shared memory until somebody waits for their group."""
     if i.words[1] == "fence":
         return lambda lanes, mask: None
-    if i.words[1] == "commit_group":
-        return lambda lanes, mask: lanes.products.append([])
-    left = int(i.operands[0].value)  # type: ignore[union-attr]
+    left = int(i.operands[0].value) if i.operands else 0  # type: ignore[union-attr]
 
-    def wait(lanes: Lanes, mask: Mask) -> None:
-        done = lanes.products[: max(0, len(lanes.products) - 1 - left)]
-        for places, size, groups in (read for products in done for read in products):
-            by = np.broadcast_to(lanes.by("shared").reshape(-1, 4 * WARP)[groups, :1, None], places.shape)
-            lanes.shared.load(places, size, by=by)
-        del lanes.products[: len(done)]
+    def run(lanes: Lanes, mask: Mask) -> None:
+        here = np.zeros(len(lanes.closed), bool)
+        here[_whole_warps(mask, 4 * WARP)] = True
+        if i.words[1] == "commit_group":
+            lanes.closed = lanes.closed + here
+            return
+        kept = []
+        for groups, places, size, number in lanes.products:
+            done = here[groups] & (number < lanes.closed[groups] - left)
+            if done.any():  # they have read up to now
+                by = np.broadcast_to(lanes.by("shared").reshape(-1, 4 * WARP)[groups[done], :1, None], places[done].shape)
+                lanes.shared.load(places[done], size, by=by)
+            if not done.all():
+                kept.append((groups[~done], places[~done], size, number[~done]))
+        lanes.products = kept
 
-    return wait
+    return run
 
 
 @opcode("wgmma")
@@ -199,7 +206,8 @@ def _wgmma(i: Instruction) -> Step:
         places = places + of_group[:, None, None] * room
         by = np.broadcast_to(lanes.by("shared").reshape(-1, group)[some, :1, None], places.shape)
         [words] = lanes.shared.load(places, size, by=by)
-        lanes.products[-1].append((places, size, np.flatnonzero(np.ones(lanes.count // group, bool)[some])))
+        groups = np.flatnonzero(np.ones(lanes.count // group, bool)[some])
+        lanes.products.append((groups, places, size, lanes.closed[groups]))
         if kind == "tf32":
             return (words & np.uint32(0xFFFFE000)).view(np.float32)
         return words.view({"bf16": ml_dtypes.bfloat16, "f16": np.float16}[kind]).astype(np.float32)

@@ -9,13 +9,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent.parent)]
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+HERE = Path(__file__).resolve().parent
 SIZE, MOST = 40, 5
 KEPT = (".ptx", ".thunk_sequence.txt", ".thunk_metadata.txt", "_gpu_after_optimizations.txt", "-assignment.txt", "-values.txt")
 
@@ -36,6 +34,7 @@ def steps(x: Any, turns: Any, first: Any) -> tuple[Any, Any]:
 
 
 def main() -> None:
+    sys.path[:0] = [str(HERE.parent.parent)]
     from scripts.cuda_target import CARDS, Target
 
     with tempfile.TemporaryDirectory() as folder:
