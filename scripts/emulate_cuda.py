@@ -8,7 +8,7 @@ Kernels: one layer at a small size on random data, compared with the formula in 
 CPU. Texts: whole programs, from reading prompts to the draft-verify loop; with drafts they must be those without. While a kernel
 runs, each access to memory is checked: aligned, inside a buffer that the kernel was given, written before it is read (what nobody
 wrote is NaN), and not racing with other warps or blocks; copies arrive as late as they may. Exit status 1 when anything is wrong.
-It proves numbers, not times, and knows the tensor cores of compute capability 8.0 to 9.0.
+It proves numbers, not times,.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from scripts.check_cuda import float32_cases, run_card
 from scripts.cuda_cases import Case, KernelSizes, kernel_cases
 from scripts.results import describe, write_json
 
-CARDS = ("rtx3090", "a100", "rtx4090", "h200")
+CARDS = ("rtx3090", "a100", "rtx4090", "h200", "b200")
 CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoints" / "tiny"
 SIZES = KernelSizes(
     hidden=1024, layers=2, experts=4, chosen=2, expert_size=512, heads=(4, 2, 256), linear=(2, 4, 128), context=512, vocab=9_000,

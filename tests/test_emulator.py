@@ -83,6 +83,19 @@ def test_rounding_as_the_instruction_says() -> None:
     assert pair.view(BF16).astype(float).tolist() == [2, 1]  # the first source is the high half
 
 
+def test_sources_of_several_kinds() -> None:
+    """Instructions that only capability 10.0 has: the largest of three, pairs of float32, bfloat16 added to float32."""
+    a, b, c = (np.array([x], np.float32) for x in (1.5, -2, 7))
+    assert each_thread("max.f32 $0, $1, $2, $3;", [a, b, c], np.float32, "ffff") == [7]
+    assert each_thread("min.f32 $0, $1, $2;", [a, b], np.float32, "fff") == [-2]
+    pairs = [np.array(x, np.float32).view(np.uint64) for x in ([1.5, 2], [3, -4])]
+    assert each_thread("add.rn.f32x2 $0, $1, $2;", pairs, np.uint64, "lll").view(np.float32).tolist() == [4.5, -2]
+    small = np.array([1.5], BF16).view(np.uint16)
+    assert each_thread("add.rn.f32.bf16 $0, $1, $2;", [small, c], np.float32, "fhf") == [8.5]
+    with pytest.raises(EmulationError, match="not known here"):
+        each_thread("add.rn.f32 $0, $1, $2, $3;", [a, b, c], np.float32, "ffff")
+
+
 def test_a_carry_goes_from_word_to_word() -> None:
     a, b = np.array([2**64 - 3, 5], np.uint64), np.array([7, 2**40], np.uint64)
     words = [(x >> np.uint64(s)).astype(np.uint32) for x in (a, b) for s in (0, 32)]
@@ -92,8 +105,8 @@ def test_a_carry_goes_from_word_to_word() -> None:
 
 
 def test_what_is_not_known_is_named() -> None:
-    with pytest.raises(EmulationError, match=r"tcgen05\.alloc"):
-        run_ptx("tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r0], 128;", [np.zeros(1, np.uint32)])
+    with pytest.raises(EmulationError, match=r"'redux\.sync\.add"):
+        run_ptx("redux.sync.add.s32 %r4, %r0, -1;", [np.zeros(1, np.uint32)])
     with pytest.raises(EmulationError, match="%r40 is read before"):
         run_ptx("add.s32 %r4, %r40, 1;", [np.zeros(1, np.uint32)])
 
@@ -249,6 +262,68 @@ def test_a_product_of_matrices_from_shared_memory() -> None:
     """
     out = run_ptx(text, [a, b, np.zeros((16, 8), np.float32)], shared=1024)[2]
     np.testing.assert_allclose(out, a.astype(np.float32) @ b.astype(np.float32), rtol=1e-5, atol=1e-5)
+
+
+def test_a_product_in_tensor_memory() -> None:
+    """64 x 16 by 16 x 8, of capability 10.0: the first matrix is put into tensor memory, the second one lies in shared memory."""
+    rng = np.random.default_rng(2)
+    a, b = rng.normal(size=(64, 16)).astype(BF16), rng.normal(size=(8, 16)).astype(BF16)
+    shape = 1 << 4 | 1 << 7 | 1 << 10 | 8 // 8 << 17 | 64 // 16 << 24  # float32 of bfloat16, 64 x 8
+    text = f"""
+    shl.b32 %r4, %r0, 4;
+    cvt.u64.u32 %rd8, %r4;
+    add.s64 %rd9, %rd1, %rd8;
+    setp.lt.u32 %p1, %r0, 16;
+    @%p1 cp.async.cg.shared.global [%r4], [%rd9], 16;
+    cp.async.wait_all;
+    shr.u32 %r5, %r0, 5;
+    setp.eq.u32 %p2, %r5, 0;
+    mov.b32 %r6, 512;
+    @%p2 tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r6], 32;
+    setp.eq.u32 %p3, %r0, 0;
+    mov.b32 %r7, 520;
+    @%p3 mbarrier.init.shared::cta.b64 [%r7], 1;
+    bar.sync 0;
+    ld.shared.b32 %r8, [%r6];
+    and.b32 %r9, %r0, 15;
+    shl.b32 %r10, %r5, 4;
+    add.s32 %r9, %r9, %r10;
+    shl.b32 %r11, %r9, 5;
+    bfe.u32 %r12, %r0, 4, 1;
+    shl.b32 %r13, %r12, 4;
+    add.s32 %r11, %r11, %r13;
+    cvt.u64.u32 %rd10, %r11;
+    add.s64 %rd11, %rd0, %rd10;
+    ld.global.v4.b32 {{%r20, %r21, %r22, %r23}}, [%rd11];
+    shl.b32 %r14, %r5, 21;
+    add.s32 %r15, %r8, %r14;
+    tcgen05.st.sync.aligned.16x32bx2.x4.b32 [%r15 + 0], 4, {{%r20, %r21, %r22, %r23}};
+    tcgen05.wait::st.sync.aligned;
+    bar.sync 0;
+    elect.sync %r16|%p4, -1;
+    and.pred %p5, %p4, %p2;
+    mov.b64 %rd12, {1 << 46 | 256 >> 4 << 32 | 128 >> 4 << 16};
+    mov.b32 %r17, {shape};
+    mov.pred %p6, 0;
+    @%p5 tcgen05.mma.cta_group::1.kind::f16 [%r8 + 16], [%r8 + 0], %rd12, %r17, %p6;
+    @%p5 tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [%r7];
+    {{
+    .reg .pred complete;
+    waitLoop:
+    mbarrier.try_wait.parity.shared::cta.b64 complete, [%r7], 0;
+    @!complete bra.uni waitLoop;
+    }}
+    tcgen05.ld.sync.aligned.16x32bx2.x4.b32 {{%r30, %r31, %r32, %r33}}, [%r15 + 16], 4;
+    tcgen05.wait::ld.sync.aligned;
+    add.s64 %rd13, %rd2, %rd10;
+    st.global.v4.b32 [%rd13], {{%r30, %r31, %r32, %r33}};
+    """
+    image = b.reshape(8, 2, 8).transpose(1, 0, 2)  # blocks of 8 rows of 16 bytes
+    out = run_ptx(text, [a, np.ascontiguousarray(image), np.zeros((64, 8), np.float32)], threads=128, shared=528)[2]
+    np.testing.assert_allclose(out, a.astype(np.float32) @ b.astype(np.float32).T, rtol=1e-5, atol=1e-5)
+    early = text.replace("mbarrier.try_wait.parity.shared::cta.b64 complete, [%r7], 0;", "setp.eq.s32 complete, %r4, %r4;")
+    with pytest.raises(EmulationError, match="before its product was waited for"):
+        run_ptx(early, [a, np.ascontiguousarray(image), np.zeros((64, 8), np.float32)], threads=128, shared=528)
 
 
 @pytest.mark.parametrize("swizzled", [False, True])

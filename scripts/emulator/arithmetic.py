@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 import ml_dtypes
@@ -12,7 +13,7 @@ from scripts.emulator.machine import TYPES, Lanes, Mask, Step, opcode, unsigned
 from scripts.emulator.ptx import Both, EmulationError, Instruction, Reg
 
 FLOATS = ("f32", "f64", "f16", "bf16")
-PAIRS = {"bf16x2": "bf16", "f16x2": "f16"}
+PAIRS = {"bf16x2": "bf16", "f16x2": "f16", "f32x2": "f32"}
 CARRY = "CC.CF"  # name of the flag
 LEAST = np.finfo(np.float32).tiny
 ROUNDINGS = ("rn", "rz", "rm", "rp", "rna", "rni", "rzi", "rmi", "rpi")
@@ -76,27 +77,22 @@ def _float_op(i: Instruction, kind: str, fn: Callable[..., Any], size: int) -> S
 
     if kind not in PAIRS:
         return computes(i, kind, one, size)
-    half = TYPES[PAIRS[kind]]
+    half = np.dtype(TYPES[PAIRS[kind]])
+    bits, whole = unsigned(half), np.dtype(f"u{2 * half.itemsize}")
+    up = whole.type(8 * half.itemsize)
 
     def two(*values: Any) -> Any:
-        low, high = (one(*((v >> np.uint32(s)).astype(np.uint16).view(half) for v in values)) for s in (0, 16))
-        return low.view(np.uint16).astype(np.uint32) | high.view(np.uint16).astype(np.uint32) << np.uint32(16)
+        low, high = (one(*((v >> whole.type(s)).astype(bits).view(half) for v in values)) for s in (0, int(up)))
+        return np.asarray(low).view(bits).astype(whole) | np.asarray(high).view(bits).astype(whole) << up
 
-    return computes(i, "b32", two, size)
-
-
-def _least(a: Any, b: Any) -> Any:
-    return np.fmin(a, b)
-
-
-def _most(a: Any, b: Any) -> Any:
-    return np.fmax(a, b)
+    return computes(i, f"b{8 * whole.itemsize}", two, size)
 
 
 FLOAT_OPS: dict[str, tuple[int, Callable[..., Any]]] = {
     "add": (2, lambda a, b: a + b), "sub": (2, lambda a, b: a - b), "mul": (2, lambda a, b: a * b),
     "fma": (3, lambda a, b, c: a * b + c), "mad": (3, lambda a, b, c: a * b + c), "div": (2, lambda a, b: a / b),
-    "min": (2, _least), "max": (2, _most), "neg": (1, lambda a: -a), "abs": (1, np.abs), "rcp": (1, lambda a: 1 / a),
+    "min": (2, lambda *values: reduce(np.fmin, values)), "max": (2, lambda *values: reduce(np.fmax, values)),
+    "neg": (1, lambda a: -a), "abs": (1, np.abs), "rcp": (1, lambda a: 1 / a),
     "sqrt": (1, np.sqrt), "rsqrt": (1, lambda a: 1 / np.sqrt(a)), "ex2": (1, np.exp2), "lg2": (1, np.log2), "sin": (1, np.sin),
     "cos": (1, np.cos), "tanh": (1, np.tanh),
 }  # fmt: skip
@@ -126,7 +122,26 @@ def _plain(i: Instruction) -> Step:
     if i.op not in table:
         raise EmulationError(f"the instruction '{i.text}' is not known here")
     size, fn = table[i.op]
+    if table is FLOAT_OPS and i.op in ("min", "max"):
+        size = max(size, len(i.operands) - 1)  # two or three
+    if len(i.operands) != size + 1:
+        raise EmulationError(f"the instruction '{i.text}' is not known here")
+    if i.words[-2] == "f32" and kind in ("bf16", "f16"):
+        return _mixed(i, size, fn)
     return _float_op(i, kind, fn, size) if table is FLOAT_OPS else computes(i, kind, fn, size)
+
+
+def _mixed(i: Instruction, size: int, fn: Callable[..., Any]) -> Step:
+    """In float32, where all sources but the last are of the 16-bit type."""
+    target, *sources = i.operands
+    kinds = [TYPES[i.words[-1]]] * (size - 1) + [np.float32]
+    way = next((w for w in i.words if w in ROUNDINGS), "rn")
+
+    def run(lanes: Lanes, mask: Mask) -> None:
+        values = [lanes.read(source, kind).astype(np.float64) for source, kind in zip(sources, kinds, strict=True)]
+        lanes.write(target, np.asarray(rounded(fn(*values), np.dtype(np.float32), way)), mask)
+
+    return run
 
 
 def _product(i: Instruction) -> Step:

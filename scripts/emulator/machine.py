@@ -59,6 +59,9 @@ class Lanes:
         products: products of four warps that may still read: which four, places, bytes at each, and of which of its groups each
             four count them; `closed`: groups of products that each four have closed. (That results are not read too early, the
             assembler sees to.)
+        tensor_memory: see `blackwell.py`, which alone uses it and what follows.
+        unfinished: `[blocks, columns]` of it that products will write.
+        started, ends: what is to be done when products end, for each block and, once they are committed to it, each barrier.
         met: barriers behind each block.
     """
 
@@ -79,6 +82,10 @@ class Lanes:
     committed: Any = None
     products: list[tuple[Any, Any, int, Any]] = field(default_factory=list)
     closed: Any = None
+    tensor_memory: Any = None
+    unfinished: Any = None
+    started: dict[int, list[Callable[[], None]]] = field(default_factory=dict)
+    ends: dict[int, list[Callable[[], None]]] = field(default_factory=dict)
 
     def by(self, space: str) -> Any:
         """`[count]`: who accesses memory, as `Memory` has it."""

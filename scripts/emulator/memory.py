@@ -32,6 +32,7 @@ class Memory:
         if span:
             self._reader, self._writer = (np.full(len(self.bytes), NOBODY, np.int64) for _ in range(2))
             self._coming = np.zeros(len(self.bytes), bool)  # bytes that a copy will write
+            self._kept = np.zeros(len(self.bytes), bool)  # bytes that are read until somebody says that they are not
 
     def _places(self, addresses: Any, size: int, times: int, used: int | None = None, writes: bool = False) -> Any:
         """Checked addresses of accesses of `size * times` bytes each; only the first `used` bytes count."""
@@ -53,10 +54,13 @@ class Memory:
             raise EmulationError(f"{whole} bytes at address {wrong:#x} of {self.what} are in no {kind} of this kernel")
         return places
 
-    def load(self, addresses: Any, size: int, times: int = 1, used: int | None = None, by: Any = None) -> list[Any]:
-        """`times` unsigned numbers of `size` bytes that follow one another, at each address."""
+    def load(
+        self, addresses: Any, size: int, times: int = 1, used: int | None = None, by: Any = None, until_released: bool = False
+    ) -> list[Any]:
+        """`times` unsigned numbers of `size` bytes that follow one another, at each address; nobody may write there until
+        `release`, if told so."""
         places = self._places(addresses, size, times, used)
-        self._reads(places, size * times, by)
+        self._reads(places, size * times, by, until_released)
         view, units = self.bytes.view(f"u{size}"), places // size
         return [view[units + i] for i in range(times)]
 
@@ -96,7 +100,12 @@ class Memory:
             self._writes(places, size, by, True)
             self._coming[places[:, None] + np.arange(size)] = True
 
-    def _reads(self, places: Any, size: int, by: Any) -> None:
+    def release(self, addresses: Any, size: int) -> None:
+        """What was loaded there with `until_released` is not read any more."""
+        if self.span:
+            self._kept[addresses[..., None] + np.arange(size)] = False
+
+    def _reads(self, places: Any, size: int, by: Any, until_released: bool = False) -> None:
         if not self.span or by is None:
             return
         changing = self.writable[places]
@@ -111,6 +120,9 @@ class Memory:
         if self._coming[at].any():
             raise EmulationError(f"{self.what} is read at {int(at[self._coming[at]].min()):#x} before a copy to it has come")
         self._check(at, self._writer[at], who, "read", "written")
+        if until_released:
+            self._kept[at] = True
+            return
         before, now = self._reader[at], who // self.span * self.span
         several = now + self.span - 1  # in an epoch in which different ones read
         self._reader[at] = np.where((before >= now) & (before != who), several, who)
@@ -120,6 +132,8 @@ class Memory:
     def _writes(self, places: Any, size: int, by: Any, changed: Any) -> None:
         at, who = _each_byte(places, size, by)
         changed = np.broadcast_to(np.asarray(changed)[..., None], (*np.shape(places), size)).reshape(-1)
+        if self._kept[at[changed]].any():
+            raise EmulationError(f"{self.what} is written at {int(at[changed].min()):#x} while a product reads it")
         self._check(at[changed], self._reader[at[changed]], who[changed], "written", "read")
         self._check(at[changed], self._writer[at[changed]], who[changed], "written", "written")
         self._writer[at] = who

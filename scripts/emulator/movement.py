@@ -135,7 +135,7 @@ def _shuffle(i: Instruction) -> Step:
     return run
 
 
-@opcode("vote", "activemask", "match", "redux", "elect")
+@opcode("vote", "activemask", "match", "redux")
 def _unknown(i: Instruction) -> Step:
     raise EmulationError(f"the instruction '{i.text}' is not known here")
 

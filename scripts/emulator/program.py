@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from scripts.emulator import arithmetic, movement, tensor_cores  # noqa: F401  (they register instructions)
+from scripts.emulator import arithmetic, blackwell, movement, tensor_cores  # noqa: F401  (they register instructions)
 from scripts.emulator.dump import Array, Branches, Buffer, Copy, Dump, Instruction, Launch, Loop, Thunk
 from scripts.emulator.machine import launch
 from scripts.emulator.memory import GUARD, UNSET, Memory

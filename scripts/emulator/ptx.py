@@ -127,7 +127,7 @@ def _placed(symbols: list[tuple[str, str, str]]) -> tuple[dict[str, int], int]:
 
 def _statements(body: str) -> Iterator[tuple[str | None, Instruction | None]]:
     """Labels and instructions in their order. A brace where a statement begins opens a scope of register names."""
-    scopes: list[dict[str, Reg]] = []
+    scopes: list[dict[str, Operand]] = []
     at, opened, used = 0, 0, None
     blank, label = re.compile(r"\s*"), re.compile(r"(\$?[\w$]+):(?!:)")
     while True:
@@ -146,7 +146,11 @@ def _statements(body: str) -> Iterator[tuple[str | None, Instruction | None]]:
         elif body[at] == ";":
             at += 1
         elif found := label.match(body, at):
-            yield found[1], None
+            name = found[1]
+            if len(scopes) > 1:  # known in its scope alone, behind it
+                name = f"{name}@{opened}"
+                scopes[-1][found[1]] = Name(name)
+            yield name, None
             at = found.end()
         else:
             end = body.index(";", at)
@@ -161,7 +165,7 @@ def _statements(body: str) -> Iterator[tuple[str | None, Instruction | None]]:
                 used = None
 
 
-def _declare(kind: str, names: str, scope: dict[str, Reg], number: int) -> None:
+def _declare(kind: str, names: str, scope: dict[str, Operand], number: int) -> None:
     for name in (name.strip() for name in names.split(",")):
         stem, many = re.fullmatch(r"(%?[\w$]+)(?:<(\d+)>)?", name).groups()  # type: ignore[union-attr]
         for each in [stem] if many is None else [f"{stem}{i}" for i in range(int(many))]:
@@ -179,7 +183,7 @@ def _parts(text: str) -> list[str]:
     return [*parts, text[begin:].strip()] if text.strip() else []
 
 
-def _instruction(text: str, scopes: list[dict[str, Reg]], used: int | None) -> Instruction:
+def _instruction(text: str, scopes: list[dict[str, Operand]], used: int | None) -> Instruction:
     guard, wanted, rest = None, True, text
     if found := _GUARDED.match(text):
         wanted, rest = not found[1], found[3]
@@ -190,7 +194,7 @@ def _instruction(text: str, scopes: list[dict[str, Reg]], used: int | None) -> I
     return Instruction(tuple(op.split(".")), read, guard, wanted, text, used)
 
 
-def _operand(text: str, scopes: list[dict[str, Reg]]) -> Operand:
+def _operand(text: str, scopes: list[dict[str, Operand]]) -> Operand:
     if text.startswith("{"):
         return Vector([_operand(part, scopes) for part in _parts(text[1:-1])])
     if text.startswith("["):

@@ -18,11 +18,11 @@ LANE = np.arange(WARP)
 ROW, QUAD = LANE // 4, LANE % 4  # "groupID" and "threadID_in_group" of the manual
 
 
-def _parts(operand: Operand) -> list[Operand]:
+def parts_of(operand: Operand) -> list[Operand]:
     return operand.parts if isinstance(operand, Vector) else [operand]
 
 
-def _whole_warps(mask: Mask, group: int = WARP) -> Any:
+def whole_warps(mask: Mask, group: int = WARP) -> Any:
     """Numbers of the warps, or groups of warps, that run; None: all."""
     if mask is None:
         return slice(None)
@@ -34,11 +34,11 @@ def _whole_warps(mask: Mask, group: int = WARP) -> Any:
 
 def _words(lanes: Lanes, operand: Operand, group: int = WARP) -> list[Any]:
     """uint32 `[groups, threads]` of each register."""
-    return [lanes.whole(lanes.read(part, np.uint32)).reshape(-1, group) for part in _parts(operand)]
+    return [lanes.whole(lanes.read(part, np.uint32)).reshape(-1, group) for part in parts_of(operand)]
 
 
-def _numbers(words: Any, kind: str) -> Any:
-    """float32 of words of two bfloat16 or float16, or of one tf32, along the last axis."""
+def numbers(words: Any, kind: str) -> Any:
+    """float32 `[..., 2]` of words of two bfloat16 or float16, or `[..., 1]` of one tf32."""
     if kind == "tf32":  # the bits below the first ten are not read
         return (words & np.uint32(0xFFFFE000)).view(np.float32)[..., None]
     half = {"bf16": ml_dtypes.bfloat16, "f16": np.float16}[kind]
@@ -50,7 +50,7 @@ def _left(words: list[Any], kind: str) -> Any:
     each = 2 if kind != "tf32" else 1
     out = np.empty((len(words[0]), 16, 8 * each), np.float32)
     for n, word in enumerate(words):
-        values = _numbers(np.ascontiguousarray(word), kind)
+        values = numbers(np.ascontiguousarray(word), kind)
         for e in range(each):
             out[:, ROW + 8 * (n % 2), each * QUAD + 4 * each * (n // 2) + e] = values[:, :, e]
     return out
@@ -61,7 +61,7 @@ def _right(words: list[Any], kind: str) -> Any:
     each = 2 if kind != "tf32" else 1
     out = np.empty((len(words[0]), 4 * each * len(words), 8), np.float32)
     for n, word in enumerate(words):
-        values = _numbers(np.ascontiguousarray(word), kind)
+        values = numbers(np.ascontiguousarray(word), kind)
         for e in range(each):
             out[:, each * QUAD + 4 * each * n + e, ROW] = values[:, :, e]
     return out
@@ -77,10 +77,10 @@ def _mma(i: Instruction) -> Step:
     target, a, b, c = i.operands
 
     def run(lanes: Lanes, mask: Mask) -> None:
-        _whole_warps(mask)
+        whole_warps(mask)
         left, right = _left(_words(lanes, a), kind), _right(_words(lanes, b), kind)
         product = np.matmul(left, right)
-        for n, (part, add) in enumerate(zip(_parts(target), _words(lanes, c), strict=True)):
+        for n, (part, add) in enumerate(zip(parts_of(target), _words(lanes, c), strict=True)):
             value = product[:, ROW + 8 * (n // 2), 2 * QUAD + n % 2] + add.view(np.float32)
             lanes.write(part, value.reshape(-1), mask)
 
@@ -92,10 +92,10 @@ def _matrices(i: Instruction) -> Step:
     """Matrices of 8 rows of 16 bytes; the addresses of those of matrix n are in threads 8 n to 8 n + 7."""
     many, turned = int(i.words[i.words.index("m8n8") + 1][1:]), "trans" in i.words
     load = i.op == "ldmatrix"
-    where, parts = (i.operands[1], _parts(i.operands[0])) if load else (i.operands[0], _parts(i.operands[1]))
+    where, parts = (i.operands[1], parts_of(i.operands[0])) if load else (i.operands[0], parts_of(i.operands[1]))
 
     def run(lanes: Lanes, mask: Mask) -> None:
-        some = _whole_warps(mask)
+        some = whole_warps(mask)
         named = np.zeros((lanes.count // WARP, WARP), bool)  # threads whose addresses count
         named[some, : 8 * many] = True
         places, by = lanes.places("shared", where, named.reshape(-1)), lanes.by("shared")[named.reshape(-1)]
@@ -121,35 +121,29 @@ def _matrices(i: Instruction) -> Step:
 # Hopper: products of four warps, one or both matrices in shared memory
 
 
-def _described(lanes: Lanes, descriptor: Any, rows: int, columns: int, size: int, turned: bool) -> Any:
-    """uint8 `[groups, rows, columns, size]`: a matrix in shared memory as its 64-bit descriptor says, columns along the sum.
+def places_of_matrix(descriptor: Any, width: int, rows: int, columns: int, size: int, turned: bool) -> Any:
+    """int64 `[n, rows, columns]`: where elements of n matrices lie in the shared memory of their blocks, columns along the sum.
 
-    `turned`: neighbours along the rows lie together, not along the columns. Layouts are the canonical ones of the manual
-    (9.7.15.5.1), in units of 16 bytes: places are turned over within 8 lines by the swizzle.
+    Args:
+        descriptor: int64 `[n]`, which has the beginning and two distances.
+        width: bytes of a line; places are swapped, in units of 16 bytes, by the number of the line.
+        size: bytes of an element.
+        turned: neighbours along the rows lie together, not those along the columns.
+
+    Layouts are the canonical ones of the manual (9.7.15.5.1).
     """
     begin = (descriptor & 0x3FFF) << 4
     leading, stride = (descriptor >> 16 & 0x3FFF) << 4, (descriptor >> 32 & 0x3FFF) << 4
-    mode = np.unique(descriptor >> 62 & 3)
-    if len(mode) > 1 or np.any(descriptor >> 49 & 7):
-        raise EmulationError("descriptors of matrices that differ in more than their place are not known here")
-    width = {0: 16, 1: 128, 2: 64, 3: 32}[int(mode[0])]  # bytes of a line
     each = 16 // size
     row, column = np.arange(rows)[:, None], np.arange(columns)[None]
     leading, stride = leading[:, None, None], stride[:, None, None]
     if not turned:
-        units, line = column // each, row % 8
-        if width == 16:
-            offset = line * 16 + row // 8 * stride + units * leading
-        else:
-            offset = line * width + row // 8 * stride + units * 16
-        offset = offset + column % each * size
+        unit = leading if width == 16 else 16  # from one unit of a row to the next
+        offset = row % 8 * width + row // 8 * stride + column // each * unit + column % each * size
     else:
         per_line = width // size
-        outer, inner = row // per_line, row % per_line
-        if width == 16:
-            offset = inner * size + outer * stride + column % 8 * 16 + column // 8 * leading
-        else:
-            offset = inner * size + outer * leading + column % 8 * width + column // 8 * stride
+        far, near = (stride, leading) if width == 16 else (leading, stride)
+        offset = row % per_line * size + row // per_line * far + column % 8 * width + column // 8 * near
     places = begin[:, None, None] + offset
     swap = {16: 0, 32: 1, 64: 3, 128: 7}[width]
     return places ^ (places >> 7 & swap) << 4
@@ -163,7 +157,7 @@ def _product_groups(i: Instruction) -> Step:
 
     def run(lanes: Lanes, mask: Mask) -> None:
         here = np.zeros(len(lanes.closed), bool)
-        here[_whole_warps(mask, 4 * WARP)] = True
+        here[whole_warps(mask, 4 * WARP)] = True
         if i.words[1] == "commit_group":
             lanes.closed = lanes.closed + here
             return
@@ -198,7 +192,11 @@ def _wgmma(i: Instruction) -> Step:
         descriptor = lanes.whole(lanes.read(operand, np.uint64)).reshape(-1, group)[some]
         if (descriptor != descriptor[:, :1]).any():
             raise EmulationError("the threads of a product name different matrices")
-        places = _described(lanes, descriptor[:, 0].view(np.int64), rows, k, size, turned)
+        descriptor = descriptor[:, 0].view(np.int64)
+        mode = np.unique(descriptor >> 62 & 3)
+        if len(mode) > 1 or np.any(descriptor >> 49 & 7):
+            raise EmulationError("descriptors of matrices that differ in more than their place are not known here")
+        places = places_of_matrix(descriptor, {0: 16, 1: 128, 2: 64, 3: 32}[int(mode[0])], rows, k, size, turned)
         of_group = lanes.block.reshape(-1, group)[some, 0]
         room = len(lanes.shared.bytes) // lanes.blocks
         if int(places.max()) + size > lanes.shared_bytes:
@@ -206,14 +204,12 @@ def _wgmma(i: Instruction) -> Step:
         places = places + of_group[:, None, None] * room
         by = np.broadcast_to(lanes.by("shared").reshape(-1, group)[some, :1, None], places.shape)
         [words] = lanes.shared.load(places, size, by=by)
-        groups = np.flatnonzero(np.ones(lanes.count // group, bool)[some])
+        groups = np.arange(lanes.count // group)[some]
         lanes.products.append((groups, places, size, lanes.closed[groups]))
-        if kind == "tf32":
-            return (words & np.uint32(0xFFFFE000)).view(np.float32)
-        return words.view({"bf16": ml_dtypes.bfloat16, "f16": np.float16}[kind]).astype(np.float32)
+        return numbers(words.astype(np.uint32), kind)[..., 0]
 
     def run(lanes: Lanes, mask: Mask) -> None:
-        some = _whole_warps(mask, group)
+        some = whole_warps(mask, group)
         right = matrix(lanes, b, n, turns[-1] if turns else False, some)
         if isinstance(a, Vector):
             words = [np.ascontiguousarray(word[some]).reshape(-1, WARP) for word in _words(lanes, a, group)]
@@ -222,7 +218,7 @@ def _wgmma(i: Instruction) -> Step:
             left = matrix(lanes, a, m, turns[0] if turns else False, some)
         product = np.matmul(left, right.transpose(0, 2, 1)).reshape(-1, 4, 16, n)
         adds = lanes.whole(lanes.read(scale, np.bool_))
-        for number, part in enumerate(_parts(target)):
+        for number, part in enumerate(parts_of(target)):
             columns = 8 * (number // 4) + 2 * QUAD + number % 2
             value = np.zeros((lanes.count // group, 4, WARP), np.float32)
             value[some] = product[:, :, ROW + 8 * (number // 2 % 2), columns]
