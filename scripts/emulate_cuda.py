@@ -2,7 +2,7 @@
 PTX and does in numpy what each instruction says.
 
     make emulate-cuda                                   (in the environment of `make check-cuda`)
-    python scripts/emulate_cuda.py [--cards rtx3090 h200] [--cases text ...] [--json FILE]
+    python scripts/emulate_cuda.py [--cards h200 ...] [--cases text ...] [--json FILE]
 
 Kernels: one layer at a small size on random data, compared with the formula in float32, and with the kernel as interpreted on a
 CPU. Texts: whole programs, from reading prompts to the draft-verify loop; with drafts they must be those without. While a kernel
@@ -17,6 +17,7 @@ import argparse
 import json
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -150,8 +151,9 @@ def show(result: dict[str, Any]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--cards", nargs="+", default=["rtx3090", "h200"], choices=CARDS)
+    parser.add_argument("--cards", nargs="+", default=["rtx3090", "h200", "b200"], choices=CARDS)
     parser.add_argument("--cases", nargs="+", help="only those whose names hold one of these words (default: all)")
+    parser.add_argument("--jobs", type=int, default=2, help="cards at a time, a process each (default: 2)")
     parser.add_argument("--json", type=Path, help="write all results there")
     parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -161,14 +163,17 @@ def main() -> int:
     chosen = [name for name in (*cases(), *TEXTS) if not args.cases or any(word in name for word in args.cases)]
     if not chosen:
         parser.error(f"no case holds one of {args.cases}; they are: {', '.join((*cases(), *TEXTS))}")
-    results, bad = [], 0
-    for card in args.cards:
+
+    def on_card(card: str) -> list[dict[str, Any]]:
+        found = []
         for result in run_card(card, chosen, __file__):
-            results.append(result)
-            print(show(result), flush=True)
-            for problem in problems(result):
-                bad += 1
-                print(f"         ^ must not be: {problem}", flush=True)
+            found.append(result)
+            print("\n".join([show(result), *[f"         ^ must not be: {problem}" for problem in problems(result)]]), flush=True)
+        return found
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        results = [result for found in pool.map(on_card, args.cards) for result in found]
+    bad = sum(len(problems(result)) for result in results)
     if args.json:
         about = {"what": "compiled kernels and programs, run by an emulator of PTX", "bound": BOUND, "sizes": str(SIZES)}
         write_json(str(args.json), {**about, **describe("none: emulated"), "results": results})

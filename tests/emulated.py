@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from scripts.emulator import arithmetic, blackwell, movement, tensor_cores  # noqa: F401  (they register instructions)
 from scripts.emulator.dump import Buffer, Launch
 from scripts.emulator.program import run_kernel
 from scripts.emulator.ptx import kernels

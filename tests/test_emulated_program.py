@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from golden.make_emulated import MOST, SIZE, steps
 
-from scripts.emulator.dump import Branches, Copy, Dump, Launch, Loop, Slice, every
+from scripts.emulate_cuda import problems
+from scripts.emulator.dump import Branches, Copy, Dump, Launch, Loop, Slice, Thunk
 from scripts.emulator.program import Program
 from scripts.emulator.ptx import EmulationError
 
@@ -23,7 +24,15 @@ def test_a_program_gives_what_it_gives_on_a_cpu(turns: int, first: int) -> None:
 
 def test_every_kind_of_step_is_in_it() -> None:
     """What the test above proves."""
-    assert {type(thunk) for thunk in every(Dump(FOLDER).thunks)} == {Launch, Copy, Slice, Loop, Branches}
+
+    def kinds(thunks: list[Thunk]) -> set[type]:
+        found = {type(thunk) for thunk in thunks}
+        for thunk in thunks:
+            inner = thunk.branches if isinstance(thunk, Branches) else [thunk.body] if isinstance(thunk, Loop) else []
+            found |= {kind for some in inner for kind in kinds(some)}
+        return found
+
+    assert kinds(Dump(FOLDER).thunks) == {Launch, Copy, Slice, Loop, Branches}
 
 
 def test_arguments_of_another_number_are_refused() -> None:
@@ -43,3 +52,14 @@ def test_a_folder_without_a_program_is_named(tmp_path: Path) -> None:
     with pytest.raises(EmulationError, match="tells of 0 programs"):
         Dump(tmp_path)
     assert MOST == 5
+
+
+def test_what_must_not_be() -> None:
+    kernel = {"case": "norm decode", "of_formula": 1e-3, "of_interpreted": float("nan")}
+    assert problems(kernel) == ["differs by nan from the interpreted kernel"]
+    assert problems({**kernel, "of_formula": 0.1, "of_interpreted": 0.0}) == ["differs by 1.0e-01 from the formula"]
+    text = {"case": "text bf16", "same_with_drafts": True, "same_on_cpu": False}
+    assert problems(text) == []
+    assert problems({**text, "same_with_drafts": False}) == ["drafts change the text"]
+    assert problems({**text, "case": "text float32"}) == ["another text than on a CPU, in float32"]
+    assert problems({"case": "text bf16", "error": "EmulationError: a race"}) == ["EmulationError: a race"]

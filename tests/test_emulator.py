@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from emulated import each_thread, run_ptx
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from scripts.emulator.ptx import EmulationError
@@ -56,6 +56,7 @@ def test_shifts_by_any_amount(words: np.ndarray, by: int) -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(*[st.integers(0, 2**16 - 1)] * 3), min_size=1, max_size=20))
+@example([(336, 58712, 1)])  # a tie but for the last number, which float64 cannot add
 def test_bfloat16_is_multiplied_and_added_with_one_rounding(bits: list[tuple[int, int, int]]) -> None:
     """Numbers of any size, those below the least normal one included."""
     parts = [np.array([row[n] for row in bits], np.uint16).view(BF16) for n in range(3)]

@@ -6,69 +6,19 @@ from collections.abc import Callable
 from functools import reduce
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
+from scripts.emulator.conversion import PAIRS, computes, rounded, rounding, sum_to_odd
 from scripts.emulator.machine import TYPES, Lanes, Mask, Step, opcode, unsigned
 from scripts.emulator.ptx import Both, EmulationError, Instruction, Reg
 
 FLOATS = ("f32", "f64", "f16", "bf16")
-PAIRS = {"bf16x2": "bf16", "f16x2": "f16", "f32x2": "f32"}
 CARRY = "CC.CF"  # name of the flag
-LEAST = np.finfo(np.float32).tiny
-ROUNDINGS = ("rn", "rz", "rm", "rp", "rna", "rni", "rzi", "rmi", "rpi")
-
-
-def to_odd(x: Any) -> Any:
-    """float64 -> float32 towards zero, the last bit set where that is not exact: rounded once more to fewer bits, it comes out
-    as if rounded once."""
-    near = x.astype(np.float32)
-    toward = np.where(np.abs(near.astype(np.float64)) > np.abs(x), np.nextafter(near, np.float32(0)), near)
-    inexact = (toward.astype(np.float64) != x) & np.isfinite(x)
-    return (toward.view(np.uint32) | inexact.astype(np.uint32)).view(np.float32)
-
-
-def rounded(x: Any, dtype: Any, way: str = "rn") -> Any:
-    """float64 -> a shorter one; `way` as PTX names it."""
-    x = np.asarray(x)
-    if dtype == np.float64:
-        return x
-    if dtype in (ml_dtypes.bfloat16, np.float16):
-        if way != "rn":
-            raise EmulationError(f"rounding '{way}' to 16 bits is not known here")
-        return to_odd(x).astype(dtype)
-    near = x.astype(np.float32)
-    exact = near.astype(np.float64)
-    limit = {"rm": np.float32(-np.inf), "rp": np.float32(np.inf), "rz": np.float32(0)}.get(way)
-    if limit is None:
-        return near
-    too_far = {"rm": exact > x, "rp": exact < x, "rz": np.abs(exact) > np.abs(x)}[way]
-    return np.where(too_far, np.nextafter(near, limit), near)
-
-
-def flushed(x: Any) -> Any:
-    """Numbers below the least normal one as zeros."""
-    return np.where(np.abs(x) < LEAST, np.copysign(np.float32(0), x), x) if x.dtype == np.float32 else x
-
-
-def computes(i: Instruction, kind: str, fn: Callable[..., Any], operands: int | None = None) -> Step:
-    """A step that gives `fn` the sources as arrays of a type, and writes what comes back."""
-    target, sources = i.operands[0], i.operands[1 : None if operands is None else 1 + operands]
-    dtype, ftz = TYPES[kind], "ftz" in i.words
-
-    def run(lanes: Lanes, mask: Mask) -> None:
-        values = [lanes.read(source, dtype) for source in sources]
-        if ftz:
-            values = [flushed(v) for v in values]
-        out = np.asarray(fn(*values))
-        lanes.write(target, flushed(out) if ftz else out, mask)
-
-    return run
 
 
 def _float_op(i: Instruction, kind: str, fn: Callable[..., Any], size: int) -> Step:
     """An operation in float64, rounded to the type, or to each half of a pair."""
-    way = next((w for w in i.words if w in ROUNDINGS), "rn")
+    way = rounding(i)
     clamp = "sat" in i.words
 
     def one(*values: Any) -> Any:
@@ -89,8 +39,9 @@ def _float_op(i: Instruction, kind: str, fn: Callable[..., Any], size: int) -> S
 
 
 FLOAT_OPS: dict[str, tuple[int, Callable[..., Any]]] = {
-    "add": (2, lambda a, b: a + b), "sub": (2, lambda a, b: a - b), "mul": (2, lambda a, b: a * b),
-    "fma": (3, lambda a, b, c: a * b + c), "mad": (3, lambda a, b, c: a * b + c), "div": (2, lambda a, b: a / b),
+    "add": (2, sum_to_odd), "sub": (2, lambda a, b: sum_to_odd(a, -b)), "mul": (2, lambda a, b: a * b),
+    "fma": (3, lambda a, b, c: sum_to_odd(a * b, c)), "mad": (3, lambda a, b, c: sum_to_odd(a * b, c)),
+    "div": (2, lambda a, b: a / b),
     "min": (2, lambda *values: reduce(np.fmin, values)), "max": (2, lambda *values: reduce(np.fmax, values)),
     "neg": (1, lambda a: -a), "abs": (1, np.abs), "rcp": (1, lambda a: 1 / a),
     "sqrt": (1, np.sqrt), "rsqrt": (1, lambda a: 1 / np.sqrt(a)), "ex2": (1, np.exp2), "lg2": (1, np.log2), "sin": (1, np.sin),
@@ -135,7 +86,7 @@ def _mixed(i: Instruction, size: int, fn: Callable[..., Any]) -> Step:
     """In float32, where all sources but the last are of the 16-bit type."""
     target, *sources = i.operands
     kinds = [TYPES[i.words[-1]]] * (size - 1) + [np.float32]
-    way = next((w for w in i.words if w in ROUNDINGS), "rn")
+    way = rounding(i)
 
     def run(lanes: Lanes, mask: Mask) -> None:
         values = [lanes.read(source, kind).astype(np.float64) for source, kind in zip(sources, kinds, strict=True)]
@@ -329,46 +280,3 @@ def _choose(i: Instruction) -> Step:
         lanes.write(target, np.where(lanes.read(which, np.bool_), lanes.read(a, kind), lanes.read(b, kind)), mask)
 
     return run
-
-
-@opcode("cvt")
-def _convert(i: Instruction) -> Step:
-    target, *sources = i.operands
-    to, source = i.words[-2], i.words[-1]
-    way = next((w for w in i.words if w in ROUNDINGS), "rn")
-    if to in PAIRS and source == "f32":  # the first source becomes the high half
-        half = TYPES[PAIRS[to]]
-
-        def pair(high: Any, low: Any) -> Any:
-            high, low = (rounded(x.astype(np.float64), half, way).view(np.uint16).astype(np.uint32) for x in (high, low))
-            return high << np.uint32(16) | low
-
-        return computes(i, "f32", pair, 2)
-    if to == "tf32" and way == "rna":  # to 10 bits behind the first one, halves away from zero
-        return computes(i, "b32", lambda x: (x + np.uint32(0x1000)) & np.uint32(0xFFFFE000), 1)
-    if to not in TYPES or source not in TYPES:
-        raise EmulationError(f"the instruction '{i.text}' is not known here")
-    dtype = TYPES[to]
-    ints = [np.issubdtype(TYPES[kind], np.integer) for kind in (to, source)]
-
-    def one(x: Any) -> Any:
-        if all(ints):
-            if "sat" in i.words:
-                limits = np.iinfo(dtype)
-                x = np.clip(x.astype(object), limits.min, limits.max)
-            return np.asarray(x).astype(dtype)
-        if ints[0]:  # a number outside the type becomes the nearest in it
-            whole = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}[way](x.astype(np.float64))
-            limits = np.iinfo(dtype)
-            inside = np.clip(np.nan_to_num(whole, posinf=float(limits.max), neginf=float(limits.min)), limits.min, limits.max)
-            return np.where(whole >= limits.max, dtype(limits.max), inside.astype(dtype))
-        if ints[1]:
-            return rounded(x.astype(np.float64), dtype, way)
-        wide = x.astype(np.float64)
-        if way.endswith("i"):
-            wide = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}[way](wide)
-        if "sat" in i.words:
-            wide = np.where(wide > 0, np.minimum(wide, 1), 0)
-        return rounded(wide, dtype, way)
-
-    return computes(i, source, one, len(sources))

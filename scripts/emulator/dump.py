@@ -4,7 +4,6 @@ order."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -67,7 +66,18 @@ class Branches(NamedTuple):
     branches: list[list[Thunk]]
 
 
-Thunk = Launch | Copy | Slice | Loop | Branches
+class Start(NamedTuple):
+    """What goes on by itself until the `Finish` of the same number."""
+
+    number: int
+    thunks: list[Thunk]
+
+
+class Finish(NamedTuple):
+    number: int
+
+
+Thunk = Launch | Copy | Slice | Loop | Branches | Start | Finish
 
 
 @dataclass
@@ -75,7 +85,7 @@ class Instruction:
     name: str
     type: str
     op: str
-    operands: list[str]
+    operands: list[str]  # names; "name#1" for a part of a tuple, as jax 0.11 has it
     text: str
 
     def arrays(self) -> list[tuple[str, tuple[int, ...]]]:
@@ -111,7 +121,7 @@ class _Line:
 
 _HEADER = re.compile(r"^(ENTRY )?%([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
-_ALLOCATION = re.compile(r"^allocation (\d+): size (\d+)(?:, parameter (\d+))?.*")
+_ALLOCATION = re.compile(r"^allocation (\d+): size (\d+)(?:, page \d+)?(?:, parameter (\d+))?.*")  # pages: jax 0.11
 _VALUE = re.compile(r"^ value: <\d+ ([\w.\-]+)(?:\{([\d,]*)\})?(?: \(phi\))? @\d+> \(size=(\d+),offset=(\d+)\): (\S+)")
 _THUNK = re.compile(r"^(\s*)(\d+): (k\w+)\s+\[.*?\]\s?(.*)")
 _SECTION = re.compile(r"^\s*(condition|body|branch_\d+):")
@@ -170,7 +180,7 @@ class Dump:
                 while depth:
                     depth += {"(": 1, ")": -1}.get(rest[end], 0)
                     end += 1
-                self.instructions[name] = Instruction(name, kind, op, re.findall(r"%([\w.\-]+)", rest[: end - 1]), line)
+                self.instructions[name] = Instruction(name, kind, op, re.findall(r"%([\w.\-]+(?:#\d+)?)", rest[: end - 1]), line)
                 if root:
                     self.roots[computation] = name
 
@@ -196,22 +206,31 @@ class Dump:
                 place, _, inside = line.strip().partition(" ")
                 self.where[place, inside.strip("{}")] = self.where[named[1], named[2] or ""]
 
+    def buffer(self, operand: str) -> Buffer:
+        """Where an operand lies that is no tuple."""
+        name, _, place = operand.partition("#")
+        return self.where[name, place]
+
     def arrays(self, name: str) -> list[Array]:
         """The arrays that an instruction gives, in their buffers."""
         i = self.instructions[name]
         return [Array(self.where[name, place], *kind) for place, kind in zip(i.places(), i.arrays(), strict=True)]
 
     def _thunk(self, line: _Line) -> Thunk:
+        if line.kind in ("kAsyncStart", "kAsyncDone") and (found := re.search(r"async_id=(\d+)", line.text)):
+            number = int(found[1])
+            inner = [self._thunk(each) for section in line.sections for each in section]
+            return Start(number, inner) if line.kind == "kAsyncStart" else Finish(number)
         i = self.instructions[self._names[line.number]]
         if line.kind == "kCustomKernel" and (launched := _LAUNCH.search(line.text)):
             written = [array.buffer for array in self.arrays(i.name)]
-            buffers = [self.where[operand, ""] for operand in i.operands] + written
+            buffers = [self.buffer(operand) for operand in i.operands] + written
             if len(self.kernels[launched[1]].params) < len(buffers):  # kernels of XLA's own take a buffer once
                 buffers = list(dict.fromkeys(buffers))
             grid = tuple(int(n) for n in launched[2].split(","))
             return Launch(launched[1], grid, int(launched[3]), int(launched[4]), buffers, written)
         if line.kind == "kCopy" and i.op == "copy":
-            return Copy(self.where[i.operands[0], ""], self.where[i.name, ""])
+            return Copy(self.buffer(i.operands[0]), self.where[i.name, ""])
         if line.kind == "kCopy" and i.op == "fusion":
             return self._sorted_copy(i) if self._root(i).op == "sort" else self._slice(i)
         if line.kind == "kWhile":
@@ -219,8 +238,9 @@ class Dump:
             return Loop(condition, self.where[self.roots[self._called(i, "condition")], ""], body)
         if line.kind == "kConditional":
             branches = [[self._thunk(inner) for inner in section] for section in line.sections]
-            [kind] = self.instructions[i.operands[0]].arrays()
-            return Branches(Array(self.where[i.operands[0], ""], *kind), branches)
+            name, _, part = i.operands[0].partition("#")
+            kind = self.instructions[name].arrays()[int(part or 0)]
+            return Branches(Array(self.buffer(i.operands[0]), *kind), branches)
         if line.kind == "kDynamicSliceFusion":
             return self._slice(i)
         raise EmulationError(f"a program with a '{line.kind}' for '{i.op}' is not known here: {line.text.strip()[:100]}")
@@ -239,7 +259,7 @@ class Dump:
         moved = [n for n, i in enumerate(inner) if i.op == "parameter"]
         if len(moved) != 1 or len(fusion.operands) != 1:
             raise EmulationError(f"a sort of {len(moved)} arrays is not known here: {fusion.name}")
-        return Copy(self.where[fusion.operands[0], ""], self.arrays(fusion.name)[moved[0]].buffer)
+        return Copy(self.buffer(fusion.operands[0]), self.arrays(fusion.name)[moved[0]].buffer)
 
     def _slice(self, fusion: Instruction) -> Slice:
         """A fusion that only moves a slice."""
@@ -257,7 +277,7 @@ class Dump:
             if i.op != "parameter" or number is None:
                 raise EmulationError(f"a slice of what '{i.op}' gives is not known here: {i.text.strip()[:100]}")
             [kind] = i.arrays()
-            return Array(self.where[fusion.operands[int(number[1])], ""], *kind)
+            return Array(self.buffer(fusion.operands[int(number[1])]), *kind)
 
         def start(name: str) -> int | Array:
             i = source(name)
@@ -303,14 +323,3 @@ def _lines(text: str) -> list[_Line]:
             stack.append(line)
             new_section = False
     return root.sections[0]
-
-
-def every(thunks: list[Thunk]) -> Iterator[Thunk]:
-    """All of them, those inside of others too."""
-    for thunk in thunks:
-        yield thunk
-        if isinstance(thunk, Loop):
-            yield from every(thunk.condition + thunk.body)
-        elif isinstance(thunk, Branches):
-            for branch in thunk.branches:
-                yield from every(branch)

@@ -10,8 +10,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from scripts.emulator import arithmetic, blackwell, movement, tensor_cores  # noqa: F401  (they register instructions)
-from scripts.emulator.dump import Array, Branches, Buffer, Copy, Dump, Instruction, Launch, Loop, Thunk
+from scripts.emulator import arithmetic, blackwell, conversion, movement, tensor_cores  # noqa: F401  (they register instructions)
+from scripts.emulator.dump import Array, Branches, Buffer, Copy, Dump, Finish, Instruction, Launch, Loop, Start, Thunk
 from scripts.emulator.machine import launch
 from scripts.emulator.memory import GUARD, UNSET, Memory
 from scripts.emulator.ptx import EmulationError, Kernel
@@ -29,6 +29,7 @@ class Program:
 
     def __init__(self, folder: Path):
         self.dump, self.launched = Dump(folder), 0
+        self._started: dict[int, list[Thunk]] = {}
         self._constants = {number: _constant(self.dump.instructions[name]) for name, number in self.dump.constants.items()}
 
     def run(self, args: Sequence[Any]) -> list[Any]:
@@ -48,6 +49,10 @@ class Program:
             if isinstance(thunk, Launch):
                 run_kernel(self.dump.kernels[thunk.kernel], thunk, held)
                 self.launched += 1
+            elif isinstance(thunk, Start):
+                self._started[thunk.number] = thunk.thunks
+            elif isinstance(thunk, Finish):  # as late as it may
+                self._run(self._started.pop(thunk.number), held)
             elif isinstance(thunk, Copy):
                 _bytes(held, thunk.target)[:] = _bytes(held, thunk.source)
             elif isinstance(thunk, Loop):
