@@ -17,9 +17,10 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -45,13 +46,24 @@ PROMPTS = (
 )
 DRAFT = 3
 SAMPLED = {"temperature": 0.9, "top_k": 20, "top_p": 0.95, "presence_penalty": 0.5, "repetition_penalty": 1.1, "seed": 5}
-TEXTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # arguments of `LLM`, and of `SamplingParams`
-    "text bf16": ({"dtype": "bfloat16"}, {}),
-    "text bf16 sampled": ({"dtype": "bfloat16"}, SAMPLED),
-    "text iq4_nl": ({"dtype": "bfloat16", "weights": "iq4nl"}, {}),
-    "text int8 refilled": ({"dtype": "bfloat16", "weights": "int8", "max_batch": 2}, {}),
-    "text fp8": ({"dtype": "bfloat16", "weights": "fp8"}, {}),
-    "text float32": ({"dtype": "float32"}, {"max_tokens": 6}),
+LONG = ("The story begins in a village by the sea, where an old man mended nets. " * 13 + "One day",)
+
+
+class Text(NamedTuple):
+    """Arguments of `LLM` and of `SamplingParams`, and the prompts."""
+
+    options: dict[str, Any]
+    wanted: dict[str, Any] = {}
+    prompts: Sequence[str] = PROMPTS
+
+
+TEXTS = {
+    "text bf16": Text({"dtype": "bfloat16"}),
+    "text iq4_nl": Text({"dtype": "bfloat16", "weights": "iq4nl"}),
+    "text iq4_nl long": Text({"dtype": "bfloat16", "weights": "iq4nl", "mtp_prompt": 64, "prefill_chunks": (16, 64)}, {}, LONG),
+    "text int8 refilled": Text({"dtype": "bfloat16", "weights": "int8", "max_batch": 2}, SAMPLED),
+    "text fp8": Text({"dtype": "bfloat16", "weights": "fp8"}),
+    "text float32": Text({"dtype": "float32"}, {"max_tokens": 6}),
 }
 
 
@@ -72,7 +84,7 @@ def work(card: str, names: list[str]) -> None:
         print(json.dumps({"start": name}), flush=True)
         began, before = time.perf_counter(), emulated.launched
         try:
-            found = text_report(emulated, *TEXTS[name]) if name in TEXTS else kernel_report(emulated, name)
+            found = text_report(emulated, TEXTS[name]) if name in TEXTS else kernel_report(emulated, name)
         except Exception as error:  # whatever goes wrong is the result
             found = {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"}
         seconds = round(time.perf_counter() - began, 1)
@@ -101,13 +113,13 @@ def kernel_report(emulated: Any, name: str) -> dict[str, Any]:
     }
 
 
-def text_report(emulated: Any, options: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
+def text_report(emulated: Any, text: Text) -> dict[str, Any]:
     from mtpjax import LLM, SamplingParams
 
-    sampling = SamplingParams(**{"max_tokens": 12, **wanted})
+    sampling = SamplingParams(**{"max_tokens": 8, **text.wanted})
 
     def texts(draft: int) -> tuple[list[str], float]:
-        outputs = LLM(CHECKPOINT, draft=draft, max_len=256, **options).generate(list(PROMPTS), sampling)
+        outputs = LLM(CHECKPOINT, draft=draft, max_len=1024, **text.options).generate(list(text.prompts), sampling)
         return [out.text for out in outputs], float(np.mean([out.metrics.tokens_per_round for out in outputs]))
 
     with emulated.in_use():
@@ -126,7 +138,7 @@ def problems(result: dict[str, Any]) -> list[str]:
         return [result["error"]]
     if result["case"] in TEXTS:
         found = [] if result["same_with_drafts"] else ["drafts change the text"]
-        exact = TEXTS[result["case"]][0]["dtype"] == "float32"
+        exact = TEXTS[result["case"]].options["dtype"] == "float32"
         return found + (["another text than on a CPU, in float32"] if exact and not result["same_on_cpu"] else [])
     return [
         f"differs by {result[of]:.1e} from {what}"

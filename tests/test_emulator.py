@@ -129,6 +129,23 @@ $done:
     add.s64 %rd9, %rd9, %rd0;
     st.global.b32 [%rd9], %r5;
 """
+PICKED = """
+    and.b32 %r4, %r0, 3;
+    $table: .branchtargets $two, $one, $two, $three;
+    brx.idx %r4, $table;
+$one:
+    mov.b32 %r5, 1;
+    bra $done;
+$two:
+    mov.b32 %r5, 2;
+    bra $done;
+$three:
+    mov.b32 %r5, 3;
+$done:
+    mul.wide.u32 %rd9, %r3, 4;
+    add.s64 %rd9, %rd9, %rd0;
+    st.global.b32 [%rd9], %r5;
+"""
 SHARED = """
     mul.wide.u32 %rd8, %r3, 4;
     add.s64 %rd9, %rd8, %rd0;
@@ -148,6 +165,10 @@ NUMBERS = np.arange(128, dtype=np.uint32)
 def test_threads_part_in_a_loop_and_meet_behind_it() -> None:
     [out] = run_ptx(COUNTED, [np.zeros(100, np.uint32)], threads=50, blocks=2)
     assert out.tolist() == [n * (n - 1) // 2 for n in range(50)] * 2
+
+
+def test_a_branch_picks_among_several() -> None:
+    assert run_ptx(PICKED, [np.zeros(32, np.uint32)])[0].tolist() == [2, 1, 2, 3] * 8
 
 
 @pytest.mark.parametrize("fill", [STORE, COPY + "cp.async.wait_group 0;"])

@@ -254,6 +254,13 @@ def _run(kernel: Kernel, steps: list[list[tuple[Step, Instruction]]], lanes: Lan
                 if active is not None:
                     at[mask & ~active] = go_on
                 break
+            if i.op == "brx":
+                targets = np.array([kernel.labels[label] for label in kernel.tables[i.operands[1].text]])  # type: ignore[union-attr]
+                chosen = mask if active is None else active
+                at[chosen] = targets[lanes.whole(lanes.read(i.operands[0], np.uint32))[chosen]]
+                if active is not None:
+                    at[mask & ~active] = go_on
+                break
             if i.op in ("ret", "exit"):
                 at[mask if active is None else active] = end
                 if active is not None:
@@ -283,7 +290,7 @@ def _meet(lanes: Lanes, at: Any, waits: Any) -> None:
     waits[:] = False
 
 
-@opcode("bra", "ret", "exit", "bar", "fence", "griddepcontrol", "membar")
+@opcode("bra", "brx", "ret", "exit", "bar", "fence", "griddepcontrol", "membar")
 def _nothing(i: Instruction) -> Step:
     """Branches and barriers are done where blocks are run; the order of memory is that of the instructions."""
     if i.words[:2] == ("bar", "sync") and i.operands != (Imm(0),):

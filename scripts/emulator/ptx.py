@@ -74,6 +74,7 @@ class Kernel:
     params: list[str]
     blocks: list[Block]
     labels: dict[str, int]  # number of the block that begins there
+    tables: dict[str, list[str]]  # labels among which a branch picks by number
     shared: dict[str, int]  # symbols of shared memory, and where they begin
     shared_bytes: int  # of those with a size; a symbol without one begins behind them
     local: dict[str, int]  # symbols of the memory that a thread has for itself, and where they begin
@@ -86,7 +87,8 @@ _REGISTERS = re.compile(r"\.reg\s+\.(\w+)\s+(.*)", re.DOTALL)
 _GUARDED = re.compile(r"@(!?)(%?[\w$]+)\s+(.*)", re.DOTALL)
 _USED = re.compile(r'\.pragma "used_bytes_mask (0x[0-9a-f]+)"')
 _WIDTH = {"pred": 1, "b8": 8, "b16": 16, "b32": 32, "b64": 64, "f32": 32, "f64": 64, "u32": 32, "s32": 32, "u64": 64, "u16": 16}
-_ENDS = ("bra", "bar", "ret", "exit", "barrier")
+_TABLE = re.compile(r"([$\w]+):\s*\.branchtargets\s+([^;]*);")
+_ENDS = ("bra", "brx", "bar", "ret", "exit", "barrier")
 
 
 def kernels(text: str) -> dict[str, Kernel]:
@@ -102,6 +104,7 @@ def _kernel(text: str, outside: list[tuple[str, str, str]]) -> Kernel:
     params, body = _PARAM.findall(text[:begin]), text[begin:]
     shared, local = _placed(outside + _SYMBOLS["shared"].findall(body)), _placed(_SYMBOLS["local"].findall(body))
     blocks, labels = [Block()], {}
+    tables = {label: [each.strip() for each in targets.split(",")] for label, targets in _TABLE.findall(body)}
     for label, instruction in _statements(body):
         if label is not None:
             if blocks[-1].instructions:
@@ -112,7 +115,7 @@ def _kernel(text: str, outside: list[tuple[str, str, str]]) -> Kernel:
             blocks[-1].instructions.append(instruction)
             if instruction.op in _ENDS and instruction.words[:2] != ("bar", "warp"):
                 blocks.append(Block())
-    return Kernel(name, params, blocks, labels, *shared, *local)
+    return Kernel(name, params, blocks, labels, tables, *shared, *local)
 
 
 def _placed(symbols: list[tuple[str, str, str]]) -> tuple[dict[str, int], int]:
