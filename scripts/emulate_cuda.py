@@ -60,7 +60,7 @@ class Text(NamedTuple):
 TEXTS = {
     "text bf16": Text({"dtype": "bfloat16"}),
     "text iq4_nl": Text({"dtype": "bfloat16", "weights": "iq4nl"}),
-    "text iq4_nl long": Text({"dtype": "bfloat16", "weights": "iq4nl", "mtp_prompt": 64, "prefill_chunks": (16, 64)}, {}, LONG),
+    "text long iq4_nl": Text({"dtype": "bfloat16", "weights": "iq4nl", "mtp_prompt": 64, "prefill_chunks": (16, 64)}, {}, LONG),
     "text int8 refilled": Text({"dtype": "bfloat16", "weights": "int8", "max_batch": 2}, SAMPLED),
     "text fp8": Text({"dtype": "bfloat16", "weights": "fp8"}),
     "text float32": Text({"dtype": "float32"}, {"max_tokens": 6}),
