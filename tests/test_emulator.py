@@ -106,8 +106,8 @@ def test_a_carry_goes_from_word_to_word() -> None:
 
 
 def test_what_is_not_known_is_named() -> None:
-    with pytest.raises(EmulationError, match=r"'redux\.sync\.add"):
-        run_ptx("redux.sync.add.s32 %r4, %r0, -1;", [np.zeros(1, np.uint32)])
+    with pytest.raises(EmulationError, match=r"'vote\.sync"):
+        run_ptx("vote.sync.any.pred %p1, %p1, -1;", [np.zeros(1, np.uint32)])
     with pytest.raises(EmulationError, match="%r40 is read before"):
         run_ptx("add.s32 %r4, %r40, 1;", [np.zeros(1, np.uint32)])
 
@@ -241,6 +241,17 @@ def test_values_go_from_thread_to_thread(way: str, by: int) -> None:
     source = {"bfly": lanes ^ by, "down": lanes + by, "up": lanes - by, "idx": np.full(32, by)}[way]
     want = np.where((source >= 0) & (source < 32), source, lanes)
     assert run_ptx(text, [np.zeros(32, np.uint32)])[0].tolist() == want.tolist()
+
+
+@pytest.mark.parametrize(("way", "want"), [("add.s32", 16 * 31), ("max.s32", 31), ("min.u32", 0), ("or.b32", 31)])
+def test_a_warp_reduces_to_one_value(way: str, want: int) -> None:
+    text = f"""
+    redux.sync.{way} %r4, %r0, -1;
+    mul.wide.u32 %rd9, %r0, 4;
+    add.s64 %rd9, %rd9, %rd0;
+    st.global.b32 [%rd9], %r4;
+    """
+    assert run_ptx(text, [np.zeros(32, np.uint32)])[0].tolist() == [want] * 32
 
 
 # Tensor cores

@@ -135,9 +135,26 @@ def _shuffle(i: Instruction) -> Step:
     return run
 
 
-@opcode("vote", "activemask", "match", "redux")
-def _unknown(i: Instruction) -> Step:
-    raise EmulationError(f"the instruction '{i.text}' is not known here")
+REDUCTIONS: dict[str, Any] = {
+    "add": np.add, "min": np.fmin, "max": np.fmax, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
+}  # fmt: skip
+
+
+@opcode("redux")
+def _reduce(i: Instruction) -> Step:
+    """One number of all threads of a warp."""
+    target, source, members = i.operands
+    if len(i.words) != 4 or i.words[2] not in REDUCTIONS:
+        raise EmulationError(f"the instruction '{i.text}' is not known here")
+    do, kind = REDUCTIONS[i.words[2]], TYPES[i.words[3]]
+
+    def run(lanes: Lanes, mask: Mask) -> None:
+        if (lanes.whole(lanes.read(members, np.uint32)) != np.uint32(0xFFFFFFFF)).any():
+            raise EmulationError("of a part of a warp it is not known here")
+        value = lanes.whole(lanes.read(source, kind)).reshape(-1, WARP)
+        lanes.write(target, np.repeat(do.reduce(value, axis=1), WARP).astype(kind), mask)
+
+    return run
 
 
 @opcode("cp")
