@@ -26,6 +26,7 @@ TYPES: dict[str, Any] = {
     "bf16": ml_dtypes.bfloat16, "f32": np.float32, "f64": np.float64, "pred": np.bool_,
 }  # fmt: skip
 
+JUMPS = ("bra", "brx", "ret", "exit")
 Mask = Any  # bool, one a thread; None: all of them
 Step = Callable[["Lanes", Mask], None]
 MAKERS: dict[str, Callable[[Instruction], Step]] = {}  # by the first word of the opcode
@@ -249,22 +250,10 @@ def _run(kernel: Kernel, steps: list[list[tuple[Step, Instruction]]], lanes: Lan
             if i.guard is not None:
                 holds = lanes.whole(lanes.read(i.guard, np.bool_)) == i.wanted
                 active = holds if here is None else holds & here
-            if i.op == "bra":
-                at[mask if active is None else active] = kernel.labels[i.operands[0].text]  # type: ignore[union-attr]
-                if active is not None:
-                    at[mask & ~active] = go_on
-                break
-            if i.op == "brx":
-                targets = np.array([kernel.labels[label] for label in kernel.tables[i.operands[1].text]])  # type: ignore[union-attr]
-                chosen = mask if active is None else active
-                at[chosen] = targets[lanes.whole(lanes.read(i.operands[0], np.uint32))[chosen]]
-                if active is not None:
-                    at[mask & ~active] = go_on
-                break
-            if i.op in ("ret", "exit"):
-                at[mask if active is None else active] = end
-                if active is not None:
-                    at[mask & ~active] = go_on
+            if i.op in JUMPS:
+                goes = mask if active is None else active
+                at[mask] = go_on
+                at[goes] = end if i.op in ("ret", "exit") else _targets(lanes, i)[goes]
                 break
             if i.words[:2] == ("bar", "sync"):
                 waits |= mask
@@ -280,6 +269,15 @@ def _run(kernel: Kernel, steps: list[list[tuple[Step, Instruction]]], lanes: Lan
             at[mask] = go_on
 
 
+def _targets(lanes: Lanes, i: Instruction) -> Any:
+    """`[count]`: the basic block that each thread would branch to."""
+    if i.op == "bra":
+        return lanes.whole(lanes.kernel.labels[i.operands[0].text])  # type: ignore[union-attr]
+    table = np.array([lanes.kernel.labels[label] for label in lanes.kernel.tables[i.operands[1].text]])  # type: ignore[union-attr]
+    number = lanes.whole(lanes.read(i.operands[0], np.uint32))
+    return table[np.minimum(number, len(table) - 1)]  # threads that do not branch may hold any number
+
+
 def _meet(lanes: Lanes, at: Any, waits: Any) -> None:
     """The threads that wait go on; those of a block must wait at the same barrier."""
     for block in range(lanes.blocks):
@@ -290,7 +288,7 @@ def _meet(lanes: Lanes, at: Any, waits: Any) -> None:
     waits[:] = False
 
 
-@opcode("bra", "brx", "ret", "exit", "bar", "fence", "griddepcontrol", "membar")
+@opcode(*JUMPS, "bar", "fence", "griddepcontrol", "membar")
 def _nothing(i: Instruction) -> Step:
     """Branches and barriers are done where blocks are run; the order of memory is that of the instructions."""
     if i.words[:2] == ("bar", "sync") and i.operands != (Imm(0),):
