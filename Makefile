@@ -54,10 +54,10 @@ lint: $(DEV_READY)
 
 # Kernels and programs for GPUs that are not here: nothing runs on one.
 check-cuda: $(CUDA_READY)
-	@$(CUDA_VENV)/bin/python scripts/check_cuda.py $(CHECK_CUDA_ARGS)
+	@$(CUDA_VENV)/bin/python -m scripts.gpu.check_cuda $(CHECK_CUDA_ARGS)
 
 emulate-cuda: $(CUDA_READY)
-	@$(CUDA_VENV)/bin/python scripts/emulate_cuda.py $(EMULATE_CUDA_ARGS)
+	@$(CUDA_VENV)/bin/python -m scripts.gpu.emulate_cuda $(EMULATE_CUDA_ARGS)
 
 $(CUDA_READY): $(INSTALL_FROM)
 	@echo "Making $(CUDA_VENV) with $$($(PYTHON) --version 2>&1), jax and its CUDA compiler plugin (about 1.6 GB)"

@@ -3,14 +3,14 @@
 from pathlib import Path
 
 from checkpoints.errors import CheckpointError
-from checkpoints.gguf_file import GgufFile
-from checkpoints.gguf_writer import write_gguf
-from checkpoints.opening import open_checkpoint
+from checkpoints.gguf.file import GgufFile
+from checkpoints.gguf.writer import write_gguf
+from checkpoints.hf_quantized.directory import QuantisedDirectory, quantisation
+from checkpoints.open import open_checkpoint
 from checkpoints.orbax_dir import OrbaxDirectory
-from checkpoints.quantised_dir import QuantisedDirectory, quantisation
-from checkpoints.safetensors_dir import SafetensorsDirectory
+from checkpoints.safetensors.reader import SafetensorsDirectory
+from checkpoints.safetensors.writer import write_safetensors_directory
 from checkpoints.source import TensorInfo, TensorSource
-from checkpoints.writer import write_safetensors_directory
 
 TINY = Path(__file__).parent / "tiny"  # the embedded model
 

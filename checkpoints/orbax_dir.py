@@ -24,8 +24,7 @@ class OrbaxDirectory:
         self.params_path = self.path / PARAMS
         if not self.params_path.is_dir():
             raise CheckpointError(
-                f"{self.path}: has no folder {PARAMS}/, found {list_names(self.path)}. "
-                "Was it saved by mtpjax?"
+                f"{self.path}: has no folder {PARAMS}/, found {list_names(self.path)}. Was it saved by mtpjax?"
             )
         self.generation_config = read_generation_config(self.path)
         self.tokenizer_file = find_tokenizer(self.path)

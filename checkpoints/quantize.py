@@ -8,8 +8,8 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from checkpoints.gguf_blocks import IQ4_TABLE, SIGNED4_TABLE
-from checkpoints.packed import FP8_BLOCK, PackedArray, pack4
+from checkpoints.gguf.block_types import IQ4_TABLE, SIGNED4_TABLE
+from checkpoints.packed_array import FP8_BLOCK, PackedArray, pack4
 
 MODES = ("int4", "int8", "iq4nl", "fp8")
 GROUP = 32

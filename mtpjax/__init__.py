@@ -1,8 +1,8 @@
 """Qwen3.5 / Qwen3.6 with their own Multi-Token-Prediction head, in JAX."""
 
-from mtpjax.acceptance import SimulatedAcceptance
-from mtpjax.api import LLM
-from mtpjax.output import Metrics, RequestOutput
+from mtpjax.decoding.acceptance import SimulatedAcceptance
+from mtpjax.llm import LLM
+from mtpjax.outputs import Metrics, RequestOutput
 from mtpjax.sampling_params import SamplingParams
 
 __version__ = "0.1.0"

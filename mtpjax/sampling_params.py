@@ -83,5 +83,9 @@ def whole(name: str, value: object, low: int | None, high: int | None = None, *,
 
 
 def _number(name: str, value: object, good: Callable[[float], bool], expected: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating) or not good(float(value)):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float | np.integer | np.floating)
+        or not good(float(value))
+    ):
         raise ValueError(f"{name} is {value!r}; expected {expected}")

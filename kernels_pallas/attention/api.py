@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 from jax import Array
 
-from kernels_pallas.attention import entering, triton
+from kernels_pallas.attention import triton
+from kernels_pallas.attention import triton_qkv as entering
 
 
 class AttentionKernels(NamedTuple):

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Bool, Float, Int
 
-from kernels_pallas.packed_words import dot, grid, most_rows, summed
+from kernels_pallas.packed.dequantize import dot, grid, most_rows, summed
 
 NEGATIVE = -1e30  # finite, so that a row without any key stays free of NaN
 SLOTS = 32  # slots that one turn reads
@@ -101,7 +101,16 @@ def _gated(out: Float[Array, "R H"], gate_ref: Any, at: tuple[Array, ...], y_ref
 
 
 def _join_kernel(
-    end_ref: Any, out_ref: Any, top_ref: Any, total_ref: Any, gate_ref: Any, y_ref: Any, *, tile: int, kv_heads: int, piece: int
+    end_ref: Any,
+    out_ref: Any,
+    top_ref: Any,
+    total_ref: Any,
+    gate_ref: Any,
+    y_ref: Any,
+    *,
+    tile: int,
+    kv_heads: int,
+    piece: int,
 ) -> None:
     """The pieces of one tile, in order."""
     _, rows, heads, size = y_ref.shape

@@ -13,9 +13,9 @@ from jaxtyping import Bool, Float, Int
 from kernels_pallas.grouped_matmul import triton
 from kernels_pallas.grouped_matmul.plan import choose_windows, plan_windows
 from kernels_pallas.grouped_matmul.reference import Experts, all_experts_mlp, window_mlp
-from kernels_pallas.quantized import QuantizedTensor
-from kernels_pallas.target import target
-from kernels_pallas.turned import ExpertsAbreast, TurnedTensor
+from kernels_pallas.platform import target
+from kernels_pallas.weights.quantized import QuantizedTensor
+from kernels_pallas.weights.transposed import ExpertsAbreast, TurnedTensor
 
 ALL_EXPERTS_ROWS = range(2, 65)  # for which small experts are all multiplied: one row reads too few, more want windows
 

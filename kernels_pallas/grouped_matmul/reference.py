@@ -17,8 +17,8 @@ from jax import Array, lax
 from jaxtyping import Float, Int
 
 from kernels_pallas.matmul import linear
-from kernels_pallas.quantized import QuantizedTensor
-from kernels_pallas.turned import ExpertsAbreast, TurnedTensor
+from kernels_pallas.weights.quantized import QuantizedTensor
+from kernels_pallas.weights.transposed import ExpertsAbreast, TurnedTensor
 
 Experts = Array | QuantizedTensor | TurnedTensor | ExpertsAbreast
 
@@ -30,7 +30,7 @@ def _reread(x: Array, dtype: jnp.dtype) -> Array:
 
 def _expert(stack: Any, layer: Array, expert: Array, dtype: jnp.dtype = jnp.float32) -> Any:
     """One expert's matrix `[O, D]`, in `dtype` if it is packed. A uint16 stack holds the bit patterns of bfloat16 (see
-    `mtpjax.suited`)."""
+    `mtpjax.loading.cpu_layout`)."""
     if isinstance(stack, QuantizedTensor):
         return jax.tree.map(lambda part: _slice(part, layer, expert), stack).dequantize(dtype)
     if isinstance(stack, TurnedTensor):
@@ -102,7 +102,9 @@ def all_experts_mlp(
 
     joined = TurnedTensor(of_layer(gate_up.array).reshape(inputs, experts * wide))
     act = _swiglu(linear(x, joined, out_dtype=jnp.float32).reshape(-1, experts, wide))
-    act = jnp.where(share[..., None] > 0, act * share[..., None], 0)  # not chosen: zero even where the product is not finite
+    act = jnp.where(
+        share[..., None] > 0, act * share[..., None], 0
+    )  # not chosen: zero even where the product is not finite
     return linear(act.astype(x.dtype).reshape(x.shape[0], -1), TurnedTensor(of_layer(down.array).reshape(-1, inputs)))
 
 

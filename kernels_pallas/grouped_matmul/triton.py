@@ -19,8 +19,7 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Bool, Float, Int
 
 from kernels_pallas.grouped_matmul.plan import choose_block, plan_blocks, plan_each
-from kernels_pallas.instructions import ARITHMETIC, MACHINE
-from kernels_pallas.packed_words import (
+from kernels_pallas.packed.dequantize import (
     Form,
     dot,
     few_rows,
@@ -31,7 +30,8 @@ from kernels_pallas.packed_words import (
     tile_rows,
     words,
 )
-from kernels_pallas.quantized import QuantizedTensor
+from kernels_pallas.packed.ptx_ops import ARITHMETIC, MACHINE
+from kernels_pallas.weights.quantized import QuantizedTensor
 
 OUT_TILE = 64
 EACH = 64  # assignments of a call up to which every one has a block of its own
@@ -166,7 +166,12 @@ def each_expert(
     plan = (plan_each if chosen.size <= EACH else plan_blocks)(chosen, live, experts, block)
     blocks = plan.expert.shape[0]
     call = partial(pl.pallas_call, interpret=interpret)
-    index = (jnp.asarray(layer, jnp.int32).reshape(1), plan.expert, plan.count.astype(jnp.int32).reshape(1), plan.source)
+    index = (
+        jnp.asarray(layer, jnp.int32).reshape(1),
+        plan.expert,
+        plan.count.astype(jnp.int32).reshape(1),
+        plan.source,
+    )
     hidden = call(
         partial(_gate_up_kernel, form=up_form, chosen=k, block=block, asm=not interpret),
         grid=(blocks, -(-inner // OUT_TILE)),

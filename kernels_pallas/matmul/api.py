@@ -14,10 +14,10 @@ from jaxtyping import Float, Int
 
 from kernels_pallas.matmul import triton
 from kernels_pallas.matmul.reference import dot_first, dot_last
-from kernels_pallas.quantized import QuantizedTensor
-from kernels_pallas.stacked import StackedTensor
-from kernels_pallas.target import target
-from kernels_pallas.turned import TurnedTensor
+from kernels_pallas.platform import target
+from kernels_pallas.weights.layer_view import StackedTensor
+from kernels_pallas.weights.quantized import QuantizedTensor
+from kernels_pallas.weights.transposed import TurnedTensor
 
 Packed = QuantizedTensor | StackedTensor
 

@@ -20,8 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Float
 
-from kernels_pallas.instructions import ARITHMETIC, MACHINE
-from kernels_pallas.packed_words import (
+from kernels_pallas.packed.dequantize import (
     Form,
     dot,
     few_rows,
@@ -33,7 +32,8 @@ from kernels_pallas.packed_words import (
     tile_rows,
     words,
 )
-from kernels_pallas.quantized import QuantizedTensor
+from kernels_pallas.packed.ptx_ops import ARITHMETIC, MACHINE
+from kernels_pallas.weights.quantized import QuantizedTensor
 
 FEW = 64  # rows of a call up to which the splits are programs of their own
 PROGRAMS = 128  # programs that fill a GPU
@@ -116,7 +116,9 @@ def _tile(
     else:  # a loop: written out, sixteen parts would be sixteen times the code to compile
         total = lax.fori_loop(0, product.splits, lambda p, total: total + part(p), zero)
     row, col = grid(m, first_out + jnp.arange(out_tile))
-    plt.store(y_ref.at[0 if split is None else split, row, col], total.T.astype(y_ref.dtype), mask=(row < rows) & (col < out))
+    plt.store(
+        y_ref.at[0 if split is None else split, row, col], total.T.astype(y_ref.dtype), mask=(row < rows) & (col < out)
+    )
 
 
 def matmul(
@@ -157,9 +159,7 @@ def matmul_parts(
         form, parts = words(w)
         out, steps = parts[0].shape[-2], -(-parts[0].shape[-1] // form.step)
         splits = splits_of(out, steps)
-        products.append(
-            Product(form, len(parts), layer is not None, tiles, -(-out // out_tile), steps, splits)
-        )
+        products.append(Product(form, len(parts), layer is not None, tiles, -(-out // out_tile), steps, splits))
         operands += parts
         tiles += products[-1].tiles
         apart = splits if few else 1
@@ -172,7 +172,9 @@ def matmul_parts(
         kernel,
         grid=(-(-rows // row_tile), tiles, max(shape.shape[0] for shape in shapes)),
         out_shape=shapes,
-        compiler_params=plt.CompilerParams(num_warps=warps, num_stages=min(p.form.stages(row_tile, x.dtype) for p in products)),
+        compiler_params=plt.CompilerParams(
+            num_warps=warps, num_stages=min(p.form.stages(row_tile, x.dtype) for p in products)
+        ),
         interpret=interpret,
         name="matmul_" + "_".join(dict.fromkeys(product.form.layout for product in products)),
     )(index, x, *operands)

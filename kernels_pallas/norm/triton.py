@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float
 
 from kernels_pallas.grouped_matmul.triton import mixed
 from kernels_pallas.matmul.triton import added
-from kernels_pallas.packed_words import power, summed
+from kernels_pallas.packed.dequantize import power, summed
 
 
 class Mixture(NamedTuple):
@@ -110,7 +110,13 @@ def _gated_kernel(x_ref: Any, z_ref: Any, w_ref: Any, y_ref: Any, *, eps: float,
 
 
 def gated_norm(
-    x: Float[Array, "N M V"], z: Float[Array, "S N M*V"], w: Float[Array, " V"], eps: float, gate: str, *, interpret: bool = False
+    x: Float[Array, "N M V"],
+    z: Float[Array, "S N M*V"],
+    w: Float[Array, " V"],
+    eps: float,
+    gate: str,
+    *,
+    interpret: bool = False,
 ) -> Float[Array, "N M*V"]:
     """`x / rms(x) * w * gate(z)` for each head, in the dtype of x.
 

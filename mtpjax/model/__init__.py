@@ -1,8 +1,8 @@
 """The Qwen3.5 text model as `flax.nnx` modules that hold weights only."""
 
-from mtpjax.model.deltanet import commit
+from mtpjax.model.gated_deltanet import commit
 from mtpjax.model.model import Model, abstract_model
 from mtpjax.model.params import Dense, Expert
-from mtpjax.model.placement import Placement, place
+from mtpjax.model.positions import Placement, place
 
 __all__ = ["Dense", "Expert", "Model", "Placement", "abstract_model", "commit", "place"]

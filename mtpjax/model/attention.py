@@ -14,12 +14,12 @@ from jaxtyping import Float
 
 from kernels_pallas.attention import Entering, pick
 from kernels_pallas.matmul import added, linears_in_parts
-from kernels_pallas.target import target
-from mtpjax.cache import BLOCK
+from kernels_pallas.platform import target
 from mtpjax.config import ModelConfig
+from mtpjax.model.cache import BLOCK
 from mtpjax.model.norm import rms_norm
 from mtpjax.model.params import Shapes
-from mtpjax.model.placement import Placement
+from mtpjax.model.positions import Placement
 from mtpjax.model.rope import rotate
 
 KV = tuple[Array, Array]  # keys and values of all layers, each [A, B, N, S, H]
@@ -105,7 +105,15 @@ class Attention(nnx.Module):
         if kernels is not None:
             entering, norms = Entering(k, v, queries[0] if keep else None), (self.k_norm[...], self.q_norm[...])
             q, cache = kernels.enter(
-                entering, *norms, *where.turn, cache, layer, where.positions, where.live, eps=cfg.norm_eps, dtype=x.dtype
+                entering,
+                *norms,
+                *where.turn,
+                cache,
+                layer,
+                where.positions,
+                where.live,
+                eps=cfg.norm_eps,
+                dtype=x.dtype,
             )
         else:
             k, v = (added(x, part, x.dtype).reshape(*x.shape[:2], cfg.kv_heads, size) for part in (k, v))

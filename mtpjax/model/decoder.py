@@ -10,16 +10,16 @@ from flax import nnx
 from jax import Array, lax
 from jaxtyping import Float
 
-from kernels_pallas.quantized import QuantizedTensor
-from kernels_pallas.stacked import StackedTensor
-from mtpjax.cache import Cache, Pending
+from kernels_pallas.weights.layer_view import StackedTensor
+from kernels_pallas.weights.quantized import QuantizedTensor
 from mtpjax.config import FULL, ModelConfig
 from mtpjax.model.attention import KV, Attention
-from mtpjax.model.deltanet import DeltaNet
+from mtpjax.model.cache import Cache, Pending
+from mtpjax.model.gated_deltanet import DeltaNet
 from mtpjax.model.moe import Mlp, Moe
 from mtpjax.model.norm import add_norm
 from mtpjax.model.params import Expert, Shapes
-from mtpjax.model.placement import Placement
+from mtpjax.model.positions import Placement
 
 Memory = tuple[Cache, Pending | None]
 
@@ -123,7 +123,12 @@ class Decoder(nnx.Module):
         self.blocks = nnx.List([SuperBlock(cfg, Shapes(dtype, stack)) for _ in range(cfg.repeats // stack)])
 
     def __call__(
-        self, x: Float[Array, "B T D"], memory: Memory, where: Placement, final_norm: Float[Array, " D"], keep: int | None = None
+        self,
+        x: Float[Array, "B T D"],
+        memory: Memory,
+        where: Placement,
+        final_norm: Float[Array, " D"],
+        keep: int | None = None,
     ) -> tuple[Float[Array, "B keep D"], Float[Array, "B keep D"], Memory]:
         """All layers on all rows; returns the last `keep` rows (all unless told), these after the final norm, and the memory.
 
@@ -148,7 +153,9 @@ class Decoder(nnx.Module):
             x, normed, memory = run(weights, x, normed, *told, graph=graph, rows=rows)
         return x, normed, memory
 
-    def _scanned(self, x: Float[Array, "B T D"], memory: Memory, where: Placement) -> tuple[Float[Array, "B T D"], Memory]:
+    def _scanned(
+        self, x: Float[Array, "B T D"], memory: Memory, where: Placement
+    ) -> tuple[Float[Array, "B T D"], Memory]:
         for number, block in enumerate(self.blocks):
             split: Any = nnx.split(block, Expert, _packed, ...)
             graph, experts, packed, dense = split

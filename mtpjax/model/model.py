@@ -10,13 +10,13 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from kernels_pallas.matmul import linear, take_rows
-from mtpjax.cache import Cache, Pending, new_pending
 from mtpjax.config import ModelConfig
+from mtpjax.model.cache import Cache, Pending, new_pending
 from mtpjax.model.decoder import Decoder
 from mtpjax.model.mtp import Mtp
 from mtpjax.model.norm import rms_norm
 from mtpjax.model.params import Shapes
-from mtpjax.model.placement import Placement
+from mtpjax.model.positions import Placement
 
 
 class Model(nnx.Module):

@@ -11,8 +11,8 @@ from jaxtyping import Bool, Float
 from kernels_pallas.grouped_matmul import EACH_KERNELS, expert_mlp
 from kernels_pallas.matmul import Packed, added, linears, linears_in_parts
 from kernels_pallas.norm import Mixture
-from kernels_pallas.routing import KERNELS
-from kernels_pallas.target import target
+from kernels_pallas.platform import target
+from kernels_pallas.topk_softmax import KERNELS
 from mtpjax.config import ModelConfig
 from mtpjax.model.params import Shapes
 
@@ -32,7 +32,9 @@ class Mlp(nnx.Module):
         gate, up = linears(x, self.gate[...], self.up[...], out_dtypes=[jnp.float32] * 2)
         return self.ending(gate, up, x.dtype)
 
-    def ending(self, gate: Float[Array, "B T I"], up: Float[Array, "B T I"], dtype: jnp.dtype) -> Float[Array, "S B*T D"]:
+    def ending(
+        self, gate: Float[Array, "B T I"], up: Float[Array, "B T I"], dtype: jnp.dtype
+    ) -> Float[Array, "S B*T D"]:
         """What follows the two projections, whose results are float32."""
         return linears_in_parts((jax.nn.silu(gate) * up).astype(dtype), self.down[...])[0]
 
@@ -71,6 +73,8 @@ class Moe(nnx.Module):
             y = routed.reshape(x.shape) + jax.nn.sigmoid(added(x, parts[1], jnp.float32)).astype(x.dtype) * beside
             return y.reshape(1, -1, y.shape[-1])
         logits, shared_gate, gate, up = parts
-        weight, chosen, hidden = kernel(logits, gate, up, alive, self.cfg.experts_per_token, x.dtype)  # of dead rows: none
+        weight, chosen, hidden = kernel(
+            logits, gate, up, alive, self.cfg.experts_per_token, x.dtype
+        )  # of dead rows: none
         each = EACH_KERNELS[target()](flat, self.gate_up[...], self.down[...], index, chosen, weight)
         return Mixture(each, alive, linears_in_parts(hidden, shared.down[...])[0], shared_gate)

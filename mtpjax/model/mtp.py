@@ -12,12 +12,12 @@ from jax import Array
 from jaxtyping import Float
 
 from kernels_pallas.matmul import linear
-from mtpjax.cache import Cache
 from mtpjax.config import FULL, ModelConfig
+from mtpjax.model.cache import Cache
 from mtpjax.model.decoder import Layer
 from mtpjax.model.norm import add_norm, rms_norm
 from mtpjax.model.params import Shapes
-from mtpjax.model.placement import Placement
+from mtpjax.model.positions import Placement
 
 
 class Mtp(nnx.Module):

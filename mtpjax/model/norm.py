@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 from kernels_pallas.matmul import added
 from kernels_pallas.norm import Mixture, pick
-from kernels_pallas.target import target
+from kernels_pallas.platform import target
 
 
 def rms_norm(x: Float[Array, "*rows D"], w: Float[Array, " D"], eps: float) -> Float[Array, "*rows D"]:

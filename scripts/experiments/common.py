@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from scripts.benchmarks.results import describe, write_json
+
 ROOT = Path(__file__).resolve().parent.parent.parent
-for folder in (ROOT, ROOT / "scripts", ROOT / "tests"):
-    sys.path.insert(0, str(folder))
-
-from results import describe, write_json  # noqa: E402
-
 OUT = ROOT / "docs" / "benchmarks"
 Experiment = Callable[..., dict[str, Any]]
 
@@ -49,10 +45,9 @@ def run(name: str, doc: str, experiment: Experiment, plot: Callable[[dict[str, A
 
 def held_out_prompts() -> list[list[int]]:
     """Token ids of the embedded held-out excerpts."""
-    from demo_prompts import excerpts
-
     from checkpoints import TINY
-    from mtpjax.text import load_tokenizer
+    from mtpjax.text.tokenizer import load_tokenizer
+    from scripts.benchmarks.demo_prompts import excerpts
 
     return excerpts(load_tokenizer(TINY / "tokenizer.json"))
 
@@ -64,6 +59,9 @@ def own_texts(count: int, length: int) -> np.ndarray:
     llm = LLM(draft=0, max_len=length + 1, max_batch=min(count, 32))
     prompts = held_out_prompts()
     asked = [prompts[i % len(prompts)][: length - 1] for i in range(count)]
-    params = [SamplingParams(max_tokens=length - len(p), temperature=0.7, seed=i, ignore_eos=True) for i, p in enumerate(asked)]
+    params = [
+        SamplingParams(max_tokens=length - len(p), temperature=0.7, seed=i, ignore_eos=True)
+        for i, p in enumerate(asked)
+    ]
     outputs = llm.generate(asked, params)
     return np.array([[*p, *o.token_ids] for p, o in zip(asked, outputs, strict=True)], np.int32)

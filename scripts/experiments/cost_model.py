@@ -1,6 +1,6 @@
 """Draft, verify and commit time by draft length and batch, beside what bandwidth and arithmetic allow; the break-even line.
 
-    python scripts/experiments/cost_model.py
+    python -m scripts.experiments.cost_model
 
 The pieces of a decoding round are compiled and timed one by one on the random Mixture-of-Experts of bench_prefill.py, eight
 layers deep, behind 512 tokens. The model of the device has two numbers, both measured: the bandwidth of a
@@ -15,23 +15,23 @@ import time
 from dataclasses import replace
 from typing import Any
 
-import common
 import jax
 import jax.numpy as jnp
 import numpy as np
-from bench_prefill import CONFIG
-from bench_table import GOLDEN_LENGTH
 from flax import nnx
-from roofline import measure_ceilings, round_work, weights_work
 
-from kernels_pallas.target import compile_options
-from mtpjax import steps
-from mtpjax.cache import new_cache, new_pending, slots_for
-from mtpjax.loading import cache_dtype, storage
+from kernels_pallas.platform import compile_options
+from mtpjax.decoding import steps
+from mtpjax.decoding.sampling import STOPS, Requests
+from mtpjax.loading.cpu_layout import suited
+from mtpjax.loading.load import cache_dtype, storage
+from mtpjax.loading.weight_map import LoadedModel, random_model
 from mtpjax.model import commit
-from mtpjax.sampling import STOPS, Requests
-from mtpjax.suited import suited
-from mtpjax.weights import LoadedModel, random_model
+from mtpjax.model.cache import new_cache, new_pending, slots_for
+from scripts.benchmarks.bench_prefill import CONFIG
+from scripts.benchmarks.bench_table import GOLDEN_LENGTH
+from scripts.benchmarks.roofline import measure_ceilings, round_work, weights_work
+from scripts.experiments import common
 
 CONTEXT = 512
 PARTS = ("draft", "verify", "commit")
@@ -105,7 +105,10 @@ def experiment(smoke: bool) -> dict[str, Any]:
             row["limit"] = ceilings.limit(works["verify"].bytes, works["verify"].flops)
             rows.append(row)
             each = ", ".join(f"{part} {measured[part]:.2f} ms (model {modelled[part]:.2f})" for part in PARTS)
-            print(f"batch {batch:2} draft {k}: {each}; pays from {row['break_even_measured']:.2f} tokens a round", flush=True)
+            print(
+                f"batch {batch:2} draft {k}: {each}; pays from {row['break_even_measured']:.2f} tokens a round",
+                flush=True,
+            )
     active = weights_work(cfg, model.params, 1, mtp=False, head_rows=1).flops / 2e6
     return {
         "context": CONTEXT, "active_millions": active, "copy_gb_per_second": ceilings.bytes_per_second / 1e9,
@@ -123,7 +126,9 @@ def plot(result: dict[str, Any], figure: Any) -> None:
             height = np.array([r["measured_ms"][part] for r in mine])
             axis.bar(at, height, bottom=bottom, label=f"{part}, measured")
             bottom += height
-        axis.plot(at, [sum(r["modelled_ms"].values()) for r in mine], "k_--", ms=16, lw=0.8, label="device model, whole round")
+        axis.plot(
+            at, [sum(r["modelled_ms"].values()) for r in mine], "k_--", ms=16, lw=0.8, label="device model, whole round"
+        )
         axis.set_xticks(at, [str(r["draft"]) for r in mine])
         axis.set_xlabel("draft length (tokens)")
         axis.set_title(f"batch {batch}", fontsize=10)
@@ -133,7 +138,9 @@ def plot(result: dict[str, Any], figure: Any) -> None:
     last = axes[-1]
     for batch in batches:
         mine = [r for r in result["table"] if r["batch"] == batch]
-        line = last.plot([r["draft"] for r in mine], [r["break_even_measured"] for r in mine], "o-", label=f"batch {batch}")
+        line = last.plot(
+            [r["draft"] for r in mine], [r["break_even_measured"] for r in mine], "o-", label=f"batch {batch}"
+        )
         last.plot([r["draft"] for r in mine], [r["break_even_modelled"] for r in mine], ":", color=line[0].get_color())
     lengths = {int(k): v for k, v in result["published_lengths"].items()}
     last.plot(list(lengths), list(lengths.values()), "k--", lw=0.8, label="published lengths (397B)")

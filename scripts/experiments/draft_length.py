@@ -1,6 +1,6 @@
 """Draft length 0...8 x temperature x domain: acceptance, tokens a round and decode speed of the embedded model, real acceptance.
 
-    python scripts/experiments/draft_length.py
+python -m scripts.experiments.draft_length
 """
 
 from __future__ import annotations
@@ -8,10 +8,9 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-import common
-from demo_prompts import by_domain
-
 from mtpjax import LLM, SamplingParams
+from scripts.benchmarks.demo_prompts import by_domain
+from scripts.experiments import common
 
 PYTHON = (
     "def read_lines(path):\n    with open(path) as file:\n        return [line.strip() for line in file]\n\n\ndef main():\n    ",
@@ -58,7 +57,9 @@ def plot(result: dict[str, Any], figure: Any) -> None:
         for temperature, style in ((0.0, "o-"), (0.7, "s--")):
             mine = [r for r in result["table"] if r["domain"] == domain and r["temperature"] == temperature]
             for axis, key in ((left, "tokens_per_round"), (right, "speed_ratio")):
-                axis.plot([r["draft"] for r in mine], [r[key] for r in mine], style, label=f"{domain}, T = {temperature:g}")
+                axis.plot(
+                    [r["draft"] for r in mine], [r[key] for r in mine], style, label=f"{domain}, T = {temperature:g}"
+                )
     left.set_ylabel("tokens a round")
     right.set_ylabel("decode speed ÷ draft 0")
     right.axhline(1, color="grey", lw=0.8)

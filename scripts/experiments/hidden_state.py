@@ -1,6 +1,6 @@
 """What the MTP head is fed: hidden states after or before the norms, paired rightly or one off, with or without the prompt.
 
-    python scripts/experiments/hidden_state.py
+    python -m scripts.experiments.hidden_state
 
 Single rounds of four greedy drafts at two places of texts that the embedded model wrote itself (T = 0.7) behind the
 embedded excerpts of held-out books; a draft counts while all before it are the trunk's own choices.
@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import common
 import numpy as np
-from draft_rounds import DEPTH, count_agreeing
-from prenorm import pre_norm
 
 from checkpoints import TINY, open_checkpoint
-from mtpjax.cache import BLOCK
-from mtpjax.loading import load_checkpoint
+from mtpjax.loading.load import load_checkpoint
+from mtpjax.model.cache import BLOCK
+from scripts.benchmarks.draft_rounds import DEPTH, count_agreeing
+from scripts.experiments import common
+from scripts.experiments.pre_norm import pre_norm
 
 POST = "post-norm, as trained"
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -63,7 +63,9 @@ def plot(result: dict[str, Any], figure: Any) -> None:
     left.grid(alpha=0.3)
     left.legend(fontsize=8)
     table = result["table"][::-1]
-    right.barh([r["fed"] for r in table], [r["tokens_per_round"] for r in table], xerr=[r["standard_error"] for r in table])
+    right.barh(
+        [r["fed"] for r in table], [r["tokens_per_round"] for r in table], xerr=[r["standard_error"] for r in table]
+    )
     right.axvline(1, color="grey", lw=0.8)
     right.set_xlabel(f"tokens a round, {DEPTH} drafts (bar: standard error)")
     right.grid(axis="x", alpha=0.3)

@@ -1,7 +1,7 @@
 """What quantising costs the embedded model: bytes, bits a byte of held-out text, acceptance and decode speed, type by type.
 
-    python scripts/experiments/quantisation.py                 # bits a byte of the LICENSE file, which was not trained on
-    python scripts/experiments/quantisation.py --books DIR     # of the held-out books
+    python -m scripts.experiments.quantisation                 # bits a byte of the LICENSE file, which was not trained on
+    python -m scripts.experiments.quantisation --books DIR     # of the held-out books
 
 BF16, Q8_0, Q4_0 and IQ4_NL go through a GGUF file, int4 is quantised while the checkpoint is read; all stay packed in memory. On
 a CPU a packed weight is unpacked for every product: that is the price of its bytes there, not a speed-up.
@@ -18,22 +18,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import common
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tiny_data as data
-from convert import to_gguf
-from tiny_loss import window_loss
-from tiny_report import acceptance, in_batches
 from tokenizers import Tokenizer
 
 from checkpoints import TINY, open_checkpoint
-from kernels_pallas.quantized import QuantizedTensor
+from kernels_pallas.weights.quantized import QuantizedTensor
 from mtpjax import LLM, SamplingParams
-from mtpjax.cache import BLOCK
-from mtpjax.loading import load_checkpoint
-from mtpjax.weights import LoadedModel
+from mtpjax.cli.convert import to_gguf
+from mtpjax.loading.load import load_checkpoint
+from mtpjax.loading.weight_map import LoadedModel
+from mtpjax.model.cache import BLOCK
+from scripts.experiments import common
+from scripts.tiny_model import data
+from scripts.tiny_model.loss import window_loss
+from scripts.tiny_model.report import acceptance, in_batches
 
 GGUF = ("bf16", "q8_0", "q4_0", "iq4_nl")
 TYPES = (*GGUF, "int4")
@@ -71,7 +71,11 @@ def held_out(books: Path | None) -> tuple[str, int, np.ndarray]:
         text = (common.ROOT / "LICENSE").read_text(encoding="utf-8")
         tokens = np.asarray(tokenizer.encode(text).ids, np.int32)
     windows = data.windows(tokens, BLOCK + 1, BLOCK)
-    return "held-out books" if books else "LICENSE", round(len(text.encode()) * len(windows) * BLOCK / len(tokens)), windows
+    return (
+        "held-out books" if books else "LICENSE",
+        round(len(text.encode()) * len(windows) * BLOCK / len(tokens)),
+        windows,
+    )
 
 
 def experiment(smoke: bool, args: argparse.Namespace) -> dict[str, Any]:
@@ -94,7 +98,9 @@ def experiment(smoke: bool, args: argparse.Namespace) -> dict[str, Any]:
     prompts = common.held_out_prompts()[: 1 if smoke else 3]
     for run in range(runs + 1):
         for (kind, k), times in seconds.items():
-            outputs = [sides[kind][k].generate([p], SamplingParams(max_tokens=new, ignore_eos=True))[0] for p in prompts]
+            outputs = [
+                sides[kind][k].generate([p], SamplingParams(max_tokens=new, ignore_eos=True))[0] for p in prompts
+            ]
             if run:  # the first compiles
                 times.append(sum(o.metrics.decode_seconds for o in outputs))
     for kind, row in rows.items():

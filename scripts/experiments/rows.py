@@ -1,6 +1,6 @@
 """Where the reference system lost its time: output rows none / last / all x MTP off / keys and values only / whole layer.
 
-    python scripts/experiments/rows.py
+    python -m scripts.experiments.rows
 
 Operations and bytes are of one prompt chunk (counted from the program; XLA's own estimate); seconds are measured with the
 variants taking turns. The model is the random Mixture-of-Experts of bench_prefill.py (50 M active parameters).
@@ -12,19 +12,19 @@ import statistics
 import time
 from typing import Any
 
-import common
 import jax
 import jax.numpy as jnp
 import numpy as np
-from bench_prefill import CONFIG
-from count_flops import ROWS, VARIANTS, flops, whole_layer
 
-from kernels_pallas.target import compile_options
-from mtpjax.cache import new_cache, slots_for
-from mtpjax.loading import storage
-from mtpjax.steps import prefill
-from mtpjax.suited import suited
-from mtpjax.weights import random_model
+from kernels_pallas.platform import compile_options
+from mtpjax.decoding.steps import prefill
+from mtpjax.loading.cpu_layout import suited
+from mtpjax.loading.load import storage
+from mtpjax.loading.weight_map import random_model
+from mtpjax.model.cache import new_cache, slots_for
+from scripts.benchmarks.bench_prefill import CONFIG
+from scripts.benchmarks.count_flops import ROWS, VARIANTS, flops, whole_layer
+from scripts.experiments import common
 
 
 def experiment(smoke: bool) -> dict[str, Any]:
@@ -42,7 +42,9 @@ def experiment(smoke: bool) -> dict[str, Any]:
             cache = new_cache(model.cfg, 1, slots, dtype=jnp.float32)
             step = whole_layer if variant == "layer" else prefill
             piece = ids[:, :chunk]
-            lowered = step.lower(model.params, piece, piece, np.zeros(1, np.int32), cache, graph=model.graph, rows=which)
+            lowered = step.lower(
+                model.params, piece, piece, np.zeros(1, np.int32), cache, graph=model.graph, rows=which
+            )
             program = lowered.compile(**compile_options())
             cost, memory = program.cost_analysis() or {}, program.memory_analysis()
             counted = flops(CONFIG, variant, which, chunk=chunk, context=context, stack=1).total
@@ -91,7 +93,9 @@ def plot(result: dict[str, Any], figure: Any) -> None:
         axis.axhline(1, color="grey", lw=0.8)
         axis.grid(axis="y", alpha=0.3)
     left.legend(fontsize=8, loc="upper left")
-    figure.suptitle(f"Reading a prompt of {result['context']} tokens in chunks of {result['chunk']}, {result['device']}")
+    figure.suptitle(
+        f"Reading a prompt of {result['context']} tokens in chunks of {result['chunk']}, {result['device']}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Write `tests/golden/<case>.npz`: what HF transformers answers for the models of `weights.py`, float32 on the CPU.
 
 Transformers has no Qwen3.5 multi-token head, so that part is put together here from its decoder layer and norm.
-Run `python tests/golden/make.py [case ...]`; README.md has the package versions and says what each array is.
+Run `python -m tests.golden.make [case ...]`; README.md has the package versions and says what each array is.
 """
 
 import copy
@@ -13,7 +13,8 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
-from weights import CASES, EOS, golden_checksum, golden_config, golden_tensors, golden_tokens
+
+from tests.golden.weights import CASES, EOS, golden_checksum, golden_config, golden_tensors, golden_tokens
 
 HERE = Path(__file__).parent
 PROMPT, PREFILL, DECODE, SHORT, DRAFT = 150, 70, 12, 5, 3

@@ -1,10 +1,9 @@
 """Makes `emulated/`: what XLA writes about a small program that it compiles for a GPU, with a loop, branches, copies and slices.
 
-    .venv-cuda/bin/python tests/golden/make_emulated.py           (after `make check-cuda`)
+.venv-cuda/bin/python -m tests.golden.make_emulated           (after `make check-cuda`)
 """
 
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,18 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from scripts.gpu.cuda_target import CARDS, Target
+
 HERE = Path(__file__).resolve().parent
 SIZE, MOST = 40, 5
-KEPT = (".ptx", ".thunk_sequence.txt", ".thunk_metadata.txt", "_gpu_after_optimizations.txt", "-assignment.txt", "-values.txt")
+KEPT = (
+    ".ptx",
+    ".thunk_sequence.txt",
+    ".thunk_metadata.txt",
+    "_gpu_after_optimizations.txt",
+    "-assignment.txt",
+    "-values.txt",
+)
 
 
 @jax.jit
@@ -34,9 +42,6 @@ def steps(x: Any, turns: Any, first: Any) -> tuple[Any, Any]:
 
 
 def main() -> None:
-    sys.path[:0] = [str(HERE.parent.parent)]
-    from scripts.cuda_target import CARDS, Target
-
     with tempfile.TemporaryDirectory() as folder:
         target, number = Target(CARDS["rtx3090"], Path(folder)), jax.ShapeDtypeStruct((), jnp.int32)
         target.compile(steps, jax.ShapeDtypeStruct((SIZE,), jnp.float32), number, number)

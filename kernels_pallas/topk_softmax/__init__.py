@@ -1,0 +1,5 @@
+"""The choice of experts."""
+
+from kernels_pallas.topk_softmax.api import KERNELS
+
+__all__ = ["KERNELS"]

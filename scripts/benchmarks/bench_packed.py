@@ -1,0 +1,68 @@
+"""CPU speed of packed weights: one random MoE in BF16, int8 and IQ4_NL, packed and unpacked, sides alternating in one run.
+
+    python -m scripts.benchmarks.bench_packed [--runs 5] [--json docs/benchmarks/packed_cpu.json]
+
+The model is that of bench_cpu.py (0.78 B parameters: hidden 1024, 12 layers, 64 experts top-8 of 256, 32k vocabulary); it is
+written to a temporary folder (1.6 GB) and loaded in each form.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from checkpoints import open_checkpoint, write_safetensors_directory
+from mtpjax import LLM, SamplingParams
+from mtpjax.loading.load import load_checkpoint
+from mtpjax.loading.weight_map import export_tensors, random_model
+from scripts.benchmarks.bench_cpu import CONFIG
+from scripts.benchmarks.results import describe, ratio_table, write_json
+
+FORMS = {"bf16": None, "int8": "int8", "iq4nl": "iq4nl"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--runs", type=int, default=5, help="measured runs of each side (median is quoted)")
+    parser.add_argument("--prompt", type=int, default=512, help="prompt tokens")
+    parser.add_argument("--new", type=int, default=16, help="tokens to decode")
+    parser.add_argument("--json", help="write the figures to this file")
+    args = parser.parse_args()
+    cfg = CONFIG.without_mtp()
+    sides: dict[str, LLM] = {}
+    gigabytes = {}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model"
+        write_safetensors_directory(
+            path, cfg.to_hf(), export_tensors(random_model(cfg, dtype=jnp.bfloat16), cfg.repeats)
+        )
+        for name, weights in FORMS.items():
+            model = load_checkpoint(open_checkpoint(path), dtype=jnp.bfloat16, mtp=False, weights=weights)
+            gigabytes[name] = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)) / 1e9
+            length = args.prompt + args.new + 8
+            sides[name] = LLM(
+                model, draft=0, dtype="bfloat16", max_len=length, max_batch=1, prefill_chunks=(args.prompt,)
+            )
+    prompt = np.random.default_rng(0).integers(0, cfg.vocab_size, args.prompt + 1).tolist()
+    figures: dict[str, dict[str, list[float]]] = {"prefill tok/s": {}, "decode tok/s": {}}
+    for run in range(args.runs + 1):
+        for name, llm in sides.items():
+            metrics = llm.generate([prompt], SamplingParams(max_tokens=args.new, ignore_eos=True))[0].metrics
+            if run:  # the first compiles
+                figures["prefill tok/s"].setdefault(name, []).append(args.prompt / metrics.prefill_seconds)
+                figures["decode tok/s"].setdefault(name, []).append(args.new / metrics.decode_seconds)
+    print(", ".join(f"{name}: {size:.2f} GB" for name, size in gigabytes.items()))
+    print(ratio_table(figures))
+    if args.json:
+        write_json(
+            args.json, {"what": "packed weights on a CPU", **describe(), "gigabytes": gigabytes, "figures": figures}
+        )
+
+
+if __name__ == "__main__":
+    main()

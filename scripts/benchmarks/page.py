@@ -1,0 +1,132 @@
+"""Writes docs/benchmarks.md from the JSON files beside it.
+
+python -m scripts.benchmarks.page
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from scripts.benchmarks.table_output import all_drafts, markdown
+
+DOCS = Path(__file__).resolve().parent.parent.parent / "docs"
+FILES = DOCS / "benchmarks"
+EXPERIMENTS = {
+    "rows": (
+        "Output rows and the MTP head while reading",
+        "Which rows leave the trunk (none, the last, all) x what the MTP head does with a prompt (nothing, keys and values, its "
+        "whole layer). Operations are counted from the program, seconds measured.",
+    ),
+    "hidden_state": (
+        "What the MTP head is fed",
+        "Hidden states after or before the norms; paired with the following token or one off; with keys and values of the whole "
+        "prompt, of its last rows, or of none of it (what an engine does that lets the head begin with the first draft).",
+    ),
+    "draft_length": (
+        "Draft length, temperature and domain",
+        "Real acceptance and decode speed of the embedded model in bfloat16, batch 1: excerpts of held-out books, requests for "
+        "stories in chat, and code.",
+    ),
+    "cost_model": (
+        "Cost of a round",
+        "Draft, verify and commit timed by themselves, beside the longer of bytes ÷ copy bandwidth and operations ÷ matmul "
+        "rate, both measured in the same run. A draft length pays where more tokens a round are expected than its break-even "
+        "line asks for.",
+    ),
+    "quantisation": (
+        "Quantisation",
+        "Bytes, bits a byte, acceptance and decode speed by weight type; weights stay packed in memory. `--books DIR` "
+        "is the folder that the model was trained from.",
+    ),
+}
+
+
+def about(result: dict[str, Any]) -> str:
+    """Where a file's figures come from."""
+    versions = ", ".join(f"{k} {v}" for k, v in result.get("versions", {}).items())
+    machine = f"{result.get('device')} ({result.get('cores')} cores)"
+    return f"{result.get('date')}, {machine}, {versions}, commit {result.get('commit')}."
+
+
+def the_table(result: dict[str, Any]) -> list[str]:
+    return [
+        "## The table",
+        f"`python -m scripts.benchmarks.bench_table --contexts 512 2048 8192 32768 --new 48 --out docs/benchmarks/table`: {result['model']} "
+        f"model of about 50 M active parameters in {result['dtype']}, prompts of {result['prompts']}, **{result['acceptance']}** "
+        "(the published lengths of Qwen3.5-397B-A17B's head). " + about(result),
+        'A ratio is the median of the ratios within each run. "Spread" is (slowest − fastest) ÷ median of the prefill\'s '
+        "runs; where it exceeds a difference, the difference is not measured. Drafts 2, 3 and 4 read the prompt with the same "
+        "program, so what lies between them is noise. " + all_drafts(result),
+        '"Draft 0" leaves out the last layer\'s queries, attention and experts, since nothing reads their rows: a saving that '
+        "MTP cannot have while its head reads the last layer's output of every row. It is one layer of 12 here, one of 40 in "
+        'a 35B-A3B; at 32,768 tokens it is also a third of all attention here, a tenth there. "Draft 0, whole" is MTP off in '
+        'engines that run every layer for every row. "Last 64 tokens" is `LLM(mtp_prompt=64)`: the head reads the end of the '
+        "prompt only, and every chunk before is the very program of draft 0.",
+        markdown(result),
+        "![prefill ratio, decode speed and elapsed seconds by prompt length](benchmarks/table.png)",
+    ]
+
+
+def the_tiny_table(result: dict[str, Any]) -> list[str]:
+    return [
+        "## The embedded model, real acceptance",
+        "`python -m scripts.benchmarks.bench_table --model tiny --dtype bfloat16 --text talk --contexts 128 512 2048 --chunk 128 --drafts 0 "
+        f"1 2 3 4 --new 96 --runs 5 --no-ablations --out docs/benchmarks/table_tiny`, in {result['dtype']}, prompts of "
+        f"{result['prompts']}: conversations that the model was not trained on, {result['acceptance']}. "
+        + about(result),
+        "The model was trained on windows of 256 tokens; longer prompts are out of its experience, and of its head's: behind "
+        "them a head that has read the last 64 tokens only drafts better. What draft 0 drops while it "
+        "reads a prompt is most of one layer of eight. " + all_drafts(result),
+        markdown(result, reference=False),
+        "![prefill ratio, decode speed and elapsed seconds by prompt length](benchmarks/table_tiny.png)",
+    ]
+
+
+def memory(result: dict[str, Any]) -> list[str]:
+    lines = ["| rows of a chunk | draft | context | temporaries | cache (updated in place) |", "|---|---|---|---|---|"]
+    lines += [
+        f"| {r['chunk']} | {r['draft']} | {r['context']:,} | {r['temp'] / 2**20:.1f} MiB | {r['alias'] / 2**20:,.0f} MiB |"
+        for r in result["rows"]
+    ]
+    return [
+        "## Memory of reading a long prompt",
+        f"`.venv-cuda/bin/python -m scripts.gpu.prefill_memory --json docs/benchmarks/prefill_memory.json`: the prefill program of a "
+        f"35B-A3B with IQ4_NL weights, compiled for an {result['card']} (what XLA knows of an RTX 3090) without one. "
+        + about(result),
+        "One program reads every prompt that fits its cache: the position is data, and attention's loop over the cache has as "
+        "many turns as it needs.",
+        "\n".join(lines),
+    ]
+
+
+def page() -> str:
+    """The Markdown text."""
+    parts = ["# Benchmarks", "Made by `python -m scripts.benchmarks.page` from the JSON files in `docs/benchmarks/`."]
+    shown = set()
+    for name, section in (("table", the_table), ("table_tiny", the_tiny_table), ("prefill_memory", memory)):
+        if (file := FILES / f"{name}.json").exists():
+            parts += section(json.loads(file.read_text()))
+            shown.add(name)
+    for name, (title, text) in EXPERIMENTS.items():
+        if (file := FILES / f"{name}.json").exists():
+            result = json.loads(file.read_text())
+            picture = f"![{title}](benchmarks/{name}.png)"
+            parts += [f"## {title}", text, f"`python scripts/experiments/{name}.py`. " + about(result), picture]
+            shown.add(name)
+    others = sorted(f for f in FILES.glob("*.json") if f.stem not in shown)
+    lines = [f"| [{f.name}](benchmarks/{f.name}) | {json.loads(f.read_text()).get('what', f.stem)} |" for f in others]
+    parts += ["## Other results", "| file | what |\n|---|---|\n" + "\n".join(lines)]
+    parts += [
+        "## Not measured",
+        "No GPU has run any of this: there is no table for the 35B-A3B, no roofline and no kernel timing. `scripts/gpu/suite.py` "
+        "would make them (`--part kernels`, `prefill`, `decode`, `table`, `profile`); with `--smoke` it runs anywhere at a toy "
+        "size, and those figures mean nothing. On the CPU, contexts above those of the table were not run.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    (DOCS / "benchmarks.md").write_text(page(), encoding="utf-8")
+    print(f"wrote {DOCS / 'benchmarks.md'}")

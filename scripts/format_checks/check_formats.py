@@ -1,0 +1,236 @@
+"""Compare what this program reads of quantised Hugging Face folders with the libraries that make them, tensor by tensor.
+
+    pip install torch transformers compressed-tensors llmcompressor nvidia-modelopt auto-round gptqmodel autoawq
+    python -m scripts.format_checks.check_formats [--only gptqmodel] [--out docs/benchmarks/formats.json]
+
+Each library packs the matrices of two random models on a CPU; the folder is read, its values are compared with the library's own
+in float32, bit by bit, and its logits, computed with packed weights, with those of a plain folder of the library's values. Then
+libraries quantise the whole models, as transformers has them, and their folders are compared with their models' own logits. A
+library that is missing is reported and left out; a source folder of one (`--path`) serves as well as an installation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import warnings
+from contextlib import redirect_stderr, redirect_stdout
+from importlib.metadata import PackageNotFoundError, version
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from checkpoints import TINY, CheckpointError, QuantisedDirectory, open_checkpoint
+from mtpjax import LLM
+from mtpjax.config import FULL, LINEAR, ModelConfig
+from mtpjax.loading.weight_map import check_source, export_tensors, random_model
+from scripts.benchmarks.results import describe, write_json
+from scripts.format_checks.libraries import CASES, Case, Packed
+from scripts.format_checks.pipelines import Pipeline, pipelines
+
+PLAIN = (
+    "norm",
+    "conv1d",
+    "gate.weight",
+    "in_proj_a",
+    "in_proj_b",
+    "embed_tokens",
+    "lm_head",
+    "mtp.fc",
+    "A_log",
+    "dt_bias",
+)
+IDS = np.random.default_rng(0).integers(0, 250, 48).tolist()
+KINDS = ("moe", "dense")
+
+
+def model_config(moe: bool) -> ModelConfig:
+    """Two layers and an MTP head, with rows and columns that all formats can cut into groups of 128."""
+    experts: dict[str, int] = {"experts": 4, "experts_per_token": 2, "expert_size": 128, "shared_expert_size": 128}
+    return ModelConfig(
+        hidden_size=256, layers=2, pattern=(LINEAR, FULL), q_heads=4, kv_heads=2, head_dim=64, rotary_dim=16, rope_theta=1e7,
+        linear_k_heads=2, linear_v_heads=4, linear_k_dim=64, linear_v_dim=64, conv_width=4, vocab_size=256, stop_tokens=(255,),
+        **(experts if moe else {"mlp_size": 384}),
+    )  # fmt: skip
+
+
+def random_weights(cfg: ModelConfig) -> dict[str, torch.Tensor]:
+    """bfloat16, by published name, one tensor a matrix of an expert. Many columns are of one sign, as zeros at the ends of
+    their range need."""
+    out = {}
+    for name, shape, _, read in export_tensors(random_model(cfg, scale=0.08), 1):
+        weight = torch.from_numpy(read().astype(np.float32).copy()).to(torch.bfloat16)
+        if quantised(name) or len(shape) == 3 and "experts" in name:
+            weight[..., : weight.shape[-2] // 4, :] = weight[..., : weight.shape[-2] // 4, :].abs()
+        if name.endswith("gate_up_proj"):
+            for e, pair in enumerate(weight):
+                prefix = f"{name.removesuffix('gate_up_proj')}{e}"
+                for part, matrix in zip(("gate_proj", "up_proj"), pair.chunk(2), strict=True):
+                    out[f"{prefix}.{part}.weight"] = matrix.clone()
+        elif len(shape) == 3 and name.endswith("down_proj"):
+            out |= {
+                f"{name.removesuffix('down_proj')}{e}.down_proj.weight": matrix.clone()
+                for e, matrix in enumerate(weight)
+            }
+        else:
+            out[name] = weight
+    return out
+
+
+def quantised(name: str) -> bool:
+    return name.endswith(".weight") and not any(part in name for part in PLAIN)
+
+
+def write(folder: Path, cfg: ModelConfig, tensors: dict[str, torch.Tensor], **extra: Any) -> Path:
+    folder.mkdir()
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(cfg.to_hf() | extra))
+    return folder
+
+
+def compare(folder: Path, cfg: ModelConfig, weights: dict[str, torch.Tensor], packed: Packed) -> dict[str, Any]:
+    """Every quantised tensor, and logits, of one model."""
+    plain = write(folder / "plain", cfg, {n: packed.values.get(n, w).float() for n, w in weights.items()})
+    source = open_checkpoint(write(folder / "packed", cfg, packed.tensors, quantization_config=packed.config))
+    assert isinstance(source, QuantisedDirectory)
+    equal, kept, worst, layouts = 0, 0, 0.0, set()
+    for raw, value in packed.values.items():
+        name, want = raw.removeprefix("model."), value.numpy()
+        got = source.read(name)
+        equal += np.array_equal(got, want)
+        worst = max(worst, float(np.abs(got - want).max() / np.abs(want).max()))
+        if (form := source.read_packed(name)) is not None:
+            kept += 1
+            layouts.add(form.layout)
+    theirs = LLM(plain, max_len=64).logits(IDS)
+    return {
+        "tensors": len(packed.values),
+        "equal": int(equal),
+        "kept_packed": kept,
+        "layouts": sorted(layouts),
+        "largest_difference": worst,
+        "logits_difference": logits_difference(folder / "packed", theirs),
+    }
+
+
+def logits_difference(folder: Path, wanted: np.ndarray) -> float:
+    """Of this program with packed weights, relative to the largest logit."""
+    return float(np.abs(LLM(folder, max_len=64, weights="packed").logits(IDS) - wanted).max() / np.abs(wanted).max())
+
+
+def installed(library: str) -> str | None:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return None
+
+
+def check(case: Case) -> dict[str, Any]:
+    """One format with both models. `skipped`, `failed`: why the library says nothing; `refused`: why the folder is not read."""
+    row: dict[str, Any] = {"library": case.library, "version": installed(case.library), "format": case.name}
+    for kind in KINDS:
+        cfg = model_config(kind == "moe")
+        weights = random_weights(cfg)
+        try:
+            with redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # they talk a lot
+                packed = case.make(weights, quantised)
+        except ImportError as error:
+            return row | {"skipped": f"{type(error).__name__}: {error}"}
+        except Exception as error:  # of a library: the others are to be asked all the same
+            return row | {"failed": f"{type(error).__name__}: {error}"}
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                row[kind] = compare(Path(folder), cfg, weights, packed)
+            except CheckpointError as error:
+                return row | {"refused": str(error).replace(folder, "").lstrip("/")}
+    return row
+
+
+def check_whole(pipeline: Pipeline) -> dict[str, Any]:
+    """A checkpoint that a library made of a whole model: whether all its tensors are the model's, and its logits."""
+    row: dict[str, Any] = {"library": pipeline.library, "version": installed(pipeline.library), "format": pipeline.name}
+    for kind in KINDS:
+        cfg = model_config(kind == "moe")
+        weights = {
+            name: torch.from_numpy(read().astype(np.float32).copy())
+            for name, _, _, read in export_tensors(random_model(cfg, scale=0.08), 1)
+        }
+        with tempfile.TemporaryDirectory() as folder:
+            plain, target = write(Path(folder, "plain"), cfg, weights), Path(folder, "packed")
+            try:
+                with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+                    wanted = pipeline.make(plain, target, IDS)
+            except ImportError as error:
+                return row | {"skipped": f"{type(error).__name__}: {error}"}
+            except Exception as error:
+                return row | {"failed": f"{type(error).__name__}: {error}"}
+            try:
+                source = open_checkpoint(target)
+                check_source(source)
+            except CheckpointError as error:
+                return row | {"refused": str(error).replace(folder, "").lstrip("/")}
+            assert isinstance(source, QuantisedDirectory)
+            row[kind] = {
+                "kept_packed": sum(source.read_packed(name) is not None for name in source.tensors),
+                "logits_difference": None if wanted is None else logits_difference(target, wanted.numpy()),
+            }
+    return row
+
+
+def show(row: dict[str, Any]) -> str:
+    """A line of either table."""
+    title = f"{row['library']:19}{row['version'] or '-':9}{row['format']:30}"
+    if why := row.keys() & {"skipped", "failed", "refused"}:
+        return f"{title}{min(why)}: {row[min(why)]}"
+    both = [row[kind] for kind in KINDS]
+    kept, found = sum(model["kept_packed"] for model in both), [model["logits_difference"] for model in both]
+    logits = "not compared" if None in found else f"{max(found):.1e}"
+    if "tensors" not in both[0]:
+        return f"{title}{kept:>9}{logits:>14}"
+    tensors, equal = (sum(model[key] for model in both) for key in ("tensors", "equal"))
+    difference = max(model["largest_difference"] for model in both)
+    layouts = ", ".join(sorted({layout for model in both for layout in model["layouts"]})) or "unpacked"
+    return f"{title}{f'{equal}/{tensors}':>9}{difference:10.1e}{logits:>10}  {layouts} ({kept} packed)"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", nargs="*", help="libraries, or parts of the names of formats")
+    parser.add_argument("--path", nargs="*", default=[], help="source folders of libraries that are not installed")
+    parser.add_argument("--out", default="docs/benchmarks/formats.json")
+    args = parser.parse_args()
+    sys.path.extend(args.path)
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    print(f"{'library':19}{'version':9}{'format':30}{'equal':>9}{'tensors':>10}{'logits':>10}  in memory")
+    rows = []
+    every = (*CASES, *pipelines(TINY / "tokenizer.json"))
+    chosen = [case for case in every if not args.only or {case.library, case.name} & {*args.only}]
+    for case in (case for case in chosen if isinstance(case, Case)):
+        rows.append(check(case))
+        print(show(rows[-1]), flush=True)
+    print(f"\n{'whole models by':28}{'':30}{'packed':>9}{'logits':>14}")
+    whole = []
+    for pipeline in (case for case in chosen if isinstance(case, Pipeline)):
+        whole.append(check_whole(pipeline))
+        print(show(whole[-1]), flush=True)
+    libraries = {name: installed(name) for name in ("llmcompressor", *dict.fromkeys(case.library for case in CASES))}
+    write_json(
+        args.out,
+        {"run": describe(), "libraries": libraries, "positions": len(IDS), "rows": rows, "whole_models": whole},
+    )
+    wrong = [row for row in rows for kind in KINDS if kind in row and row[kind]["equal"] < row[kind]["tensors"]]
+    if wrong or any(row.keys() & {"failed", "refused"} for row in rows + whole):
+        raise SystemExit("check_formats.py: values differ, a library failed, or a folder is refused")
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")
+    main()

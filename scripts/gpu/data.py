@@ -1,0 +1,201 @@
+"""Random data for each GPU kernel, and what it must give: the formula in float32 on dequantised weights."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels_pallas.attention import Entering
+from kernels_pallas.gated_delta_rule import Fixed, Projected
+from kernels_pallas.top_k_top_p import least_kept
+from kernels_pallas.weights.quantized import QuantizedTensor
+from mtpjax.model.norm import gated_rms_norm, rms_norm
+from mtpjax.model.rope import Rotary, rotate
+from scripts.gpu.cuda_cases import KernelSizes
+
+CHECKED = 4  # rows compared with the reference: the last ones
+
+
+def random_like(spec: Any, key: jax.Array) -> jax.Array:
+    """Codes: any bits; scales 2^-8 to 2^-6, all different; other numbers normal. A stack is made piece by piece."""
+
+    def make(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        if spec.dtype in (jnp.float16, jnp.float32):
+            return jnp.exp2(jax.random.uniform(key, shape, minval=-8, maxval=-6)).astype(spec.dtype)
+        if jnp.issubdtype(spec.dtype, jnp.integer):
+            kind = jnp.dtype(f"uint{8 * spec.dtype.itemsize}")
+            return jax.lax.bitcast_convert_type(jax.random.bits(key, shape, kind), spec.dtype)
+        return jax.random.normal(key, shape, jnp.bfloat16).astype(spec.dtype)
+
+    if spec.ndim < 3:
+        return jax.jit(make, static_argnums=1)(key, spec.shape)
+    return jax.jit(lambda keys: jax.lax.map(lambda k: make(k, spec.shape[1:]), keys))(
+        jax.random.split(key, spec.shape[0])
+    )
+
+
+def data_of(name: str, args: tuple[Any, ...], size: KernelSizes, seed: int = 0) -> tuple[Any, ...]:
+    """Random arguments of a case, for its last layer."""
+    if name.startswith("deltanet prefill"):
+        return chunk_data(args)
+    if name.startswith("deltanet"):
+        return delta_data(args)
+    if name.startswith("routing"):
+        parts = (jax.random.normal(jax.random.key(3 * seed + i), part.shape) for i, part in enumerate(args[:3]))
+        return *parts, jnp.ones(args[3].shape, bool)
+    if name.startswith(("norm", "gating")):
+        leaves, tree = jax.tree.flatten(args)
+        keys = jax.random.split(jax.random.key(seed), len(leaves))
+        made = [
+            jnp.ones(x.shape, bool) if x.dtype == jnp.bool_ else jax.random.normal(key, x.shape, x.dtype)
+            for key, x in zip(keys, leaves, strict=True)
+        ]
+        return tuple(jax.tree.unflatten(tree, made))
+    if name.startswith("sampling"):
+        logits, each = 3 * jax.random.normal(jax.random.key(seed), args[0].shape), jnp.ones(args[1].shape)
+        return logits, jnp.max(logits, axis=-1), 0.7 * each, (20 * each).astype(jnp.int32), 0.95 * each
+    rng = np.random.default_rng(0)
+    leaves, tree = jax.tree.flatten(args)
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    made = []
+    for spec, key in zip(leaves, keys, strict=True):
+        if spec.dtype == jnp.bool_:
+            made.append(jnp.ones(spec.shape, bool))
+        elif spec.dtype != jnp.int32:
+            made.append(
+                jax.random.normal(key, spec.shape, spec.dtype)
+                if name.startswith("entering")
+                else random_like(spec, key)
+            )
+        elif not spec.shape:
+            made.append(jnp.int32(size.layers - 1))
+        elif name.startswith("experts"):
+            chosen = [rng.choice(size.experts, size.chosen, replace=False) for _ in range(spec.shape[0])]
+            made.append(jnp.array(chosen, jnp.int32))
+        else:
+            made.append(jnp.arange(size.context - spec.shape[1], size.context, dtype=jnp.int32)[None])
+    if name.startswith("attention"):
+        made[0] = made[0] / math.sqrt(size.heads[2])  # the kernel takes scaled queries
+    return tuple(jax.tree.unflatten(tree, made))
+
+
+def delta_data(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A window whose rows are all live; gates of moderate size."""
+    leaves, tree = jax.tree.flatten(args[:4])
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    made = [jax.random.normal(key, x.shape, x.dtype) / 2 for key, x in zip(keys, leaves, strict=True)]
+    rows = jnp.full(1, args[0].qkv.shape[1], jnp.int32)
+    return *jax.tree.unflatten(tree, made), jnp.int32(args[3].shape[0] - 1), 0 * rows, rows
+
+
+def chunk_data(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Unit keys and queries, scaled; steps of all sizes; decay summed in chunks of 64."""
+    keys = jax.random.split(jax.random.key(0), len(args) - 1)
+    q, k, v, beta, g, state = (jax.random.normal(key, x.shape, x.dtype) for key, x in zip(keys, args[:-1], strict=True))
+    q, k = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
+    chunk = min(64, g.shape[1])
+    decay = jnp.cumsum(-jax.nn.softplus(g).reshape(1, -1, chunk, g.shape[2]) / 8, axis=2).reshape(g.shape)
+    return q * q.shape[-1] ** -0.5, k, v, jax.nn.sigmoid(beta), decay, state, jnp.int32(state.shape[0] - 1)
+
+
+def whole(w: Any, layer: Any) -> jax.Array:
+    """One layer of a stack in float32."""
+    one = jax.tree.map(lambda part: part[layer], w)
+    return one.dequantize() if isinstance(one, QuantizedTensor) else one.astype(jnp.float32)
+
+
+def reference(name: str, args: tuple[Any, ...], chosen: int) -> jax.Array:
+    """The last `CHECKED` rows in float32, by the formula; of the recurrence, which is float32 itself, in float64."""
+    op = name.split()[0]
+    dot = partial(jnp.einsum, precision="highest")
+    if op == "linear":
+        x, w, layer = args
+        return dot("nd,od->no", x[-CHECKED:].astype(jnp.float32), whole(w, layer))
+    if op == "attention":
+        q, k, v, layer, positions, _, gates = args
+        rows = q[0, -CHECKED:].astype(jnp.float32)
+        keys, values = (
+            jnp.repeat(x[layer, 0].astype(jnp.float32), rows.shape[1] // x.shape[2], axis=0) for x in (k, v)
+        )
+        scores = dot("tqh,qsh->tqs", rows, keys)
+        seen = jnp.arange(k.shape[3]) <= positions[0, -CHECKED:, None, None]
+        gates = gates[0, -CHECKED:].astype(jnp.float32).reshape(*rows.shape[:2], 2, -1)[:, :, 1]
+        return jax.nn.sigmoid(gates) * dot(
+            "tqs,qsh->tqh", jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1), values
+        )
+    if op == "entering":
+        return entered(*args[:5], args[5][0].shape[-1])
+    if op == "routing":
+        p = jax.nn.softmax(jnp.sum(args[0], axis=0)[-CHECKED:])
+        weights, _ = jax.lax.top_k(p, chosen)
+        return weights / jnp.sum(weights, axis=-1, keepdims=True)
+    if op == "norm":
+        x, mixture, w = args
+        h = x.astype(jnp.float32) + mixture.whole(jnp.float32)
+        return rms_norm(h, w, 1e-6)[-CHECKED:]
+    if op == "gating":
+        x, z, w = args
+        wide = x.astype(jnp.float32)
+        return gated_rms_norm(wide, jnp.sum(z, axis=0).reshape(wide.shape), w, 1e-6, "silu").reshape(len(x), -1)[
+            -CHECKED:
+        ]
+    if op == "sampling":
+        return jax.jit(least_kept)(*(part[-CHECKED:] for part in args))
+    if name.startswith("deltanet prefill"):
+        return jnp.array(through_chunks(*args)[-CHECKED:], jnp.float32)
+    if op == "deltanet":
+        return jnp.array(recurrence(*args[:5])[-CHECKED:], jnp.float32)
+    x, gate_up, down, layer, numbers, weights, _ = args
+    rows, numbers, weights = x[-CHECKED:].astype(jnp.float32), numbers[-CHECKED:], weights[-CHECKED:]
+    gates, downs = whole(gate_up, layer), whole(down, layer)
+    total = jnp.zeros_like(rows)
+    for slot in range(numbers.shape[1]):
+        gate, up = jnp.split(dot("nd,nod->no", rows, gates[numbers[:, slot]]), 2, axis=-1)
+        total += weights[:, slot, None] * dot("ni,ndi->nd", jax.nn.silu(gate) * up, downs[numbers[:, slot]])
+    return total
+
+
+def entered(rows: Entering, k_norm: Any, q_norm: Any, cos: Any, sin: Any, each: int) -> jax.Array:
+    """The last queries, normalised, turned and scaled."""
+    q = rows.q[0, -CHECKED:].astype(jnp.float32)
+    q = q.reshape(len(q), -1, 2, each)[:, :, 0]
+    q = q * jax.lax.rsqrt(jnp.mean(q * q, axis=-1, keepdims=True) + 1e-6) * (1 + q_norm.astype(jnp.float32))
+    return rotate(q[None], Rotary(cos[:, -CHECKED:], sin[:, -CHECKED:]))[0] * each**-0.5
+
+
+def through_chunks(q: Any, k: Any, v: Any, beta: Any, decay: Any, states: Any, layer: Any) -> np.ndarray:
+    """Outputs `[T, M, V]` of the rows of a prompt, row by row in float64."""
+    q, k, v, beta, decay, state = (np.float64(x[0]) for x in (q, k, v, beta, decay, states[layer]))
+    chunk, ratio, out = min(64, len(v)), v.shape[1] // k.shape[1], np.zeros(v.shape)
+    q, k = (np.repeat(x, ratio, axis=1) for x in (q, k))
+    for t in range(len(v)):
+        state = state * np.exp(decay[t] - (decay[t - 1] if t % chunk else 0))[:, None, None]
+        d = beta[t][:, None] * (v[t] - np.einsum("mkv,mk->mv", state, k[t]))
+        state = state + k[t][:, :, None] * d[:, None]
+        out[t] = np.einsum("mkv,mk->mv", state, q[t])
+    return out
+
+
+def recurrence(projected: Projected, fixed: Fixed, before: Any, states: Any, layer: Any) -> np.ndarray:
+    """Outputs `[W, M, V]` of a window behind the state of a layer, row by row in float64."""
+    taps, a_log, dt_bias = (np.float64(x) for x in fixed)
+    qkv, b, a = (np.float64(parts).sum(0) for parts in projected)
+    state, inputs = np.float64(states[layer, 0]), np.concatenate([np.float64(before[layer, 0]), qkv])
+    heads, each, width = state.shape
+    keys, out = (qkv.shape[1] - heads * width) // (2 * each), []
+    g, beta = -np.exp(a_log) * np.log1p(np.exp(a + dt_bias)), 1 / (1 + np.exp(-b))
+    for t in range(len(qkv)):
+        u = (inputs[t : t + taps.shape[1]] * taps.T).sum(0)
+        u = u / (1 + np.exp(-u))
+        q, k = u[: 2 * keys * each].reshape(2, keys, each)
+        q, k = (np.repeat(x / np.sqrt((x * x).sum(-1, keepdims=True) + 1e-6), heads // keys, axis=0) for x in (q, k))
+        state = state * np.exp(g[t])[:, None, None]
+        v = u[2 * keys * each :].reshape(heads, width)
+        state = state + k[:, :, None] * (beta[t][:, None] * (v - np.einsum("mkv,mk->mv", state, k)))[:, None]
+        out.append(np.einsum("mkv,mk->mv", state, q) / math.sqrt(each))
+    return np.array(out)

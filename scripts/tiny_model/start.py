@@ -1,0 +1,81 @@
+"""The weights that a training run begins with: random ones, those of an earlier run, or the mean of two."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from checkpoints import open_checkpoint
+from mtpjax.config import ModelConfig
+from mtpjax.loading.load import load_checkpoint
+from mtpjax.loading.orbax_io import TreePath
+from mtpjax.loading.weight_map import LoadedModel, fill, flat, random_model
+from mtpjax.model import abstract_model
+from scripts.tiny_model.loss import spread_gains
+from scripts.tiny_model.state import Plan
+from scripts.tiny_model.steps import new_state
+
+
+def stacked(model: LoadedModel, layers: int) -> LoadedModel:
+    """The model with its layers repeated in order until there are `layers`: a deeper one that need not learn from nothing.
+
+    Depth-wise stacking as in Du et al. 2024 ("Stacking Your Transformers"). The MTP head stays as it is.
+    """
+    cfg = replace(model.cfg, layers=layers)
+    graph, params = nnx.split(abstract_model(cfg, jnp.float32, stack=1))
+    given = flat(model.params)
+
+    def take(path: TreePath, leaf: Any) -> Array:
+        if path[:2] == ("decoder", "blocks"):
+            path = (*path[:2], int(path[2]) % model.cfg.repeats, *path[3:])
+        return jnp.copy(given[path])
+
+    return LoadedModel(cfg, graph, fill(params, take))
+
+
+def read_start(folder: Path, cfg: ModelConfig, option: str) -> LoadedModel:
+    """The weights in `folder`, stacked up to the layers of `cfg`."""
+    start = load_checkpoint(open_checkpoint(folder), dtype=jnp.float32)
+    if replace(start.cfg, layers=cfg.layers) == cfg and cfg.layers % start.cfg.layers == 0:
+        start = stacked(start, cfg.layers)
+    if start.cfg != cfg:
+        raise SystemExit(f"{option} {folder}: another model than the one trained here:\n{start.cfg}\n{cfg}")
+    return start
+
+
+def averaged(model: LoadedModel, other: LoadedModel, share: float) -> LoadedModel:
+    """Weights between those of two models, `share` of the way from `other` to `model` (WiSE-FT, Wortsman et al. 2022)."""
+    return replace(model, params=jax.tree.map(lambda a, b: share * a + (1 - share) * b, model.params, other.params))
+
+
+def first_state(args: argparse.Namespace, cfg: ModelConfig, plan: Plan) -> dict[str, Any]:
+    """Random weights with spread gains, or those of --start, which --average may pull back to those of an earlier run."""
+    if args.start is None:
+        return new_state(spread_gains(random_model(cfg, seed=plan.seed), plan.seed), plan)
+    start = read_start(args.start, cfg, "--start")
+    if args.average:
+        start = averaged(start, read_start(args.average, cfg, "--average"), args.share)
+    return new_state(start, plan)
+
+
+def history(args: argparse.Namespace) -> dict[str, Any]:
+    """What training.json says of the weights that a run begins with."""
+
+    def told(folder: Path) -> dict[str, Any] | None:
+        file = folder / "training.json"
+        return json.loads(file.read_text()) if file.is_file() else None
+
+    start = told(args.start) if args.start else None
+    if args.average is None:
+        return {"start": start} if start else {}
+    if not start or not (before := start.get("start")) or before != told(args.average):
+        raise SystemExit(f"--average {args.average}: expected the folder that the run in {args.start} started from.")
+    return {"start": start, "share": args.share}

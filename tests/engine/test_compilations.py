@@ -1,0 +1,132 @@
+"""How often XLA compiles: once for each length of prompt chunk, and a few programs more."""
+
+import gc
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from mtpjax import LLM, SamplingParams
+from tests.helpers.models import numpy_model, tiny_config
+
+COMPILED = "/jax/core/compile/backend_compile_duration"  # of every program, those of single operations included
+BUCKETS = (16, 32, 64)
+
+
+@pytest.fixture
+def events() -> Iterator[Counter]:
+    """What jax reports while the test runs: name of the event -> how often."""
+    seen: Counter = Counter()
+
+    def count(name: str, *_: float, **__: str | int) -> None:
+        seen[name] += 1
+
+    jax.clear_caches()  # an operation that another test has compiled would not show
+    jax.monitoring.register_event_duration_secs_listener(count)
+    yield seen
+    jax.monitoring.unregister_event_duration_listener(count)
+
+
+def prompts(number: int, longest: int, vocab: int) -> list[list[int]]:
+    rng = np.random.default_rng(number)
+    return [rng.integers(0, vocab, length).tolist() for length in rng.integers(1, longest, number, endpoint=True)]
+
+
+@pytest.mark.parametrize(("draft", "admit", "more"), [(2, None, 4), (0, 3, 4), (2, 8, 2)])
+def test_a_job_compiles_as_many_programs_as_chunk_lengths_and_a_few(events, draft, admit, more):
+    """The loop and an empty cache; where slots are filled again, an empty cache for the slots and what fills them, too."""
+    model = numpy_model(tiny_config(moe=draft > 0, repeats=1))
+    before = events[COMPILED]
+    llm = LLM(model, draft=draft, max_len=240, max_batch=8, admit=admit, prefill_chunks=BUCKETS)
+    job = prompts(100, 200, model.cfg.vocab_size)
+    sampling = [SamplingParams(max_tokens=n % 7, temperature=0.5 * (n % 3), seed=n) for n in range(len(job))]
+    assert len({len(p) for p in job}) > 60
+    out = llm.generate(job, sampling)
+    # A stop token ends a text before its limit.
+    assert all(len(o.token_ids) == n % 7 or o.finish_reason == "stop" for n, o in enumerate(out))
+    compiled = events[COMPILED] - before
+    assert compiled == llm.engine.programs == len(BUCKETS) + more
+
+    # Other prompts, other lengths, other sampling: nothing new.
+    for number, longest in ((9, 239), (20, 50)):
+        llm.generate(prompts(number, longest, model.cfg.vocab_size), SamplingParams(max_tokens=1, temperature=1.0))
+    assert events[COMPILED] - before == llm.engine.programs == compiled
+
+
+def test_the_count_sees_a_single_operation(events):
+    x = jax.device_put(np.ones(3, np.float32))
+    before = events[COMPILED]
+    _ = x + x
+    assert events[COMPILED] == before + 1
+
+
+CHILD = """
+import gc
+import json
+from collections import Counter
+import jax
+
+seen = Counter()
+jax.monitoring.register_event_listener(lambda name, **_: seen.update([name]))
+
+from tests.helpers.models import numpy_model, tiny_config
+from mtpjax import LLM, SamplingParams
+
+model = numpy_model(tiny_config(moe=True, repeats=1))
+seen.clear()
+llm = LLM(model, draft=2, max_len=64, max_batch=2, prefill_chunks=(16,))
+tokens = [o.token_ids for o in llm.generate([[5, 6, 7], [8] * 20], SamplingParams(max_tokens=9))]
+cache = "/jax/compilation_cache/cache_"
+counts = [seen[cache + "hits"], seen[cache + "misses"], llm.engine.programs]
+print(json.dumps({"counts": counts, "tokens": tokens}))
+"""
+
+
+def test_a_second_process_compiles_nothing(tmp_path):
+    env = os.environ | {
+        "PYTHONPATH": str(Path(__file__).parent.parent.parent),
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+    def run() -> dict:
+        child = subprocess.run([sys.executable, "-c", CHILD], env=env, capture_output=True, text=True, timeout=300)
+        assert child.returncode == 0, child.stderr
+        return json.loads(child.stdout)
+
+    first, second = run(), run()
+    assert first["counts"] == [0, 3, 3]  # hits, misses, programs
+    assert second["counts"] == [3, 0, 3]
+    assert first["tokens"] == second["tokens"]
+
+
+def test_programs_go_with_their_llm():
+    """JAX keeps a program as long as the function that it wraps; a process that makes many LLMs must not keep theirs.
+
+    Each holds hundreds of memory mappings, of which Linux gives a process 65,530.
+    """
+    model = numpy_model(tiny_config(moe=False, repeats=1))
+
+    def alive() -> int:
+        gc.collect()
+        return len(jax.devices()[0].client.live_executables())
+
+    def use(max_len: int) -> int:
+        llm = LLM(model, draft=1, max_len=max_len)
+        llm.generate([[1, 2, 3]], SamplingParams(max_tokens=2))
+        llm.hidden([1, 2, 3])
+        return llm.engine.programs
+
+    assert use(80) >= 4
+    before = alive()
+    for max_len in (100, 2000):
+        use(max_len)
+    assert alive() <= before

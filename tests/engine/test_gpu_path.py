@@ -1,0 +1,95 @@
+"""The program of a GPU with every kernel interpreted: a packed model in bfloat16, all of whose rows are invariant."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from kernels_pallas import attention, grouped_matmul, matmul, norm
+from kernels_pallas.platform import compiling_for
+from mtpjax.config import FULL, LINEAR
+from mtpjax.decoding import steps
+from mtpjax.engine.request import Request
+from mtpjax.loading.load import storage
+from mtpjax.loading.weight_map import LoadedModel, random_model
+from mtpjax.model.cache import new_cache
+from tests.helpers.models import make_engine, tiny_config
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every kernel of a GPU, interpreted."""
+    inter = partial(partial, interpret=True)
+    tables: list[tuple[dict[str, Any], Any]] = [
+        (matmul.api.KERNELS, inter(matmul.triton.matmul_parts)),
+        (grouped_matmul.api.KERNELS, inter(grouped_matmul.triton.grouped_mlp)),
+        (grouped_matmul.EACH_KERNELS, inter(grouped_matmul.triton.each_expert)),
+        (topk_softmax.KERNELS, inter(topk_softmax.triton.choose_experts)),
+        (top_k_top_p.KERNELS, inter(top_k_top_p.triton.least_kept)),
+        (gated_delta_rule.api.KERNELS, inter(gated_delta_rule.triton.delta_window)),
+        (gated_delta_rule.api.CHUNK_KERNELS, inter(gated_delta_rule.triton_chunks.delta_chunks)),
+        (norm.api.KERNELS, norm.NormKernels(inter(norm.triton.add_norm), inter(norm.triton.gated_norm))),
+        (
+            attention.api.KERNELS,
+            attention.AttentionKernels(inter(attention.triton_qkv.enter_cache), inter(attention.triton.attend_cache)),
+        ),
+    ]
+    for table, kernel in tables:
+        monkeypatch.setitem(table, "cuda", kernel)
+
+
+def packed_model(mtp: bool) -> LoadedModel:
+    """A small MoE with eight-bit weights, computing in bfloat16."""
+    sizes: Any = {
+        "hidden_size": 64,
+        "head_dim": 16,
+        "rotary_dim": 4,
+        "linear_k_dim": 16,
+        "linear_v_dim": 16,
+        "vocab_size": 96,
+    }
+    sizes |= {"pattern": (LINEAR, FULL), "layers": 2, "experts": 4, "expert_size": 32, "shared_expert_size": 32}
+    cfg = tiny_config(moe=True, **sizes)
+    return random_model(cfg if mtp else cfg.without_mtp(), weights="int8", scale=0.3, **storage(jnp.dtype("bfloat16")))
+
+
+def test_rows_do_not_depend_on_the_window_bit_for_bit(interpreted: None) -> None:
+    """Through every kernel: logits of the first rows of a window of five, of two and of four."""
+    model = packed_model(mtp=False)
+    merged, rng = nnx.merge(model.graph, model.params), np.random.default_rng(2)
+    with compiling_for("cuda"):
+        tokens, none = jnp.asarray(rng.integers(0, 96, (2, 16)), jnp.int32), jnp.zeros(2, jnp.int32)
+        cache = new_cache(model.cfg, 2, 256, dtype=jnp.bfloat16)
+        _, _, cache = jax.jit(lambda t, c: steps.prefill_chunk(merged, t, t, none, c, steps.NO_ROWS))(tokens, cache)
+        verify = jax.jit(lambda window, cache: steps.verify(merged, window, jnp.zeros(len(window), bool), cache)[:2])
+        window = tokens[:, :5]
+        whole = verify(window, cache)
+        for rows in (2, 4):
+            for got, want in zip(verify(window[:, :rows], cache), whole, strict=True):
+                assert (np.asarray(got) == np.asarray(want[:, :rows])).all()
+        assert np.isfinite(np.asarray(whole[0])).all() and len(np.unique(np.asarray(whole[0]))) > 100
+
+
+@pytest.mark.slow
+def test_the_text_is_the_same_with_drafts_in_bfloat16(interpreted: None) -> None:
+    """Greedy, sampled from all tokens and from some, side by side: prompt, loop and all."""
+    rng = np.random.default_rng(0)
+    ways: list[dict[str, Any]] = [
+        {"temperature": 0.0},
+        {"temperature": 0.9},
+        {"temperature": 0.8, "top_k": 9, "top_p": 0.9},
+    ]
+    asked = [
+        Request(i, tuple(rng.integers(0, 96, 5 + 9 * i).tolist()), 24, way.pop("temperature"), 50 + i, (), **way)
+        for i, way in enumerate(ways)
+    ]
+    with compiling_for("cuda"):
+        model = packed_model(mtp=True)
+        runs = [make_engine(model, draft=draft, max_len=100).run(asked, 3) for draft in (1, 4)]
+    texts = [[result.tokens for result in run] for run in runs]
+    assert texts[0] == texts[1] and len({tuple(text) for text in texts[0]}) == 3
+    assert 0 < sum(r.accepted_per_position[0] for r in runs[1])

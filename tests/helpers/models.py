@@ -1,0 +1,89 @@
+"""What tests of the engine and the model share: tiny models that need no random-number programs, and the golden cases."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from checkpoints import open_checkpoint, write_safetensors_directory
+from mtpjax.config import FULL, LINEAR, ModelConfig
+from mtpjax.engine.engine import Engine
+from mtpjax.loading.weight_map import LoadedModel, fill, load_model
+from mtpjax.model import abstract_model
+from tests.golden.weights import golden_config, golden_tensors
+
+cpu_only = pytest.mark.skipif(jax.default_backend() != "cpu", reason="about XLA's CPU backend")
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+
+
+class Golden:
+    """One golden case: the answers of transformers, and the model written as a checkpoint."""
+
+    def __init__(self, case: str, folder: Path):
+        self.case, self.path = case, folder / case
+        with np.load(GOLDEN / f"{case}.npz") as file:
+            self.answers: dict[str, np.ndarray] = dict(file)
+        self.tensors = golden_tensors(case)
+        entries = [(name, a.shape, a.dtype, lambda a=a: a) for name, a in self.tensors.items()]
+        write_safetensors_directory(self.path, golden_config(case), entries)
+        assert json.loads(str(self.answers["config"])) == golden_config(case), f"{case}: config changed, run make.py"
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.answers[name]
+
+    def model(self, stack: int | None = None) -> LoadedModel:
+        """Stacked by all repeats of the layer pattern unless told."""
+        source = open_checkpoint(self.path)
+        return load_model(source, stack=stack or ModelConfig.from_hf(source.config).repeats)
+
+
+def tiny_config(*, moe: bool, pattern: tuple[str, ...] = (LINEAR, FULL), repeats: int = 2, **sizes: Any) -> ModelConfig:
+    """A config of a few thousand parameters with every part of the architecture; the last id is its stop token."""
+    whole: dict[str, Any] = {
+        "hidden_size": 48, "layers": len(pattern) * repeats, "pattern": pattern, "q_heads": 4, "kv_heads": 2,
+        "head_dim": 16, "rotary_dim": 8, "rope_theta": 1e7, "linear_k_heads": 2, "linear_v_heads": 4,
+        "linear_k_dim": 16, "linear_v_dim": 16, "conv_width": 4, "vocab_size": 96,
+    }  # fmt: skip
+    experts = {"experts": 8, "experts_per_token": 2, "expert_size": 16, "shared_expert_size": 24}
+    whole |= experts if moe else {"mlp_size": 64}
+    whole |= sizes
+    return ModelConfig(stop_tokens=(whole["vocab_size"] - 1,), **whole)
+
+
+def numpy_model(cfg: ModelConfig, *, seed: int = 0, scale: float = 0.15, stack: int | None = None) -> LoadedModel:
+    """Random weights from numpy: `random_model` compiles a program for each leaf, which takes longer than most tests.
+
+    Matrices are normal with deviation `scale`, norms near neutral, decay rates as in `random_model`.
+    """
+    graph, params = nnx.split(abstract_model(cfg, stack=stack or cfg.repeats))
+    rng = np.random.default_rng(seed)
+
+    def make(path: tuple, leaf: Any) -> jax.Array:
+        name, shape = str(path[-1]), leaf.shape
+        if name == "a_log":
+            values = np.log(rng.uniform(1.0, 16.0, shape))
+        elif name == "dt_bias":
+            values = np.log(np.expm1(np.exp(rng.uniform(np.log(1e-3), np.log(1e-1), shape))))
+        elif name == "conv":
+            values = rng.uniform(-0.5, 0.5, shape)
+        elif name.endswith("norm"):
+            values = float(path[-2:] == ("mixer", "norm")) + 0.1 * rng.normal(size=shape)
+        else:
+            values = scale * rng.normal(size=shape)
+        return jnp.asarray(values, leaf.dtype)
+
+    return LoadedModel(cfg, graph, fill(params, make))
+
+
+def make_engine(model: LoadedModel, *, max_len: int = 250, buckets: tuple[int, ...] = (32,), **kw: Any) -> Engine:
+    """A float32 engine; `vocab` is the model's unless told."""
+    settings: dict[str, Any] = {"vocab": model.cfg.vocab_size, "cache_dtype": jnp.dtype("float32")} | kw
+    return Engine(model, max_len=max_len, buckets=buckets, **settings)

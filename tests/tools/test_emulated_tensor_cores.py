@@ -1,0 +1,171 @@
+"""The emulator's tensor cores: of compute capability 8.0, of Hopper and of Blackwell, each beside a product in numpy."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from scripts.ptx_emulator.ptx import EmulationError
+from tests.helpers.ptx import run_ptx
+
+BF16 = ml_dtypes.bfloat16
+
+
+def test_a_product_of_matrices_from_shared_memory() -> None:
+    """16 x 16 by 16 x 8, brought to registers by `ldmatrix` as the manual says: rows as they lie, columns by turning."""
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(16, 16)).astype(BF16), rng.normal(size=(16, 8)).astype(BF16)
+    text = """
+    shl.b32 %r4, %r0, 4;
+    cvt.u64.u32 %rd8, %r4;
+    add.s64 %rd9, %rd0, %rd8;
+    cp.async.cg.shared.global [%r4], [%rd9], 16;
+    setp.lt.u32 %p1, %r0, 16;
+    add.s64 %rd10, %rd1, %rd8;
+    @%p1 cp.async.cg.shared.global [%r4+512], [%rd10], 16;
+    cp.async.commit_group;
+    cp.async.wait_group 0;
+    bar.sync 0;
+    and.b32 %r5, %r0, 15;
+    shl.b32 %r6, %r5, 5;
+    shr.u32 %r7, %r0, 4;
+    shl.b32 %r8, %r7, 4;
+    add.s32 %r6, %r6, %r8;
+    ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r20, %r21, %r22, %r23}, [%r6];
+    shl.b32 %r9, %r5, 4;
+    ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%r24, %r25}, [%r9+512];
+    mov.b32 %r30, 0; mov.b32 %r31, 0; mov.b32 %r32, 0; mov.b32 %r33, 0;
+    mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32
+        {%r30, %r31, %r32, %r33}, {%r20, %r21, %r22, %r23}, {%r24, %r25}, {%r30, %r31, %r32, %r33};
+    shr.u32 %r10, %r0, 2;
+    shl.b32 %r11, %r10, 5;
+    and.b32 %r12, %r0, 3;
+    shl.b32 %r13, %r12, 3;
+    add.s32 %r14, %r11, %r13;
+    cvt.u64.u32 %rd11, %r14;
+    add.s64 %rd12, %rd2, %rd11;
+    st.global.v2.b32 [%rd12], {%r30, %r31};
+    st.global.v2.b32 [%rd12+256], {%r32, %r33};
+    """
+    out = run_ptx(text, [a, b, np.zeros((16, 8), np.float32)], shared=1024)[2]
+    np.testing.assert_allclose(out, a.astype(np.float32) @ b.astype(np.float32), rtol=1e-5, atol=1e-5)
+
+
+def test_a_product_in_tensor_memory() -> None:
+    """64 x 16 by 16 x 8, of capability 10.0: the first matrix is put into tensor memory, the second one lies in shared memory."""
+    rng = np.random.default_rng(2)
+    a, b = rng.normal(size=(64, 16)).astype(BF16), rng.normal(size=(8, 16)).astype(BF16)
+    shape = 1 << 4 | 1 << 7 | 1 << 10 | 8 // 8 << 17 | 64 // 16 << 24  # float32 of bfloat16, 64 x 8
+    text = f"""
+    shl.b32 %r4, %r0, 4;
+    cvt.u64.u32 %rd8, %r4;
+    add.s64 %rd9, %rd1, %rd8;
+    setp.lt.u32 %p1, %r0, 16;
+    @%p1 cp.async.cg.shared.global [%r4], [%rd9], 16;
+    cp.async.wait_all;
+    shr.u32 %r5, %r0, 5;
+    setp.eq.u32 %p2, %r5, 0;
+    mov.b32 %r6, 512;
+    @%p2 tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r6], 32;
+    setp.eq.u32 %p3, %r0, 0;
+    mov.b32 %r7, 520;
+    @%p3 mbarrier.init.shared::cta.b64 [%r7], 1;
+    bar.sync 0;
+    ld.shared.b32 %r8, [%r6];
+    and.b32 %r9, %r0, 15;
+    shl.b32 %r10, %r5, 4;
+    add.s32 %r9, %r9, %r10;
+    shl.b32 %r11, %r9, 5;
+    bfe.u32 %r12, %r0, 4, 1;
+    shl.b32 %r13, %r12, 4;
+    add.s32 %r11, %r11, %r13;
+    cvt.u64.u32 %rd10, %r11;
+    add.s64 %rd11, %rd0, %rd10;
+    ld.global.v4.b32 {{%r20, %r21, %r22, %r23}}, [%rd11];
+    shl.b32 %r14, %r5, 21;
+    add.s32 %r15, %r8, %r14;
+    tcgen05.st.sync.aligned.16x32bx2.x4.b32 [%r15 + 0], 4, {{%r20, %r21, %r22, %r23}};
+    tcgen05.wait::st.sync.aligned;
+    bar.sync 0;
+    elect.sync %r16|%p4, -1;
+    and.pred %p5, %p4, %p2;
+    mov.b64 %rd12, {1 << 46 | 256 >> 4 << 32 | 128 >> 4 << 16};
+    mov.b32 %r17, {shape};
+    mov.pred %p6, 0;
+    @%p5 tcgen05.mma.cta_group::1.kind::f16 [%r8 + 16], [%r8 + 0], %rd12, %r17, %p6;
+    @%p5 tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [%r7];
+    {{
+    .reg .pred complete;
+    waitLoop:
+    mbarrier.try_wait.parity.shared::cta.b64 complete, [%r7], 0;
+    @!complete bra.uni waitLoop;
+    }}
+    tcgen05.ld.sync.aligned.16x32bx2.x4.b32 {{%r30, %r31, %r32, %r33}}, [%r15 + 16], 4;
+    tcgen05.wait::ld.sync.aligned;
+    add.s64 %rd13, %rd2, %rd10;
+    st.global.v4.b32 [%rd13], {{%r30, %r31, %r32, %r33}};
+    """
+    image = b.reshape(8, 2, 8).transpose(1, 0, 2)  # blocks of 8 rows of 16 bytes
+    out = run_ptx(text, [a, np.ascontiguousarray(image), np.zeros((64, 8), np.float32)], threads=128, shared=528)[2]
+    np.testing.assert_allclose(out, a.astype(np.float32) @ b.astype(np.float32).T, rtol=1e-5, atol=1e-5)
+    early = text.replace(
+        "mbarrier.try_wait.parity.shared::cta.b64 complete, [%r7], 0;", "setp.eq.s32 complete, %r4, %r4;"
+    )
+    with pytest.raises(EmulationError, match="before its product was waited for"):
+        run_ptx(early, [a, np.ascontiguousarray(image), np.zeros((64, 8), np.float32)], threads=128, shared=528)
+
+
+@pytest.mark.parametrize("swizzled", [False, True])
+def test_a_product_of_four_warps(swizzled: bool) -> None:
+    """64 x 16 by 16 x 8, both in shared memory, their columns along the sum: in blocks of 8 rows of 16 bytes, or in lines of 128
+    bytes whose units of 16 are swapped by the number of the line."""
+    rng = np.random.default_rng(1)
+    a, b = rng.normal(size=(64, 16)).astype(BF16), rng.normal(size=(8, 16)).astype(BF16)
+
+    def laid(x: np.ndarray) -> np.ndarray:
+        if not swizzled:
+            return x.reshape(-1, 8, 2, 8).transpose(0, 2, 1, 3).reshape(-1)
+        lines = np.zeros((len(x), 8, 8), BF16)
+        for row in range(len(x)):
+            for unit in range(2):
+                lines[row, unit ^ row % 8] = x[row, 8 * unit : 8 * unit + 8]
+        return lines.reshape(-1)
+
+    image = np.concatenate([laid(a), laid(b)])
+    begin = 2 * laid(a).size
+    leading, stride, mode = (128, 256, 0) if not swizzled else (16, 1024, 1)
+    low, high = leading >> 4 << 16, stride >> 4 | mode << 30
+    lines = [f"cp.async.cg.shared.global [%r4+{n}], [%rd9+{n}], 16;" for n in range(0, image.nbytes - 2047, 2048)]
+    rest = image.nbytes % 2048 // 16
+    text = f"""
+    shl.b32 %r4, %r0, 4;
+    cvt.u64.u32 %rd8, %r4;
+    add.s64 %rd9, %rd0, %rd8;
+    {"".join(lines)}
+    setp.lt.u32 %p1, %r0, {rest};
+    @%p1 cp.async.cg.shared.global [%r4+{image.nbytes // 2048 * 2048}], [%rd9+{image.nbytes // 2048 * 2048}], 16;
+    cp.async.wait_all;
+    bar.sync 0;
+    mov.b64 %rd10, {high << 32 | low};
+    mov.b64 %rd11, {high << 32 | low | begin >> 4};
+    mov.b32 %r20, 0; mov.b32 %r21, 0; mov.b32 %r22, 0; mov.b32 %r23, 0;
+    mov.pred %p2, -1;
+    wgmma.fence.sync.aligned;
+    wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {{%r20,%r21,%r22,%r23}}, %rd10, %rd11, %p2, 1, 1, 0, 0;
+    wgmma.commit_group.sync.aligned;
+    wgmma.wait_group.sync.aligned 0;
+    shr.u32 %r10, %r0, 5;
+    shl.b32 %r11, %r10, 9;
+    shr.u32 %r12, %r0, 2;
+    and.b32 %r12, %r12, 7;
+    shl.b32 %r13, %r12, 5;
+    and.b32 %r14, %r0, 3;
+    shl.b32 %r15, %r14, 3;
+    add.s32 %r16, %r11, %r13;
+    add.s32 %r16, %r16, %r15;
+    cvt.u64.u32 %rd12, %r16;
+    add.s64 %rd13, %rd1, %rd12;
+    st.global.v2.b32 [%rd13], {{%r20, %r21}};
+    st.global.v2.b32 [%rd13+256], {{%r22, %r23}};
+    """
+    out = run_ptx(text, [image, np.zeros((64, 8), np.float32)], threads=128, shared=image.nbytes)[1]
+    np.testing.assert_allclose(out, a.astype(np.float32) @ b.astype(np.float32).T, rtol=1e-5, atol=1e-5)
