@@ -252,7 +252,7 @@ class LLM:
         room = self.max_len - len(ids)
         stops = tuple(dict.fromkeys(params.stop_token_ids + (() if params.ignore_eos else self.stop_token_ids)))
         if len(stops) > MAX_STOP_TOKENS:
-            raise ValueError(f"{what}: {len(stops)} stop tokens (the checkpoint's included); at most {STOPS}")
+            raise ValueError(f"{what}: {len(stops)} stop tokens (the checkpoint's included); at most {MAX_STOP_TOKENS}")
         for token in stops:
             if token >= self.cfg.vocab_size:
                 raise ValueError(f"{what}: stop token {token} is outside the vocabulary 0...{self.cfg.vocab_size - 1}")
