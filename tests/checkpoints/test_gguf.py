@@ -71,8 +71,8 @@ def test_every_block_type_is_exact(name: str, seed: int, rows: int, blocks: int)
 
 def save(cfg: ModelConfig, path: Path, kind: str, seed: int = 0) -> Any:
     """A random model as GGUF; returns the model."""
-    model = numpy_model(cfg, seed=seed, stack=1)
-    tensors = [(name.removeprefix("model."), read) for name, _, _, read in export_tensors(model, 1)]
+    model = numpy_model(cfg, seed=seed)
+    tensors = [(name.removeprefix("model."), read) for name, _, _, read in export_tensors(model)]
     write_gguf(path, cfg.to_hf(), tensors, kind)
     return model
 

@@ -71,7 +71,7 @@ def write(path: Path, kind: str, change: Any = None, **settings: Any) -> Path:
     cfg = tiny_config(moe=True, linear_v_heads=6, **SIZES)
     weights = {
         each: w
-        for name, _, _, read in export_tensors(numpy_model(cfg, stack=1), 1)
+        for name, _, _, read in export_tensors(numpy_model(cfg))
         for each, w in per_expert(name, read().astype(np.float32))
     }
     return save(path, kind, weights, cfg.to_hf(), change, **settings)

@@ -39,10 +39,8 @@ class Golden:
     def __getitem__(self, name: str) -> np.ndarray:
         return self.answers[name]
 
-    def model(self, stack: int | None = None) -> LoadedModel:
-        """Stacked by all repeats of the layer pattern unless told."""
-        source = open_checkpoint(self.path)
-        return load_model(source, stack=stack or ModelConfig.from_hf(source.config).repeats)
+    def model(self) -> LoadedModel:
+        return load_model(open_checkpoint(self.path))
 
 
 def tiny_config(*, moe: bool, pattern: tuple[str, ...] = (LINEAR, FULL), repeats: int = 2, **sizes: Any) -> ModelConfig:
@@ -58,12 +56,12 @@ def tiny_config(*, moe: bool, pattern: tuple[str, ...] = (LINEAR, FULL), repeats
     return ModelConfig(stop_tokens=(whole["vocab_size"] - 1,), **whole)
 
 
-def numpy_model(cfg: ModelConfig, *, seed: int = 0, scale: float = 0.15, stack: int | None = None) -> LoadedModel:
+def numpy_model(cfg: ModelConfig, *, seed: int = 0, scale: float = 0.15) -> LoadedModel:
     """Random weights from numpy: `random_model` compiles a program for each leaf, which takes longer than most tests.
 
     Matrices are normal with deviation `scale`, norms near neutral, decay rates as in `random_model`.
     """
-    graph, params = nnx.split(abstract_model(cfg, stack=stack or cfg.repeats))
+    graph, params = nnx.split(abstract_model(cfg))
     rng = np.random.default_rng(seed)
 
     def make(path: tuple, leaf: Any) -> jax.Array:
