@@ -47,7 +47,7 @@ help:
 	@echo "make emulate-cuda  run the compiled kernels and texts on an emulator, without a GPU (EMULATE_CUDA_ARGS='--cards h200 ...')"
 
 demo: $(RUN_READY)
-	@$(VENV_PYTHON) scripts/batch_generate.py --recommended
+	@$(VENV_PYTHON) scripts/batch_generate.py --recommended-sampling
 
 test: $(DEV_READY)
 	@$(VENV_PYTHON) -m pytest -q $(PYTEST_ARGS) -m "not slow"
