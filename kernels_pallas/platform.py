@@ -1,54 +1,93 @@
-"""Which platform programs are being made for. The one place that asks, so that a machine without a GPU can compile for one."""
+"""Which platform programs are traced for, and which implementation of an op that means: the one place that asks."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import NamedTuple
 
 import jax
 
-_target: ContextVar[tuple[str, tuple[int, int]] | None] = ContextVar("target", default=None)
+IMPLEMENTATIONS = ("xla", "triton")
 
 
-def target() -> str:
-    """ "cpu", "cuda" or another platform: that of the default device, unless `compiling_for` says otherwise."""
-    chosen = _target.get()
-    if chosen is not None:
-        return chosen[0]
-    found = jax.default_backend()
-    return "cuda" if found == "gpu" and jax.devices()[0].device_kind.startswith("NVIDIA") else found
+class _Override(NamedTuple):
+    platform: str
+    capability: tuple[int, int]
+    interpret: bool
+
+
+_override: ContextVar[_Override | None] = ContextVar("override_platform", default=None)
+
+
+def platform() -> str:
+    """Return "cpu", "cuda" or another platform: that of JAX's default device, or the one of `override_platform`."""
+    override = _override.get()
+    if override is not None:
+        return override.platform
+    backend = jax.default_backend()
+    return "cuda" if backend == "gpu" and jax.devices()[0].device_kind.startswith("NVIDIA") else backend
 
 
 def capability() -> tuple[int, int]:
-    """Compute capability of the target, or (0, 0) if it has none."""
-    chosen = _target.get()
-    if chosen is not None:
-        return chosen[1]
-    if target() != "cuda":
+    """Return the CUDA compute capability of the platform, or (0, 0) if it has none."""
+    override = _override.get()
+    if override is not None:
+        return override.capability
+    if platform() != "cuda":
         return 0, 0
     major, minor = str(jax.devices()[0].compute_capability).split(".")
     return int(major), int(minor)
 
 
 @contextmanager
-def compiling_for(platform: str, capability: tuple[int, int] = (0, 0)) -> Iterator[None]:
-    """Trace programs for `platform` inside the context, and for a GPU of this compute capability.
+def override_platform(name: str, capability: tuple[int, int] = (0, 0), *, interpret: bool = False) -> Iterator[None]:
+    """Trace programs for the platform `name` inside the context, on a machine that may be another one.
 
-    jax keeps traced programs without asking which platform they were meant for: clear its caches, or use a process for
+    JAX caches traced programs and does not know the platform they were traced for: clear its caches, or use one process for
     each platform.
+
+    Args:
+        name: "cpu", "cuda" or another platform of JAX.
+        capability: the CUDA compute capability, for example (9, 0).
+        interpret: run Pallas kernels in interpret mode, on any device.
     """
-    token = _target.set((platform, capability))
+    token = _override.set(_Override(name, capability, interpret))
     try:
         yield
     finally:
-        _target.reset(token)
+        _override.reset(token)
+
+
+def resolve_implementation(implementation: str | None, *, supported: bool = True) -> str:
+    """Return the implementation that an op uses: the one that was asked for, or the best for the platform.
+
+    Args:
+        implementation: "xla" (plain JAX), "triton" (a Pallas kernel through the Triton lowering), or None: "triton" on a CUDA
+            device if the kernel supports the shapes, else "xla".
+        supported: whether the kernel supports the shapes of this call.
+
+    Raises:
+        ValueError: `implementation` is not one of `IMPLEMENTATIONS`.
+    """
+    if implementation is None:
+        return "triton" if supported and platform() == "cuda" else "xla"
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation is {implementation!r}; expected one of {IMPLEMENTATIONS} or None")
+    return implementation
+
+
+def interpret_kernels() -> bool:
+    """Return whether Pallas kernels run in interpret mode: on any platform but CUDA, or if `override_platform` says so."""
+    override = _override.get()
+    return platform() != "cuda" if override is None else override.interpret or override.platform != "cuda"
 
 
 def compile_options() -> dict[str, dict[str, str | bool]]:
-    """Keyword arguments of `jax.stages.Lowered.compile` that suit the target."""
-    if target() != "cuda":
+    """Return keyword arguments of `jax.stages.Lowered.compile` for the platform."""
+    if platform() != "cuda":
         return {}
-    # Where weights fill most of the memory, XLA computes small things again and again to save kilobytes nobody needs. And it
-    # would leave out roundings to bfloat16 between operations that it happens to fuse, so that texts hung on what it fuses.
+    # Rematerialization: where weights fill most of the memory, XLA recomputes small values to save kilobytes.
+    # Excess precision: XLA would drop roundings to bfloat16 inside a fusion, and the text would depend on fusion decisions.
     return {"compiler_options": {"xla_disable_hlo_passes": "rematerialization", "xla_allow_excess_precision": False}}

@@ -12,20 +12,20 @@ import numpy as np
 
 from checkpoints import TINY, GgufFile, open_checkpoint
 from mtpjax.config import STOP_TOKENS
-from mtpjax.decoding.acceptance import SimulatedAcceptance, real_acceptance
+from mtpjax.decoding.acceptance import SimulatedAcceptance, exact_match
 from mtpjax.decoding.output_rows import OutputRows
-from mtpjax.decoding.sampling import STOPS
+from mtpjax.decoding.sampling import MAX_STOP_TOKENS
 from mtpjax.decoding.speculative import Drafter, mtp_drafter
 from mtpjax.engine.engine import Engine
 from mtpjax.engine.model_runner import BUCKETS
 from mtpjax.engine.request import Request, Result
-from mtpjax.engine.scheduler import OnTokens
+from mtpjax.engine.scheduler import TokenCallback
 from mtpjax.loading.load import cache_dtype, load_checkpoint
 from mtpjax.loading.weight_map import LoadedModel
 from mtpjax.outputs import Prompt, RequestOutput, output_of
 from mtpjax.sampling_params import PENALTIES, SamplingParams, recommended, whole
 from mtpjax.text.chat_template import Message
-from mtpjax.text.tokenizer import Tokenizer, gguf_tokenizer, load_tokenizer
+from mtpjax.text.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_gguf
 
 MAX_DRAFT = 8
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -101,7 +101,7 @@ class LLM:
             if self.tokenizer is None and source.tokenizer_file is not None:
                 self.tokenizer = load_tokenizer(source.tokenizer_file)
             elif self.tokenizer is None and isinstance(source, GgufFile):
-                self.tokenizer = gguf_tokenizer(source.metadata, str(source.path))
+                self.tokenizer = tokenizer_from_gguf(source.metadata, str(source.path))
         self.cfg = loaded.cfg
         if draft and not self.cfg.mtp_layers:
             if drafter is mtp_drafter:
@@ -119,7 +119,7 @@ class LLM:
         self.engine = Engine(
             loaded, draft=self.draft, max_len=max_len, vocab=vocab, cache_dtype=cache_dtype(DTYPES[dtype]),
             buckets=prefill_chunks, mtp_prompt=mtp_prompt, admit=admit, drafter=drafter,
-            accept=acceptance.first(self.draft) if acceptance and self.draft else real_acceptance,
+            accept=acceptance.first(self.draft) if acceptance and self.draft else exact_match,
         )  # fmt: skip
 
     def get_default_sampling_params(self, **changes: Any) -> SamplingParams:
@@ -251,8 +251,8 @@ class LLM:
         ids = self._ids(what, prompt, self.max_len - 1)
         room = self.max_len - len(ids)
         stops = tuple(dict.fromkeys(params.stop_token_ids + (() if params.ignore_eos else self.stop_token_ids)))
-        if len(stops) > STOPS:
-            raise ValueError(f"{what}: {len(stops)} stop tokens (the checkpoint's included); at most {STOPS}")
+        if len(stops) > MAX_STOP_TOKENS:
+            raise ValueError(f"{what}: {len(stops)} stop tokens (the checkpoint's included); at most {MAX_STOP_TOKENS}")
         for token in stops:
             if token >= self.cfg.vocab_size:
                 raise ValueError(f"{what}: stop token {token} is outside the vocabulary 0...{self.cfg.vocab_size - 1}")
@@ -270,11 +270,11 @@ class LLM:
         )
 
     def _output(self, prompt: Prompt, result: Result) -> RequestOutput:
-        acceptance = "real" if self.engine.accept is real_acceptance else "simulated"
+        acceptance = "real" if self.engine.accept is exact_match else "simulated"
         return output_of(prompt, result, self.tokenizer, acceptance)
 
 
-def _by_index(on_tokens: Callable[[int, list[int]], None] | None) -> OnTokens | None:
+def _by_index(on_tokens: Callable[[int, list[int]], None] | None) -> TokenCallback | None:
     return on_tokens and (lambda result, new: on_tokens(result.request.index, new))
 
 

@@ -18,7 +18,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Bool, Float, Int
 
-from kernels_pallas.packed.dequantize import dot, grid, most_rows, summed
+from kernels_pallas.packed.dequantize import most_rows
+from kernels_pallas.partial_sums import load_partial_sum
+from kernels_pallas.tiles import dot, index_grid
 
 NEGATIVE = -1e30  # finite, so that a row without any key stays free of NaN
 SLOTS = 32  # slots that one turn reads
@@ -52,8 +54,8 @@ def _attend_kernel(
     r = pl.program_id(0) * tile + jnp.arange(tile)
     t, inside, channel = r // group, r < rows * group, jnp.arange(size)
     head = n * group + r % group
-    tt, cc = grid(t, channel)
-    hh, _ = grid(head, channel)
+    tt, cc = index_grid(t, channel)
+    hh, _ = index_grid(head, channel)
     q = plt.load(q_ref.at[b, tt, hh, cc], mask=(tt < rows), other=0)
     position = plt.load(position_ref.at[b, t], mask=inside, other=-1)
     begin = 0 if piece is None else pl.program_id(2) * piece
@@ -62,7 +64,7 @@ def _attend_kernel(
     def turn(i: Array, sums: Sums) -> Sums:
         top, total, out = sums
         slot = begin + i * SLOTS + jnp.arange(SLOTS)
-        ss, cc = grid(slot, channel)
+        ss, cc = index_grid(slot, channel)
         k = plt.load(k_ref.at[layer_ref[0], b, n, ss, cc]).astype(q.dtype)
         v = plt.load(v_ref.at[layer_ref[0], b, n, ss, cc]).astype(q.dtype)
         seen = slot[:, None] <= position[None, :]
@@ -83,7 +85,7 @@ def _attend_kernel(
         plt.store(outs[0].at[b, tt, hh, cc], _gated(out.T, gate_ref, (b, tt, hh, cc), outs[0]), mask=tt < rows)
         return
     at = (pl.program_id(2), pl.program_id(1))
-    rr, _ = grid(r, channel)
+    rr, _ = index_grid(r, channel)
 
     @pl.when(begin < end)  # nobody reads the others
     def store() -> None:
@@ -96,7 +98,7 @@ def _gated(out: Float[Array, "R H"], gate_ref: Any, at: tuple[Array, ...], y_ref
     """The values times the sigmoid of the gates, which stand behind the query of each head."""
     _, rows, _, size = y_ref.shape
     b, t, head, channel = at
-    gate = summed(gate_ref, b * rows + t, (2 * head + 1) * size + channel, mask=t < rows).astype(y_ref.dtype)
+    gate = load_partial_sum(gate_ref, b * rows + t, (2 * head + 1) * size + channel, mask=t < rows).astype(y_ref.dtype)
     return (out.astype(y_ref.dtype).astype(jnp.float32) * lax.logistic(gate.astype(jnp.float32))).astype(y_ref.dtype)
 
 
@@ -118,7 +120,7 @@ def _join_kernel(
     pair = pl.program_id(1)
     b, n = pair // kv_heads, pair % kv_heads
     r, channel = pl.program_id(0) * tile + jnp.arange(tile), jnp.arange(size)
-    rr, cc = grid(r, channel)
+    rr, cc = index_grid(r, channel)
 
     def join(i: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         top, total, out = sums

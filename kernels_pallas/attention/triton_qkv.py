@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Bool, Float, Int
 
-from kernels_pallas.packed.dequantize import summed
+from kernels_pallas.partial_sums import load_partial_sum
 
 
 class Entering(NamedTuple):
@@ -45,7 +45,7 @@ def _enter_kernel(
 
     def entered(ref: Any, norm_ref: Any, n: Array, at: Array) -> Array:
         """Normalised and turned, in the compute dtype."""
-        x = summed(ref, n, at + channel).astype(dtype).astype(jnp.float32)
+        x = load_partial_sum(ref, n, at + channel).astype(dtype).astype(jnp.float32)
         root = lax.rsqrt(jnp.sum(x * x) / size + eps)
 
         def normed(x: Array, channel: Array) -> Array:
@@ -53,7 +53,7 @@ def _enter_kernel(
             return y.astype(dtype).astype(jnp.float32)
 
         y = normed(x, channel)
-        other = normed(summed(ref, n, at + partner).astype(dtype).astype(jnp.float32), partner)
+        other = normed(load_partial_sum(ref, n, at + partner).astype(dtype).astype(jnp.float32), partner)
         cos, sin = plt.load(cos_ref.at[b, t, angle]), plt.load(sin_ref.at[b, t, angle])
         return jnp.where(turned, y * cos + other * jnp.where(first, -sin, sin), y).astype(dtype)
 
@@ -66,7 +66,7 @@ def _enter_kernel(
 
     @pl.when(live & (head >= heads) & (head < 2 * heads))
     def value() -> None:
-        row = summed(v_ref, n, (head - heads) * size + channel).astype(dtype)
+        row = load_partial_sum(v_ref, n, (head - heads) * size + channel).astype(dtype)
         plt.store(values_ref.at[at], row.astype(values_ref.dtype))
 
     if len(refs) == 4:  # no queries

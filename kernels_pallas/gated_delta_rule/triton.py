@@ -19,13 +19,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Float, Int
 
-from kernels_pallas.packed.dequantize import grid, summed
+from kernels_pallas.partial_sums import load_partial_sum
+from kernels_pallas.tiles import index_grid
 
 FEW = 16  # rows of a window; with more the chunked form is faster
 COLUMNS = 32  # of the state that a program holds
 
 
-class Projected(NamedTuple):
+class DeltaProjections(NamedTuple):
     """What a layer's projections give for the rows of a window, each as parts to be added in their order."""
 
     qkv: Float[Array, "S B*W C"]  # in the compute dtype, or float32 parts of it
@@ -53,7 +54,7 @@ def _window_kernel(
     b, m = pl.program_id(0) // heads, pl.program_id(0) % heads
     j = m // (heads // keys)
     channel, column = jnp.arange(size), pl.program_id(1) * columns + jnp.arange(columns)
-    cc, vv = grid(channel, column)
+    cc, vv = index_grid(channel, column)
     pad, end, layer = pad_ref[b], end_ref[b], layer_ref[0]
 
     def convolved(t: Array, at: Array) -> Array:
@@ -64,7 +65,7 @@ def _window_kernel(
             old, row = place - pad, place - past
             was, now = (old >= 0) & (old < past), (old >= past) & (row < end)
             here = jnp.ones(at.shape, bool)
-            given = summed(qkv_ref, b * rows + jnp.maximum(row, 0), at, mask=here & now).astype(dtype)
+            given = load_partial_sum(qkv_ref, b * rows + jnp.maximum(row, 0), at, mask=here & now).astype(dtype)
             given = given.astype(before_ref.dtype).astype(jnp.float32)
             kept = plt.load(before_ref.at[layer, b, jnp.clip(old, 0, past - 1), at], mask=here & was, other=0)
             total = total + (given + kept.astype(jnp.float32)) * plt.load(taps_ref.at[at, tap]).astype(jnp.float32)
@@ -81,10 +82,10 @@ def _window_kernel(
         live, n = (t >= pad) & (t < end), b * rows + t
         q, k = unit(t, j * size) * size**-0.5, unit(t, (keys + j) * size)
         v = convolved(t, 2 * keys * size + m * width + column)
-        step = summed(a_ref, n, m) + plt.load(bias_ref.at[m]).astype(jnp.float32)
+        step = load_partial_sum(a_ref, n, m) + plt.load(bias_ref.at[m]).astype(jnp.float32)
         step = jnp.maximum(step, 0.0) + jnp.log1p(jnp.exp(-jnp.abs(step)))  # softplus
         g = jnp.where(live, rate * step, 0.0)
-        beta = jnp.where(live, lax.logistic(summed(b_ref, n, m)), 0.0)
+        beta = jnp.where(live, lax.logistic(load_partial_sum(b_ref, n, m)), 0.0)
         state, decay = state * jnp.exp(g), decay + g
         d = beta * (v - jnp.sum(state * k[:, None], axis=0))
         state = state + k[:, None] * d[None, :]
@@ -102,14 +103,14 @@ def _window_kernel(
 def takes(rows: int, key_size: int, value_size: int) -> bool:
     """Whether the kernel takes windows of so many rows and heads of these sizes."""
 
-    def power(size: int) -> bool:
+    def is_power_of_2(size: int) -> bool:
         return size >= 16 and size & (size - 1) == 0
 
-    return rows <= FEW and power(key_size) and power(value_size)
+    return rows <= FEW and is_power_of_2(key_size) and is_power_of_2(value_size)
 
 
 def delta_window(
-    projected: Projected,
+    projected: DeltaProjections,
     fixed: Fixed,
     before: Float[Array, "L B P C"],
     state: Float[Array, "L B M K V"],

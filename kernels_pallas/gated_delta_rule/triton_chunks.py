@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Float
 
-from kernels_pallas.packed.dequantize import grid
+from kernels_pallas.tiles import index_grid
 
 PIECE = 32  # rows and channels of a product
 COLUMNS = 16  # of the state that a program holds
@@ -63,7 +63,7 @@ def _matrices_kernel(
     dot = partial(_dot, contract=(1, 0), plain=plain)
 
     def load(ref: Any, rows: Array, channel: Array) -> Array:
-        tt, cc = grid(i * chunk + rows, channel)
+        tt, cc = index_grid(i * chunk + rows, channel)
         return plt.load(ref.at[b, tt, j, cc])
 
     def product(ref: Any, rows: Array, cols: Array) -> Array:
@@ -76,7 +76,7 @@ def _matrices_kernel(
     lower: dict[tuple[int, int], Array] = {}
     for r, rows in enumerate(pieces):
         for c, cols in enumerate(pieces):
-            row, col = grid(rows, cols)
+            row, col = index_grid(rows, cols)
             if c > r:
                 for ref in (solve_ref, mix_ref):
                     plt.store(ref.at[b, i, m, row, col], jnp.zeros(row.shape, jnp.float32))
@@ -84,12 +84,12 @@ def _matrices_kernel(
             ratios = jnp.exp(jnp.where(row >= col, decay[r][:, None] - decay[c][None, :], -jnp.inf))
             plt.store(mix_ref.at[b, i, m, row, col], product(q_ref, rows, cols) * ratios)
             lower[r, c] = jnp.where(row > col, beta[r][:, None] * product(k_ref, rows, cols) * ratios, 0.0)
-        inverse[r, r] = _inverse(lower[r, r], *grid(rows, rows), dot)
+        inverse[r, r] = _inverse(lower[r, r], *index_grid(rows, rows), dot)
         for c in reversed(range(r)):
             below = reduce(add, (dot(lower[r, middle], inverse[middle, c]) for middle in range(c, r)))
             inverse[r, c] = -dot(inverse[r, r], below)
         for c, cols in enumerate(pieces[: r + 1]):
-            plt.store(solve_ref.at[(b, i, m, *grid(rows, cols))], inverse[r, c] * beta[c][None, :])
+            plt.store(solve_ref.at[(b, i, m, *index_grid(rows, cols))], inverse[r, c] * beta[c][None, :])
 
 
 def _scan_kernel(
@@ -101,17 +101,17 @@ def _scan_kernel(
     b, m = pl.program_id(0) // heads, pl.program_id(0) % heads
     j = m // (heads // k_ref.shape[2])
     column, channels = pl.program_id(1) * columns + jnp.arange(columns), _pieces(size, PIECE)
-    row, col = grid(jnp.arange(chunk), jnp.arange(chunk))
+    row, col = index_grid(jnp.arange(chunk), jnp.arange(chunk))
     dot = partial(_dot, contract=(1, 0), plain=plain)
 
     def turn(i: Array, state: tuple[Array, ...]) -> tuple[Array, ...]:
         t = i * chunk + jnp.arange(chunk)
-        tv, vs = grid(t, column)
+        tv, vs = index_grid(t, column)
         decay, last = plt.load(decay_ref.at[b, t, m]), plt.load(decay_ref.at[b, i * chunk + chunk - 1, m])
         kept = jnp.exp(decay)[:, None]
 
         def load(ref: Any, channel: Array) -> Array:
-            tt, cc = grid(t, channel)
+            tt, cc = index_grid(t, channel)
             return plt.load(ref.at[b, tt, j, cc])
 
         def by_state(ref: Any) -> Array:
@@ -127,7 +127,7 @@ def _scan_kernel(
             for channel, part in zip(channels, state, strict=True)
         )
 
-    places = [grid(channel, column) for channel in channels]
+    places = [index_grid(channel, column) for channel in channels]
     state = tuple(plt.load(state_ref.at[(layer_ref[0], b, m, *place)]) for place in places)
     state = lax.fori_loop(jnp.int32(0), jnp.int32(o_ref.shape[1] // chunk), turn, state)
     for place, part in zip(places, state, strict=True):

@@ -13,9 +13,9 @@ from jaxtyping import Bool, Float, Int
 from kernels_pallas.grouped_matmul import triton
 from kernels_pallas.grouped_matmul.plan import choose_windows, plan_windows
 from kernels_pallas.grouped_matmul.reference import Experts, all_experts_mlp, window_mlp
-from kernels_pallas.platform import target
+from kernels_pallas.platform import platform
 from kernels_pallas.weights.quantized import QuantizedTensor
-from kernels_pallas.weights.transposed import ExpertsAbreast, TurnedTensor
+from kernels_pallas.weights.transposed import FusedExperts, TransposedWeight
 
 ALL_EXPERTS_ROWS = range(2, 65)  # for which small experts are all multiplied: one row reads too few, more want windows
 
@@ -41,10 +41,10 @@ def expert_mlp(
     after the down projection, in float32. Small experts that lie abreast are all read by a few rows, and the routing
     weight is applied before the down projection.
     """
-    kernel = KERNELS.get(target())
+    kernel = KERNELS.get(platform())
     if kernel is None:
         live = chosen[:, 0] < gate_up.shape[1] if live is None else live
-        if isinstance(gate_up, ExpertsAbreast) and isinstance(down, TurnedTensor) and x.shape[0] in ALL_EXPERTS_ROWS:
+        if isinstance(gate_up, FusedExperts) and isinstance(down, TransposedWeight) and x.shape[0] in ALL_EXPERTS_ROWS:
             mine = (chosen[..., None] == jnp.arange(gate_up.shape[1])) & live[:, None, None]
             return all_experts_mlp(x, gate_up, down, layer, jnp.sum(jnp.where(mine, weights[..., None], 0), axis=1))
         return _windows(x, gate_up, down, layer, chosen, weights, live)

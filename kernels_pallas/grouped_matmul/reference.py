@@ -18,9 +18,9 @@ from jaxtyping import Float, Int
 
 from kernels_pallas.matmul import linear
 from kernels_pallas.weights.quantized import QuantizedTensor
-from kernels_pallas.weights.transposed import ExpertsAbreast, TurnedTensor
+from kernels_pallas.weights.transposed import FusedExperts, TransposedWeight
 
-Experts = Array | QuantizedTensor | TurnedTensor | ExpertsAbreast
+Experts = Array | QuantizedTensor | TransposedWeight | FusedExperts
 
 
 def _reread(x: Array, dtype: jnp.dtype) -> Array:
@@ -33,10 +33,10 @@ def _expert(stack: Any, layer: Array, expert: Array, dtype: jnp.dtype = jnp.floa
     `mtpjax.loading.cpu_layout`)."""
     if isinstance(stack, QuantizedTensor):
         return jax.tree.map(lambda part: _slice(part, layer, expert), stack).dequantize(dtype)
-    if isinstance(stack, TurnedTensor):
-        return TurnedTensor(_expert(_bits(stack.array), layer, expert))
-    if isinstance(stack, ExpertsAbreast):
-        return TurnedTensor(_expert(jnp.swapaxes(_bits(stack.array), 1, 2), layer, expert))
+    if isinstance(stack, TransposedWeight):
+        return TransposedWeight(_expert(_bits(stack.array), layer, expert))
+    if isinstance(stack, FusedExperts):
+        return TransposedWeight(_expert(jnp.swapaxes(_bits(stack.array), 1, 2), layer, expert))
     w = _slice(stack, layer, expert)
     return _reread(w, jnp.bfloat16) if w.dtype == jnp.uint16 else w
 
@@ -86,8 +86,8 @@ def window_mlp(
 
 def all_experts_mlp(
     x: Float[Array, "N D"],
-    gate_up: ExpertsAbreast,
-    down: TurnedTensor,
+    gate_up: FusedExperts,
+    down: TransposedWeight,
     layer: Int[Array, ""],
     share: Float[Array, "N E"],
 ) -> Float[Array, "N D"]:
@@ -100,12 +100,14 @@ def all_experts_mlp(
     def of_layer(stack: Array) -> Array:
         return stack[0] if stack.shape[0] == 1 else lax.dynamic_index_in_dim(stack, layer, keepdims=False)
 
-    joined = TurnedTensor(of_layer(gate_up.array).reshape(inputs, experts * wide))
+    joined = TransposedWeight(of_layer(gate_up.array).reshape(inputs, experts * wide))
     act = _swiglu(linear(x, joined, out_dtype=jnp.float32).reshape(-1, experts, wide))
     act = jnp.where(
         share[..., None] > 0, act * share[..., None], 0
     )  # not chosen: zero even where the product is not finite
-    return linear(act.astype(x.dtype).reshape(x.shape[0], -1), TurnedTensor(of_layer(down.array).reshape(-1, inputs)))
+    return linear(
+        act.astype(x.dtype).reshape(x.shape[0], -1), TransposedWeight(of_layer(down.array).reshape(-1, inputs))
+    )
 
 
 def _each_window(turn: Callable[[int, Array, Any], Any], first: Array, sizes: tuple[int, ...], carry: Any) -> Any:

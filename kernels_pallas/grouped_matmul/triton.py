@@ -19,18 +19,9 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Bool, Float, Int
 
 from kernels_pallas.grouped_matmul.plan import choose_block, plan_blocks, plan_each
-from kernels_pallas.packed.dequantize import (
-    Form,
-    dot,
-    few_rows,
-    grid,
-    load_rows,
-    load_tile,
-    most_rows,
-    tile_rows,
-    words,
-)
+from kernels_pallas.packed.dequantize import Form, few_rows, load_rows, load_tile, most_rows, tile_rows, words
 from kernels_pallas.packed.ptx_ops import ARITHMETIC, MACHINE
+from kernels_pallas.tiles import dot, index_grid
 from kernels_pallas.weights.quantized import QuantizedTensor
 
 OUT_TILE = 64
@@ -73,7 +64,7 @@ def _gate_up_kernel(
         zero = jnp.zeros((OUT_TILE, block), jnp.float32)
         gate, up = lax.fori_loop(0, -(-shape[1] // form.step), step, (zero, zero))
         hidden = gate / (1.0 + jnp.exp(-gate)) * up
-        place, col = grid(place, tile * OUT_TILE + jnp.arange(OUT_TILE))
+        place, col = index_grid(place, tile * OUT_TILE + jnp.arange(OUT_TILE))
         plt.store(out_ref.at[place, col], hidden.T.astype(out_ref.dtype), mask=col < size)
 
 
@@ -112,7 +103,7 @@ def _down_kernel(
 
         zero = jnp.zeros((OUT_TILE, block), jnp.float32)
         y = lax.fori_loop(0, -(-shape[1] // form.step), step, zero).T * share[:, None]
-        row, col = grid(source, tile * OUT_TILE + jnp.arange(OUT_TILE))
+        row, col = index_grid(source, tile * OUT_TILE + jnp.arange(OUT_TILE))
         plt.store(out_ref.at[row, col], y, mask=(row < total) & (col < shape[0]))
 
 

@@ -14,12 +14,12 @@ from jaxtyping import Float, Int
 
 from kernels_pallas.matmul import triton
 from kernels_pallas.matmul.reference import dot_first, dot_last
-from kernels_pallas.platform import target
-from kernels_pallas.weights.layer_view import StackedTensor
+from kernels_pallas.platform import platform
+from kernels_pallas.weights.layer_view import LayerView
 from kernels_pallas.weights.quantized import QuantizedTensor
-from kernels_pallas.weights.transposed import TurnedTensor
+from kernels_pallas.weights.transposed import TransposedWeight
 
-Packed = QuantizedTensor | StackedTensor
+Packed = QuantizedTensor | LayerView
 
 # Platform -> kernel for packed weights, (rows [M, D], [(weight, layer | None)], out_dtypes) -> parts [[S, M, O]].
 KERNELS: dict[str, Callable[..., list[Array]]] = {"cuda": triton.matmul_parts}  # elsewhere: `lax`
@@ -27,7 +27,7 @@ KERNELS: dict[str, Callable[..., list[Array]]] = {"cuda": triton.matmul_parts}  
 
 def linear(
     x: Float[Array, "*rows D"],
-    w: Array | QuantizedTensor | StackedTensor | TurnedTensor,
+    w: Array | QuantizedTensor | LayerView | TransposedWeight,
     *,
     out_dtype: jnp.dtype | None = None,
 ) -> Array:
@@ -42,19 +42,19 @@ def linear(
         `[*rows, O]`.
     """
     if isinstance(w, Packed):
-        if KERNELS.get(target()):
-            return linears(x, w, out_dtypes=[out_dtype])[0]
-        w = w.take() if isinstance(w, StackedTensor) else w
+        if KERNELS.get(platform()):
+            return fused_linears(x, w, out_dtypes=[out_dtype])[0]
+        w = w.take() if isinstance(w, LayerView) else w
         w = w.dequantize(x.dtype)
     # float32 rows ask for float32 products: a GPU would otherwise round the operands to TF32.
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     rows = math.prod(x.shape[:-1])
-    alone = x.dtype == jnp.bfloat16 and rows == 1 and target() == "cpu"
+    alone = x.dtype == jnp.bfloat16 and rows == 1 and platform() == "cpu"
     if alone:
         # For a single bfloat16 row XLA's CPU backend first converts the whole weight to float32, twenty times the cost
         # of the product; for two rows it multiplies bfloat16 as it is.
         given, x = x, jnp.concatenate([x.reshape(1, -1), jnp.zeros((1, x.shape[-1]), x.dtype)])
-    if isinstance(w, TurnedTensor):
+    if isinstance(w, TransposedWeight):
         y = dot_first(x, w.array.astype(x.dtype), precision)
     else:
         y = dot_last(x, w.astype(x.dtype), precision)
@@ -63,7 +63,7 @@ def linear(
     return y.astype(out_dtype or x.dtype)
 
 
-def linears(
+def fused_linears(
     x: Float[Array, "*rows D"],
     *weights: Any,
     out_dtypes: Sequence[jnp.dtype | None] | None = None,
@@ -72,29 +72,29 @@ def linears(
     first, one launch where any is packed."""
     dtypes = [dtype or x.dtype for dtype in out_dtypes or [None] * len(weights)]
     first = weights[0]
-    if isinstance(first, TurnedTensor) and first.parts:
+    if isinstance(first, TransposedWeight) and first.parts:
         each = jnp.split(linear(x, first, out_dtype=jnp.float32), np.cumsum(first.parts)[:-1].tolist(), axis=-1)
         beside = [y.astype(dtype) for y, dtype in zip(each, dtypes, strict=False)]
         others = weights[len(each) :]
-        return beside + (linears(x, *others, out_dtypes=dtypes[len(each) :]) if others else [])
-    if any(isinstance(w, Packed) for w in weights) and KERNELS.get(target()):
-        parts = linears_in_parts(x, *weights, out_dtypes=dtypes)
+        return beside + (fused_linears(x, *others, out_dtypes=dtypes[len(each) :]) if others else [])
+    if any(isinstance(w, Packed) for w in weights) and KERNELS.get(platform()):
+        parts = linears_split_k(x, *weights, out_dtypes=dtypes)
         return [added(x, each, dtype) for each, dtype in zip(parts, dtypes, strict=True)]
     return [linear(x, w, out_dtype=dtype) for w, dtype in zip(weights, dtypes, strict=True)]
 
 
-def linears_in_parts(
+def linears_split_k(
     x: Float[Array, "*rows D"], *weights: Any, out_dtypes: Sequence[jnp.dtype | None] | None = None
 ) -> list[Float[Array, "S M O"]]:
-    """`linears`, each result as S parts that a kernel adds as it reads them, or `added`: float32, or a single one of its own
+    """`fused_linears`, each result as S parts that a kernel adds as it reads them, or `added`: float32, or a single one of its own
     dtype. Rows are counted through."""
     dtypes = [dtype or x.dtype for dtype in out_dtypes or [None] * len(weights)]
-    kernel = KERNELS.get(target())
+    kernel = KERNELS.get(platform())
     if kernel is None or not any(isinstance(w, Packed) for w in weights):
-        return [y.reshape(1, -1, y.shape[-1]) for y in linears(x, *weights, out_dtypes=dtypes)]
+        return [y.reshape(1, -1, y.shape[-1]) for y in fused_linears(x, *weights, out_dtypes=dtypes)]
     if x.size == 0:
         return [jnp.zeros((1, 0, w.shape[-2]), dtype) for w, dtype in zip(weights, dtypes, strict=True)]
-    operands = [(w.stack, w.layer) if isinstance(w, StackedTensor) else (w, None) for w in weights]
+    operands = [(w.stack, w.layer) if isinstance(w, LayerView) else (w, None) for w in weights]
     return kernel(x.reshape(-1, x.shape[-1]), operands, dtypes)
 
 
@@ -103,11 +103,11 @@ def added(x: Float[Array, "*rows D"], parts: Float[Array, "S M O"], dtype: jnp.d
     return triton.added(parts, dtype).reshape(*x.shape[:-1], parts.shape[-1])
 
 
-def take_rows(w: Array | QuantizedTensor, rows: Int[Array, "*B"], dtype: jnp.dtype) -> Float[Array, "*B D"]:
+def embedding_lookup(w: Array | QuantizedTensor, rows: Int[Array, "*B"], dtype: jnp.dtype) -> Float[Array, "*B D"]:
     """Rows of a weight `[O, D]` in `dtype`; of a packed one only these are dequantised. FP8 blocks are not supported."""
     if isinstance(w, QuantizedTensor):
         return w[rows].dequantize(dtype)
-    if w.dtype == jnp.bfloat16 and target() == "cpu":
+    if w.dtype == jnp.bfloat16 and platform() == "cpu":
         return _take_bits(w, rows).astype(dtype)
     return w[rows].astype(dtype)
 

@@ -20,19 +20,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Float
 
-from kernels_pallas.packed.dequantize import (
-    Form,
-    dot,
-    few_rows,
-    grid,
-    load_rows,
-    load_tile,
-    most_rows,
-    power,
-    tile_rows,
-    words,
-)
+from kernels_pallas.packed.dequantize import Form, few_rows, load_rows, load_tile, most_rows, tile_rows, words
 from kernels_pallas.packed.ptx_ops import ARITHMETIC, MACHINE
+from kernels_pallas.tiles import dot, index_grid, next_power_of_2
 from kernels_pallas.weights.quantized import QuantizedTensor
 
 FEW = 64  # rows of a call up to which the splits are programs of their own
@@ -115,7 +105,7 @@ def _tile(
         total = part(0)
     else:  # a loop: written out, sixteen parts would be sixteen times the code to compile
         total = lax.fori_loop(0, product.splits, lambda p, total: total + part(p), zero)
-    row, col = grid(m, first_out + jnp.arange(out_tile))
+    row, col = index_grid(m, first_out + jnp.arange(out_tile))
     plt.store(
         y_ref.at[0 if split is None else split, row, col], total.T.astype(y_ref.dtype), mask=(row < rows) & (col < out)
     )
@@ -150,7 +140,7 @@ def matmul_parts(
     order; of its dtype if there is one, else float32."""
     rows = x.shape[0]
     few = rows <= FEW
-    row_tile = max(few_rows(), min(power(rows), most_rows(x.dtype)))
+    row_tile = max(few_rows(), min(next_power_of_2(rows), most_rows(x.dtype)))
     out_tile, warps = (2 * OUT_TILE, 8) if row_tile == 64 and not few else (OUT_TILE, 4)
     products: list[Product] = []
     operands: list[Array] = []

@@ -1,5 +1,5 @@
 """What lies between matrix products: residual sums and norms."""
 
-from kernels_pallas.norm.api import Mixture, NormKernels, pick
+from kernels_pallas.norm.api import MoeOutput, NormKernels, pick
 
-__all__ = ["Mixture", "NormKernels", "pick"]
+__all__ = ["MoeOutput", "NormKernels", "pick"]

@@ -8,9 +8,9 @@ from typing import NamedTuple
 from jax import Array
 
 from kernels_pallas.norm import triton
-from kernels_pallas.norm.triton import Mixture
+from kernels_pallas.norm.triton import MoeOutput
 
-__all__ = ["Mixture", "NormKernels", "pick"]
+__all__ = ["MoeOutput", "NormKernels", "pick"]
 
 
 class NormKernels(NamedTuple):

@@ -19,10 +19,11 @@ from jaxtyping import Bool, Float
 
 from kernels_pallas.grouped_matmul.triton import mixed
 from kernels_pallas.matmul.triton import added
-from kernels_pallas.packed.dequantize import power, summed
+from kernels_pallas.partial_sums import load_partial_sum
+from kernels_pallas.tiles import next_power_of_2
 
 
-class Mixture(NamedTuple):
+class MoeOutput(NamedTuple):
     """What the feed-forward block of a Mixture-of-Experts adds to its rows, in pieces: the sum over the chosen experts, and
     the shared expert by the sigmoid of its gate."""
 
@@ -41,7 +42,7 @@ def _add_kernel(x_ref: Any, w_ref: Any, *refs: Any, eps: float) -> None:
     """One row."""
     *more, h_ref, y_ref = refs
     n, size, dtype = pl.program_id(0), x_ref.shape[1], x_ref.dtype
-    at = jnp.arange(power(size))
+    at = jnp.arange(next_power_of_2(size))
     inside = at < size
 
     def rounded(x: Array) -> Array:
@@ -50,15 +51,17 @@ def _add_kernel(x_ref: Any, w_ref: Any, *refs: Any, eps: float) -> None:
     if not more:
         y = jnp.zeros(at.shape, jnp.float32)
     elif len(more) == 1:
-        y = rounded(summed(more[0], n, at, mask=inside))
+        y = rounded(load_partial_sum(more[0], n, at, mask=inside))
     else:
         each_ref, live_ref, shared_ref, gate_ref = more
         routed = jnp.zeros(at.shape, jnp.float32)
         for k in range(each_ref.shape[1]):
             routed = routed + plt.load(each_ref.at[n, jnp.int32(k), at], mask=inside, other=0)
         routed = jnp.where(plt.load(live_ref.at[n]) > 0, routed, 0.0)
-        gate = lax.logistic(summed(gate_ref, n, jnp.int32(0)))
-        y = rounded(rounded(routed) + rounded(rounded(gate) * rounded(summed(shared_ref, n, at, mask=inside))))
+        gate = lax.logistic(load_partial_sum(gate_ref, n, jnp.int32(0)))
+        y = rounded(
+            rounded(routed) + rounded(rounded(gate) * rounded(load_partial_sum(shared_ref, n, at, mask=inside)))
+        )
     h = rounded(plt.load(x_ref.at[n, at], mask=inside, other=0).astype(jnp.float32) + y)
     plt.store(h_ref.at[n, at], h.astype(dtype), mask=inside)
     w = plt.load(w_ref.at[at], mask=inside, other=0).astype(jnp.float32)
@@ -68,7 +71,7 @@ def _add_kernel(x_ref: Any, w_ref: Any, *refs: Any, eps: float) -> None:
 
 def add_norm(
     x: Float[Array, "N D"],
-    more: Float[Array, "S N D"] | Mixture | None,
+    more: Float[Array, "S N D"] | MoeOutput | None,
     w: Float[Array, " D"],
     eps: float,
     *,
@@ -83,7 +86,7 @@ def add_norm(
         interpret: run as plain `jnp`, on any device.
     """
     operands: Any = [] if more is None else [more]
-    if isinstance(more, Mixture):
+    if isinstance(more, MoeOutput):
         operands = more._replace(live=more.live.astype(jnp.int32))
     shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
     return pl.pallas_call(
@@ -99,10 +102,10 @@ def add_norm(
 def _gated_kernel(x_ref: Any, z_ref: Any, w_ref: Any, y_ref: Any, *, eps: float, gate: str) -> None:
     """One head of one row."""
     _, heads, size = x_ref.shape
-    n, m, at = pl.program_id(0), pl.program_id(1), jnp.arange(power(x_ref.shape[2]))
+    n, m, at = pl.program_id(0), pl.program_id(1), jnp.arange(next_power_of_2(x_ref.shape[2]))
     inside = at < size
     x = plt.load(x_ref.at[n, m, at], mask=inside, other=0).astype(jnp.float32)
-    z = summed(z_ref, n, m * size + at, mask=inside).astype(y_ref.dtype).astype(jnp.float32)
+    z = load_partial_sum(z_ref, n, m * size + at, mask=inside).astype(y_ref.dtype).astype(jnp.float32)
     w = plt.load(w_ref.at[at], mask=inside, other=0).astype(jnp.float32)
     act = lax.logistic(z) if gate == "sigmoid" else z * lax.logistic(z)
     y = x * lax.rsqrt(jnp.sum(x * x) / size + eps) * w * act

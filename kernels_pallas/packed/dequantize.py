@@ -22,6 +22,7 @@ from jaxtyping import Float, Shaped
 from kernels_pallas.packed.ptx_ops import Instructions
 from kernels_pallas.packed.unpack import PAIR_SCALE, floats, pairs
 from kernels_pallas.platform import capability
+from kernels_pallas.tiles import index_grid
 from kernels_pallas.weights.quantized import FP8_BLOCK, INDICES, QuantizedTensor
 
 LANES = 4  # threads that share the words of a row in a step
@@ -145,7 +146,7 @@ def load_tile(
 
     def load(name: str, cols: Array, per: int = 1) -> Array:
         """Columns of a part, each of which stands for `per` words."""
-        o, j = grid(rows, cols)
+        o, j = index_grid(rows, cols)
         inside = None if whole else (o < shape[0]) & (j * per < shape[1])
         return plt.load(parts[name].at[(*lead, o, j)], mask=inside, other=None if whole else 0)
 
@@ -248,30 +249,6 @@ def tile_rows(form: Form, count: int) -> Array:
     return lax.rem(lax.div(at, 8), 4) * (count // 4) + lax.div(at, 32) * 8 + lax.rem(at, 8)
 
 
-def grid(rows: Array, cols: Array) -> tuple[Array, Array]:
-    """Row and column of every element of a tile."""
-    shape = (rows.size, cols.size)
-    return jnp.broadcast_to(rows[:, None], shape), jnp.broadcast_to(cols[None, :], shape)
-
-
-def power(size: int) -> int:
-    """The power of two that holds so many: kernels' arrays have such sizes."""
-    return 1 << (size - 1).bit_length()
-
-
-def summed(ref: Any, *at: Any, mask: Any = None) -> Array:
-    """Inside a kernel: elements `at` of parts, which are added in their order; 0 where `mask` is False."""
-
-    def load(part: int) -> Array:
-        other = None if mask is None else 0
-        return plt.load(ref.at[(jnp.int32(part), *at)], mask=mask, other=other)  # a plain int among scalars is refused
-
-    total = load(0)
-    for part in range(1, ref.shape[0]):
-        total = total + load(part)
-    return total
-
-
 def load_rows(form: Form, x_ref: Any, rows: Array, first: Array, count: int) -> Float[Array, "rows count"]:
     """Inside a kernel: elements `first ... first + count - 1` of rows of `x_ref`, zero beyond either end, in the order in
     which words of `form` are unpacked: a few of each lane's share in turn."""
@@ -279,14 +256,8 @@ def load_rows(form: Form, x_ref: Any, rows: Array, first: Array, count: int) -> 
     if form.slots > 1:
         lane, turn = lax.rem(lax.div(cols, form.run), LANES), lax.div(cols, form.run * LANES)
         cols = lane * (count // LANES) + turn * form.run + lax.rem(cols, form.run)
-    at = grid(rows, first + cols)
+    at = index_grid(rows, first + cols)
     inside = at[0] < x_ref.shape[0]
     if x_ref.shape[1] % count:
         inside &= at[1] < x_ref.shape[1]
     return plt.load(x_ref.at[at], mask=inside, other=0)
-
-
-def dot(w: Float[Array, "O K"], x: Float[Array, "M K"]) -> Float[Array, "O M"]:
-    """`w @ x.T`, float32; weights are the left operand so that the same instruction serves any number of rows."""
-    precision = lax.Precision.HIGHEST if w.dtype == jnp.float32 else None
-    return lax.dot_general(w, x, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)

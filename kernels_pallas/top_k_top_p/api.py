@@ -8,5 +8,5 @@ from jax import Array
 
 from kernels_pallas.top_k_top_p import triton
 
-# Platform -> (logits, first, heat, top_k, top_p) -> the least logit that stays; see `triton.least_kept`
-KERNELS: dict[str, Callable[..., Array]] = {"cuda": triton.least_kept}
+# Platform -> (logits, first, heat, top_k, top_p) -> the least logit that stays; see `triton.top_k_top_p_threshold`
+KERNELS: dict[str, Callable[..., Array]] = {"cuda": triton.top_k_top_p_threshold}

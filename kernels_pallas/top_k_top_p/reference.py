@@ -27,14 +27,14 @@ def mass(logits: Float[Array, "*shape"], first: Array, heat: Array) -> Float[Arr
     return jnp.exp((logits - first) / heat)
 
 
-def least_kept(
+def top_k_top_p_threshold(
     logits: Float[Array, "N V"],
     first: Float[Array, " N"],
     heat: Float[Array, " N"],
     top_k: Int[Array, " N"],
     top_p: Float[Array, " N"],
 ) -> Float[Array, " N"]:
-    """As `kernels_pallas.top_k_top_p.triton.least_kept`."""
+    """As `kernels_pallas.top_k_top_p.triton.top_k_top_p_threshold`."""
     numbers = order(logits)
     count = jnp.where(top_k > 0, top_k, logits.shape[-1]).astype(jnp.float32)
     least = _highest(numbers, jnp.ones_like(logits), count)

@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Float, Int
 
-from kernels_pallas.packed.dequantize import power
+from kernels_pallas.tiles import next_power_of_2
 from kernels_pallas.top_k_top_p.reference import mass, order, value
 
 TILE = 4096  # logits of a program
@@ -83,11 +83,11 @@ def _least_kernel(
     first, heat = plt.load(first_ref.at[row]), plt.load(heat_ref.at[row])
     k, p = plt.load(k_ref.at[row]), plt.load(p_ref.at[row])
     places = tiles * LISTED
-    at = jnp.arange(power(places))
+    at = jnp.arange(next_power_of_2(places))
     listed = plt.load(listed_ref.at[row, at], mask=at < places, other=-jnp.inf)
     often = plt.load(count_ref.at[row, at], mask=at < places, other=0)
     number, weight = order(listed), often * mass(listed, first, heat)
-    tile = jnp.arange(power(tiles))
+    tile = jnp.arange(next_power_of_2(tiles))
     ends = plt.load(listed_ref.at[row, tile * LISTED + LISTED - 1], mask=tile < tiles, other=-jnp.inf)
     total = jnp.sum(plt.load(mass_ref.at[row, tile], mask=tile < tiles, other=0))
     least, widest = _search(
@@ -114,7 +114,7 @@ def _least_kernel(
         plt.store(least_ref.at[row], value(_search(over_tiles(jnp.ones_like), weigh, weigh(jnp.uint32(0)), k, p)[0]))
 
 
-def least_kept(
+def top_k_top_p_threshold(
     logits: Float[Array, "N V"],
     first: Float[Array, " N"],
     heat: Float[Array, " N"],

@@ -18,7 +18,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Bool, Float, Int
 
-from kernels_pallas.packed.dequantize import power, summed
+from kernels_pallas.partial_sums import load_partial_sum
+from kernels_pallas.tiles import next_power_of_2
 
 
 def _choose_kernel(
@@ -37,8 +38,8 @@ def _choose_kernel(
 
     @pl.when(pl.program_id(1) == 0)
     def choose() -> None:
-        expert, place = jnp.arange(power(experts)), jnp.arange(power(k))
-        logits = jnp.where(expert < experts, summed(logits_ref, row, expert, mask=expert < experts), -jnp.inf)
+        expert, place = jnp.arange(next_power_of_2(experts)), jnp.arange(next_power_of_2(k))
+        logits = jnp.where(expert < experts, load_partial_sum(logits_ref, row, expert, mask=expert < experts), -jnp.inf)
         p = jnp.exp(logits - jnp.max(logits))
         p = p / jnp.sum(p)
         weights, chosen = jnp.zeros(place.shape, jnp.float32), jnp.zeros(place.shape, jnp.int32)
@@ -53,8 +54,8 @@ def _choose_kernel(
 
     @pl.when(pl.program_id(1) == 1)
     def activate() -> None:
-        at = jnp.arange(power(hidden))
-        gate, up = (summed(ref, row, at, mask=at < hidden) for ref in (gate_ref, up_ref))
+        at = jnp.arange(next_power_of_2(hidden))
+        gate, up = (load_partial_sum(ref, row, at, mask=at < hidden) for ref in (gate_ref, up_ref))
         plt.store(hidden_ref.at[row, at], (gate * lax.logistic(gate) * up).astype(hidden_ref.dtype), mask=at < hidden)
 
 

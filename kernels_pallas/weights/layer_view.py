@@ -11,7 +11,7 @@ from jax import Array, lax
 from kernels_pallas.weights.quantized import QuantizedTensor
 
 
-class StackedTensor(struct.PyTreeNode):
+class LayerView(struct.PyTreeNode):
     """Weight `[O, D]` number `layer` of a stack `[L, O, D]`."""
 
     stack: QuantizedTensor
@@ -25,7 +25,7 @@ class StackedTensor(struct.PyTreeNode):
     def ndim(self) -> int:
         return len(self.shape)
 
-    def __getitem__(self, at: Any) -> StackedTensor:
+    def __getitem__(self, at: Any) -> LayerView:
         if at is not Ellipsis:
             raise TypeError("a layer of a stack is read whole; take() makes a slice of its own")
         return self

@@ -12,10 +12,10 @@ from flax import struct
 from jax import Array
 
 
-class TurnedTensor(struct.PyTreeNode):
+class TransposedWeight(struct.PyTreeNode):
     """Weight or stack of weights `[..., O, D]`, held as `[..., D, O]`.
 
-    `parts`: outputs of each of the weights that lie side by side in it, read by one product; see `linears`.
+    `parts`: outputs of each of the weights that lie side by side in it, read by one product; see `fused_linears`.
     """
 
     array: Array
@@ -30,19 +30,19 @@ class TurnedTensor(struct.PyTreeNode):
     def ndim(self) -> int:
         return self.array.ndim
 
-    def __getitem__(self, at: Any) -> TurnedTensor:
+    def __getitem__(self, at: Any) -> TransposedWeight:
         """All of it, or one or some of the stack."""
         return self if at is Ellipsis else self.replace(array=self.array[at])
 
 
-class Beside(struct.PyTreeNode):
-    """Stands where a weight was that now lies in the `TurnedTensor` of another one."""
+class FusedPlaceholder(struct.PyTreeNode):
+    """Stands where a weight was that now lies in the `TransposedWeight` of another one."""
 
-    def __getitem__(self, at: Any) -> Beside:
+    def __getitem__(self, at: Any) -> FusedPlaceholder:
         return self
 
 
-class ExpertsAbreast(struct.PyTreeNode):
+class FusedExperts(struct.PyTreeNode):
     """Stack of experts `[P, E, O, D]`, held as `[P, D, E, O]`: the experts of a layer are one weight of E * O outputs."""
 
     array: Array
@@ -56,7 +56,7 @@ class ExpertsAbreast(struct.PyTreeNode):
     def ndim(self) -> int:
         return 4
 
-    def __getitem__(self, at: Any) -> ExpertsAbreast:
+    def __getitem__(self, at: Any) -> FusedExperts:
         if at is not Ellipsis:
             raise TypeError("a stack of experts is handed on whole")
         return self

@@ -34,7 +34,7 @@ from checkpoints.safetensors.header import read_header
 from checkpoints.safetensors.reader import INDEX, weight_files
 from mtpjax.loading.load import ORIGIN, Tensor, load_checkpoint, orbax_tensors, save_orbax
 from mtpjax.loading.weight_map import export_tensors
-from mtpjax.text.tokenizer import gguf_metadata, load_tokenizer
+from mtpjax.text.tokenizer import load_tokenizer, tokenizer_to_gguf
 
 # Written by the converters themselves.
 OWN_FILES = {"config.json", "generation_config.json", "tokenizer.json", INDEX, ORIGIN}
@@ -80,7 +80,7 @@ def to_gguf(source: Any, target: Path, kind: str) -> int:
     model = load_checkpoint(source, dtype=None)
     cfg = model.cfg
     words = load_tokenizer(source.tokenizer_file) if source.tokenizer_file else None
-    tokenizer = gguf_metadata(words, cfg.vocab_size, cfg.stop_tokens) if words else {}
+    tokenizer = tokenizer_to_gguf(words, cfg.vocab_size, cfg.stop_tokens) if words else {}
     tensors = [(name.removeprefix("model."), read) for name, _, _, read in export_tensors(model, 1)]
     with _bar(len(tensors)) as bar:
 

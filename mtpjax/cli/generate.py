@@ -77,7 +77,7 @@ class Totals:
             f"decode   {rate(self.new_tokens, engine.decode_seconds)}: {self.new_tokens:,} tokens in {self.rounds:,} rounds, "
             f"{self.new_tokens / max(self.rounds, 1):.2f} a round",
             f"drafts   {drafts}",
-            f"slots    {self.rounds / max(engine.slot_rounds, 1):>9.0%} busy",
+            f"slots    {self.rounds / max(engine.slot_steps, 1):>9.0%} busy",
             f"seconds  {wall:>9,.1f} in all, {engine.compile_seconds:,.1f} of them compiling",
         ])  # fmt: skip
 

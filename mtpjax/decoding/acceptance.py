@@ -14,14 +14,14 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Int
 
-from mtpjax.decoding.sampling import Requests, agreeing
+from mtpjax.decoding.sampling import BatchSamplingParams, agreeing
 
 # drafts accepted `[B]`, 0...k, from (drafts `[B, k]`, the trunk's tokens `[B, k + 1]`, position of the round `[B]`, requests)
-Acceptance = Callable[[Int[Array, "B k"], Int[Array, "B W"], Int[Array, " B"], Requests], Int[Array, " B"]]
+Acceptance = Callable[[Int[Array, "B k"], Int[Array, "B W"], Int[Array, " B"], BatchSamplingParams], Int[Array, " B"]]
 STREAM = 0x5EED  # apart from the noise of the tokens
 
 
-def real_acceptance(drafts: Array, tokens: Array, position: Array, requests: Requests) -> Array:
+def exact_match(drafts: Array, tokens: Array, position: Array, requests: BatchSamplingParams) -> Array:
     """The longest prefix of drafts that are the trunk's own tokens: the only rule under which the text is the model's."""
     return agreeing(drafts, tokens)
 
@@ -67,7 +67,7 @@ class SimulatedAcceptance:
             raise ValueError(f"there are {len(self.rates)} acceptance rates; expected one for each of {draft} drafts")
         return SimulatedAcceptance(self.rates[:draft])
 
-    def __call__(self, drafts: Array, tokens: Array, position: Array, requests: Requests) -> Array:
+    def __call__(self, drafts: Array, tokens: Array, position: Array, requests: BatchSamplingParams) -> Array:
         def uniform(seed: Array, at: Array) -> Array:
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), STREAM), at)
             return jax.random.uniform(key)

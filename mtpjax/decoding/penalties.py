@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 class Penalties(struct.PyTreeNode):
     """Of B requests, as OpenAI and vLLM define them.
 
-    A frequency has the precision of bfloat16 (`stepped`): times a count it is exact then, and a compiler that contracts product
+    A frequency has the precision of bfloat16 (`round_to_bfloat16`): times a count it is exact then, and a compiler that contracts product
     and sum gives the same logits as one that does not.
     """
 
@@ -26,28 +26,28 @@ class Penalties(struct.PyTreeNode):
     repetition: Float[Array, " B"]  # 1: none
 
 
-class Seen(struct.PyTreeNode):
+class TokenCounts(struct.PyTreeNode):
     """The tokens of B texts."""
 
     prompt: Bool[Array, "B V"]
     counts: Int[Array, "B V"]  # of the generated tokens, int32
 
-    def add(self, tokens: Int[Array, "B R"], count: Int[Array, " B"]) -> Seen:
+    def add(self, tokens: Int[Array, "B R"], count: Int[Array, " B"]) -> TokenCounts:
         """With the first `count` of `tokens` generated."""
         batch, vocab = self.counts.shape
         at = jnp.where(jnp.arange(tokens.shape[1]) < count[:, None], tokens, vocab)
         return self.replace(counts=self.counts.at[jnp.arange(batch)[:, None], at].add(1, mode="drop"))
 
 
-def stepped(frequency: float) -> float:
+def round_to_bfloat16(frequency: float) -> float:
     """The nearest value that `Penalties.frequency` can have."""
     return float(np.asarray(frequency, ml_dtypes.bfloat16))
 
 
-def penalised(
+def apply_penalties(
     logits: Float[Array, "B R V"],
     penalties: Penalties | None,
-    seen: Seen | None,
+    seen: TokenCounts | None,
     drafts: Int[Array, "B k"] | None = None,
 ) -> Float[Array, "B R V"]:
     """The logits after the penalties, float32; unchanged where there are none.

@@ -17,29 +17,29 @@ from flax import struct
 from jax import Array, lax
 from jaxtyping import Float, Int, UInt32
 
-from kernels_pallas.platform import target
-from kernels_pallas.top_k_top_p import KERNELS, least_kept
+from kernels_pallas.platform import platform
+from kernels_pallas.top_k_top_p import KERNELS, top_k_top_p_threshold
 from mtpjax.decoding.penalties import Penalties
 
-STOPS = 8  # stop tokens a request can have
+MAX_STOP_TOKENS = 8  # stop tokens a request can have
 
 
-class Kept(struct.PyTreeNode):
-    """Which tokens B requests sample from; see `likeliest`."""
+class TruncationParams(struct.PyTreeNode):
+    """Which tokens B requests sample from; see `apply_top_k_top_p_min_p`."""
 
     top_k: Int[Array, " B"]  # 0: all
     top_p: Float[Array, " B"]  # 1: all
     min_p: Float[Array, " B"]  # 0: all
 
 
-class Requests(struct.PyTreeNode):
+class BatchSamplingParams(struct.PyTreeNode):
     """What the loop must know of B requests."""
 
     max_tokens: Int[Array, " B"]
     temperature: Float[Array, " B"]
     seed: UInt32[Array, " B"]
     stops: Int[Array, "B STOPS"]  # -1 where unused
-    kept: Kept | None = None  # None: all tokens
+    kept: TruncationParams | None = None  # None: all tokens
     penalties: Penalties | None = None  # None: nobody has any
 
 
@@ -49,7 +49,7 @@ def gumbel_noise(seed: UInt32[Array, ""], position: Int[Array, ""], vocab: int) 
 
 
 def choose(
-    logits: Float[Array, "B R V"], positions: Int[Array, "B R"], requests: Requests, vocab: int
+    logits: Float[Array, "B R V"], positions: Int[Array, "B R"], requests: BatchSamplingParams, vocab: int
 ) -> Int[Array, "B R"]:
     """The token of each row, int32.
 
@@ -62,15 +62,17 @@ def choose(
 
     batch, rows, size = logits.shape
 
-    def sampled(kept: Kept | None, logits: Array) -> Array:
-        def some(logits: Array, positions: Array, requests: Requests, kept: Kept | None) -> Array:
+    def sampled(kept: TruncationParams | None, logits: Array) -> Array:
+        def some(
+            logits: Array, positions: Array, requests: BatchSamplingParams, kept: TruncationParams | None
+        ) -> Array:
             """A token for each logits `[N, V]`."""
             noise = jax.vmap(gumbel_noise, (0, 0, None))(requests.seed, positions, size)
             if kept is not None:
-                logits = likeliest(logits, requests.temperature, kept)
+                logits = apply_top_k_top_p_min_p(logits, requests.temperature, kept)
             return best(logits + requests.temperature[:, None] * noise)
 
-        if target() == "cpu":  # row by row: noise of all rows would be written to memory first
+        if platform() == "cpu":  # row by row: noise of all rows would be written to memory first
             turns = logits.swapaxes(0, 1), positions.T
             return lax.map(lambda row: some(row[0], row[1], requests, kept), turns).T
         each, theirs = jax.tree.map(lambda of_request: jnp.repeat(of_request, rows, axis=0), (requests, kept))
@@ -86,7 +88,9 @@ def choose(
     return lax.switch(way, ways, logits).astype(jnp.int32)
 
 
-def likeliest(logits: Float[Array, "B V"], temperature: Float[Array, " B"], kept: Kept) -> Float[Array, "B V"]:
+def apply_top_k_top_p_min_p(
+    logits: Float[Array, "B V"], temperature: Float[Array, " B"], kept: TruncationParams
+) -> Float[Array, "B V"]:
     """The logits, -inf where a token is not among those that a request samples from.
 
     As Hugging Face's logits processors take them out: of softmax(logits / T) the `top_k` most probable tokens; of those,
@@ -94,7 +98,7 @@ def likeliest(logits: Float[Array, "B V"], temperature: Float[Array, " B"], kept
     equally probable tokens all stay or none. At T = 0 the first token is the choice in any case.
     """
     heat, first = jnp.where(temperature > 0, temperature, 1), jnp.max(logits, axis=-1)
-    least = KERNELS.get(target(), least_kept)(logits, first, heat, kept.top_k, kept.top_p)
+    least = KERNELS.get(platform(), top_k_top_p_threshold)(logits, first, heat, kept.top_k, kept.top_p)
     least = jnp.maximum(least, first + heat * jnp.log(kept.min_p))
     return jnp.where(logits >= least[:, None], logits, -jnp.inf)
 
@@ -105,7 +109,7 @@ def best(logits: Float[Array, "*rows V"]) -> Int[Array, "*rows"]:
     On a CPU as the largest value and then the first place that has it, each of them a reduction that XLA vectorises, as it
     does not that of pairs of value and place.
     """
-    if target() != "cpu":
+    if platform() != "cpu":
         return jnp.argmax(logits, axis=-1)
     largest = jnp.max(logits, axis=-1, keepdims=True)
     last = logits.shape[-1] - 1

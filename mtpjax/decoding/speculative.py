@@ -18,14 +18,14 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
 from mtpjax.decoding import steps
-from mtpjax.decoding.acceptance import Acceptance, real_acceptance
-from mtpjax.decoding.penalties import Seen, penalised
-from mtpjax.decoding.sampling import Requests, choose, emitted
+from mtpjax.decoding.acceptance import Acceptance, exact_match
+from mtpjax.decoding.penalties import TokenCounts, apply_penalties
+from mtpjax.decoding.sampling import BatchSamplingParams, choose, emitted
 from mtpjax.model import Model, commit
 from mtpjax.model.cache import Cache
 
 
-class LoopState(struct.PyTreeNode):
+class DecodeState(struct.PyTreeNode):
     """Where B requests stand. `token` is chosen but not yet in the cache; `hidden` is the row that chose it."""
 
     cache: Cache
@@ -36,34 +36,36 @@ class LoopState(struct.PyTreeNode):
     stopped: Bool[Array, " B"]  # done because of a stop token
     rounds: Int[Array, " B"]
     accepted: Int[Array, "B k"]  # rounds in which the draft at each position was accepted
-    seen: Seen | None = None  # up to and with `token`; None where no request has penalties
+    seen: TokenCounts | None = None  # up to and with `token`; None where no request has penalties
 
 
 # drafts `[B, k]` and the cache from (model, state, requests, k, vocab)
-Drafter = Callable[[Model, LoopState, Requests, int, int], tuple[Array, Cache]]
+Drafter = Callable[[Model, DecodeState, BatchSamplingParams, int, int], tuple[Array, Cache]]
 
 
-def mtp_drafter(model: Model, state: LoopState, requests: Requests, k: int, vocab: int) -> tuple[Array, Cache]:
+def mtp_drafter(
+    model: Model, state: DecodeState, requests: BatchSamplingParams, k: int, vocab: int
+) -> tuple[Array, Cache]:
     """Drafts of the checkpoint's own MTP head."""
     return steps.draft(model, state.hidden, state.token, state.done, state.cache, requests, k, vocab, state.seen)
 
 
-def decoding_round(
+def speculative_step(
     model: Model,
-    state: LoopState,
-    requests: Requests,
+    state: DecodeState,
+    requests: BatchSamplingParams,
     k: int,
     vocab: int,
     drafter: Drafter,
-    accept: Acceptance = real_acceptance,
-) -> tuple[LoopState, Int[Array, "B k+1"], Int[Array, " B"]]:
+    accept: Acceptance = exact_match,
+) -> tuple[DecodeState, Int[Array, "B k+1"], Int[Array, " B"]]:
     """One round for every request that is not done. Returns the state, the window's tokens and how many of them count."""
     idle = state.done
     drafts, cache = drafter(model, state, requests, k, vocab) if k else (state.token[:, None][:, :0], state.cache)
     window = jnp.concatenate([state.token[:, None], drafts], axis=1)
     logits, hidden, cache, pending = steps.verify(model, window, idle, cache)
     positions = cache.length[:, None] + 1 + jnp.arange(k + 1)
-    tokens = choose(penalised(logits, requests.penalties, state.seen, drafts), positions, requests, vocab)
+    tokens = choose(apply_penalties(logits, requests.penalties, state.seen, drafts), positions, requests, vocab)
     if k and model.mtp is not None:
         cache = steps.sync(model, hidden, drafts, idle, cache)
 
@@ -77,7 +79,7 @@ def decoding_round(
         return jnp.take_along_axis(rows, right.reshape(-1, *[1] * (rows.ndim - 1)), axis=1)[:, 0]
 
     return (
-        LoopState(
+        DecodeState(
             cache=commit(cache, pending, jnp.where(idle, 0, right + 1)),
             hidden=jnp.where(idle[:, None], state.hidden, pick(hidden)),
             token=jnp.where(idle, state.token, pick(tokens)),
@@ -96,8 +98,8 @@ def decoding_round(
 @partial(jax.jit, static_argnames=("graph", "k", "rounds", "vocab", "drafter", "accept"), donate_argnames=("state",))
 def decode(
     params: Any,
-    state: LoopState,
-    requests: Requests,
+    state: DecodeState,
+    requests: BatchSamplingParams,
     enough: Int[Array, ""] | None = None,
     *,
     graph: Any,
@@ -105,8 +107,8 @@ def decode(
     rounds: int,
     vocab: int,
     drafter: Drafter = mtp_drafter,
-    accept: Acceptance = real_acceptance,
-) -> tuple[LoopState, Int[Array, "B rounds*(k+1)"], Int[Array, " B"]]:
+    accept: Acceptance = exact_match,
+) -> tuple[DecodeState, Int[Array, "B rounds*(k+1)"], Int[Array, " B"]]:
     """Up to `rounds` rounds, fewer once every request is done; call again with the state to go on.
 
     Args:
@@ -122,12 +124,12 @@ def decode(
     batch = state.token.shape[0]
     room = rounds * (k + 1)
 
-    def go_on(carry: tuple[Array, LoopState, Array, Array]) -> Array:
+    def go_on(carry: tuple[Array, DecodeState, Array, Array]) -> Array:
         return (carry[0] < rounds) & (jnp.sum(carry[1].done) < (batch if enough is None else enough))
 
-    def body(carry: tuple[Array, LoopState, Array, Array]) -> tuple[Array, LoopState, Array, Array]:
+    def body(carry: tuple[Array, DecodeState, Array, Array]) -> tuple[Array, DecodeState, Array, Array]:
         number, state, out, used = carry
-        state, tokens, count = decoding_round(model, state, requests, k, vocab, drafter, accept)
+        state, tokens, count = speculative_step(model, state, requests, k, vocab, drafter, accept)
         at = jnp.arange(k + 1)
         slot = jnp.where(at < count[:, None], used[:, None] + at, room)
         out = out.at[jnp.arange(batch)[:, None], slot].set(tokens, mode="drop")
@@ -140,14 +142,14 @@ def decode(
 
 @partial(jax.jit, donate_argnames=("state",))
 def insert(
-    state: LoopState, fresh: LoopState, rows: Int[Array, " W"], slots: Int[Array, " W"], count: Int[Array, ""]
-) -> LoopState:
+    state: DecodeState, fresh: DecodeState, rows: Int[Array, " W"], slots: Int[Array, " W"], count: Int[Array, ""]
+) -> DecodeState:
     """The first `count` requests of `fresh` in these slots of `state`, which is changed in place.
 
     Cache and hidden state of request w are row `rows[w]` of those of `fresh`: requests with one prompt have one row.
     """
 
-    def one(w: Array, state: LoopState) -> LoopState:
+    def one(w: Array, state: DecodeState) -> DecodeState:
         def put(axis: int, row: Array) -> Callable[[Array, Array], Array]:
             def move(old: Array, new: Array) -> Array:
                 moved = lax.dynamic_slice_in_dim(new, row, 1, axis)
@@ -158,7 +160,7 @@ def insert(
         def layers_first(old: Array, new: Array) -> Array:
             return put(min(old.ndim - 1, 1), rows[w])(old, new)
 
-        def without_prompt(whole: LoopState) -> LoopState:
+        def without_prompt(whole: DecodeState) -> DecodeState:
             return whole.replace(cache=None, hidden=None)
 
         return jax.tree.map(put(0, w), without_prompt(state), without_prompt(fresh)).replace(

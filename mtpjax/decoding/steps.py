@@ -1,6 +1,6 @@
 """The steps of generation as pure functions of (model or params, inputs, cache): prefill, verify, draft, sync.
 
-`prefill` and `hidden_rows` are jitted with the cache donated; the others are pieces of the loop in `speculative.py`.
+`prefill` and `forward_hidden` are jitted with the cache donated; the others are pieces of the loop in `speculative.py`.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from jax import Array, lax
 from jaxtyping import Float, Int
 
 from mtpjax.decoding.output_rows import NO_ROWS, OutputRows
-from mtpjax.decoding.penalties import Seen, penalised
-from mtpjax.decoding.sampling import Requests, choose
+from mtpjax.decoding.penalties import TokenCounts, apply_penalties
+from mtpjax.decoding.sampling import BatchSamplingParams, choose
 from mtpjax.model import Model, place
-from mtpjax.model.cache import Cache, Pending
+from mtpjax.model.cache import Cache, PendingDeltaUpdates
 
 
 def _chunk(model: Model, tokens: Array, pad: Array, cache: Cache, keep: int | None = None) -> tuple[Array, Cache]:
@@ -90,7 +90,7 @@ def prefill(
 
 
 @partial(jax.jit, static_argnames=("graph",), donate_argnames=("cache",))
-def hidden_rows(
+def forward_hidden(
     params: Any, tokens: Int[Array, "B T"], pad: Int[Array, " B"], cache: Cache, *, graph: Any
 ) -> tuple[Float[Array, "B T D"], Cache]:
     """Hidden states after the final norm, of every row of a chunk (for research)."""
@@ -101,7 +101,7 @@ def hidden_rows(
 
 def verify(
     model: Model, tokens: Int[Array, "B W"], idle: Array, cache: Cache
-) -> tuple[Float[Array, "B W V"], Float[Array, "B W D"], Cache, Pending]:
+) -> tuple[Float[Array, "B W V"], Float[Array, "B W D"], Cache, PendingDeltaUpdates]:
     """The trunk on a window of W rows, all of them output rows.
 
     Args:
@@ -122,10 +122,10 @@ def draft(
     token: Int[Array, " B"],
     idle: Array,
     cache: Cache,
-    requests: Requests,
+    requests: BatchSamplingParams,
     length: int,
     vocab: int,
-    seen: Seen | None = None,
+    seen: TokenCounts | None = None,
 ) -> tuple[Int[Array, "B k"], Cache]:
     """`length` tokens from the MTP head, applied again and again to its own hidden state (after `mtp.norm`).
 
@@ -135,11 +135,11 @@ def draft(
 
     one = jnp.ones_like(token)
 
-    def step(carry: tuple[Array, Array, Cache, Seen | None], j: Array) -> tuple[tuple, Array]:
+    def step(carry: tuple[Array, Array, Cache, TokenCounts | None], j: Array) -> tuple[tuple, Array]:
         hidden, token, cache, seen = carry
         where = place(model.cfg, cache.length - cache.mtp_start - 1 + j, 1, idle.astype(jnp.int32), slots=cache.slots)
         rows, cache = model.mtp_step(hidden[:, None], token[:, None], cache, where)
-        logits = penalised(model.mtp_head(rows), requests.penalties, seen)
+        logits = apply_penalties(model.mtp_head(rows), requests.penalties, seen)
         token = choose(logits, (cache.length + 1 + j)[:, None], requests, vocab)[:, 0]
         return (rows[:, 0], token, cache, seen and seen.add(token[:, None], one)), token
 

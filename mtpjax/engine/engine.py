@@ -6,27 +6,32 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 
-from mtpjax.engine.model_runner import Compiled
+from mtpjax.engine.model_runner import ModelRunner
 from mtpjax.engine.request import Request, Result
-from mtpjax.engine.scheduler import OnTokens, Slots
+from mtpjax.engine.scheduler import Slots, TokenCallback
 
 WINDOW = 64  # batches of requests that are read ahead and sorted by length
 
 
-class Engine(Compiled):
+class Engine(ModelRunner):
     """Slots that fall free are filled again while the others go on. Requests with one prompt have it read once, if together.
 
     A job uses one program per prompt-chunk bucket, one that makes an empty cache, and one loop; with more requests than slots, or
     shared prompts, one more that makes a cache and one that puts what was read into the slots.
     """
 
-    def run(self, requests: Sequence[Request], batch: int, on_tokens: OnTokens | None = None) -> list[Result]:
+    def run(self, requests: Sequence[Request], batch: int, on_tokens: TokenCallback | None = None) -> list[Result]:
         """Generate for all requests, `batch` side by side. Results in the order given."""
         results = {r.request.index: r for r in self.stream(requests, batch, on_tokens, window=len(requests))}
         return [results[r.index] for r in requests]
 
     def stream(
-        self, requests: Iterable[Request], batch: int, on_tokens: OnTokens | None = None, *, window: int | None = None
+        self,
+        requests: Iterable[Request],
+        batch: int,
+        on_tokens: TokenCallback | None = None,
+        *,
+        window: int | None = None,
     ) -> Iterator[Result]:
         """Generate for all requests, `batch` side by side, longest prompts first. Results as they are done.
 

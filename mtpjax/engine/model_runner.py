@@ -1,4 +1,4 @@
-"""`Compiled`: the programs of one model, compiled when first needed, and what they read and write."""
+"""`ModelRunner`: the programs of one model, compiled when first needed, and what they read and write."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ import numpy as np
 from flax import nnx
 
 from kernels_pallas.platform import compile_options
-from mtpjax.decoding.acceptance import Acceptance, real_acceptance
+from mtpjax.decoding.acceptance import Acceptance, exact_match
 from mtpjax.decoding.output_rows import NO_ROWS, OutputRows
-from mtpjax.decoding.sampling import Requests
-from mtpjax.decoding.speculative import Drafter, LoopState, decode, insert, mtp_drafter
-from mtpjax.decoding.steps import hidden_rows, prefill
-from mtpjax.engine.request import on_host
-from mtpjax.loading.cpu_layout import suited
+from mtpjax.decoding.sampling import BatchSamplingParams
+from mtpjax.decoding.speculative import DecodeState, Drafter, decode, insert, mtp_drafter
+from mtpjax.decoding.steps import forward_hidden, prefill
+from mtpjax.engine.request import as_host_array
+from mtpjax.loading.cpu_layout import optimize_for_cpu
 from mtpjax.loading.weight_map import LoadedModel
-from mtpjax.model.cache import Cache, new_cache, slots_for
+from mtpjax.model.cache import Cache, new_cache, padded_kv_length
 
 BUCKETS = (16, 64, 256, 512)  # rows of a prompt chunk
-ROUNDS = 32  # of the loop, before the host looks
+MAX_STEPS_PER_CALL = 32  # of the loop, before the host looks
 
 
 def plan_chunks(rows: int, buckets: Sequence[int]) -> list[int]:
@@ -46,7 +46,7 @@ def compiled(fn: Any, args: tuple[Any, ...]) -> Callable[..., Any]:
     return fn.lower(*args).compile(**compile_options())
 
 
-class Compiled:
+class ModelRunner:
     """Compiled programs for one model, `max_len` and draft length, and sums over all that they did.
 
     Args:
@@ -67,22 +67,22 @@ class Compiled:
         vocab: int,
         cache_dtype: Any,
         buckets: Sequence[int] = BUCKETS,
-        rounds: int = ROUNDS,
+        rounds: int = MAX_STEPS_PER_CALL,
         mtp_prompt: int | None = None,
         admit: int | None = None,
         drafter: Drafter = mtp_drafter,
-        accept: Acceptance = real_acceptance,
+        accept: Acceptance = exact_match,
     ):
-        self.model, self.draft, self.max_len, self.vocab = suited(model), draft, max_len, vocab
+        self.model, self.draft, self.max_len, self.vocab = optimize_for_cpu(model), draft, max_len, vocab
         self.compute_dtype = nnx.merge(model.graph, model.params).compute_dtype
-        self.slots, self.mtp_prompt = slots_for(max_len, draft + 1), mtp_prompt
+        self.slots, self.mtp_prompt = padded_kv_length(max_len, draft + 1), mtp_prompt
         self.cache_dtype, self.rounds, self.drafter, self.accept = cache_dtype, rounds, drafter, accept
         fitting = sorted(b for b in set(buckets) if b < max_len)
         self.buckets = tuple(fitting) or (min(buckets),)
         self.admit = admit
         self.compile_seconds = self.prefill_seconds = self.decode_seconds = 0.0
         self.prompt_tokens = 0  # read, those of a prompt that requests share once
-        self.slot_rounds = 0  # rounds of the loop times its slots: those of requests, and those of idle slots
+        self.slot_steps = 0  # rounds of the loop times its slots: those of requests, and those of idle slots
         self._programs: dict[tuple, Any] = {}
 
     @property
@@ -137,7 +137,7 @@ class Compiled:
         hidden: Any = np.zeros((batch, self.model.cfg.hidden_size), self.compute_dtype)
         if mtp_prompt is not None:
             skipped = [max(0, len(p) - mtp_prompt) for p in prompts]
-            cache = cache.replace(mtp_start=on_host(np.array(skipped, np.int32)))
+            cache = cache.replace(mtp_start=as_host_array(np.array(skipped, np.int32)))
         kept = []
         for tokens, following, pad, behind in self._chunks(prompts, total):
             tapped = None if mtp_prompt is None else max(0, min(mtp_prompt - behind, tokens.shape[1]))
@@ -157,7 +157,7 @@ class Compiled:
             key = ("hidden", tokens.shape[1])
             rows, cache = self._run(
                 key,
-                hidden_rows,
+                forward_hidden,
                 self.model.params,
                 tokens,
                 pad,
@@ -185,23 +185,31 @@ class Compiled:
             yield ids[:, start:end], ids[:, start + 1 : end + 1], pad, width - end
             start = end
 
-    def decode(self, state: LoopState, requests: Requests, enough: int) -> tuple[LoopState, np.ndarray, np.ndarray]:
-        """Rounds of the loop until `enough` slots are idle, `ROUNDS` at most: the state, new tokens, how many there are."""
+    def decode(
+        self, state: DecodeState, requests: BatchSamplingParams, enough: int
+    ) -> tuple[DecodeState, np.ndarray, np.ndarray]:
+        """Rounds of the loop until `enough` slots are idle, `MAX_STEPS_PER_CALL` at most: the state, new tokens, how many there are."""
         static = {
             "graph": self.model.graph, "k": self.draft, "rounds": self.rounds, "vocab": self.vocab, "drafter": self.drafter,
             "accept": self.accept,
         }  # fmt: skip
         key = ("decode", len(state.token), state.seen is None)
-        wanted = on_host(np.array(enough, np.int32))
+        wanted = as_host_array(np.array(enough, np.int32))
         state, out, used = self._run(
             key, decode, self.model.params, state, requests, wanted, static=static, donate="state"
         )
         return state, np.asarray(out), np.asarray(used)
 
-    def insert(self, state: LoopState, fresh: LoopState, rows: Sequence[int], places: Sequence[int]) -> LoopState:
+    def insert(self, state: DecodeState, fresh: DecodeState, rows: Sequence[int], places: Sequence[int]) -> DecodeState:
         """The first requests of `fresh`, whose prompts are in these rows, in these slots of `state`, which is consumed."""
         rows_slots = np.zeros((2, len(fresh.token)), np.int32)
         rows_slots[:, : len(places)] = rows, places
-        args = state, fresh, on_host(rows_slots[0]), on_host(rows_slots[1]), on_host(np.array(len(places), np.int32))
+        args = (
+            state,
+            fresh,
+            as_host_array(rows_slots[0]),
+            as_host_array(rows_slots[1]),
+            as_host_array(np.array(len(places), np.int32)),
+        )
         key = ("insert", len(state.token), len(fresh.token), state.seen is None)
         return self._run(key, insert, *args, static={}, donate="state")

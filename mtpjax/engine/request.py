@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from jax import Array
 
-from mtpjax.decoding.penalties import Penalties, Seen, stepped
-from mtpjax.decoding.sampling import STOPS, Kept, Requests
+from mtpjax.decoding.penalties import Penalties, TokenCounts, round_to_bfloat16
+from mtpjax.decoding.sampling import MAX_STOP_TOKENS, BatchSamplingParams, TruncationParams
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Request:
     repetition_penalty: float = 1.0
 
     @property
-    def penalised(self) -> bool:
+    def has_penalties(self) -> bool:
         return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
 
 
@@ -53,45 +53,45 @@ class Result:
     accepted_per_position: list[int] = field(default_factory=list)
 
 
-def on_host(value: np.ndarray) -> Array:
+def as_host_array(value: np.ndarray) -> Array:
     """A host array as an argument of a compiled program, which takes it as it is: nothing is compiled to move it."""
     return value  # type: ignore[return-value]
 
 
-def as_arrays(slots: Sequence[Request | None]) -> Requests:
+def stack_requests(slots: Sequence[Request | None]) -> BatchSamplingParams:
     """The requests in B slots, some of them empty; penalties are None where nobody has any."""
 
     def column(of: Callable[[Request], float], dtype: Any, idle: float = 0) -> Array:
-        return on_host(np.array([idle if r is None else of(r) for r in slots], dtype))
+        return as_host_array(np.array([idle if r is None else of(r) for r in slots], dtype))
 
-    stops = np.full((len(slots), STOPS), -1, np.int32)
+    stops = np.full((len(slots), MAX_STOP_TOKENS), -1, np.int32)
     for row, request in zip(stops, slots, strict=True):
         if request is not None:
             row[: len(request.stops)] = request.stops
-    return Requests(
+    return BatchSamplingParams(
         max_tokens=column(lambda r: r.max_tokens, np.int32),
         temperature=column(lambda r: r.temperature, np.float32),
         seed=column(lambda r: r.seed & 0xFFFFFFFF, np.uint32),
-        stops=on_host(stops),
-        kept=Kept(
+        stops=as_host_array(stops),
+        kept=TruncationParams(
             top_k=column(lambda r: r.top_k, np.int32),
             top_p=column(lambda r: r.top_p, np.float32, 1),
             min_p=column(lambda r: r.min_p, np.float32),
         ),
         penalties=Penalties(
             presence=column(lambda r: r.presence_penalty, np.float32),
-            frequency=column(lambda r: stepped(r.frequency_penalty), np.float32),
+            frequency=column(lambda r: round_to_bfloat16(r.frequency_penalty), np.float32),
             repetition=column(lambda r: r.repetition_penalty, np.float32, 1),
         )
-        if any(r is not None and r.penalised for r in slots)
+        if any(r is not None and r.has_penalties for r in slots)
         else None,
     )
 
 
-def prompts_seen(slots: Sequence[Request | None], vocab: int) -> Seen:
+def prompts_seen(slots: Sequence[Request | None], vocab: int) -> TokenCounts:
     """What penalties count before the first token of each slot."""
     prompt = np.zeros((len(slots), vocab), bool)
     for row, request in zip(prompt, slots, strict=True):
         if request is not None:
             row[list(request.prompt)] = True
-    return Seen(prompt=on_host(prompt), counts=on_host(np.zeros(prompt.shape, np.int32)))
+    return TokenCounts(prompt=as_host_array(prompt), counts=as_host_array(np.zeros(prompt.shape, np.int32)))

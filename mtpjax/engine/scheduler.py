@@ -9,13 +9,13 @@ import jax
 import numpy as np
 from jax import Array
 
-from mtpjax.decoding.penalties import Seen
-from mtpjax.decoding.speculative import LoopState
-from mtpjax.engine.model_runner import Compiled
-from mtpjax.engine.request import Request, Result, as_arrays, on_host, prompts_seen
+from mtpjax.decoding.penalties import TokenCounts
+from mtpjax.decoding.speculative import DecodeState
+from mtpjax.engine.model_runner import ModelRunner
+from mtpjax.engine.request import Request, Result, as_host_array, prompts_seen, stack_requests
 from mtpjax.model.cache import Cache
 
-OnTokens = Callable[[Result, list[int]], None]
+TokenCallback = Callable[[Result, list[int]], None]
 
 
 class Slots:
@@ -25,11 +25,11 @@ class Slots:
     their own, of `width` sequences, while the state of the slots waits; requests with one prompt share its reading.
     """
 
-    def __init__(self, compiled: Compiled, batch: int, width: int):
+    def __init__(self, compiled: ModelRunner, batch: int, width: int):
         self.compiled, self.batch, self.width = compiled, batch, width
         self.results: list[Result | None] = [None] * batch
         self._state: Any = None
-        self._asked = as_arrays([None] * batch)
+        self._asked = stack_requests([None] * batch)
 
     @property
     def idle(self) -> int:
@@ -48,7 +48,7 @@ class Slots:
         results = [Result(request, accepted_per_position=[0] * self.compiled.draft) for request in group]
         for place, result in zip(places, results, strict=True):
             self.results[place] = result
-        self._asked = as_arrays([None if result is None else result.request for result in self.results])
+        self._asked = stack_requests([None if result is None else result.request for result in self.results])
         one_batch = self.width == self.batch
         if one_batch:
             self._state = None  # its cache goes before the next one is made
@@ -90,13 +90,13 @@ class Slots:
     def _padded(self, group: Sequence[Request]) -> list[Request | None]:
         return [*group, *[None] * (self.width - len(group))]
 
-    def decode(self, enough: int, on_tokens: OnTokens | None = None) -> Iterator[Result]:
+    def decode(self, enough: int, on_tokens: TokenCallback | None = None) -> Iterator[Result]:
         """Some rounds of the loop, fewer once `enough` slots are idle. Yields the results that are done."""
         before, began = np.array(self._state.rounds), self.compiled.clock()
         self._state, out, used = self.compiled.decode(self._state, self._asked, enough)
         seconds = self.compiled.clock() - began
         self.compiled.decode_seconds += seconds
-        self.compiled.slot_rounds += self.batch * int(np.max(np.asarray(self._state.rounds) - before))
+        self.compiled.slot_steps += self.batch * int(np.max(np.asarray(self._state.rounds) - before))
         for place, result in enumerate(self.results):
             if result is not None:
                 new = out[place, : used[place]].tolist()
@@ -116,23 +116,23 @@ class Slots:
                 self.results[place] = None
                 yield result
 
-    def _at_rest(self, slots: Sequence[Request | None], cache: Cache, hidden: Array | None = None) -> LoopState:
+    def _at_rest(self, slots: Sequence[Request | None], cache: Cache, hidden: Array | None = None) -> DecodeState:
         """Before the first round; empty slots are done."""
         batch, compiled = len(slots), self.compiled
         if hidden is None:
-            hidden = on_host(np.zeros((batch, compiled.model.cfg.hidden_size), compiled.compute_dtype))
-        return LoopState(
+            hidden = as_host_array(np.zeros((batch, compiled.model.cfg.hidden_size), compiled.compute_dtype))
+        return DecodeState(
             cache=cache,
             hidden=hidden,
-            token=on_host(np.array([r.prompt[-1] if r else 0 for r in slots], np.int32)),
-            count=on_host(np.zeros(batch, np.int32)),
-            done=on_host(np.array([r is None or r.max_tokens == 0 for r in slots])),
-            stopped=on_host(np.zeros(batch, bool)),
-            rounds=on_host(np.zeros(batch, np.int32)),
-            accepted=on_host(np.zeros((batch, compiled.draft), np.int32)),
+            token=as_host_array(np.array([r.prompt[-1] if r else 0 for r in slots], np.int32)),
+            count=as_host_array(np.zeros(batch, np.int32)),
+            done=as_host_array(np.array([r is None or r.max_tokens == 0 for r in slots])),
+            stopped=as_host_array(np.zeros(batch, bool)),
+            rounds=as_host_array(np.zeros(batch, np.int32)),
+            accepted=as_host_array(np.zeros((batch, compiled.draft), np.int32)),
             seen=self._seen(slots),
         )
 
-    def _seen(self, slots: Sequence[Request | None]) -> Seen | None:
+    def _seen(self, slots: Sequence[Request | None]) -> TokenCounts | None:
         """What penalties count, where somebody who has a slot has any."""
         return prompts_seen(slots, self.compiled.model.cfg.vocab_size) if self._asked.penalties else None

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from kernels_pallas.platform import target
-from kernels_pallas.weights.transposed import Beside, ExpertsAbreast, TurnedTensor
-from mtpjax.loading.orbax_io import TreePath
+from kernels_pallas.platform import platform
+from kernels_pallas.weights.transposed import FusedExperts, FusedPlaceholder, TransposedWeight
+from mtpjax.loading.orbax_io import ParamPath
 from mtpjax.loading.weight_map import LoadedModel, fill, flat
 from mtpjax.model.params import Dense, Expert
 
@@ -26,7 +26,7 @@ SIDE_BY_SIDE = {
 }  # fmt: skip
 
 
-def suited(model: LoadedModel) -> LoadedModel:
+def optimize_for_cpu(model: LoadedModel) -> LoadedModel:
     """The model with its weights as the device multiplies them fastest; away from a CPU, as it is.
 
     * Small matrices turned, those that read the same rows side by side, the experts of a layer abreast, and a small tied
@@ -34,38 +34,38 @@ def suited(model: LoadedModel) -> LoadedModel:
     * Other bfloat16 experts as uint16 bit patterns, without a copy. XLA's CPU backend slices bfloat16 by converting the
       whole operand to float32 first: all experts of a layer for one. What it takes for integers it leaves alone.
     """
-    if target() != "cpu":
+    if platform() != "cpu":
         return model
     held = {path: _suited_leaf(path, leaf) for path, leaf in flat(model.params).items()}
     for path in list(held):
         group = [path, *((*path[:-1], *other) for other in SIDE_BY_SIDE.get(str(path[-1]), ()))]
-        weights = [w for member in group if isinstance(w := held.get(member), TurnedTensor) and not w.parts]
+        weights = [w for member in group if isinstance(w := held.get(member), TransposedWeight) and not w.parts]
         if len(weights) == len(group) > 1:
             arrays = [np.asarray(w.array) for w in weights]
             joined = jax.device_put(np.concatenate(arrays, axis=-1))  # not jnp: that would be a program to compile
             held |= {
-                path: TurnedTensor(joined, tuple(a.shape[-1] for a in arrays)),
-                **dict.fromkeys(group[1:], Beside()),
+                path: TransposedWeight(joined, tuple(a.shape[-1] for a in arrays)),
+                **dict.fromkeys(group[1:], FusedPlaceholder()),
             }
     whole: Any = nnx.merge(model.graph, fill(model.params, lambda path, leaf: held[path]))
     embedding = whole.embedding[...]
     if model.cfg.tied_embeddings and _small(embedding, 2, SMALL_HEAD):
-        whole.lm_head = nnx.data(Dense(TurnedTensor(_transposed(embedding, 1, 0))))
+        whole.lm_head = nnx.data(Dense(TransposedWeight(_transposed(embedding, 1, 0))))
     graph, params = nnx.split(whole)
     return replace(model, graph=graph, params=params)
 
 
-def _suited_leaf(path: TreePath, leaf: Any) -> Any:
+def _suited_leaf(path: ParamPath, leaf: Any) -> Any:
     held = leaf[...]
     if isinstance(leaf, Expert) and _small(held, 3, SMALL_WEIGHT):
         if path[-1] == "gate_up":
-            return ExpertsAbreast(_transposed(held, 0, 3, 1, 2))
-        return TurnedTensor(_transposed(held, 0, 1, 3, 2))
+            return FusedExperts(_transposed(held, 0, 3, 1, 2))
+        return TransposedWeight(_transposed(held, 0, 1, 3, 2))
     if isinstance(leaf, Expert) and getattr(held, "dtype", None) == jnp.bfloat16:
         return jax.device_put(np.asarray(held).view(np.uint16))
     limit = SMALL_HEAD if path == ("lm_head",) else SMALL_WEIGHT
     if isinstance(leaf, Dense) and path != ("embedding",) and _small(held, 2, limit):
-        return TurnedTensor(_transposed(held, *range(held.ndim - 2), -1, -2))
+        return TransposedWeight(_transposed(held, *range(held.ndim - 2), -1, -2))
     return held
 
 

@@ -21,11 +21,11 @@ import numpy as np
 from flax import nnx
 
 from checkpoints import CheckpointError, OrbaxDirectory, TensorSource, quantization_config
-from kernels_pallas.platform import target
+from kernels_pallas.platform import platform
 from mtpjax.config import ModelConfig
-from mtpjax.loading.orbax_io import LazyLeaf, StoredTree, TreePath, write_tree
+from mtpjax.loading.orbax_io import LazyLeaf, OrbaxReader, ParamPath, write_tree
 from mtpjax.loading.quantized_leaves import KEEP, MODES, PACKED, WEIGHTS
-from mtpjax.loading.weight_map import LoadedModel, Location, _check, config_of, fill, flat, load_model, locations
+from mtpjax.loading.weight_map import LoadedModel, Location, _check, config_of, fill, flat, load_model, weight_map
 from mtpjax.model import abstract_model
 
 ORIGIN = "mtpjax.json"
@@ -34,7 +34,7 @@ STORED = {dtype.name: dtype for dtype in map(jnp.dtype, (jnp.bfloat16, jnp.float
 Tensor = tuple[str, tuple[int, ...], np.dtype, Callable[[], np.ndarray]]  # name, shape, dtype, read
 
 
-def storage(dtype: jnp.dtype) -> dict[str, Any]:
+def load_options(dtype: jnp.dtype) -> dict[str, Any]:
     """How to hold weights for a compute dtype: arguments of `load_model` and `restore_orbax`.
 
     Matrices are converted to the compute dtype once. Layers are unrolled: a CPU then slices no weight, a GPU launches
@@ -49,7 +49,7 @@ def cache_dtype(dtype: jnp.dtype) -> jnp.dtype:
     A CPU keeps them in float32, which holds bfloat16 exactly: XLA's CPU backend would convert a whole bfloat16 cache to
     float32 and back for every row written to it.
     """
-    return jnp.dtype(jnp.float32) if target() == "cpu" else jnp.dtype(dtype)
+    return jnp.dtype(jnp.float32) if platform() == "cpu" else jnp.dtype(dtype)
 
 
 def load_checkpoint(
@@ -65,7 +65,7 @@ def load_checkpoint(
     Raises:
         CheckpointError: quantised, or not the tensors of the model that its config.json describes.
     """
-    form = storage(dtype)
+    form = load_options(dtype)
     if weights is not None and weights not in WEIGHTS:
         raise ValueError(f"weights is {weights!r}; expected None or one of {', '.join(map(repr, WEIGHTS))}")
     if isinstance(source, OrbaxDirectory):
@@ -75,7 +75,7 @@ def load_checkpoint(
             )
         return restore_orbax(source, mtp=mtp, **form)
     if isinstance(source, PACKED):
-        weights = weights or (KEEP if target() != "cpu" else None)
+        weights = weights or (KEEP if platform() != "cpu" else None)
     elif weights == KEEP:
         forms = ", ".join(map(repr, MODES))
         raise ValueError(
@@ -97,7 +97,7 @@ def _refuse_quantised(source: TensorSource) -> None:
         )
 
 
-def _shapes(cfg: ModelConfig) -> dict[TreePath, tuple[int, ...]]:
+def _shapes(cfg: ModelConfig) -> dict[ParamPath, tuple[int, ...]]:
     """Shapes of the leaves as they are stored."""
     return {path: tuple(leaf.shape) for path, leaf in flat(nnx.split(abstract_model(cfg))[1]).items()}
 
@@ -149,7 +149,7 @@ def _check_free(target: Path) -> None:
 
 def _leaves(
     source: TensorSource, on_bytes: Callable[[int], None]
-) -> tuple[dict[str, Location], dict[TreePath, LazyLeaf]]:
+) -> tuple[dict[str, Location], dict[ParamPath, LazyLeaf]]:
     """Where each tensor of `source` goes, and the leaves, each in a dtype that holds its tensors exactly."""
     _refuse_quantised(source)
     odd = [f"'{info.name}' ({info.dtype.name})" for info in source.tensors.values() if info.dtype.name not in STORED]
@@ -160,13 +160,13 @@ def _leaves(
             + (", ..." if len(odd) > 5 else "")
         )
     cfg = config_of(source)
-    table = locations(cfg, 1, source.tensors.__contains__)
+    table = weight_map(cfg, 1, source.tensors.__contains__)
     _check(source, table, cfg)
-    parts: dict[TreePath, list[tuple[str, Location]]] = {}
+    parts: dict[ParamPath, list[tuple[str, Location]]] = {}
     for name, where in table.items():
         parts.setdefault(where.path, []).append((name, where))
 
-    def leaf(path: TreePath, shape: tuple[int, ...]) -> LazyLeaf:
+    def leaf(path: ParamPath, shape: tuple[int, ...]) -> LazyLeaf:
         def make() -> np.ndarray:
             dtypes = {source.tensors[name].dtype for name, _ in parts[path]}
             whole = np.empty(shape, dtypes.pop() if len(dtypes) == 1 else np.float32)
@@ -183,13 +183,13 @@ def _leaves(
 # Restoring
 
 
-def _open(source: OrbaxDirectory) -> tuple[StoredTree, ModelConfig]:
+def _open(source: OrbaxDirectory) -> tuple[OrbaxReader, ModelConfig]:
     """The stored tree and the config of all that is in it.
 
     Raises:
         CheckpointError: the tree is not that of the model in config.json; one error lists all leaves that differ.
     """
-    tree = StoredTree(source.params_path)
+    tree = OrbaxReader(source.params_path)
     cfg = replace(_config(source), mtp_layers=int(any(path[0] == "mtp" for path in tree.shapes)))
     expected = {tuple(map(str, path)): shape for path, shape in _shapes(cfg).items()}
     lines = []
@@ -227,14 +227,14 @@ def restore_orbax(
     stored = {path: _stored_paths(path, stack) for path in flat(params)}
     read = tree.reader({p: leaf.dtype for path, leaf in flat(params).items() for p in stored[path]})
 
-    def join(path: TreePath, leaf: Any) -> jax.Array:
+    def join(path: ParamPath, leaf: Any) -> jax.Array:
         parts = [read(p) for p in stored[path]]
         return jax.device_put(parts[0] if len(parts) == 1 else np.concatenate(parts))
 
     return LoadedModel(cfg, graph, fill(params, join))
 
 
-def _stored_paths(path: TreePath, stack: int) -> list[TreePath]:
+def _stored_paths(path: ParamPath, stack: int) -> list[ParamPath]:
     """The stored leaves that one leaf of a model with `stack` consists of."""
     if path[:2] != ("decoder", "blocks"):
         return [path]
@@ -250,7 +250,7 @@ def orbax_tensors(source: OrbaxDirectory) -> Iterator[Tensor]:
     """
     origin = _origin(source)
     tree, cfg = _open(source)
-    table = locations(cfg, 1, origin.__contains__)
+    table = weight_map(cfg, 1, origin.__contains__)
     odd = sorted(table.keys() ^ origin.keys())
     if odd:
         raise CheckpointError(

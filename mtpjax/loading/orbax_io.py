@@ -17,9 +17,9 @@ import numpy as np
 
 from checkpoints import CheckpointError
 
-AT_ONCE = 64 << 20  # bytes of small leaves that go through Orbax in one call, which costs some 10 ms
+BATCH_BYTES = 64 << 20  # bytes of small leaves that go through Orbax in one call, which costs some 10 ms
 
-TreePath = tuple[str | int, ...]
+ParamPath = tuple[str | int, ...]
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class LazyLeaf:
     make: Callable[[], np.ndarray]
 
 
-def _nested(leaves: Mapping[TreePath, Any]) -> dict[str, Any]:
+def _nested(leaves: Mapping[ParamPath, Any]) -> dict[str, Any]:
     """Orbax's form of a tree: dictionaries, also for lists."""
     tree: dict[str, Any] = {}
     for path, value in leaves.items():
@@ -41,13 +41,13 @@ def _nested(leaves: Mapping[TreePath, Any]) -> dict[str, Any]:
     return tree
 
 
-def _lookup(tree: Any, path: TreePath) -> Any:
+def _lookup(tree: Any, path: ParamPath) -> Any:
     for name in map(str, path):
         tree = tree[name]
     return tree
 
 
-def write_tree(path: Path, leaves: Mapping[TreePath, LazyLeaf]) -> None:
+def write_tree(path: Path, leaves: Mapping[ParamPath, LazyLeaf]) -> None:
     """Write all leaves as one Orbax checkpoint in the new folder `path` (absolute)."""
     import orbax.checkpoint as ocp
 
@@ -56,7 +56,7 @@ def write_tree(path: Path, leaves: Mapping[TreePath, LazyLeaf]) -> None:
             waiting: list[tuple] = []
             for leaf, info, arg in zip(values, infos, args or [ocp.SaveArgs()] * len(values), strict=True):
                 waiting.append((leaf.make(), info, arg))
-                if info is infos[-1] or sum(array.nbytes for array, _, _ in waiting) >= AT_ONCE:
+                if info is infos[-1] or sum(array.nbytes for array, _, _ in waiting) >= BATCH_BYTES:
                     for written in await super().serialize(*map(list, zip(*waiting, strict=True))):
                         written.result()
                     waiting.clear()
@@ -70,7 +70,7 @@ def write_tree(path: Path, leaves: Mapping[TreePath, LazyLeaf]) -> None:
         checkpointer.save(path, args=ocp.args.PyTreeSave(_nested(leaves)))
 
 
-class StoredTree:
+class OrbaxReader:
     """The leaves of an Orbax checkpoint; opening reads their shapes.
 
     Attributes:
@@ -92,24 +92,24 @@ class StoredTree:
         except Exception as error:  # orbax and tensorstore raise many types
             raise CheckpointError(f"{self.path}: is not a readable Orbax checkpoint ({_brief(error)})") from error
 
-    def reader(self, wanted: Mapping[TreePath, Any]) -> Callable[[TreePath], np.ndarray]:
+    def reader(self, wanted: Mapping[ParamPath, Any]) -> Callable[[ParamPath], np.ndarray]:
         """A function that reads the leaves of `wanted` (path -> dtype; None: as stored), best asked in this order.
 
         It keeps the last of them, since experts that were published one by one alternate between two leaves.
         """
-        groups: list[dict[TreePath, Any]] = []
-        group_of: dict[TreePath, int] = {}
+        groups: list[dict[ParamPath, Any]] = []
+        group_of: dict[ParamPath, int] = {}
         room = 0
         for path, dtype in wanted.items():
             size = 4 * math.prod(self.shapes[tuple(map(str, path))])
             if size > room:
                 groups.append({})
-                room = AT_ONCE
+                room = BATCH_BYTES
             groups[-1][path], group_of[path], room = dtype, len(groups) - 1, room - size
         load = lru_cache(maxsize=2)(lambda number: self._read(groups[number]))
         return lambda path: load(group_of[path])[path]
 
-    def _read(self, group: Mapping[TreePath, Any]) -> dict[TreePath, np.ndarray]:
+    def _read(self, group: Mapping[ParamPath, Any]) -> dict[ParamPath, np.ndarray]:
         each = {path: self._ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype) for path, dtype in group.items()}
         item = _nested(dict.fromkeys(group, 0))
         args = self._ocp.args.PyTreeRestore(item, restore_args=_nested(each), partial_restore=True)

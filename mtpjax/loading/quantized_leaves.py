@@ -22,7 +22,7 @@ _PLAIN = {"router", "shared_gate", "in_a", "in_b", "conv", "a_log", "dt_bias"}
 _TABLES = {"embedding"}  # rows are looked up, so no blocks of rows
 
 
-def packable(path: Sequence[str | int], shape: Sequence[int], weights: str) -> bool:
+def can_quantize(path: Sequence[str | int], shape: Sequence[int], weights: str) -> bool:
     """Whether the leaf at `path` is packed under `weights`: matrices of whole groups; FP8 not for looking up rows.
 
     Norms, taps, decay rates, the router and the gates stay as they are.
@@ -34,27 +34,27 @@ def packable(path: Sequence[str | int], shape: Sequence[int], weights: str) -> b
     return name not in _TABLES if weights == "fp8" else shape[-1] % GROUP == 0
 
 
-def sliced_in_blocks(index: tuple[int | slice, ...], packed: PackedArray) -> bool:
+def is_block_aligned(index: tuple[int | slice, ...], packed: PackedArray) -> bool:
     """Whether rows that lie at `index` of a leaf can be packed there: those of fp8 share scales in blocks."""
     return packed.layout != "fp8" or all(
         i.start % FP8_BLOCK == 0 == i.stop % FP8_BLOCK for i in index if isinstance(i, slice)
     )
 
 
-def joinable(path: Sequence[str | int], weights: Sequence[PackedArray]) -> bool:
+def can_share_layout(path: Sequence[str | int], weights: Sequence[PackedArray]) -> bool:
     """Whether weights can share the leaf at `path`: all layouts but fp8 can be widened to one; fp8 has no single rows."""
     fp8 = {weight.layout == "fp8" for weight in weights}
     return len(fp8) == 1 and not (True in fp8 and path[-1] in _TABLES)
 
 
-def read_packed(source: TensorSource, name: str, weights: str) -> PackedArray | None:
+def read_quantized(source: TensorSource, name: str, weights: str) -> PackedArray | None:
     """One tensor packed: as the file holds it, or quantised here. None where the file holds it unquantised."""
     if weights == KEEP:
         return source.read_packed(name) if isinstance(source, PACKED) else None
     return quantize(source.read(name), weights)
 
 
-def random_packed(key: jax.Array, shape: tuple[int, ...], weights: str, scale: float) -> QuantizedTensor:
+def random_quantized(key: jax.Array, shape: tuple[int, ...], weights: str, scale: float) -> QuantizedTensor:
     """A weight of random codes with deviation `scale`, made on the device; a stack is made matrix by matrix.
 
     Raises:
@@ -86,7 +86,7 @@ def _by_matrix(
     return jax.jit(lambda keys: jax.lax.map(lambda k: make(k, shape[-2:]), keys).reshape(shape))(keys)
 
 
-def assembled(shape: tuple[int, ...], parts: Sequence[tuple[tuple[Any, ...], PackedArray]]) -> QuantizedTensor:
+def stack_quantized(shape: tuple[int, ...], parts: Sequence[tuple[tuple[Any, ...], PackedArray]]) -> QuantizedTensor:
     """A leaf of `shape` from weights that lie at `index` of it; widened to one form if they differ. Exact.
 
     `index` may slice rows, for fp8 by whole blocks only.

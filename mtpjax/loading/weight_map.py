@@ -15,7 +15,14 @@ from flax import nnx
 from checkpoints import CheckpointError, TensorSource
 from kernels_pallas.weights.quantized import QuantizedTensor
 from mtpjax.config import FULL, ModelConfig
-from mtpjax.loading.quantized_leaves import assembled, joinable, packable, random_packed, read_packed, sliced_in_blocks
+from mtpjax.loading.quantized_leaves import (
+    can_quantize,
+    can_share_layout,
+    is_block_aligned,
+    random_quantized,
+    read_quantized,
+    stack_quantized,
+)
 from mtpjax.model import abstract_model
 
 Path = tuple[str | int, ...]
@@ -58,7 +65,7 @@ def flat(params: Any) -> dict[Path, Any]:
     return dict(state)
 
 
-def locations(cfg: ModelConfig, stack: int, has: Callable[[str], bool] = lambda name: False) -> dict[str, Location]:
+def weight_map(cfg: ModelConfig, stack: int, has: Callable[[str], bool] = lambda name: False) -> dict[str, Location]:
     """Every tensor of the model by canonical name.
 
     Args:
@@ -146,7 +153,7 @@ def _check(source: TensorSource, table: Mapping[str, Location], cfg: ModelConfig
 def check_source(source: TensorSource) -> ModelConfig:
     """The config of a checkpoint whose tensors fit it. Raises CheckpointError or ConfigError as `load_model` would."""
     cfg = config_of(source)
-    _check(source, locations(cfg, 1, source.tensors.__contains__), cfg)
+    _check(source, weight_map(cfg, 1, source.tensors.__contains__), cfg)
     return cfg
 
 
@@ -178,7 +185,7 @@ def load_model(
         CheckpointError: missing, unexpected or mis-shaped tensors (all of them in one error), or NaN/Inf (names the tensor).
     """
     cfg = config_of(source) if mtp else config_of(source).without_mtp()
-    table = locations(cfg, stack, source.tensors.__contains__)
+    table = weight_map(cfg, stack, source.tensors.__contains__)
     _check(source, table, cfg)
     graph, params = nnx.split(abstract_model(cfg, dtype or jnp.float32, compute_dtype=compute_dtype, stack=stack))
     parts: dict[Path, list[tuple[str, Location]]] = {}
@@ -186,13 +193,13 @@ def load_model(
         parts.setdefault(where.path, []).append((name, where))
 
     def read(path: Path, leaf: Any) -> jax.Array | QuantizedTensor:
-        if weights is not None and packable(path, leaf.shape, weights):
-            packed = [(where.index, read_packed(source, name, weights)) for name, where in parts[path]]
+        if weights is not None and can_quantize(path, leaf.shape, weights):
+            packed = [(where.index, read_quantized(source, name, weights)) for name, where in parts[path]]
             whole_parts = [
-                (index, part) for index, part in packed if part is not None and sliced_in_blocks(index, part)
+                (index, part) for index, part in packed if part is not None and is_block_aligned(index, part)
             ]
-            if len(whole_parts) == len(packed) and joinable(path, [part for _, part in whole_parts]):
-                return assembled(leaf.shape, whole_parts)
+            if len(whole_parts) == len(packed) and can_share_layout(path, [part for _, part in whole_parts]):
+                return stack_quantized(leaf.shape, whole_parts)
         stored = [source.tensors[name].dtype for name, _ in parts[path]]
         whole = _aligned(leaf.shape, _leaf_dtype(leaf, stored, dtype))
         for name, where in parts[path]:
@@ -240,8 +247,8 @@ def random_model(
 
     def make(path: Path, leaf: Any) -> jax.Array | QuantizedTensor:
         key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(repr(path).encode()))
-        if weights is not None and packable(path, leaf.shape, weights):
-            return random_packed(key, leaf.shape, weights, scale)
+        if weights is not None and can_quantize(path, leaf.shape, weights):
+            return random_quantized(key, leaf.shape, weights, scale)
         return _random_leaf(path, key, leaf.shape, leaf.dtype, scale)
 
     return LoadedModel(cfg, graph, fill(params, make))
@@ -271,7 +278,7 @@ def export_tensors(
         names: canonical name -> (name to write, dtype), e.g. those of the checkpoint the model came from. Without it:
             text-only names, fused experts, and the dtypes that the parameters have.
     """
-    table = locations(model.cfg, stack, names.__contains__ if names else lambda name: False)
+    table = weight_map(model.cfg, stack, names.__contains__ if names else lambda name: False)
     leaves = flat(model.params)
     for canonical, where in table.items():
         leaf = leaves[where.path][...]

@@ -13,13 +13,13 @@ from jax import Array, lax
 from jaxtyping import Float
 
 from kernels_pallas.attention import Entering, pick
-from kernels_pallas.matmul import added, linears_in_parts
-from kernels_pallas.platform import target
+from kernels_pallas.matmul import added, linears_split_k
+from kernels_pallas.platform import platform
 from mtpjax.config import ModelConfig
 from mtpjax.model.cache import BLOCK
 from mtpjax.model.norm import rms_norm
-from mtpjax.model.params import Shapes
-from mtpjax.model.positions import Placement
+from mtpjax.model.params import ParamFactory
+from mtpjax.model.positions import Positions
 from mtpjax.model.rope import rotate
 
 KV = tuple[Array, Array]  # keys and values of all layers, each [A, B, N, S, H]
@@ -27,7 +27,7 @@ NEGATIVE = -1e30  # finite, so that a row without any key stays free of NaN
 
 
 def write_kv(
-    cache: KV, layer: Array | int, k: Float[Array, "B T N H"], v: Float[Array, "B T N H"], where: Placement
+    cache: KV, layer: Array | int, k: Float[Array, "B T N H"], v: Float[Array, "B T N H"], where: Positions
 ) -> KV:
     """Put rows at their positions; padding and rows beyond the cache are dropped."""
     slots = cache[0].shape[3]
@@ -40,7 +40,7 @@ def write_kv(
     )
 
 
-def attend(q: Float[Array, "B T Q H"], cache: KV, layer: Array | int, where: Placement) -> Float[Array, "B T Q H"]:
+def attend(q: Float[Array, "B T Q H"], cache: KV, layer: Array | int, where: Positions) -> Float[Array, "B T Q H"]:
     """Causal attention of the rows over the cache, scale `H ** -0.5`, softmax in float32; query head h reads h // G.
 
     Blocks in which a row sees nothing leave its sums bit for bit as they are, so a result does not depend on how long
@@ -81,7 +81,7 @@ def attend(q: Float[Array, "B T Q H"], cache: KV, layer: Array | int, where: Pla
 class Attention(nnx.Module):
     """Weights of one gated attention layer (or a stack of them)."""
 
-    def __init__(self, cfg: ModelConfig, new: Shapes):
+    def __init__(self, cfg: ModelConfig, new: ParamFactory):
         self.cfg = cfg
         width = cfg.q_heads * cfg.head_dim
         self.q = new.matrix(2 * width, cfg.hidden_size)  # per head: query rows, then gate rows
@@ -92,16 +92,16 @@ class Attention(nnx.Module):
         self.k_norm = new.vector(cfg.head_dim)
 
     def __call__(
-        self, x: Float[Array, "B T D"], cache: KV, layer: Array | int, where: Placement, keep: int
+        self, x: Float[Array, "B T D"], cache: KV, layer: Array | int, where: Positions, keep: int
     ) -> tuple[Float[Array, "S B*keep D"], KV]:
         """Keys and values of all rows go to the cache; queries, attention and output are those of the last `keep`. The output
         is in parts, to be added in their order."""
         cfg, rows, size = self.cfg, x.shape[1], self.cfg.head_dim
-        k, v, *queries = linears_in_parts(x, self.k[...], self.v[...], *([self.q[...]] if keep == rows else []))
+        k, v, *queries = linears_split_k(x, self.k[...], self.v[...], *([self.q[...]] if keep == rows else []))
         last, seen = x[:, rows - keep :], where.last(keep)
         if 0 < keep < rows:
-            queries = linears_in_parts(last, self.q[...])
-        kernels = None if where.differentiable else pick(target(), size, cache[0].shape[3])
+            queries = linears_split_k(last, self.q[...])
+        kernels = None if where.differentiable else pick(platform(), size, cache[0].shape[3])
         if kernels is not None:
             entering, norms = Entering(k, v, queries[0] if keep else None), (self.k_norm[...], self.q_norm[...])
             q, cache = kernels.enter(
@@ -128,4 +128,4 @@ class Attention(nnx.Module):
             q, gate = jnp.split(heads, 2, axis=-1)
             out = attend(rotate(rms_norm(q, self.q_norm[...], cfg.norm_eps), seen.turn), cache, layer, seen)
             out = (out.astype(jnp.float32) * jax.nn.sigmoid(gate.astype(jnp.float32))).astype(x.dtype)
-        return linears_in_parts(out.reshape(*last.shape[:2], -1), self.o[...])[0], cache
+        return linears_split_k(out.reshape(*last.shape[:2], -1), self.o[...])[0], cache

@@ -35,7 +35,7 @@ class Cache(struct.PyTreeNode):
         return self.k.shape[3]
 
 
-class Pending(struct.PyTreeNode):
+class PendingDeltaUpdates(struct.PyTreeNode):
     """DeltaNet rows of a verify window of W rows that nobody has accepted yet.
 
     A recurrent state cannot be truncated like keys and values. The rows therefore stay outside it, as the rank-one
@@ -48,13 +48,13 @@ class Pending(struct.PyTreeNode):
     decay: Float[Array, "L B W M"]  # float32, log decay summed over the window
 
 
-def slots_for(max_len: int, window: int) -> int:
+def padded_kv_length(max_len: int, window: int) -> int:
     """Cache slots for sequences of up to `max_len` tokens and one more window of rows, in whole attention blocks."""
     return -(-(max_len + window) // BLOCK) * BLOCK
 
 
 def new_cache(cfg: ModelConfig, batch: int, slots: int, *, dtype: jnp.dtype = jnp.float32) -> Cache:
-    """An empty cache for `batch` sequences of up to `slots` tokens (see `slots_for`).
+    """An empty cache for `batch` sequences of up to `slots` tokens (see `padded_kv_length`).
 
     `dtype` is that of keys, values and convolution inputs; the recurrent state is always float32.
     """
@@ -72,10 +72,10 @@ def new_cache(cfg: ModelConfig, batch: int, slots: int, *, dtype: jnp.dtype = jn
     )
 
 
-def new_pending(cfg: ModelConfig, batch: int, window: int, *, dtype: jnp.dtype = jnp.float32) -> Pending:
+def new_pending(cfg: ModelConfig, batch: int, window: int, *, dtype: jnp.dtype = jnp.float32) -> PendingDeltaUpdates:
     """Room for the rows of one verify window; `dtype` as in `new_cache`."""
     lin, f32 = (cfg.linear_layers, batch), jnp.float32
-    return Pending(
+    return PendingDeltaUpdates(
         conv=jnp.zeros((*lin, cfg.conv_width - 1 + window, cfg.conv_size), dtype),
         k=jnp.zeros((*lin, window, cfg.linear_k_heads, cfg.linear_k_dim), f32),
         d=jnp.zeros((*lin, window, cfg.linear_v_heads, cfg.linear_v_dim), f32),

@@ -10,24 +10,24 @@ from flax import nnx
 from jax import Array, lax
 from jaxtyping import Float
 
-from kernels_pallas.weights.layer_view import StackedTensor
+from kernels_pallas.weights.layer_view import LayerView
 from kernels_pallas.weights.quantized import QuantizedTensor
 from mtpjax.config import FULL, ModelConfig
 from mtpjax.model.attention import KV, Attention
-from mtpjax.model.cache import Cache, Pending
+from mtpjax.model.cache import Cache, PendingDeltaUpdates
 from mtpjax.model.gated_deltanet import DeltaNet
 from mtpjax.model.moe import Mlp, Moe
 from mtpjax.model.norm import add_norm
-from mtpjax.model.params import Expert, Shapes
-from mtpjax.model.positions import Placement
+from mtpjax.model.params import Expert, ParamFactory
+from mtpjax.model.positions import Positions
 
-Memory = tuple[Cache, Pending | None]
+Memory = tuple[Cache, PendingDeltaUpdates | None]
 
 
 class Layer(nnx.Module):
     """Pre-norm layer: `h = x + mixer(norm(x))`, `y = h + mlp(norm(h))`."""
 
-    def __init__(self, cfg: ModelConfig, new: Shapes, kind: str):
+    def __init__(self, cfg: ModelConfig, new: ParamFactory, kind: str):
         self.cfg = cfg
         self.input_norm = new.vector(cfg.hidden_size)
         self.post_norm = new.vector(cfg.hidden_size)
@@ -35,7 +35,7 @@ class Layer(nnx.Module):
         self.mlp: Any = Moe(cfg, new) if cfg.experts else Mlp(cfg, new, cfg.mlp_size)
 
     def feed_forward(
-        self, x: Array, parts: Array, expert_layer: Array | int, where: Placement, next_norm: Array | None
+        self, x: Array, parts: Array, expert_layer: Array | int, where: Positions, next_norm: Array | None
     ) -> tuple[Array, Array]:
         """What follows the mixer, which gave `parts`: the rows, and these normalised for what comes next."""
         if x.shape[1] == 0:
@@ -46,7 +46,7 @@ class Layer(nnx.Module):
         return add_norm(h, more, self.post_norm[...] if next_norm is None else next_norm, eps, plain)
 
     def attention(  # type: ignore[no-untyped-def]
-        self, x: Array, normed: Array, kv: KV, layer: Array | int, expert_layer: Array | int, where: Placement,
+        self, x: Array, normed: Array, kv: KV, layer: Array | int, expert_layer: Array | int, where: Positions,
         next_norm: Array | None, keep: int | None = None,
     ):  # fmt: skip
         """A full-attention layer over key/value stacks, on rows that are given normalised, too. Returns the rows, the last
@@ -56,7 +56,7 @@ class Layer(nnx.Module):
         return *self.feed_forward(_last(x, keep), parts, expert_layer, where.last(keep), next_norm), kv
 
     def linear(  # type: ignore[no-untyped-def]
-        self, x: Array, normed: Array, memory: Memory, layer: Array | int, expert_layer: Array | int, where: Placement,
+        self, x: Array, normed: Array, memory: Memory, layer: Array | int, expert_layer: Array | int, where: Positions,
         next_norm: Array | None, keep: int | None = None,
     ):  # fmt: skip
         """A DeltaNet layer, as `attention`; its memory is that which all rows enter."""
@@ -74,15 +74,15 @@ def _last(x: Float[Array, "B T D"], keep: int) -> Float[Array, "B keep D"]:
 class SuperBlock(nnx.Module):
     """The layers of one repeat of the pattern, every weight with a leading axis of `new.stack` repeats."""
 
-    def __init__(self, cfg: ModelConfig, new: Shapes):
+    def __init__(self, cfg: ModelConfig, new: ParamFactory):
         self.cfg = cfg
         self.layers = nnx.List([Layer(cfg, new, kind) for kind in cfg.pattern])
 
-    def first_norm(self, x: Array, where: Placement) -> Array:
+    def first_norm(self, x: Array, where: Positions) -> Array:
         return add_norm(x, None, self.layers[0].input_norm[...], self.cfg.norm_eps, where.differentiable)[1]
 
     def __call__(  # type: ignore[no-untyped-def]
-        self, x: Array, normed: Array, memory: Memory, repeat: Array | int, inside: Array | int, where: Placement,
+        self, x: Array, normed: Array, memory: Memory, repeat: Array | int, inside: Array | int, where: Positions,
         next_norm: Array | None, keep: int | None = None,
     ):  # fmt: skip
         """Run repeat number `repeat` of the model, which is number `inside` of this stack (for its experts).
@@ -120,13 +120,13 @@ class Decoder(nnx.Module):
         if cfg.repeats % stack:
             raise ValueError(f"stack {stack} does not divide the {cfg.repeats} repeats of the layer pattern")
         self.stack = stack
-        self.blocks = nnx.List([SuperBlock(cfg, Shapes(dtype, stack)) for _ in range(cfg.repeats // stack)])
+        self.blocks = nnx.List([SuperBlock(cfg, ParamFactory(dtype, stack)) for _ in range(cfg.repeats // stack)])
 
     def __call__(
         self,
         x: Float[Array, "B T D"],
         memory: Memory,
-        where: Placement,
+        where: Positions,
         final_norm: Float[Array, " D"],
         keep: int | None = None,
     ) -> tuple[Float[Array, "B keep D"], Float[Array, "B keep D"], Memory]:
@@ -154,7 +154,7 @@ class Decoder(nnx.Module):
         return x, normed, memory
 
     def _scanned(
-        self, x: Float[Array, "B T D"], memory: Memory, where: Placement
+        self, x: Float[Array, "B T D"], memory: Memory, where: Positions
     ) -> tuple[Float[Array, "B T D"], Memory]:
         for number, block in enumerate(self.blocks):
             split: Any = nnx.split(block, Expert, _packed, ...)
@@ -172,7 +172,7 @@ class Decoder(nnx.Module):
 
 
 def _run(  # type: ignore[no-untyped-def]
-    weights: Any, x: Array, normed: Array, memory: Memory, repeat: Array, where: Placement, next_norm: Array, *, graph: Any,
+    weights: Any, x: Array, normed: Array, memory: Memory, repeat: Array, where: Positions, next_norm: Array, *, graph: Any,
     rows: int | None,
 ):  # fmt: skip
     """One unrolled super-block."""
@@ -194,6 +194,6 @@ def _layer_of(state: Any, layer: Array | int) -> Any:
     index = jnp.asarray(layer, jnp.int32)
 
     def view(leaf: Any) -> Any:
-        return StackedTensor(leaf, index) if isinstance(leaf, QuantizedTensor) else leaf
+        return LayerView(leaf, index) if isinstance(leaf, QuantizedTensor) else leaf
 
     return jax.tree.map(view, state, is_leaf=lambda leaf: isinstance(leaf, QuantizedTensor))

@@ -16,15 +16,15 @@ from flax import nnx
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
-from kernels_pallas.gated_delta_rule import Fixed, Projected, pick, pick_chunks
-from kernels_pallas.matmul import added, linears_in_parts
+from kernels_pallas.gated_delta_rule import DeltaProjections, Fixed, pick, pick_chunks
+from kernels_pallas.matmul import added, linears_split_k
 from kernels_pallas.norm import pick as pick_norms
-from kernels_pallas.platform import target
+from kernels_pallas.platform import platform
 from mtpjax.config import ModelConfig
-from mtpjax.model.cache import Cache, Pending
+from mtpjax.model.cache import Cache, PendingDeltaUpdates
 from mtpjax.model.norm import gated_rms_norm, l2_norm
-from mtpjax.model.params import Shapes
-from mtpjax.model.positions import Placement
+from mtpjax.model.params import ParamFactory
+from mtpjax.model.positions import Positions
 
 CHUNK = 64
 EXACT = lax.Precision.HIGHEST  # the recurrence is float32 on every device, in kernels to a few parts in 2^22
@@ -146,7 +146,7 @@ def read_rows(
     rows, chunk = given.q.shape[1], CHUNK
     while chunk > rows:
         chunk //= 2
-    kernels = None if differentiable else pick_chunks(target(), chunk, *states.shape[3:])
+    kernels = None if differentiable else pick_chunks(platform(), chunk, *states.shape[3:])
     if kernels is None:
         o, _, _, after = _in_chunks(given, states[layer])
         return o.astype(dtype), after
@@ -196,7 +196,7 @@ def fold(
             state = state + keys[..., i, :, :, None] * d[..., i, :, None, :]
         return state
 
-    if decay.shape[2] > 1 or target() != "cpu":
+    if decay.shape[2] > 1 or platform() != "cpu":
         return add(state, *rows)
 
     # Of a single row, XLA's CPU backend would fuse all that k and d are made from into the pass, to compute it anew for every
@@ -208,7 +208,7 @@ def fold(
     return lax.fori_loop(0, state.shape[0], layer, state)
 
 
-def commit(cache: Cache, pending: Pending, accepted: Int[Array, " B"]) -> Cache:
+def commit(cache: Cache, pending: PendingDeltaUpdates, accepted: Int[Array, " B"]) -> Cache:
     """Take the first `accepted` rows (0...W) of a verify window into the state and the length; forget the rest."""
     keep = cache.conv.shape[2]
     cut = jax.vmap(lambda rows, n: lax.dynamic_slice_in_dim(rows, n, keep, axis=1), (1, 0), 1)
@@ -237,7 +237,7 @@ def conv_inputs(
 class DeltaNet(nnx.Module):
     """Weights of one Gated DeltaNet layer (or a stack of them)."""
 
-    def __init__(self, cfg: ModelConfig, new: Shapes):
+    def __init__(self, cfg: ModelConfig, new: ParamFactory):
         self.cfg = cfg
         self.in_qkv = new.matrix(cfg.conv_size, cfg.hidden_size)
         self.in_z = new.matrix(cfg.value_size, cfg.hidden_size)
@@ -264,17 +264,22 @@ class DeltaNet(nnx.Module):
         return jnp.where(some, jax.nn.sigmoid(b), 0.0), jnp.where(some, decay, 0.0)
 
     def __call__(
-        self, x: Float[Array, "B T D"], cache: Cache, pending: Pending | None, layer: Array | int, where: Placement
-    ) -> tuple[Float[Array, "S B*T D"], Cache, Pending | None]:
+        self,
+        x: Float[Array, "B T D"],
+        cache: Cache,
+        pending: PendingDeltaUpdates | None,
+        layer: Array | int,
+        where: Positions,
+    ) -> tuple[Float[Array, "S B*T D"], Cache, PendingDeltaUpdates | None]:
         """Rows of one layer, in parts, to be added in their order. They enter the state of the cache, or, given `pending`, wait
         there for `commit`."""
         cfg, rows, f32 = self.cfg, x.shape[1], jnp.float32
         before = cache.conv[layer]
         weights, dtypes = (self.in_qkv, self.in_z, self.in_b, self.in_a), (x.dtype, x.dtype, f32, f32)
-        parts = linears_in_parts(x, *(w[...] for w in weights), out_dtypes=dtypes)
+        parts = linears_split_k(x, *(w[...] for w in weights), out_dtypes=dtypes)
         qkv, z, b, a = (added(x, part, dtype) for part, dtype in zip(parts, dtypes, strict=True))
         inputs = conv_inputs(before, qkv.astype(before.dtype), where.pad, where.live)
-        kernel = None if pending is None else pick(target(), rows, cfg.linear_k_dim, cfg.linear_v_dim)
+        kernel = None if pending is None else pick(platform(), rows, cfg.linear_k_dim, cfg.linear_v_dim)
         if kernel is None:
             given = split_rows(
                 self._convolved(inputs, rows, x.dtype), *self._gates(b, a, where.live), *cache.state.shape[2:]
@@ -290,20 +295,20 @@ class DeltaNet(nnx.Module):
                 o, k = o.astype(x.dtype), given.k
             else:
                 projected, fixed = (
-                    Projected(parts[0], *parts[2:]),
+                    DeltaProjections(parts[0], *parts[2:]),
                     Fixed(self.conv[...], self.a_log[...], self.dt_bias[...]),
                 )
                 end = where.pad + jnp.sum(where.live, axis=1)
                 o, d, k, decay = kernel(projected, fixed, cache.conv, cache.state, layer, where.pad, end, dtype=x.dtype)
-            pending = Pending(
+            pending = PendingDeltaUpdates(
                 conv=pending.conv.at[layer].set(inputs),
                 k=pending.k.at[layer].set(k),
                 d=pending.d.at[layer].set(d),
                 decay=pending.decay.at[layer].set(decay),
             )
-        norms = None if where.differentiable else pick_norms(target())
+        norms = None if where.differentiable else pick_norms(platform())
         if norms is None:
             y = gated_rms_norm(o, z.reshape(o.shape), self.norm[...], cfg.norm_eps, cfg.z_gate)
         else:
             y = norms.gated(o.reshape(-1, *o.shape[2:]), parts[1], self.norm[...], cfg.norm_eps, cfg.z_gate)
-        return linears_in_parts(y.reshape(*x.shape[:2], -1), self.out[...])[0], cache, pending
+        return linears_split_k(y.reshape(*x.shape[:2], -1), self.out[...])[0], cache, pending

@@ -9,14 +9,14 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from kernels_pallas.matmul import linear, take_rows
+from kernels_pallas.matmul import embedding_lookup, linear
 from mtpjax.config import ModelConfig
-from mtpjax.model.cache import Cache, Pending, new_pending
+from mtpjax.model.cache import Cache, PendingDeltaUpdates, new_pending
 from mtpjax.model.decoder import Decoder
 from mtpjax.model.mtp import Mtp
 from mtpjax.model.norm import rms_norm
-from mtpjax.model.params import Shapes
-from mtpjax.model.positions import Placement
+from mtpjax.model.params import ParamFactory
+from mtpjax.model.positions import Positions
 
 
 class Model(nnx.Module):
@@ -38,7 +38,7 @@ class Model(nnx.Module):
     ):
         self.cfg = cfg
         self.compute_dtype = jnp.dtype(compute_dtype or dtype)
-        new = Shapes(dtype)
+        new = ParamFactory(dtype)
         self.embedding = new.matrix(cfg.vocab_size, cfg.hidden_size)
         self.decoder = Decoder(cfg, dtype, stack)
         self.norm = new.vector(cfg.hidden_size)
@@ -47,19 +47,21 @@ class Model(nnx.Module):
 
     def embed(self, tokens: Int[Array, "B T"], live: Bool[Array, "B T"]) -> Float[Array, "B T D"]:
         """Embedding rows in the compute dtype, zero where a row is padding (and zero it stays through every layer)."""
-        rows = take_rows(self.embedding[...], tokens, self.compute_dtype)
+        rows = embedding_lookup(self.embedding[...], tokens, self.compute_dtype)
         return jnp.where(live[..., None], rows, 0)
 
     def trunk(
-        self, tokens: Int[Array, "B T"], cache: Cache, where: Placement, keep: int | None = None
+        self, tokens: Int[Array, "B T"], cache: Cache, where: Positions, keep: int | None = None
     ) -> tuple[Float[Array, "B keep D"], Cache]:
         """All layers. Returns the last `keep` rows (all unless told) *before* the final norm and the cache, `length` still
         that of before."""
         rows, _, (cache, _) = self.decoder(self.embed(tokens, where.live), (cache, None), where, self.norm[...], keep)
         return rows, cache
 
-    def trunk_pending(self, tokens: Int[Array, "B W"], cache: Cache, where: Placement) -> tuple[Array, Cache, Pending]:
-        """`trunk` for rows that may yet be rejected: DeltaNet layers leave them in `Pending`, for `commit`. All rows, *after* the
+    def trunk_pending(
+        self, tokens: Int[Array, "B W"], cache: Cache, where: Positions
+    ) -> tuple[Array, Cache, PendingDeltaUpdates]:
+        """`trunk` for rows that may yet be rejected: DeltaNet layers leave them in `PendingDeltaUpdates`, for `commit`. All rows, *after* the
         final norm."""
         waiting = new_pending(self.cfg, *tokens.shape, dtype=cache.conv.dtype)
         memory = (cache, waiting)
@@ -76,13 +78,13 @@ class Model(nnx.Module):
         return linear(hidden, weight[...], out_dtype=jnp.float32)
 
     def mtp_sync(
-        self, hidden: Float[Array, "B T D"], following: Int[Array, "B T"], cache: Cache, where: Placement
+        self, hidden: Float[Array, "B T D"], following: Int[Array, "B T"], cache: Cache, where: Positions
     ) -> Cache:
         """`Mtp.sync` for rows whose next tokens are `following`."""
         return self.mtp.sync(self.embed(following, where.live), hidden, cache, where)
 
     def mtp_step(
-        self, hidden: Float[Array, "B T D"], following: Int[Array, "B T"], cache: Cache, where: Placement
+        self, hidden: Float[Array, "B T D"], following: Int[Array, "B T"], cache: Cache, where: Positions
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """The whole MTP head for rows whose next tokens are `following`."""
         return self.mtp(self.embed(following, where.live), hidden, cache, where)

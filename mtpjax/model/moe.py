@@ -9,18 +9,18 @@ from jax import Array, lax
 from jaxtyping import Bool, Float
 
 from kernels_pallas.grouped_matmul import EACH_KERNELS, expert_mlp
-from kernels_pallas.matmul import Packed, added, linears, linears_in_parts
-from kernels_pallas.norm import Mixture
-from kernels_pallas.platform import target
+from kernels_pallas.matmul import Packed, added, fused_linears, linears_split_k
+from kernels_pallas.norm import MoeOutput
+from kernels_pallas.platform import platform
 from kernels_pallas.topk_softmax import KERNELS
 from mtpjax.config import ModelConfig
-from mtpjax.model.params import Shapes
+from mtpjax.model.params import ParamFactory
 
 
 class Mlp(nnx.Module):
     """`down(silu(gate x) * up x)`."""
 
-    def __init__(self, cfg: ModelConfig, new: Shapes, size: int):
+    def __init__(self, cfg: ModelConfig, new: ParamFactory, size: int):
         self.gate = new.matrix(size, cfg.hidden_size)
         self.up = new.matrix(size, cfg.hidden_size)
         self.down = new.matrix(cfg.hidden_size, size)
@@ -29,20 +29,20 @@ class Mlp(nnx.Module):
         self, x: Float[Array, "B T D"], layer: Array | int = 0, live: Array | None = None
     ) -> Float[Array, "S B*T D"]:
         """Parts, to be added in their order."""
-        gate, up = linears(x, self.gate[...], self.up[...], out_dtypes=[jnp.float32] * 2)
+        gate, up = fused_linears(x, self.gate[...], self.up[...], out_dtypes=[jnp.float32] * 2)
         return self.ending(gate, up, x.dtype)
 
     def ending(
         self, gate: Float[Array, "B T I"], up: Float[Array, "B T I"], dtype: jnp.dtype
     ) -> Float[Array, "S B*T D"]:
         """What follows the two projections, whose results are float32."""
-        return linears_in_parts((jax.nn.silu(gate) * up).astype(dtype), self.down[...])[0]
+        return linears_split_k((jax.nn.silu(gate) * up).astype(dtype), self.down[...])[0]
 
 
 class Moe(nnx.Module):
     """softmax over all experts -> top k -> renormalise; the shared expert always runs, behind a sigmoid gate per row."""
 
-    def __init__(self, cfg: ModelConfig, new: Shapes):
+    def __init__(self, cfg: ModelConfig, new: ParamFactory):
         self.cfg = cfg
         self.router = new.matrix(cfg.experts, cfg.hidden_size)
         self.gate_up = new.experts(cfg.experts, 2 * cfg.expert_size, cfg.hidden_size)
@@ -58,13 +58,13 @@ class Moe(nnx.Module):
 
     def __call__(
         self, x: Float[Array, "B T D"], layer: Array | int, live: Bool[Array, "B T"]
-    ) -> Float[Array, "S B*T D"] | Mixture:
+    ) -> Float[Array, "S B*T D"] | MoeOutput:
         """Parts, to be added in their order, or a mixture of experts."""
         flat, index = x.reshape(-1, x.shape[-1]), jnp.asarray(layer, jnp.int32)
         alive, shared = live.reshape(-1), self.shared
         weights = [w[...] for w in (self.router, self.shared_gate, shared.gate, shared.up)]
-        parts = linears_in_parts(x, *weights, out_dtypes=[jnp.float32] * 4)
-        kernel = KERNELS.get(target()) if isinstance(weights[-1], Packed) else None  # plain models train, too
+        parts = linears_split_k(x, *weights, out_dtypes=[jnp.float32] * 4)
+        kernel = KERNELS.get(platform()) if isinstance(weights[-1], Packed) else None  # plain models train, too
         if kernel is None:
             logits, _, gate, up = (added(x, part, jnp.float32) for part in parts)
             weight, chosen, _ = self.route(logits.reshape(-1, self.cfg.experts))
@@ -76,5 +76,5 @@ class Moe(nnx.Module):
         weight, chosen, hidden = kernel(
             logits, gate, up, alive, self.cfg.experts_per_token, x.dtype
         )  # of dead rows: none
-        each = EACH_KERNELS[target()](flat, self.gate_up[...], self.down[...], index, chosen, weight)
-        return Mixture(each, alive, linears_in_parts(hidden, shared.down[...])[0], shared_gate)
+        each = EACH_KERNELS[platform()](flat, self.gate_up[...], self.down[...], index, chosen, weight)
+        return MoeOutput(each, alive, linears_split_k(hidden, shared.down[...])[0], shared_gate)

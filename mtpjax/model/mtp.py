@@ -16,8 +16,8 @@ from mtpjax.config import FULL, ModelConfig
 from mtpjax.model.cache import Cache
 from mtpjax.model.decoder import Layer
 from mtpjax.model.norm import add_norm, rms_norm
-from mtpjax.model.params import Shapes
-from mtpjax.model.positions import Placement
+from mtpjax.model.params import ParamFactory
+from mtpjax.model.positions import Positions
 
 
 class Mtp(nnx.Module):
@@ -25,7 +25,7 @@ class Mtp(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, dtype: jnp.dtype):
         self.cfg = cfg
-        new = Shapes(dtype)
+        new = ParamFactory(dtype)
         self.embed_norm = new.vector(cfg.hidden_size)
         self.hidden_norm = new.vector(cfg.hidden_size)
         self.fc = new.matrix(cfg.hidden_size, 2 * cfg.hidden_size)
@@ -38,7 +38,7 @@ class Mtp(nnx.Module):
         return linear(jnp.concatenate([e, h], axis=-1), self.fc[...])  # embedding first
 
     def sync(
-        self, embedded: Float[Array, "B T D"], hidden: Float[Array, "B T D"], cache: Cache, where: Placement
+        self, embedded: Float[Array, "B T D"], hidden: Float[Array, "B T D"], cache: Cache, where: Positions
     ) -> Cache:
         """Leave the keys and values of the rows in the cache and nothing else: no query, attention, expert, norm or head.
 
@@ -51,7 +51,7 @@ class Mtp(nnx.Module):
         return cache.replace(mtp_k=k, mtp_v=v)
 
     def __call__(
-        self, embedded: Float[Array, "B T D"], hidden: Float[Array, "B T D"], cache: Cache, where: Placement
+        self, embedded: Float[Array, "B T D"], hidden: Float[Array, "B T D"], cache: Cache, where: Positions
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """The whole head for the rows: hidden states after `mtp.norm`, ready for the LM head and for the next step."""
         kv = (cache.mtp_k, cache.mtp_v)

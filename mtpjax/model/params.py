@@ -21,7 +21,7 @@ class Expert(nnx.Param):
 
 
 @dataclass(frozen=True)
-class Shapes:
+class ParamFactory:
     """Makes zero parameters of a given shape. Modules are built under `nnx.eval_shape`, so nothing is allocated.
 
     `stack` is the leading layer axis of every weight; None for weights outside the layers.

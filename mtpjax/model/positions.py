@@ -13,7 +13,7 @@ from mtpjax.model.cache import BLOCK
 from mtpjax.model.rope import Rotary, rotary
 
 
-class Placement(NamedTuple):
+class Positions(NamedTuple):
     """Rows of a step. The first `pad[b]` rows of sequence b are padding: exact no-ops everywhere.
 
     `blocks` is how many blocks of cache slots attention reads. As a plain int the loop over them is differentiable.
@@ -30,7 +30,7 @@ class Placement(NamedTuple):
         """Whether gradients may be wanted, which kernels do not have."""
         return isinstance(self.blocks, int)
 
-    def last(self, rows: int) -> Placement:
+    def last(self, rows: int) -> Positions:
         """The last `rows` rows of the step, where they were."""
         first = self.positions.shape[1] - rows
         return self._replace(
@@ -49,7 +49,7 @@ def place(
     *,
     slots: int,
     blocks: int | None = None,
-) -> Placement:
+) -> Positions:
     """Rows `start - pad ... start - pad + rows - 1` of each sequence in a cache of `slots` slots."""
     steps = jnp.arange(rows)
     positions = start[:, None] - pad[:, None] + steps
@@ -59,4 +59,4 @@ def place(
         read = jnp.max(jnp.where(live, positions, -1)) // BLOCK + 1
     else:
         read = blocks
-    return Placement(positions, live, pad, read, rotary(positions, cfg.rotary_dim, cfg.rope_theta))
+    return Positions(positions, live, pad, read, rotary(positions, cfg.rotary_dim, cfg.rope_theta))

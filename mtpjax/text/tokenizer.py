@@ -68,7 +68,7 @@ def byte_level_bpe(model: Any, split: str) -> Any:
     return backend
 
 
-def gguf_tokenizer(metadata: Mapping[str, Any], where: str) -> Tokenizer | None:
+def tokenizer_from_gguf(metadata: Mapping[str, Any], where: str) -> Tokenizer | None:
     """The tokenizer and chat template in the metadata of a GGUF file; None where it holds none.
 
     Raises ValueError that names what cannot be read; `where` is the file.
@@ -103,8 +103,8 @@ def gguf_tokenizer(metadata: Mapping[str, Any], where: str) -> Tokenizer | None:
     return Tokenizer(backend, ChatTemplate(template, where, texts) if isinstance(template, str) else None)
 
 
-def gguf_metadata(tokenizer: Tokenizer, vocab_size: int, stops: Sequence[int]) -> dict[str, Any]:
-    """What a GGUF file says about a byte-level BPE tokenizer; the inverse of `gguf_tokenizer`."""
+def tokenizer_to_gguf(tokenizer: Tokenizer, vocab_size: int, stops: Sequence[int]) -> dict[str, Any]:
+    """What a GGUF file says about a byte-level BPE tokenizer; the inverse of `tokenizer_from_gguf`."""
     whole = json.loads(tokenizer.backend.to_str())
     added = {token["id"]: token for token in whole["added_tokens"]}
     by_id = {i: text for text, i in whole["model"]["vocab"].items()} | {

@@ -30,17 +30,17 @@ import numpy as np
 from flax import nnx
 
 from checkpoints import TINY, open_checkpoint
-from kernels_pallas.platform import compile_options, target
+from kernels_pallas.platform import compile_options, platform
 from mtpjax.config import PRESETS, preset
-from mtpjax.decoding.acceptance import real_acceptance, simulated
+from mtpjax.decoding.acceptance import exact_match, simulated
 from mtpjax.decoding.output_rows import NO_ROWS, OutputRows
-from mtpjax.decoding.sampling import STOPS, Requests
-from mtpjax.decoding.speculative import LoopState, decode
-from mtpjax.decoding.steps import hidden_rows, prefill
-from mtpjax.loading.cpu_layout import suited
-from mtpjax.loading.load import cache_dtype, load_checkpoint, storage
+from mtpjax.decoding.sampling import MAX_STOP_TOKENS, BatchSamplingParams
+from mtpjax.decoding.speculative import DecodeState, decode
+from mtpjax.decoding.steps import forward_hidden, prefill
+from mtpjax.loading.cpu_layout import optimize_for_cpu
+from mtpjax.loading.load import cache_dtype, load_checkpoint, load_options
 from mtpjax.loading.weight_map import LoadedModel, random_model
-from mtpjax.model.cache import new_cache, slots_for
+from mtpjax.model.cache import new_cache, padded_kv_length
 from mtpjax.text.tokenizer import load_tokenizer
 from scripts.benchmarks.bench_prefill import CONFIG
 from scripts.benchmarks.count_flops import whole_layer
@@ -51,7 +51,7 @@ from scripts.benchmarks.table_output import write_table
 # Mean acceptance length by draft, not thinking, of Qwen3.5-397B-A17B's own head on SPEED-Bench's coding prompts, vLLM
 # (SemiAnalysisAI/InferenceX, golden_al_distribution): what simulated runs use unless told.
 GOLDEN_LENGTH = {1: 1.92, 2: 2.70, 3: 3.33, 4: 3.83, 5: 4.20, 6: 4.48, 7: 4.73, 8: 4.71}
-ROUNDS = 16
+MAX_STEPS_PER_CALL = 16
 SEEN_DRAFT, SEEN = 3, 64
 TALK = "talk"
 
@@ -76,7 +76,7 @@ class Side:
             seen: how many of the last prompt tokens the MTP head reads, at most `chunk`; all unless told.
         """
         self.name, self.model, self.chunk, self.seen = name, model, chunk, seen
-        self.inputs = 1 if step.func is hidden_rows else 2  # following tokens are for the MTP head
+        self.inputs = 1 if step.func is forward_hidden else 2  # following tokens are for the MTP head
         if like:
             self.new, self.step, self.inner = like.new, like.step, like.inner
         else:
@@ -117,18 +117,18 @@ class Decoder:
 
     def __call__(self, token: int) -> dict[str, float]:
         side, ints = self.side, np.zeros(1, np.int32)
-        asked = Requests(
-            np.array([self.new], np.int32), np.zeros(1, np.float32), np.zeros(1, np.uint32), np.full((1, STOPS), -1, np.int32)
+        asked = BatchSamplingParams(
+            np.array([self.new], np.int32), np.zeros(1, np.float32), np.zeros(1, np.uint32), np.full((1, MAX_STOP_TOKENS), -1, np.int32)
         )  # fmt: skip
         hidden = side.hidden if side.model.cfg.mtp_layers else np.zeros((1, side.model.cfg.hidden_size), self.dtype())
-        state = LoopState(
+        state = DecodeState(
             side.cache, hidden, np.array([token], np.int32), ints, np.zeros(1, bool), np.zeros(1, bool), ints,
             np.zeros((1, self.draft), np.int32),
         )  # fmt: skip
         static = {
             "graph": side.model.graph,
             "k": self.draft,
-            "rounds": ROUNDS,
+            "rounds": MAX_STEPS_PER_CALL,
             "vocab": self.vocab,
             "accept": self.accept,
         }
@@ -151,7 +151,7 @@ def sides_of(
     model: LoadedModel, plain: LoadedModel, args: argparse.Namespace, dtype: Any, vocab: int
 ) -> tuple[list[Side], dict]:
     """The columns, and the decoders of those that decode."""
-    slots = slots_for(max(args.contexts) + args.new + 1, max(args.drafts) + 1)
+    slots = padded_kv_length(max(args.contexts) + args.new + 1, max(args.drafts) + 1)
     sides, decoders = [], {}
     for k in args.drafts:
         which = model if k else plain
@@ -165,12 +165,12 @@ def sides_of(
             if args.simulate
             else None
         )
-        decoders[side.name] = Decoder(side, k, rule or real_acceptance, args.new, vocab)
+        decoders[side.name] = Decoder(side, k, rule or exact_match, args.new, vocab)
         if k == SEEN_DRAFT:
             step, seen = partial(prefill, graph=model.graph, rows=NO_ROWS), min(SEEN, args.chunk)
             sides.append(Side(f"{side.name}, last {seen} tokens", model, step, args.chunk, slots, dtype, seen=seen))
-            decoders[sides[-1].name] = Decoder(sides[-1], k, rule or real_acceptance, args.new, vocab)
-    sides.append(Side("draft 0, whole", plain, partial(hidden_rows, graph=plain.graph), args.chunk, slots, dtype))
+            decoders[sides[-1].name] = Decoder(sides[-1], k, rule or exact_match, args.new, vocab)
+    sides.append(Side("draft 0, whole", plain, partial(forward_hidden, graph=plain.graph), args.chunk, slots, dtype))
     if not args.no_ablations:
         whole = {"graph": model.graph, "rows": OutputRows.none()}
         every = {"graph": model.graph, "rows": OutputRows.all()}
@@ -214,7 +214,7 @@ def load(args: argparse.Namespace) -> tuple[LoadedModel, LoadedModel, Any, Any]:
     dtype = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[args.dtype]
     if args.model == "random":
         cfg = preset(args.shape) if args.shape else CONFIG
-        model = random_model(cfg, weights=args.weights, **storage(dtype))
+        model = random_model(cfg, weights=args.weights, **load_options(dtype))
         return model, without_mtp(model), None, cache_dtype(dtype)
     source = open_checkpoint(TINY if args.model == "tiny" else args.model)
     models = [load_checkpoint(source, dtype=dtype, mtp=mtp, weights=args.weights) for mtp in (True, False)]
@@ -307,7 +307,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-ablations", action="store_true", help="the drafts, and MTP off with whole layers, alone")
     parser.add_argument("--out", help="write PREFIX.json, .csv, .md and .png")
     args = parser.parse_args(argv)
-    args.dtype = args.dtype or ("float32" if target() == "cpu" else "bfloat16")
+    args.dtype = args.dtype or ("float32" if platform() == "cpu" else "bfloat16")
     if args.shape and args.model != "random":
         parser.error(f"--shape is of random models, and --model is {args.model}; leave one out")
     args.simulate = args.model == "random" or bool(args.synthetic_acceptance_length or args.acceptance)
@@ -323,12 +323,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = parse(argv)
     model, plain, tokenizer, dtype = load(args)
-    ceilings = measure_ceilings(jnp.dtype(args.dtype), **CEILINGS[target()]) if args.roofline else None
+    ceilings = measure_ceilings(jnp.dtype(args.dtype), **CEILINGS[platform()]) if args.roofline else None
     if args.text and tokenizer is None:
         raise SystemExit(f"{args.model}: no tokenizer.json, so --text cannot be read")
     vocab = min(model.cfg.vocab_size, tokenizer.size) if tokenizer else model.cfg.vocab_size
     try:
-        sides, decoders = sides_of(suited(model), suited(plain), args, dtype, vocab)
+        sides, decoders = sides_of(optimize_for_cpu(model), optimize_for_cpu(plain), args, dtype, vocab)
     except ValueError as error:
         raise SystemExit(f"bench_table.py: {error}") from None
     rows = []

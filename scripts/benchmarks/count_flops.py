@@ -24,7 +24,7 @@ from mtpjax.config import PRESETS, ConfigError, ModelConfig, preset
 from mtpjax.decoding.output_rows import OutputRows
 from mtpjax.decoding.steps import prefill
 from mtpjax.model import abstract_model, place
-from mtpjax.model.cache import Cache, new_cache, slots_for
+from mtpjax.model.cache import Cache, new_cache, padded_kv_length
 from scripts.benchmarks.flops import Flops, count_flops, expected_trips
 
 ROWS = {"none": OutputRows.none(), "last": OutputRows.last(), "all": OutputRows.all()}
@@ -88,7 +88,7 @@ def flops(
     max_len: int = 0,
 ) -> Flops:
     """Operations of one chunk that ends at `context` committed tokens, in a cache that holds `max_len` if these are more."""
-    slots = slots_for(max(context, max_len), 1)
+    slots = padded_kv_length(max(context, max_len), 1)
     program = trace(cfg, variant, rows, chunk=chunk, slots=slots, stack=stack, mtp_rows=mtp_rows).jaxpr
     kept = max(rows.reach(chunk), mtp_rows or 0 if variant == "sync" else 0)
     return count_flops(program, expected_trips(cfg, rows=chunk, context=context, kept=kept))

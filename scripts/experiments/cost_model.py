@@ -22,12 +22,12 @@ from flax import nnx
 
 from kernels_pallas.platform import compile_options
 from mtpjax.decoding import steps
-from mtpjax.decoding.sampling import STOPS, Requests
-from mtpjax.loading.cpu_layout import suited
-from mtpjax.loading.load import cache_dtype, storage
+from mtpjax.decoding.sampling import MAX_STOP_TOKENS, BatchSamplingParams
+from mtpjax.loading.cpu_layout import optimize_for_cpu
+from mtpjax.loading.load import cache_dtype, load_options
 from mtpjax.loading.weight_map import LoadedModel, random_model
 from mtpjax.model import commit
-from mtpjax.model.cache import new_cache, new_pending, slots_for
+from mtpjax.model.cache import new_cache, new_pending, padded_kv_length
 from scripts.benchmarks.bench_prefill import CONFIG
 from scripts.benchmarks.bench_table import GOLDEN_LENGTH
 from scripts.benchmarks.roofline import measure_ceilings, round_work, weights_work
@@ -40,8 +40,10 @@ PARTS = ("draft", "verify", "commit")
 def pieces(model: LoadedModel, k: int, batch: int) -> dict[str, Any]:
     """Part -> a function that runs it once and waits. Each owns a cache, donated and given back."""
     cfg, graph, params = model.cfg, model.graph, model.params
-    stops = np.full((batch, STOPS), -1, np.int32)
-    requests = Requests(np.full(batch, 99, np.int32), np.zeros(batch, np.float32), np.zeros(batch, np.uint32), stops)
+    stops = np.full((batch, MAX_STOP_TOKENS), -1, np.int32)
+    requests = BatchSamplingParams(
+        np.full(batch, 99, np.int32), np.zeros(batch, np.float32), np.zeros(batch, np.uint32), stops
+    )
     compute = nnx.merge(graph, params).compute_dtype
     stored = cache_dtype(compute)
     idle = np.zeros(batch, bool)
@@ -63,7 +65,7 @@ def pieces(model: LoadedModel, k: int, batch: int) -> dict[str, Any]:
         return (), commit(cache, pending, jnp.zeros(batch, jnp.int32))
 
     def runner(fn: Any) -> Any:
-        cache = new_cache(cfg, batch, slots_for(CONTEXT, 16), dtype=stored)
+        cache = new_cache(cfg, batch, padded_kv_length(CONTEXT, 16), dtype=stored)
         cache = jax.device_put(cache.replace(length=jnp.full(batch, CONTEXT, jnp.int32)))
         program = jax.jit(fn, donate_argnums=1).lower(params, cache).compile(**compile_options())
 
@@ -82,8 +84,8 @@ def experiment(smoke: bool) -> dict[str, Any]:
     """A row for each batch and draft length: measured and modelled milliseconds of each part, break-even tokens a round."""
     drafts, batches, runs = ((0, 1), (1,), 2) if smoke else ((0, 1, 2, 4, 8), (1, 4, 16), 15)
     cfg = replace(CONFIG, layers=4 if smoke else 8)
-    model = random_model(cfg, **storage(jnp.float32))
-    quick = suited(model)
+    model = random_model(cfg, **load_options(jnp.float32))
+    quick = optimize_for_cpu(model)
     ceilings = measure_ceilings(jnp.float32, megabytes=64 if smoke else 256, size=512 if smoke else 2048)
     rows = []
     for batch in batches:

@@ -32,7 +32,7 @@ from mtpjax import LLM, SamplingParams
 from mtpjax.cli.convert import main as convert
 from mtpjax.loading.load import load_checkpoint
 from mtpjax.model import place
-from mtpjax.model.cache import new_cache, slots_for
+from mtpjax.model.cache import new_cache, padded_kv_length
 from scripts.benchmarks.results import describe, write_json
 
 FTYPES = {  # llama.h
@@ -219,7 +219,7 @@ class Llama:
 def mtp_logits(params: Any, following: jax.Array, hidden: jax.Array, *, graph: Any) -> jax.Array:
     """Ours, of hidden states `[T, D]` and the tokens that follow them."""
     model = nnx.merge(graph, params)
-    zero, slots = jnp.zeros(1, jnp.int32), slots_for(len(following), 1)
+    zero, slots = jnp.zeros(1, jnp.int32), padded_kv_length(len(following), 1)
     where = place(model.cfg, zero, len(following), zero, slots=slots)
     rows, _ = model.mtp_step(hidden[None], following[None], new_cache(model.cfg, 1, slots), where)
     return model.mtp_head(rows)[0]

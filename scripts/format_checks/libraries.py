@@ -268,11 +268,11 @@ class _Holder(torch.nn.Module):
                 at = at._modules[part]  # type: ignore[assignment]
             at.add_module(last, _linear(weight))
 
-    def linears(self) -> Iterator[tuple[str, torch.nn.Linear]]:
+    def fused_linears(self) -> Iterator[tuple[str, torch.nn.Linear]]:
         return ((name, layer) for name, layer in self.named_modules() if isinstance(layer, torch.nn.Linear))
 
     def forward(self) -> None:
-        for _, layer in self.linears():
+        for _, layer in self.fused_linears():
             layer(torch.randn(1, 4, layer.in_features, dtype=layer.weight.dtype))
 
 
@@ -291,9 +291,9 @@ def modelopt(weights: Tensors, chosen: Callable[[str], bool], *names: str) -> Pa
         first["quant_cfg"][3:3] = [e | {"quantizer_name": f"*attn{e['quantizer_name']}"} for e in entries]
     mtq.quantize(model, first, lambda m: m())
     config = convert_hf_quant_config_format(get_quant_config(model)) | {"quant_method": "modelopt"}
-    shapes = {name: layer.weight.shape for name, layer in model.linears()}
+    shapes = {name: layer.weight.shape for name, layer in model.fused_linears()}
     tensors, values = {n: w for n, w in weights.items() if not chosen(n)}, {}
-    for name, layer in model.linears():
+    for name, layer in model.fused_linears():
         _export_quantized_weight(layer, torch.bfloat16)
         parts = {n: p for n, p in layer.state_dict().items() if "quantizer" not in n}
         tensors |= {f"{name}.{n}": p for n, p in parts.items()}

@@ -14,25 +14,25 @@ from flax import nnx
 from kernels_pallas.attention import Entering
 from kernels_pallas.attention.triton import attend_cache
 from kernels_pallas.attention.triton_qkv import enter_cache
-from kernels_pallas.gated_delta_rule.triton import Fixed, Projected, delta_window
+from kernels_pallas.gated_delta_rule.triton import DeltaProjections, Fixed, delta_window
 from kernels_pallas.gated_delta_rule.triton_chunks import delta_chunks
 from kernels_pallas.grouped_matmul.triton import grouped_mlp
 from kernels_pallas.matmul.triton import matmul
-from kernels_pallas.norm import Mixture
+from kernels_pallas.norm import MoeOutput
 from kernels_pallas.norm.triton import add_norm, gated_norm
-from kernels_pallas.top_k_top_p.triton import least_kept
+from kernels_pallas.top_k_top_p.triton import top_k_top_p_threshold
 from kernels_pallas.topk_softmax.triton import choose_experts
 from kernels_pallas.weights.quantized import QuantizedTensor
 from mtpjax.config import preset
 from mtpjax.decoding.output_rows import NO_ROWS
-from mtpjax.decoding.penalties import Penalties, Seen
-from mtpjax.decoding.sampling import STOPS, Kept, Requests
-from mtpjax.decoding.speculative import LoopState, decode, insert, mtp_drafter
+from mtpjax.decoding.penalties import Penalties, TokenCounts
+from mtpjax.decoding.sampling import MAX_STOP_TOKENS, BatchSamplingParams, TruncationParams
+from mtpjax.decoding.speculative import DecodeState, decode, insert, mtp_drafter
 from mtpjax.decoding.steps import prefill
-from mtpjax.loading.load import storage
+from mtpjax.loading.load import load_options
 from mtpjax.loading.weight_map import fill
 from mtpjax.model import abstract_model
-from mtpjax.model.cache import new_cache, slots_for
+from mtpjax.model.cache import new_cache, padded_kv_length
 
 Case = Callable[[], tuple[Any, tuple[Any, ...]]]  # a jitted function and its arguments
 
@@ -162,7 +162,7 @@ def kernel_cases(
         )
         channels = (2 * keys + values) * each
         gates, of_heads = spec((16, rows, values), f32), spec((values,), f32)
-        projected = Projected(spec((1, rows, channels), dtype), gates, gates)
+        projected = DeltaProjections(spec((1, rows, channels), dtype), gates, gates)
         fixed = Fixed(spec((channels, 4), dtype), of_heads, of_heads)
         before, state = spec((size.layers, 1, 3, channels), dtype), spec((size.layers, 1, values, each, each), f32)
         return jax.jit(partial(call(delta_window), dtype=dtype)), (
@@ -187,7 +187,7 @@ def kernel_cases(
     def norm_case() -> tuple[Any, tuple[Any, ...]]:
         rows, f32 = dict(size.rows)["decode"], jnp.float32
         each, shared = spec((rows, size.chosen, size.hidden), f32), spec((2, rows, size.hidden), f32)
-        mixture = Mixture(each, spec((rows,), jnp.bool_), shared, spec((16, rows, 1), f32))
+        mixture = MoeOutput(each, spec((rows,), jnp.bool_), shared, spec((16, rows, 1), f32))
         x, w = spec((rows, size.hidden), dtype), spec((size.hidden,), f32)
         return jax.jit(partial(call(add_norm), eps=1e-6)), (x, mixture, w)
 
@@ -199,7 +199,7 @@ def kernel_cases(
     def sampling_case() -> tuple[Any, tuple[Any, ...]]:
         rows = dict(size.rows)["decode"]
         each = spec((rows,), jnp.float32)
-        return jax.jit(call(least_kept)), (
+        return jax.jit(call(top_k_top_p_threshold)), (
             spec((rows, size.vocab), jnp.float32),
             each,
             each,
@@ -260,19 +260,19 @@ def program_case(
         plain = leaf.dtype != jnp.bfloat16 or path[-1] in UNPACKED
         return spec(leaf.shape, leaf.dtype) if plain else packed(leaf.shape, type_of(path, cfg.layers, mixed))
 
-    graph, params = nnx.split(abstract_model(cfg, jnp.bfloat16, stack=storage(jnp.bfloat16)["stack"]))
+    graph, params = nnx.split(abstract_model(cfg, jnp.bfloat16, stack=load_options(jnp.bfloat16)["stack"]))
     graph, params = nnx.split(nnx.merge(graph, fill(params, store)))
 
     def ints(*shape: int) -> Any:
         return spec(shape, jnp.int32)
 
-    def state_of(batch: int, seen: bool) -> LoopState:
-        cache = jax.eval_shape(lambda: new_cache(cfg, batch, slots_for(context, draft + 1), dtype=jnp.bfloat16))
+    def state_of(batch: int, seen: bool) -> DecodeState:
+        cache = jax.eval_shape(lambda: new_cache(cfg, batch, padded_kv_length(context, draft + 1), dtype=jnp.bfloat16))
         flags, vocab = spec((batch,), jnp.bool_), (batch, cfg.vocab_size)
-        return LoopState(
+        return DecodeState(
             cache=cache, hidden=spec((batch, cfg.hidden_size), jnp.bfloat16), token=ints(batch), count=ints(batch),
             done=flags, stopped=flags, rounds=ints(batch), accepted=ints(batch, draft),
-            seen=Seen(spec(vocab, jnp.bool_), ints(*vocab)) if seen else None,
+            seen=TokenCounts(spec(vocab, jnp.bool_), ints(*vocab)) if seen else None,
         )  # fmt: skip
 
     state = state_of(1, seen=name == "decode with penalties")
@@ -282,8 +282,8 @@ def program_case(
     if name == "insert":
         return insert, (state_of(4, seen=False), state, ints(1), ints(1), ints()), {}, {}
     share = spec((1,), jnp.float32)
-    requests = Requests(
-        ints(1), share, spec((1,), jnp.uint32), ints(1, STOPS), Kept(ints(1), share, share),
+    requests = BatchSamplingParams(
+        ints(1), share, spec((1,), jnp.uint32), ints(1, MAX_STOP_TOKENS), TruncationParams(ints(1), share, share),
         Penalties(share, share, share) if state.seen else None,
     )  # fmt: skip
     static = {"graph": graph, "k": draft, "rounds": 32, "vocab": cfg.vocab_size, "drafter": mtp_drafter}

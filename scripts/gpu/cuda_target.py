@@ -20,7 +20,7 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec, use_abstract_mesh
 
-from kernels_pallas.platform import compile_options, compiling_for
+from kernels_pallas.platform import compile_options, override_platform
 
 GIB = 2**30
 
@@ -81,10 +81,10 @@ class Target:
         self.card = card
 
     def compile(self, fn: Any, *shapes: Any, **static: Any) -> Any:
-        """`jax.stages.Compiled` of a jitted function for arguments of these shapes."""
+        """`jax.stages.ModelRunner` of a jitted function for arguments of these shapes."""
         put = NamedSharding(self.mesh, PartitionSpec())
         args = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=put), shapes)
-        with compiling_for("cuda", self.card.capability), use_abstract_mesh(self.mesh.abstract_mesh):
+        with override_platform("cuda", self.card.capability), use_abstract_mesh(self.mesh.abstract_mesh):
             return fn.lower(*args, **static).compile(**compile_options())
 
 

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas.attention import Entering
-from kernels_pallas.gated_delta_rule import Fixed, Projected
-from kernels_pallas.top_k_top_p import least_kept
+from kernels_pallas.gated_delta_rule import DeltaProjections, Fixed
+from kernels_pallas.top_k_top_p import top_k_top_p_threshold
 from kernels_pallas.weights.quantized import QuantizedTensor
 from mtpjax.model.norm import gated_rms_norm, rms_norm
 from mtpjax.model.rope import Rotary, rotate
@@ -145,7 +145,7 @@ def reference(name: str, args: tuple[Any, ...], chosen: int) -> jax.Array:
             -CHECKED:
         ]
     if op == "sampling":
-        return jax.jit(least_kept)(*(part[-CHECKED:] for part in args))
+        return jax.jit(top_k_top_p_threshold)(*(part[-CHECKED:] for part in args))
     if name.startswith("deltanet prefill"):
         return jnp.array(through_chunks(*args)[-CHECKED:], jnp.float32)
     if op == "deltanet":
@@ -181,7 +181,7 @@ def through_chunks(q: Any, k: Any, v: Any, beta: Any, decay: Any, states: Any, l
     return out
 
 
-def recurrence(projected: Projected, fixed: Fixed, before: Any, states: Any, layer: Any) -> np.ndarray:
+def recurrence(projected: DeltaProjections, fixed: Fixed, before: Any, states: Any, layer: Any) -> np.ndarray:
     """Outputs `[W, M, V]` of a window behind the state of a layer, row by row in float64."""
     taps, a_log, dt_bias = (np.float64(x) for x in fixed)
     qkv, b, a = (np.float64(parts).sum(0) for parts in projected)

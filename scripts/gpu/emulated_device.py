@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from kernels_pallas.platform import compiling_for
+from kernels_pallas.platform import override_platform
 from mtpjax.engine import model_runner
 from scripts.gpu.cuda_target import Card, Target
 from scripts.ptx_emulator.program import Program
@@ -61,7 +61,7 @@ class EmulatedCard:
         """Inside, engines of `mtpjax` run on this card."""
         before, model_runner.compiled = model_runner.compiled, self.compile
         try:
-            with compiling_for("cuda", self.card.capability):
+            with override_platform("cuda", self.card.capability):
                 yield
         finally:
             model_runner.compiled = before

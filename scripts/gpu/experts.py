@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.platform import target
+from kernels_pallas.platform import platform
 from scripts.benchmarks.roofline import Ceilings, seconds
 from scripts.gpu.cuda_cases import KernelSizes, kernel_cases
 from scripts.gpu.data import CHECKED, data_of, reference
@@ -72,7 +72,7 @@ def measure_all(smoke: bool, ceilings: Ceilings, go_on: Callable[[str], bool]) -
         if not go_on(f"experts at {rows} rows"):
             continue
         size = replace(many, rows=(("decode", rows),))
-        fn, specs = kernel_cases(size, ("iq4_nl",), interpret=target() != "cuda")["experts iq4_nl decode"]()
+        fn, specs = kernel_cases(size, ("iq4_nl",), interpret=platform() != "cuda")["experts iq4_nl decode"]()
         args = data_of("experts", specs, size)
         want, runs = reference("experts", args, size.chosen), sides(fn, args, size.layers)
         moved, flops = least("experts", args, size)

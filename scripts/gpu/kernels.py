@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas.platform import target
+from kernels_pallas.platform import platform
 from kernels_pallas.top_k_top_p.triton import LISTED
 from scripts.benchmarks.roofline import Ceilings, seconds
 from scripts.gpu.cuda_cases import FORMS, Case, KernelSizes, kernel_cases
@@ -112,6 +112,6 @@ def measure(name: str, make: Case, size: KernelSizes, ceilings: Ceilings, runs: 
 def measure_all(smoke: bool, ceilings: Ceilings, go_on: Callable[[str], bool]) -> Iterator[dict[str, Any]]:
     """Every kernel; `go_on(case)` is asked before each."""
     size, forms = (SMOKE, ("iq4_nl", "q6_k")) if smoke else (KernelSizes(), tuple(FORMS))
-    for name, make in kernel_cases(size, forms, interpret=target() != "cuda").items():
+    for name, make in kernel_cases(size, forms, interpret=platform() != "cuda").items():
         if go_on(name):
             yield measure(name, make, size, ceilings, 2 if smoke else 20)

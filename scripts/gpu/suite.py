@@ -26,14 +26,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas.platform import target
+from kernels_pallas.platform import platform
 from mtpjax.config import PRESETS, preset
-from mtpjax.decoding.acceptance import SimulatedAcceptance, real_acceptance
+from mtpjax.decoding.acceptance import SimulatedAcceptance, exact_match
 from mtpjax.decoding.output_rows import NO_ROWS
 from mtpjax.decoding.steps import prefill
-from mtpjax.loading.load import cache_dtype, storage
+from mtpjax.loading.load import cache_dtype, load_options
 from mtpjax.loading.weight_map import LoadedModel, random_model
-from mtpjax.model.cache import slots_for
+from mtpjax.model.cache import padded_kv_length
 from scripts.benchmarks import bench_table
 from scripts.benchmarks.bench_prefill import CONFIG
 from scripts.benchmarks.bench_table import GOLDEN_LENGTH, Decoder, Side, without_mtp
@@ -53,12 +53,12 @@ class Suite:
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.smoke, self.began = args, args.smoke, time.perf_counter()
-        self.dtype = jnp.dtype("bfloat16") if target() == "cuda" else jnp.dtype("float32")
+        self.dtype = jnp.dtype("bfloat16") if platform() == "cuda" else jnp.dtype("float32")
         self.contexts = args.contexts or ((256, 512) if self.smoke else (1024, 8192, 32768, 131072))
         self.chunks = (64,) if self.smoke else (512, 2048)
         self.drafts = (0, 2) if self.smoke else (0, 1, 2, 3, 4)
         self.runs = 2 if self.smoke else 9
-        sizes = {"megabytes": 32, "size": 256} if self.smoke else CEILINGS[target()]
+        sizes = {"megabytes": 32, "size": 256} if self.smoke else CEILINGS[platform()]
         self.ceilings: Ceilings = measure_ceilings(self.dtype, **sizes)
         self.skipped: list[str] = []
         self._model: LoadedModel | None = None
@@ -74,12 +74,12 @@ class Suite:
         """With the MTP head, and without it (the same arrays)."""
         if self._model is None:
             cfg = TOY if self.smoke else preset(self.args.shape)
-            self._model = random_model(cfg, weights=self.args.weights, **storage(self.dtype))
+            self._model = random_model(cfg, weights=self.args.weights, **load_options(self.dtype))
         return {True: self._model, False: without_mtp(self._model)}
 
     def side(self, mtp: bool, chunk: int) -> Side:
         model = self.models()[mtp]
-        step, slots = partial(prefill, graph=model.graph, rows=NO_ROWS), slots_for(max(self.contexts) + 64, 16)
+        step, slots = partial(prefill, graph=model.graph, rows=NO_ROWS), padded_kv_length(max(self.contexts) + 64, 16)
         return Side(f"MTP {'on' if mtp else 'off'}", model, step, chunk, slots, cache_dtype(self.dtype))
 
     def standing_at(self, side: Side, length: int) -> None:
@@ -159,7 +159,7 @@ def read_chunks(suite: Suite) -> dict[str, Any]:
 
 
 def decoder_at(suite: Suite, side: Side, draft: int, context: int, new: int) -> Callable[[], dict[str, float]]:
-    rule = SimulatedAcceptance.of_length(GOLDEN_LENGTH[draft], draft) if draft else real_acceptance
+    rule = SimulatedAcceptance.of_length(GOLDEN_LENGTH[draft], draft) if draft else exact_match
     decoder = Decoder(side, draft, rule, new, side.model.cfg.vocab_size)
 
     def run(at: int = context) -> dict[str, float]:
@@ -274,7 +274,7 @@ def main() -> int:
     parser.add_argument("--smoke", action="store_true", help="toy sizes, to see that everything runs")
     parser.add_argument("--out", type=Path, default=Path("gpu_results"), help="folder of the JSON files (%(default)s)")
     args = parser.parse_args()
-    if target() != "cuda" and not args.smoke:
+    if platform() != "cuda" and not args.smoke:
         parser.error(f"the device is {jax.devices()[0].device_kind}, not a CUDA GPU; try --smoke")
     suite, failed = Suite(args), []
     for part in args.part:

@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 
 from mtpjax.config import ModelConfig
 from mtpjax.loading.weight_map import LoadedModel
-from mtpjax.model import Placement, place
+from mtpjax.model import Positions, place
 from mtpjax.model.cache import BLOCK, new_cache
 from mtpjax.model.moe import Moe
 
@@ -83,7 +83,7 @@ def recording(seen: list[Array]) -> Any:
     return mock.patch.object(Moe, "route", recorded)
 
 
-def fresh(cfg: ModelConfig, batch: int) -> tuple[Any, Placement]:
+def fresh(cfg: ModelConfig, batch: int) -> tuple[Any, Positions]:
     """An empty cache and the placement of `ROWS` rows in it; the static block count makes attention differentiable."""
     zeros = jnp.zeros(batch, jnp.int32)
     return new_cache(cfg, batch, ROWS), place(cfg, zeros, ROWS, zeros, slots=ROWS, blocks=1)

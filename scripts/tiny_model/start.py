@@ -16,7 +16,7 @@ from jax import Array
 from checkpoints import open_checkpoint
 from mtpjax.config import ModelConfig
 from mtpjax.loading.load import load_checkpoint
-from mtpjax.loading.orbax_io import TreePath
+from mtpjax.loading.orbax_io import ParamPath
 from mtpjax.loading.weight_map import LoadedModel, fill, flat, random_model
 from mtpjax.model import abstract_model
 from scripts.tiny_model.loss import spread_gains
@@ -33,7 +33,7 @@ def stacked(model: LoadedModel, layers: int) -> LoadedModel:
     graph, params = nnx.split(abstract_model(cfg, jnp.float32, stack=1))
     given = flat(model.params)
 
-    def take(path: TreePath, leaf: Any) -> Array:
+    def take(path: ParamPath, leaf: Any) -> Array:
         if path[:2] == ("decoder", "blocks"):
             path = (*path[:2], int(path[2]) % model.cfg.repeats, *path[3:])
         return jnp.copy(given[path])

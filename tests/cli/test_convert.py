@@ -119,7 +119,7 @@ def test_every_tensor_comes_back_bit_for_bit(model: Callable[[], tuple[str, Tens
 def test_the_model_of_an_orbax_folder_is_that_of_the_files(
     model: Callable[[], tuple[str, Tensors]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(orbax_tree, "AT_ONCE", 400_000)  # in several groups
+    monkeypatch.setattr(orbax_tree, "BATCH_BYTES", 400_000)  # in several groups
     source = write(tmp_path / "hf", *model())
     main([str(source), str(tmp_path / "orbax")])
     hf, orbax = open_checkpoint(source), open_checkpoint(tmp_path / "orbax")
@@ -247,7 +247,7 @@ def test_ctrl_c_leaves_nothing(
         whole(self, name, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(orbax_tree, "AT_ONCE", 1000)  # so that part of it is on disk by then
+        patch.setattr(orbax_tree, "BATCH_BYTES", 1000)  # so that part of it is on disk by then
         patch.setattr(type(open_checkpoint(source)), "read_into", read_into)
         assert main([str(source), str(tmp_path / "orbax")]) == 130
     assert "orbax was not written" in capsys.readouterr().err
@@ -319,7 +319,7 @@ def test_a_tree_that_is_not_of_its_config_is_refused_with_all_that_differs(store
 @pytest.mark.parametrize("damage", ["truncated", "no metadata", "no data"])
 def test_a_damaged_tree_is_named(damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # One read after the other: of several that fail at once, Orbax leaves all but the first to report to a closed loop.
-    monkeypatch.setattr(orbax_tree, "AT_ONCE", 1)
+    monkeypatch.setattr(orbax_tree, "BATCH_BYTES", 1)
     main([str(write(tmp_path / "hf", *dense_tied())), str(tmp_path / "orbax")])
     params = tmp_path / "orbax" / "params"
     largest = max((f for f in params.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
@@ -335,7 +335,7 @@ def test_a_damaged_tree_is_named(damage: str, tmp_path: Path, monkeypatch: pytes
 
 def test_memory_does_not_grow_with_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write(tmp_path / "hf", "dense_r2", golden_tensors("dense_r2"))
-    monkeypatch.setattr(orbax_tree, "AT_ONCE", 50_000)
+    monkeypatch.setattr(orbax_tree, "BATCH_BYTES", 50_000)
     alive, sizes, peaks = [0], [], []
 
     def watched(make: Callable[[], np.ndarray]) -> orbax_tree.LazyLeaf:

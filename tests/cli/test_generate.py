@@ -414,7 +414,7 @@ def test_the_summary_adds_up() -> None:
     totals = Totals()
     for one in (output(10, 30, 12, (10, 8)), output(30, 10, 8, (2, 0)), output(20, 0, 0, (0, 0))):
         totals.add(one)
-    engine = did(prompt_tokens=40, prefill_seconds=4.0, decode_seconds=8.0, compile_seconds=4.25, slot_rounds=25)
+    engine = did(prompt_tokens=40, prefill_seconds=4.0, decode_seconds=8.0, compile_seconds=4.25, slot_steps=25)
     assert totals.summary(engine, 20.0).splitlines() == [
         "prompts          3 with 60 tokens",
         "prefill       10.0 tokens/s",  # 40 read, for a prompt of 20 came twice

@@ -6,13 +6,15 @@ import pytest
 
 from mtpjax import LLM, SamplingParams, SimulatedAcceptance
 from mtpjax.decoding.acceptance import simulated
-from mtpjax.decoding.sampling import STOPS, Requests
+from mtpjax.decoding.sampling import MAX_STOP_TOKENS, BatchSamplingParams
 from tests.helpers.models import numpy_model, tiny_config
 
 
-def requests(batch: int) -> Requests:
+def requests(batch: int) -> BatchSamplingParams:
     ints = jnp.zeros(batch, jnp.int32)
-    return Requests(ints, ints.astype(jnp.float32), jnp.arange(batch, dtype=jnp.uint32), jnp.full((batch, STOPS), -1))
+    return BatchSamplingParams(
+        ints, ints.astype(jnp.float32), jnp.arange(batch, dtype=jnp.uint32), jnp.full((batch, MAX_STOP_TOKENS), -1)
+    )
 
 
 @pytest.mark.parametrize("rates", [(0.88, 0.75, 0.51, 0.43), (1.0, 0.5), (0.3,)])

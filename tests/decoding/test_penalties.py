@@ -14,9 +14,9 @@ from mtpjax import LLM, SamplingParams
 from mtpjax.decoding import speculative as loop
 from mtpjax.decoding import steps
 from mtpjax.decoding.output_rows import OutputRows
-from mtpjax.decoding.penalties import Penalties, Seen, penalised, stepped
+from mtpjax.decoding.penalties import Penalties, TokenCounts, apply_penalties, round_to_bfloat16
 from mtpjax.engine.engine import Engine
-from mtpjax.engine.request import Request, as_arrays
+from mtpjax.engine.request import Request, stack_requests
 from mtpjax.sampling_params import PENALTIES, recommended
 from tests.decoding.test_sampling import planted
 from tests.helpers.models import make_engine, numpy_model, tiny_config
@@ -41,9 +41,9 @@ def asked(*each: tuple[float, float, float]) -> Penalties:
     return Penalties(presence, frequency, repetition)
 
 
-def known(vocab: int, *each: tuple[list[int], list[int]]) -> Seen:
+def known(vocab: int, *each: tuple[list[int], list[int]]) -> TokenCounts:
     """Of (prompt, text)."""
-    empty = Seen(prompt=jnp.zeros((len(each), vocab), bool), counts=jnp.zeros((len(each), vocab), jnp.int32))
+    empty = TokenCounts(prompt=jnp.zeros((len(each), vocab), bool), counts=jnp.zeros((len(each), vocab), jnp.int32))
     for b, (prompt, text) in enumerate(each):
         empty = empty.replace(prompt=empty.prompt.at[b, jnp.array(prompt, int)].set(True))
         for token in text:
@@ -65,10 +65,10 @@ def test_rows_are_those_of_the_definition_and_to_the_bit_those_of_one_after_anot
 ):
     """Row r of a window comes after r drafts, which it counts as a drafter does that sees them one by one."""
     drafts = (drafts + [3, 3])[:2]
-    logits, frequency = np.array(values, np.float32).reshape(1, 3, 20), stepped(frequency)
+    logits, frequency = np.array(values, np.float32).reshape(1, 3, 20), round_to_bfloat16(frequency)
     penalties, seen = asked((presence, frequency, repetition)), known(20, (prompt, text))
-    rows = np.asarray(jax.jit(penalised)(logits, penalties, seen, jnp.array([drafts])))
-    one = jax.jit(lambda logits, seen: penalised(logits, penalties, seen))
+    rows = np.asarray(jax.jit(apply_penalties)(logits, penalties, seen, jnp.array([drafts])))
+    one = jax.jit(lambda logits, seen: apply_penalties(logits, penalties, seen))
     for r in range(3):
         want = lowered(logits[0, r], prompt, text + drafts[:r], presence, frequency, repetition)
         np.testing.assert_allclose(rows[0, r], want, rtol=2e-6, atol=2e-6)
@@ -79,15 +79,15 @@ def test_rows_are_those_of_the_definition_and_to_the_bit_those_of_one_after_anot
 def test_no_penalty_changes_no_bit():
     logits = np.random.default_rng(0).normal(size=(2, 1, 50)).astype(np.float32)
     seen = known(50, ([1, 2], [3, 3]), ([], [4]))
-    rows = np.asarray(penalised(logits, asked((0, 0, 1), (0.5, 0, 1)), seen))
+    rows = np.asarray(apply_penalties(logits, asked((0, 0, 1), (0.5, 0, 1)), seen))
     assert np.array_equal(rows[0], logits[0]) and np.flatnonzero(rows[1] != logits[1]).tolist() == [4]
 
 
 def test_a_frequency_times_any_count_is_exact():
     """So it does not matter whether a compiler contracts product and sum."""
-    assert stepped(0.1) == 0.10009765625 and stepped(-2) == -2
+    assert round_to_bfloat16(0.1) == 0.10009765625 and round_to_bfloat16(-2) == -2
     counts = np.arange(1 << 16, dtype=np.float64)
-    for frequency in map(stepped, np.linspace(-2, 2, 41)):
+    for frequency in map(round_to_bfloat16, np.linspace(-2, 2, 41)):
         assert np.array_equal(np.float32(frequency) * counts.astype(np.float32), frequency * counts)
 
 
@@ -145,19 +145,21 @@ def test_greedy_tokens_are_the_best_of_the_penalised_logits(plain, want):
             continue
         ahead = np.concatenate(rows, axis=1)[0, -TOKENS - 1 : -1]
         for i, row in enumerate(ahead):
-            how = (request.presence_penalty, stepped(request.frequency_penalty), request.repetition_penalty)
+            how = (request.presence_penalty, round_to_bfloat16(request.frequency_penalty), request.repetition_penalty)
             assert lowered(row, list(request.prompt), text[:i], *how).argmax() == text[i], (request.index, i)
 
 
 def forget_drafts(monkeypatch):
     """A verification that counts what was there before the round and not the drafts before a row."""
-    monkeypatch.setattr(loop, "penalised", lambda logits, penalties, seen, drafts: penalised(logits, penalties, seen))
+    monkeypatch.setattr(
+        loop, "apply_penalties", lambda logits, penalties, seen, drafts: apply_penalties(logits, penalties, seen)
+    )
 
 
 def count_what_was_rejected(monkeypatch):
-    add = Seen.add
+    add = TokenCounts.add
     monkeypatch.setattr(
-        Seen, "add", lambda self, tokens, count: add(self, tokens, jnp.full_like(count, tokens.shape[1]))
+        TokenCounts, "add", lambda self, tokens, count: add(self, tokens, jnp.full_like(count, tokens.shape[1]))
     )
 
 
@@ -179,7 +181,7 @@ def test_the_drafter_has_the_penalties_too(monkeypatch):
         )[0]
 
     ours = answer(loop.mtp_drafter)
-    monkeypatch.setattr(steps, "penalised", lambda logits, *_: logits)
+    monkeypatch.setattr(steps, "apply_penalties", lambda logits, *_: logits)
     without = answer(planted("left out"))
     assert without.token_ids == ours.token_ids and without.metrics.accepted < ours.metrics.accepted
 
@@ -206,7 +208,7 @@ def test_without_penalties_the_loop_carries_no_counts(model):
     by.run([held], 1)
     by.run([replace(held, presence_penalty=0.2, repetition_penalty=1.2)], 1)
     assert by.programs == programs + 1
-    assert as_arrays([free]).penalties is None
+    assert stack_requests([free]).penalties is None
 
 
 @pytest.mark.parametrize(

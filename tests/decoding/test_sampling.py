@@ -9,7 +9,7 @@ from jax.scipy.stats import chi2
 from mtpjax.config import FULL, LINEAR
 from mtpjax.decoding import acceptance, sampling
 from mtpjax.decoding.output_rows import OutputRows
-from mtpjax.decoding.sampling import STOPS, Requests, agreeing, best, choose, emitted, gumbel_noise
+from mtpjax.decoding.sampling import MAX_STOP_TOKENS, BatchSamplingParams, agreeing, best, choose, emitted, gumbel_noise
 from mtpjax.decoding.speculative import mtp_drafter
 from mtpjax.engine.request import Request
 from tests.helpers.models import make_engine, numpy_model, tiny_config
@@ -36,12 +36,12 @@ def chance(counts: np.ndarray, p: np.ndarray) -> float:
     return float(chi2.sf(statistic, len(counts) - 1))
 
 
-def asked(batch: int, temperature: float, *, seed: int = 0) -> Requests:
-    return Requests(
+def asked(batch: int, temperature: float, *, seed: int = 0) -> BatchSamplingParams:
+    return BatchSamplingParams(
         max_tokens=jnp.full(batch, 99),
         temperature=jnp.full(batch, temperature, jnp.float32),
         seed=jnp.arange(batch, dtype=jnp.uint32) + jnp.uint32(seed),
-        stops=jnp.full((batch, STOPS), -1),
+        stops=jnp.full((batch, MAX_STOP_TOKENS), -1),
     )
 
 
@@ -145,7 +145,7 @@ def test_agreeing_counts_the_prefix():
 
 def test_emitted_ends_at_the_limit_or_the_first_stop_token():
     tokens = jnp.array([[5, 6, 7, 6]] * 7)
-    stops = jnp.full((7, STOPS), -1).at[2:, 3].set(6).at[6, 0].set(5)
+    stops = jnp.full((7, MAX_STOP_TOKENS), -1).at[2:, 3].set(6).at[6, 0].set(5)
     count, room = jnp.array([4, 2, 4, 1, 4, 3, 4]), jnp.array([9, 9, 9, 9, 1, 0, 9])
     sent, stopped = emitted(tokens, count, room, stops)
     assert sent.tolist() == [4, 2, 2, 1, 1, 0, 1]

@@ -13,9 +13,9 @@ from checkpoints import TINY
 from mtpjax import LLM, SamplingParams
 from mtpjax.decoding.output_rows import OutputRows
 from mtpjax.decoding.sampling import gumbel_noise
-from mtpjax.decoding.speculative import LoopState, decode, mtp_drafter
+from mtpjax.decoding.speculative import DecodeState, decode, mtp_drafter
 from mtpjax.engine.engine import Engine
-from mtpjax.engine.request import Request, Result, as_arrays
+from mtpjax.engine.request import Request, Result, stack_requests
 from mtpjax.loading.weight_map import LoadedModel
 from tests.helpers.models import make_engine, numpy_model, tiny_config
 
@@ -237,11 +237,11 @@ def test_forced_acceptance(kind, k):
         check_figures(result, k)
 
 
-def start(by: Engine, asked: list[Request], done: list[bool]) -> LoopState:
+def start(by: Engine, asked: list[Request], done: list[bool]) -> DecodeState:
     """The state behind the prompts, on the host."""
     cache, hidden, _ = by.read([r.prompt[:-1] for r in asked])
     batch = len(asked)
-    state = LoopState(
+    state = DecodeState(
         cache=cache,
         hidden=hidden,
         token=np.array([r.prompt[-1] for r in asked], np.int32),
@@ -254,9 +254,9 @@ def start(by: Engine, asked: list[Request], done: list[bool]) -> LoopState:
     return jax.tree.map(np.array, state)
 
 
-def go_on(by: Engine, state: LoopState, asked: list[Request]) -> tuple[LoopState, list[list[int]]]:
-    """The loop's next `ROUNDS` rounds, by the program that the engine uses: state and new tokens, on the host."""
-    told = as_arrays(asked)
+def go_on(by: Engine, state: DecodeState, asked: list[Request]) -> tuple[DecodeState, list[list[int]]]:
+    """The loop's next `MAX_STEPS_PER_CALL` rounds, by the program that the engine uses: state and new tokens, on the host."""
+    told = stack_requests(asked)
     static = {"graph": by.model.graph, "k": by.draft, "rounds": by.rounds, "vocab": by.vocab, "drafter": by.drafter}
     program = decode.lower(by.model.params, state, told, **static).compile()
     state, out, used = jax.tree.map(np.array, program(by.model.params, state, told))

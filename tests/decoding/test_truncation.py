@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mtpjax import LLM, SamplingParams
 from mtpjax.decoding.output_rows import OutputRows
-from mtpjax.decoding.sampling import Kept, choose, likeliest
+from mtpjax.decoding.sampling import TruncationParams, apply_top_k_top_p_min_p, choose
 from mtpjax.engine.request import Request
 from mtpjax.sampling_params import recommended
 from tests.decoding.test_sampling import FAIR, FOUL, LOGITS, TEMPERATURE, asked, chance, softmax
@@ -21,8 +21,10 @@ VOCAB, TOKENS, MAX_LEN = 96, 60, 120
 SHARE = 1e-5  # float32's error in a sum of probabilities, generously
 
 
-def kept(batch: int, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Kept:
-    return Kept(jnp.full(batch, top_k), jnp.full(batch, top_p, jnp.float32), jnp.full(batch, min_p, jnp.float32))
+def kept(batch: int, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> TruncationParams:
+    return TruncationParams(
+        jnp.full(batch, top_k), jnp.full(batch, top_p, jnp.float32), jnp.full(batch, min_p, jnp.float32)
+    )
 
 
 def sorted_out(logits: np.ndarray, temperature: float, top_k: int, top_p: float, min_p: float) -> np.ndarray:
@@ -52,7 +54,7 @@ numbers = st.integers(-12, 12).map(lambda i: i / 4) | st.floats(
 )
 def test_what_stays_is_what_sorting_says(values, temperature, top_k, top_p, min_p):
     logits = np.array(values, np.float32)
-    got = jax.jit(likeliest)(logits[None], jnp.full(1, temperature), kept(1, top_k, top_p, min_p))[0]
+    got = jax.jit(apply_top_k_top_p_min_p)(logits[None], jnp.full(1, temperature), kept(1, top_k, top_p, min_p))[0]
     less = sorted_out(
         logits, temperature, top_k, top_p - 3 * SHARE if top_p < 1 else 1, min(min_p * (1 + 3 * SHARE), 1)
     )
@@ -66,7 +68,7 @@ def test_equal_logits_stay_together():
     """Both zeros are one probability."""
     for how in ({"top_k": 1}, {"top_p": 0.1}, {"min_p": 1.0}):
         logits = jnp.array([[-1.0, 0.0, -0.0, -2.0, 0.0]])
-        assert np.isfinite(jax.jit(likeliest)(logits, jnp.ones(1), kept(1, **how))).tolist() == [
+        assert np.isfinite(jax.jit(apply_top_k_top_p_min_p)(logits, jnp.ones(1), kept(1, **how))).tolist() == [
             [False, True, True, False, True]
         ]
 
@@ -74,7 +76,7 @@ def test_equal_logits_stay_together():
 def test_a_vocabulary_as_large_as_qwens():
     logits = np.random.default_rng(0).normal(size=(3, 248_320)).astype(np.float32) * 3
     for settings_ in ((20, 1.0, 0.0), (0, 0.95, 0.0), (50, 0.8, 0.01), (0, 0.3, 0.0)):
-        got = np.isfinite(jax.jit(likeliest)(logits, jnp.full(3, 0.7), kept(3, *settings_)))
+        got = np.isfinite(jax.jit(apply_top_k_top_p_min_p)(logits, jnp.full(3, 0.7), kept(3, *settings_)))
         for row, stays in zip(logits, got, strict=True):
             want = sorted_out(row, 0.7, *settings_)
             assert abs(int(want.sum()) - int(stays.sum())) <= 1e-3 * want.sum(), settings_

@@ -10,7 +10,7 @@ from flax import nnx
 
 from kernels_pallas.grouped_matmul import expert_mlp
 from mtpjax import LLM, SamplingParams
-from mtpjax.loading.cpu_layout import suited
+from mtpjax.loading.cpu_layout import optimize_for_cpu
 from mtpjax.loading.load import cache_dtype
 from mtpjax.loading.weight_map import LoadedModel
 from mtpjax.model import abstract_model
@@ -70,7 +70,7 @@ def test_experts_as_bits_are_never_converted_whole() -> None:
 def test_the_engine_holds_experts_as_bits_without_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mtpjax.loading.cpu_layout.SMALL_WEIGHT", 0)
     model = bfloat16(numpy_model(tiny_config(moe=True, repeats=1)))
-    held = suited(model)
+    held = optimize_for_cpu(model)
     stacks = [leaf for leaf in jax.tree.leaves(held.params) if leaf.dtype == jnp.uint16]
     layers = model.cfg.layers + model.cfg.mtp_layers
     assert len(stacks) == 2 * layers and all(leaf.ndim == 4 for leaf in stacks)

@@ -10,11 +10,11 @@ import pytest
 from flax import nnx
 
 from kernels_pallas import attention, grouped_matmul, matmul, norm
-from kernels_pallas.platform import compiling_for
+from kernels_pallas.platform import override_platform
 from mtpjax.config import FULL, LINEAR
 from mtpjax.decoding import steps
 from mtpjax.engine.request import Request
-from mtpjax.loading.load import storage
+from mtpjax.loading.load import load_options
 from mtpjax.loading.weight_map import LoadedModel, random_model
 from mtpjax.model.cache import new_cache
 from tests.helpers.models import make_engine, tiny_config
@@ -29,7 +29,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
         (grouped_matmul.api.KERNELS, inter(grouped_matmul.triton.grouped_mlp)),
         (grouped_matmul.EACH_KERNELS, inter(grouped_matmul.triton.each_expert)),
         (topk_softmax.KERNELS, inter(topk_softmax.triton.choose_experts)),
-        (top_k_top_p.KERNELS, inter(top_k_top_p.triton.least_kept)),
+        (top_k_top_p.KERNELS, inter(top_k_top_p.triton.top_k_top_p_threshold)),
         (gated_delta_rule.api.KERNELS, inter(gated_delta_rule.triton.delta_window)),
         (gated_delta_rule.api.CHUNK_KERNELS, inter(gated_delta_rule.triton_chunks.delta_chunks)),
         (norm.api.KERNELS, norm.NormKernels(inter(norm.triton.add_norm), inter(norm.triton.gated_norm))),
@@ -54,14 +54,16 @@ def packed_model(mtp: bool) -> LoadedModel:
     }
     sizes |= {"pattern": (LINEAR, FULL), "layers": 2, "experts": 4, "expert_size": 32, "shared_expert_size": 32}
     cfg = tiny_config(moe=True, **sizes)
-    return random_model(cfg if mtp else cfg.without_mtp(), weights="int8", scale=0.3, **storage(jnp.dtype("bfloat16")))
+    return random_model(
+        cfg if mtp else cfg.without_mtp(), weights="int8", scale=0.3, **load_options(jnp.dtype("bfloat16"))
+    )
 
 
 def test_rows_do_not_depend_on_the_window_bit_for_bit(interpreted: None) -> None:
     """Through every kernel: logits of the first rows of a window of five, of two and of four."""
     model = packed_model(mtp=False)
     merged, rng = nnx.merge(model.graph, model.params), np.random.default_rng(2)
-    with compiling_for("cuda"):
+    with override_platform("cuda"):
         tokens, none = jnp.asarray(rng.integers(0, 96, (2, 16)), jnp.int32), jnp.zeros(2, jnp.int32)
         cache = new_cache(model.cfg, 2, 256, dtype=jnp.bfloat16)
         _, _, cache = jax.jit(lambda t, c: steps.prefill_chunk(merged, t, t, none, c, steps.NO_ROWS))(tokens, cache)
@@ -87,7 +89,7 @@ def test_the_text_is_the_same_with_drafts_in_bfloat16(interpreted: None) -> None
         Request(i, tuple(rng.integers(0, 96, 5 + 9 * i).tolist()), 24, way.pop("temperature"), 50 + i, (), **way)
         for i, way in enumerate(ways)
     ]
-    with compiling_for("cuda"):
+    with override_platform("cuda"):
         model = packed_model(mtp=True)
         runs = [make_engine(model, draft=draft, max_len=100).run(asked, 3) for draft in (1, 4)]
     texts = [[result.tokens for result in run] for run in runs]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mtpjax import LLM, SamplingParams
-from mtpjax.engine.request import Request, as_arrays
+from mtpjax.engine.request import Request, stack_requests
 from mtpjax.engine.scheduler import Slots
 from tests.helpers.models import make_engine, numpy_model, tiny_config
 
@@ -74,7 +74,7 @@ def test_slots_are_busy(model, admit, least, most):
     asked = [Request(i, tuple(rng.integers(0, VOCAB, 1 + i % 20).tolist()), n, 0.0, 0, ()) for i, n in enumerate(texts)]
     results = by.run(asked, BATCH)
     assert sum(r.rounds for r in results) == sum(texts)
-    busy = sum(texts) / by.slot_rounds
+    busy = sum(texts) / by.slot_steps
     assert least <= busy <= most, busy
 
 
@@ -167,5 +167,5 @@ def test_admit_is_at_most_the_batch(model):
 
 
 def test_empty_slots_ask_for_nothing():
-    assert as_arrays([None, requests()[0]]).penalties is None
-    assert as_arrays([None, requests()[5]]).penalties.repetition.tolist() == [1, 1]
+    assert stack_requests([None, requests()[0]]).penalties is None
+    assert stack_requests([None, requests()[5]]).penalties.repetition.tolist() == [1, 1]

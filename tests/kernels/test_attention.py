@@ -12,7 +12,7 @@ from flax import nnx
 from kernels_pallas.attention import AttentionKernels, Entering, api, pick
 from kernels_pallas.attention.triton import attend_cache
 from kernels_pallas.attention.triton_qkv import enter_cache
-from kernels_pallas.platform import target
+from kernels_pallas.platform import platform
 from mtpjax.config import FULL
 from mtpjax.model import attention, place
 from mtpjax.model.attention import attend
@@ -42,7 +42,7 @@ def test_the_model_attends_through_the_kernels(keep: int, dtype: str, monkeypatc
     jax.clear_caches()
     monkeypatch.setattr(attention, "pick", lambda *about: asked.append(about) or KERNELS)
     got = jax.jit(lambda x, cache, number: layer(x, cache, number, where, keep))(x, cache, 1)
-    assert asked == [(target(), HEAD, SLOTS)] and got[0].shape == (1, 3 * keep, cfg.hidden_size)
+    assert asked == [(platform(), HEAD, SLOTS)] and got[0].shape == (1, 3 * keep, cfg.hidden_size)
     for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(plain), strict=True):
         if one.size:
             assert_close(one, np.asarray(other, np.float64), dtype)

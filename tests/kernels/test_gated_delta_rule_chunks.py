@@ -10,7 +10,7 @@ import pytest
 
 from kernels_pallas.gated_delta_rule import pick_chunks
 from kernels_pallas.gated_delta_rule.triton_chunks import delta_chunks
-from kernels_pallas.platform import target
+from kernels_pallas.platform import platform
 from mtpjax.model import gated_deltanet as deltanet
 from tests.kernels.test_packed_matmul import assert_close
 
@@ -77,7 +77,7 @@ def test_the_model_sends_prompts_through_the_kernels(rows: int, monkeypatch: pyt
     asked = []
     monkeypatch.setattr(deltanet, "pick_chunks", lambda *about: asked.append(about) or kernels)
     got = deltanet.read_rows(given, jnp.asarray(state), 1, "float32")
-    assert asked == [(target(), {130: 64, 40: 32, 16: 16}[rows], 32, 32)]
+    assert asked == [(platform(), {130: 64, 40: 32, 16: 16}[rows], 32, 32)]
     for one, other in zip(got, want, strict=True):
         assert_close(one, np.asarray(other, np.float64), "float32")
     deltanet.read_rows(given, jnp.asarray(state), 1, "float32", differentiable=True)  # kernels have no gradients

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from kernels_pallas.gated_delta_rule import Fixed, Projected, pick
+from kernels_pallas.gated_delta_rule import DeltaProjections, Fixed, pick
 from kernels_pallas.gated_delta_rule.triton import delta_window
-from kernels_pallas.platform import target
+from kernels_pallas.platform import platform
 from mtpjax.config import FULL, LINEAR
 from mtpjax.model import gated_deltanet as deltanet
 from mtpjax.model import place
@@ -34,7 +34,7 @@ def rows_of(
     fixed = (rng.normal(size=shape).astype("float32") for shape in ((channels, PAST + 1), (heads,), (heads,)))
     before, state = rng.normal(size=(2, 3, PAST, channels)).astype(dtype), rng.normal(size=(2, 3, heads, size, width))
     pad, end = np.array([0, rows // 2, rows], np.int32), np.array([rows, max(rows - 1, rows // 2), rows], np.int32)
-    return Projected(qkv, *gates), Fixed(*fixed), before, state.astype("float32"), np.int32(1), pad, end
+    return DeltaProjections(qkv, *gates), Fixed(*fixed), before, state.astype("float32"), np.int32(1), pad, end
 
 
 def stepped_through(projected, fixed, before, states, layer, pad, end) -> tuple[np.ndarray, ...]:
@@ -87,12 +87,12 @@ def test_bfloat16_rows_are_rounded_where_the_formula_says() -> None:
         assert off.mean() < 0.02  # where the last bit of a convolution falls the other way
 
 
-def first_rows(projected: Projected, sequences: slice, rows: int) -> Projected:
+def first_rows(projected: DeltaProjections, sequences: slice, rows: int) -> DeltaProjections:
     def cut(part: np.ndarray) -> np.ndarray:
         each = part.reshape(len(part), 3, -1, part.shape[2])[:, sequences, :rows]
         return each.reshape(len(part), -1, part.shape[2])
 
-    return Projected(*map(cut, projected))
+    return DeltaProjections(*map(cut, projected))
 
 
 def test_a_window_is_invariant_to_later_rows_and_to_the_batch_bit_for_bit() -> None:
@@ -136,7 +136,7 @@ def test_the_model_sends_verify_windows_through_the_kernel(dtype: str, monkeypat
     monkeypatch.setattr(deltanet, "pick", lambda *about: asked.append(about) or window)
     for got, want in zip(jax.tree.leaves(run()), jax.tree.leaves(plain), strict=True):
         assert_close(got, np.asarray(want, np.float64), dtype)
-    assert asked == [(target(), 5, 16, 32)]
+    assert asked == [(platform(), 5, 16, 32)]
     assert pick("cuda", 5, 128, 128) is not None
     for about in (("cpu", 5, 128, 128), ("cuda", 17, 128, 128), ("cuda", 5, 24, 128), ("cuda", 5, 128, 8)):
         assert pick(*about) is None

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.norm import Mixture
+from kernels_pallas.norm import MoeOutput
 from kernels_pallas.norm.triton import add_norm, gated_norm
 from mtpjax.model.norm import gated_rms_norm, rms_norm
 from tests.kernels.test_packed_matmul import assert_close
@@ -17,7 +17,7 @@ add = jax.jit(partial(add_norm, interpret=True), static_argnames="eps")
 gated = jax.jit(partial(gated_norm, interpret=True), static_argnames=("eps", "gate"))
 
 
-def rows_of(dtype: str, rows: int = 6, size: int = 80) -> tuple[jax.Array, jax.Array, jax.Array, Mixture]:
+def rows_of(dtype: str, rows: int = 6, size: int = 80) -> tuple[jax.Array, jax.Array, jax.Array, MoeOutput]:
     """Rows, a norm, parts, and a mixture with two dead rows whose places hold anything at all."""
     rng = np.random.default_rng(0)
     x, w = jnp.asarray(rng.normal(size=(rows, size)), dtype), jnp.asarray(rng.normal(size=size), jnp.float32)
@@ -25,7 +25,7 @@ def rows_of(dtype: str, rows: int = 6, size: int = 80) -> tuple[jax.Array, jax.A
     each, live = rng.normal(size=(rows, 3, size)).astype(np.float32), np.arange(rows) > 1
     each[~live] = np.nan
     gate = jnp.asarray(rng.normal(size=(3, rows, 1)), jnp.float32)
-    return x, w, parts, Mixture(jnp.asarray(each), jnp.asarray(live), parts[:2], gate)
+    return x, w, parts, MoeOutput(jnp.asarray(each), jnp.asarray(live), parts[:2], gate)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -63,6 +63,6 @@ def test_heads_are_normalised_and_gated(gate: str, dtype: str) -> None:
 def test_a_row_is_invariant_to_the_batch_bit_for_bit() -> None:
     x, w, _, mixture = rows_of("bfloat16")
     some = slice(2, 5)
-    cut = Mixture(mixture.each[some], mixture.live[some], mixture.shared[:, some], mixture.gate[:, some])
+    cut = MoeOutput(mixture.each[some], mixture.live[some], mixture.shared[:, some], mixture.gate[:, some])
     for alone, whole in zip(add(x[some], cut, w, eps=EPS), add(x, mixture, w, eps=EPS), strict=True):
         assert (np.asarray(alone) == np.asarray(whole[some])).all()

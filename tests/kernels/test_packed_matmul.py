@@ -20,8 +20,8 @@ from kernels_pallas.matmul import linear
 from kernels_pallas.matmul.triton import FEW, added, matmul, matmul_parts
 from kernels_pallas.packed import dequantize as packed_words
 from kernels_pallas.packed.dequantize import few_rows, words
-from kernels_pallas.platform import compile_options, compiling_for, target
-from kernels_pallas.weights.layer_view import StackedTensor
+from kernels_pallas.platform import compile_options, override_platform, platform
+from kernels_pallas.weights.layer_view import LayerView
 from kernels_pallas.weights.quantized import INDICES, QuantizedTensor
 from mtpjax.loading.weight_map import fill
 from tests.helpers.models import numpy_model, tiny_config
@@ -121,7 +121,7 @@ def test_products_in_the_orders_of_all_tensor_cores(
     """Which order is the fast one depends on the card and on the compiler; all give the same."""
     monkeypatch.setattr(packed_words, "neighbours", lambda: run)
     x, w = np.random.default_rng(1).normal(size=(5, 256)), packed(name, (136, 256))
-    with compiling_for(target(), capability):
+    with override_platform(platform(), capability):
         assert words(w)[0].run == run and few_rows() == (16 if capability == (9, 0) else 8)
         got = matmul(jnp.asarray(x, jnp.bfloat16), w, interpret=True)
     assert_close(got, rounded(x, "bfloat16") @ dense(w, "bfloat16").T, "bfloat16")
@@ -280,14 +280,14 @@ def traced(fn: Any, *args: Any) -> str:
 
 def test_the_target_picks_the_kernels() -> None:
     x, w = jnp.ones((2, 96)), packed("iq4_nl", (3, 64, 96))
-    one = StackedTensor(w, jnp.int32(1))
+    one = LayerView(w, jnp.int32(1))
     chosen, share, live = route(2)
     routed = (jnp.ones((2, HIDDEN)), *stacks("plain"), jnp.int32(0), chosen, share, live)
-    if target() == "cpu":
+    if platform() == "cpu":
         assert "pallas_call" not in traced(linear, x, one) + traced(expert_mlp, *routed)
         assert compile_options() == {}
-    with compiling_for("cuda"):
-        assert target() == "cuda" and "compiler_options" in compile_options()
+    with override_platform("cuda"):
+        assert platform() == "cuda" and "compiler_options" in compile_options()
         assert "pallas_call" in traced(linear, x, one)
         assert "pallas_call" in traced(expert_mlp, *routed)
         assert "pallas_call" not in traced(linear, x, jnp.ones((64, 96)))  # cuBLAS does this
@@ -296,13 +296,13 @@ def test_the_target_picks_the_kernels() -> None:
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels, in interpret mode, where plain `lax` would run."""
-    monkeypatch.setitem(experts_api.KERNELS, target(), partial(grouped_mlp, interpret=True))
-    monkeypatch.setitem(linear_api.KERNELS, target(), partial(matmul_parts, interpret=True))
+    monkeypatch.setitem(experts_api.KERNELS, platform(), partial(grouped_mlp, interpret=True))
+    monkeypatch.setitem(linear_api.KERNELS, platform(), partial(matmul_parts, interpret=True))
 
 
 def test_linear_takes_a_layer_of_a_packed_stack(interpreted: None) -> None:
     w, x = packed("q8_0", (3, 64, 96)), np.random.default_rng(0).normal(size=(2, 3, 96)).astype(np.float32)
-    got = linear(jnp.asarray(x), StackedTensor(w, jnp.int32(2)))
+    got = linear(jnp.asarray(x), LayerView(w, jnp.int32(2)))
     assert_close(got, x @ dense(w, "float32")[2].T, "float32")
 
 
@@ -314,14 +314,14 @@ def test_plain_experts_have_the_gradient_of_the_loop(interpreted: None, monkeypa
         return jnp.sum(jnp.sin(expert_mlp(x, up, down, jnp.int32(1), chosen, share, live)))
 
     got = jax.grad(loss, (0, 1, 2, 3))(x, *stacks("plain"), share)
-    monkeypatch.delitem(experts_api.KERNELS, target())
+    monkeypatch.delitem(experts_api.KERNELS, platform())
     for mine, plain in zip(got, jax.grad(loss, (0, 1, 2, 3))(x, *stacks("plain"), share), strict=True):
         assert_close(mine, np.asarray(plain), "float32")
 
 
 def test_a_scanned_model_with_packed_matrices_is_the_dequantised_one(interpreted: None) -> None:
     """Packed stacks go round the scan, each layer reads its own part."""
-    from mtpjax.decoding.steps import hidden_rows
+    from mtpjax.decoding.steps import forward_hidden
     from mtpjax.model.cache import new_cache
 
     cfg = tiny_config(moe=False, hidden_size=64, linear_v_dim=16, mlp_size=64)
@@ -345,7 +345,7 @@ def test_a_scanned_model_with_packed_matrices_is_the_dequantised_one(interpreted
     for make in (pack, widen):
         graph, params = nnx.split(nnx.merge(model.graph, fill(model.params, make)))
         cache = new_cache(cfg, 1, 256)
-        rows.append(np.asarray(hidden_rows(params, tokens, np.zeros(1, np.int32), cache, graph=graph)[0]))
+        rows.append(np.asarray(forward_hidden(params, tokens, np.zeros(1, np.int32), cache, graph=graph)[0]))
     assert np.isfinite(rows[0]).all()
     assert_close(rows[0], rows[1].astype(np.float64), "float32")
 

@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels_pallas.top_k_top_p import KERNELS, least_kept, triton
+from kernels_pallas.top_k_top_p import KERNELS, top_k_top_p_threshold, triton
 from mtpjax.decoding import sampling
 from tests.decoding.test_sampling import asked
 from tests.decoding.test_truncation import SHARE, kept, numbers, sorted_out
 
 HEAT = 0.7
-kernel = jax.jit(partial(triton.least_kept, interpret=True))
+kernel = jax.jit(partial(triton.top_k_top_p_threshold, interpret=True))
 
 
 def least(find, logits: np.ndarray, heat, top_k, top_p) -> np.ndarray:
@@ -63,7 +63,7 @@ def test_large_vocabularies(make, top_k, top_p):
     """Whole tiles and a broken one; lists that are long enough, and rows that have to be read again."""
     logits = make(2 * triton.TILE + 2_000)
     got = least(kernel, logits, HEAT, top_k, top_p)
-    want = least(jax.jit(least_kept), logits, HEAT, top_k, top_p)
+    want = least(jax.jit(top_k_top_p_threshold), logits, HEAT, top_k, top_p)
     for row, a, b in zip(logits, got, want, strict=True):
         inside, differ = int((row >= b).sum()), int(((row >= a) != (row >= b)).sum())
         assert differ <= (1e-3 * inside if top_p < 1 else 0), (inside, differ)
@@ -92,7 +92,7 @@ def test_the_model_chooses_the_same_tokens_with_the_kernels(monkeypatch: pytest.
     requests = asked(3, 0.8).replace(kept=kept(3, 30, 0.9, 0.01))
     want = np.asarray(sampling.choose(logits, at, requests, 690))
     found = []
-    monkeypatch.setattr(sampling, "target", lambda: "cuda")
+    monkeypatch.setattr(sampling, "platform", lambda: "cuda")
     monkeypatch.setitem(KERNELS, "cuda", lambda *args: found.append(args[0].shape) or kernel(*args))
     assert (np.asarray(sampling.choose(logits, at, requests, 690)) == want).all()
     assert found == [(12, 700)]

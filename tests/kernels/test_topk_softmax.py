@@ -14,12 +14,12 @@ from kernels_pallas.grouped_matmul import EACH_KERNELS
 from kernels_pallas.grouped_matmul.triton import each_expert
 from kernels_pallas.matmul import api as matmul_api
 from kernels_pallas.matmul.triton import FEW, matmul_parts
-from kernels_pallas.platform import target
+from kernels_pallas.platform import platform
 from kernels_pallas.topk_softmax import KERNELS
 from kernels_pallas.topk_softmax.triton import choose_experts
 from kernels_pallas.weights.quantized import QuantizedTensor
 from mtpjax.model import moe
-from mtpjax.model.params import Shapes
+from mtpjax.model.params import ParamFactory
 from tests.helpers.models import tiny_config
 
 _choose = jax.jit(partial(choose_experts, interpret=True), static_argnames=("k", "dtype"))
@@ -83,10 +83,10 @@ def test_a_row_is_invariant_to_the_batch_bit_for_bit() -> None:
 def test_a_packed_model_sends_its_rows_through_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """And computes what it computes without; where nothing is packed, gradients may be wanted, and it is not asked."""
     cfg, rng = tiny_config(moe=True, hidden_size=64), np.random.default_rng(0)
-    layer = moe.Moe(cfg, Shapes(jnp.dtype("float32")))
+    layer = moe.Moe(cfg, ParamFactory(jnp.dtype("float32")))
     nnx.update(layer, jax.tree.map(lambda w: jnp.asarray(0.3 * rng.normal(size=w.shape), w.dtype), nnx.state(layer)))
     x, live = jnp.asarray(rng.normal(size=(2, 5, 64)), jnp.float32), rng.random((2, 5)) < 0.8
-    monkeypatch.setitem(KERNELS, target(), lambda *about: pytest.fail("asked"))
+    monkeypatch.setitem(KERNELS, platform(), lambda *about: pytest.fail("asked"))
     assert layer(x, 0, live).shape == (1, 10, 64)
     monkeypatch.undo()
     for matrix in ("gate", "up"):
@@ -99,9 +99,9 @@ def test_a_packed_model_sends_its_rows_through_the_kernel(monkeypatch: pytest.Mo
         asked.append([np.shape(a) for a in given[:5]])
         return choose_experts(*given, interpret=True)
 
-    monkeypatch.setitem(matmul_api.KERNELS, target(), partial(matmul_parts, interpret=True))
-    monkeypatch.setitem(KERNELS, target(), chosen)
-    monkeypatch.setitem(EACH_KERNELS, target(), partial(each_expert, interpret=True))
+    monkeypatch.setitem(matmul_api.KERNELS, platform(), partial(matmul_parts, interpret=True))
+    monkeypatch.setitem(KERNELS, platform(), chosen)
+    monkeypatch.setitem(EACH_KERNELS, platform(), partial(each_expert, interpret=True))
     np.testing.assert_allclose(layer(x, 0, live).whole(x.dtype), plain, atol=1e-5)
     hidden = [(1, 10, cfg.shared_expert_size)] * 2
     assert asked == [[(1, 10, cfg.experts), *hidden, (10,), ()]]

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.weights.transposed import Beside, ExpertsAbreast, TurnedTensor
+from kernels_pallas.weights.transposed import FusedExperts, FusedPlaceholder, TransposedWeight
 from mtpjax.decoding.output_rows import OutputRows
 from mtpjax.engine.request import Request
-from mtpjax.loading.cpu_layout import SIDE_BY_SIDE, SMALL_WEIGHT, suited
+from mtpjax.loading.cpu_layout import SIDE_BY_SIDE, SMALL_WEIGHT, optimize_for_cpu
 from mtpjax.loading.weight_map import flat
 from mtpjax.model.params import Dense, Expert, Vector
 from tests.helpers.models import cpu_only, make_engine, numpy_model, tiny_config
@@ -26,26 +26,26 @@ def nothing_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_small_matrix_is_turned(moe: bool) -> None:
     """All but the embedding, which is looked up by rows; vectors stay, weights of the same rows lie side by side."""
     model = numpy_model(tiny_config(moe=moe, tied_embeddings=True), stack=1)
-    before, after = flat(model.params), flat(suited(model).params)
+    before, after = flat(model.params), flat(optimize_for_cpu(model).params)
     kinds = {path: type(leaf[...]) for path, leaf in after.items()}
-    assert set(after) == set(before) | {("lm_head",)} and kinds["lm_head",] is TurnedTensor
+    assert set(after) == set(before) | {("lm_head",)} and kinds["lm_head",] is TransposedWeight
     for path, leaf in before.items():
         if isinstance(leaf, Expert):
-            assert kinds[path] is (ExpertsAbreast if path[-1] == "gate_up" else TurnedTensor)
+            assert kinds[path] is (FusedExperts if path[-1] == "gate_up" else TransposedWeight)
         elif isinstance(leaf, Dense) and path != ("embedding",):
-            assert kinds[path] in (TurnedTensor, Beside)
+            assert kinds[path] in (TransposedWeight, FusedPlaceholder)
         else:
             assert isinstance(leaf, Vector) or path == ("embedding",)
             assert after[path][...] is leaf[...]
-        if kinds[path] in (ExpertsAbreast, TurnedTensor) and not getattr(after[path][...], "parts", ()):
+        if kinds[path] in (FusedExperts, TransposedWeight) and not getattr(after[path][...], "parts", ()):
             assert after[path][...].shape == leaf[...].shape
-    beside = sum(kind is Beside for kind in kinds.values())
+    beside = sum(kind is FusedPlaceholder for kind in kinds.values())
     layers, full = (
         model.cfg.layers + model.cfg.mtp_layers,
         model.cfg.layers // len(model.cfg.pattern) + model.cfg.mtp_layers,
     )
     assert beside == 3 * (layers - full) + full + (3 if moe else 1) * layers
-    numbers = sum(leaf.size for leaf in jax.tree.leaves(suited(model).params))
+    numbers = sum(leaf.size for leaf in jax.tree.leaves(optimize_for_cpu(model).params))
     assert numbers == sum(leaf.size for leaf in jax.tree.leaves(model.params)) + before["embedding",][...].size
     joined = next(leaf[...] for path, leaf in after.items() if path[-1] == "in_qkv")
     assert len(joined.parts) == 1 + len(SIDE_BY_SIDE["in_qkv"])
@@ -53,7 +53,7 @@ def test_every_small_matrix_is_turned(moe: bool) -> None:
 
 def test_what_is_not_small_stays_as_it_is(nothing_is_small: None) -> None:
     model = numpy_model(tiny_config(moe=True, tied_embeddings=True))
-    before, after = flat(model.params), flat(suited(model).params)
+    before, after = flat(model.params), flat(optimize_for_cpu(model).params)
     assert set(before) == set(after) and all(after[path][...] is leaf[...] for path, leaf in before.items())
 
 

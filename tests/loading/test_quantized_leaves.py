@@ -17,7 +17,7 @@ from kernels_pallas.weights.quantized import QuantizedTensor
 from mtpjax import LLM, SamplingParams
 from mtpjax.config import FULL, LINEAR
 from mtpjax.loading.load import load_checkpoint
-from mtpjax.loading.quantized_leaves import packable
+from mtpjax.loading.quantized_leaves import can_quantize
 from mtpjax.loading.weight_map import LoadedModel, export_tensors, flat, random_model
 from tests.helpers.models import numpy_model, tiny_config
 
@@ -139,7 +139,7 @@ def test_random_packed_weights_have_the_form_and_spread_of_loaded_ones(weights):
     model = random_model(cfg, weights=weights, stack=2, scale=0.02)
     leaves = flat(model.params)
     packed = {path: leaf[...] for path, leaf in leaves.items() if isinstance(leaf[...], QuantizedTensor)}
-    assert packed.keys() == {path for path, leaf in leaves.items() if packable(path, leaf[...].shape, weights)}
+    assert packed.keys() == {path for path, leaf in leaves.items() if can_quantize(path, leaf[...].shape, weights)}
     assert any(path[-1] == "gate_up" for path in packed)
     for path, leaf in packed.items():
         want = quantize(np.ones(leaf.shape, np.float32), weights)

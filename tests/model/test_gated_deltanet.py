@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from mtpjax.model import commit, place
-from mtpjax.model.cache import BLOCK, Cache, Pending, new_cache, new_pending
+from mtpjax.model.cache import BLOCK, Cache, PendingDeltaUpdates, new_cache, new_pending
 from mtpjax.model.gated_deltanet import CHUNK, Rows, conv_inputs, delta_chunk, fold, unit_lower_inverse
 from tests.helpers.models import numpy_model, tiny_config
 
@@ -117,7 +117,7 @@ def test_commit_is_stepping_through_the_accepted_rows(window):
     inputs = np.random.default_rng(0).normal(size=(2, window + 1, width - 1 + window, size)).astype(np.float32)
     before = jnp.asarray(inputs[:, :, : width - 1])
     cache = new_cache(cfg, window + 1, BLOCK).replace(state=state, conv=before, length=jnp.asarray(10 * counts))
-    cache = jax.jit(commit)(cache, Pending(jnp.asarray(inputs), k, d, decay), counts)
+    cache = jax.jit(commit)(cache, PendingDeltaUpdates(jnp.asarray(inputs), k, d, decay), counts)
     assert np.array_equal(cache.state, after) and np.array_equal(cache.length, 11 * counts)
     for n in counts:  # the inputs that end at the last accepted row
         assert np.array_equal(cache.conv[:, n], inputs[:, n, n : n + width - 1])
@@ -156,7 +156,7 @@ class Layers:
         return rows, cache.replace(length=cache.length + tokens.shape[1] - pad)
 
     @partial(jax.jit, static_argnums=0)
-    def wait(self, tokens: jax.Array, pad: jax.Array, cache: Cache) -> tuple[Cache, Pending]:
+    def wait(self, tokens: jax.Array, pad: jax.Array, cache: Cache) -> tuple[Cache, PendingDeltaUpdates]:
         model = nnx.merge(self.loaded.graph, self.loaded.params)
         where = place(self.cfg, cache.length, tokens.shape[1], pad, slots=cache.slots)
         return model.trunk_pending(tokens, cache, where)[1:]

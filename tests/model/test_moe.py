@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from kernels_pallas.grouped_matmul import expert_mlp
 from kernels_pallas.grouped_matmul.api import ALL_EXPERTS_ROWS
 from kernels_pallas.grouped_matmul.plan import choose_block, choose_windows, plan_blocks, plan_windows, window_places
-from kernels_pallas.matmul import linear, take_rows
-from kernels_pallas.weights.transposed import ExpertsAbreast, TurnedTensor
+from kernels_pallas.matmul import embedding_lookup, linear
+from kernels_pallas.weights.transposed import FusedExperts, TransposedWeight
 from mtpjax.model import Expert, place
 from mtpjax.model.attention import attend, write_kv
 from mtpjax.model.cache import BLOCK
@@ -101,9 +101,9 @@ def test_dead_rows_give_zero_and_touch_no_other(rows):
     assert plan_blocks(jnp.asarray(chosen), jnp.zeros(rows, bool), EXPERTS, 4).count == 0
 
 
-def abreast() -> tuple[ExpertsAbreast, TurnedTensor]:
+def abreast() -> tuple[FusedExperts, TransposedWeight]:
     up, down = weights()
-    return ExpertsAbreast(jnp.asarray(up.transpose(0, 3, 1, 2))), TurnedTensor(jnp.asarray(down.swapaxes(2, 3)))
+    return FusedExperts(jnp.asarray(up.transpose(0, 3, 1, 2))), TransposedWeight(jnp.asarray(down.swapaxes(2, 3)))
 
 
 @cpu_only
@@ -119,7 +119,7 @@ def test_experts_that_lie_abreast_give_the_same(rows):
     loops = str(jax.make_jaxpr(expert_mlp)(x, *stacks, np.int32(1), chosen, share, live)).count("while[")
     assert (products == 2 and not loops) if rows in ALL_EXPERTS_ROWS else loops
     lonely = np.broadcast_to(np.arange(CHOSEN, dtype=np.int32), chosen.shape)
-    broken = ExpertsAbreast(stacks[0].array.at[1, :, CHOSEN:].set(np.inf))
+    broken = FusedExperts(stacks[0].array.at[1, :, CHOSEN:].set(np.inf))
     again = np.asarray(routed(x, broken, stacks[1], np.int32(1), lonely, share, live))
     np.testing.assert_array_equal(again, routed(x, *stacks, np.int32(1), lonely, share, live))
 
@@ -275,7 +275,7 @@ def test_a_row_has_the_same_bits_in_a_window_of_any_size(dtype):
 def test_embedding_rows_are_read_as_bits_and_have_their_gradient():
     w = jnp.asarray(np.random.default_rng(0).normal(size=(640, 32)), jnp.bfloat16)
     ids = jnp.array([[3, 3, 639], [0, 5, 3]])
-    take = jax.jit(lambda w: take_rows(w, ids, jnp.bfloat16))
+    take = jax.jit(lambda w: embedding_lookup(w, ids, jnp.bfloat16))
     assert jnp.array_equal(take(w), w[ids])
     assert "f32[640,32]" not in take.lower(w).compile().as_text()  # converted whole, once a call
     share = jnp.asarray(np.random.default_rng(1).normal(size=(2, 3, 32)), jnp.bfloat16)

@@ -12,7 +12,7 @@ from jax import lax
 
 from mtpjax import LLM
 from mtpjax.decoding.output_rows import OutputRows
-from mtpjax.decoding.sampling import STOPS, Requests
+from mtpjax.decoding.sampling import MAX_STOP_TOKENS, BatchSamplingParams
 from mtpjax.decoding.steps import draft, verify
 from mtpjax.model import commit, place
 from mtpjax.model.cache import BLOCK, new_cache
@@ -75,7 +75,9 @@ def walk(params, cache, windows, accepted, *, graph):
 def drafts(params, hidden, token, cache, *, graph, length):
     """Greedy drafts by hand, with their logits, and by `steps.draft`; the head's keys of both."""
     model, idle = nnx.merge(graph, params), jnp.zeros(1, bool)
-    greedy = Requests(jnp.full(1, 99), jnp.zeros(1), jnp.zeros(1, jnp.uint32), jnp.full((1, STOPS), -1))
+    greedy = BatchSamplingParams(
+        jnp.full(1, 99), jnp.zeros(1), jnp.zeros(1, jnp.uint32), jnp.full((1, MAX_STOP_TOKENS), -1)
+    )
     told, after = draft(model, hidden, token, idle, cache, greedy, length, VOCAB)
     logits = []
     for j in range(length):

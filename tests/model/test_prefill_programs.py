@@ -17,7 +17,7 @@ from mtpjax.decoding.output_rows import OutputRows
 from mtpjax.decoding.steps import prefill
 from mtpjax.engine.model_runner import BUCKETS
 from mtpjax.model import abstract_model, commit, place
-from mtpjax.model.cache import BLOCK, new_cache, slots_for
+from mtpjax.model.cache import BLOCK, new_cache, padded_kv_length
 from scripts.benchmarks.count_flops import trace
 from scripts.benchmarks.flops import Held, arrays, inputs_read
 from tests.helpers.models import cpu_only
@@ -39,7 +39,7 @@ def shape(*axes: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
 def program(cfg: ModelConfig, rows: OutputRows, chunk: int, *, stack: int = 1, batch: int = 2):
     """`prefill` of `batch` sequences, traced; and the names of its first inputs, the parameters."""
     graph, params = nnx.split(abstract_model(cfg, stack=stack))
-    cache = jax.eval_shape(lambda: new_cache(cfg, batch, slots_for(600, 1)))
+    cache = jax.eval_shape(lambda: new_cache(cfg, batch, padded_kv_length(600, 1)))
     ids, pad = shape(batch, chunk, dtype=jnp.int32), shape(batch, dtype=jnp.int32)
     names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in jax.tree.leaves_with_path(params)]
     return prefill.trace(params, ids, ids, pad, cache, graph=graph, rows=rows), names
