@@ -299,13 +299,13 @@ def test_a_randomly_damaged_file_is_loaded_or_rejected(model_bytes: bytes, tmp_p
 
 def test_a_tokenizer_survives_the_metadata() -> None:
     """A file without a tokenizer has none; an error names an unknown pre-tokeniser."""
-    from mtpjax.text.tokenizer import gguf_metadata, gguf_tokenizer
+    from mtpjax.text.tokenizer import tokenizer_from_gguf, tokenizer_to_gguf
 
     tokenizer = load_tokenizer(TINY / "tokenizer.json")
-    metadata = json.loads(json.dumps(gguf_metadata(tokenizer, 4100, [4095])))
+    metadata = json.loads(json.dumps(tokenizer_to_gguf(tokenizer, 4100, [4095])))
     assert metadata["tokenizer.ggml.tokens"][4099] == "[PAD4099]" and metadata["tokenizer.ggml.token_type"][4099] == 5
-    again = gguf_tokenizer(metadata, "x.gguf")
+    again = tokenizer_from_gguf(metadata, "x.gguf")
     assert again is not None and again.size == tokenizer.size == 4096
-    assert gguf_tokenizer({}, "x.gguf") is None
+    assert tokenizer_from_gguf({}, "x.gguf") is None
     with pytest.raises(ValueError, match="x.gguf: has a tokenizer 'gpt2' / 'llama-bpe', supported"):
-        gguf_tokenizer(metadata | {"tokenizer.ggml.pre": "llama-bpe"}, "x.gguf")
+        tokenizer_from_gguf(metadata | {"tokenizer.ggml.pre": "llama-bpe"}, "x.gguf")
