@@ -1,14 +1,22 @@
 """`ModelConfig`: the one frozen, hashable description of a Qwen3.5 / Qwen3.6 text model.
 
-Letters used for array axes everywhere in this package:
+Letters of array axes in all packages; a letter has one meaning:
 
-    B  sequences in the batch          Q   query heads                 E   experts
-    T  rows of this call               N   key/value heads             I   hidden units of one expert / MLP
-    S  slots of the cache              G   query heads a key/value head (Q / N)
-    D  hidden size                     H   head size of attention
-    V  vocabulary (or DeltaNet value head size, where K stands beside it)
-    P  repeats of the layer pattern    J   DeltaNet key heads          R   output rows
-    W  rows of the verify window       M   DeltaNet value heads        K   DeltaNet key head size / chosen experts
+    B   sequences of the batch            S   length of the KV cache (positions)
+    T   token rows of a step              N   key/value heads
+    W   rows of a verify window (k + 1)   Q   query heads
+    R   output rows of a step             G   query heads of a key/value head (Q / N)
+    k   drafts of a step                  H   size of an attention head
+    D   hidden size                       J   DeltaNet key heads
+    V   vocabulary                        M   DeltaNet value heads
+    E   experts                           Dk  size of a DeltaNet key head
+    I   hidden units of an expert / MLP   Dv  size of a DeltaNet value head
+    O   output features of a matrix       C   channels of the DeltaNet convolution
+    F   input features of a matrix        A   attention layers of the trunk
+    P   partial sums of a split-K product L   layers of a stack; in the cache the DeltaNet layers
+
+Axes without a letter have a word: `rows` (token rows of all sequences, B * T), `topk` (experts chosen for a token), `chunk`
+(token rows of a DeltaNet chunk), `group` (values of a quantised matrix that share a scale), `width` (taps of the convolution).
 """
 
 from __future__ import annotations
