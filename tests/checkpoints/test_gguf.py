@@ -21,6 +21,7 @@ from checkpoints.gguf.writer import encode_iq4_nl
 from mtpjax import LLM, SamplingParams
 from mtpjax.cli import convert
 from mtpjax.config import FULL, LINEAR, ModelConfig
+from mtpjax.hf_config import config_to_hf
 from mtpjax.loading.weight_map import export_tensors
 from mtpjax.text.tokenizer import load_tokenizer
 from tests.helpers.models import numpy_model, tiny_config
@@ -73,7 +74,7 @@ def save(cfg: ModelConfig, path: Path, kind: str, seed: int = 0) -> Any:
     """A random model as GGUF; returns the model."""
     model = numpy_model(cfg, seed=seed, stack=1)
     tensors = [(name.removeprefix("model."), read) for name, _, _, read in export_tensors(model, 1)]
-    write_gguf(path, cfg.to_hf(), tensors, kind)
+    write_gguf(path, config_to_hf(cfg), tensors, kind)
     return model
 
 
@@ -82,7 +83,7 @@ def save(cfg: ModelConfig, path: Path, kind: str, seed: int = 0) -> Any:
 )
 def test_the_same_weights_give_the_same_logits(moe: bool, v_heads: int, mtp: int, tmp_path: Path) -> None:
     """As a model in memory and through a GGUF file in F32: head order, gains, decay and taps come back, drafts too."""
-    cfg = tiny_config(moe=moe, linear_v_heads=v_heads, mtp_layers=mtp, pattern=(LINEAR, LINEAR, FULL))
+    cfg = tiny_config(moe=moe, linear_v_heads=v_heads, mtp_layers=mtp, layer_pattern=(LINEAR, LINEAR, FULL))
     model = save(cfg, tmp_path / "m.gguf", "f32")
     ours, theirs = LLM(model, draft=2 * mtp, max_len=64), LLM(tmp_path / "m.gguf", draft=2 * mtp, max_len=64)
     ids = np.random.default_rng(1).integers(0, 90, 40).tolist()
@@ -134,7 +135,7 @@ def test_a_model_of_k_types_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(gguf.GGUFWriter, "add_tensor", add_blocks)
     wide = {"hidden_size": 256, "expert_size": 256, "shared_expert_size": 256, "vocab_size": 128, "linear_v_heads": 8}
-    save(tiny_config(moe=True, pattern=(LINEAR, FULL), repeats=1, **SIZES | wide), tmp_path / "m.gguf", "q8_0")
+    save(tiny_config(moe=True, layer_pattern=(LINEAR, FULL), num_superblocks=1, **SIZES | wide), tmp_path / "m.gguf", "q8_0")
     assert set(written.values()) == set(sizes)
     assert written["blk.0.ffn_gate_exps.weight"] != written["blk.0.ffn_up_exps.weight"]
     assert "_K" in written["blk.0.ssm_out.weight"]  # its columns move by heads of 32, and share a scale by 256
@@ -240,7 +241,7 @@ def test_the_embedded_model_through_gguf(tmp_path: Path, capsys: pytest.CaptureF
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     file = tmp_path_factory.mktemp("gguf") / "m.gguf"
-    save(tiny_config(moe=True, vocab_size=128, repeats=1, **SIZES), file, "q8_0")
+    save(tiny_config(moe=True, vocab_size=128, num_superblocks=1, **SIZES), file, "q8_0")
     return file.read_bytes()
 
 
@@ -296,13 +297,13 @@ def test_random_damage_ends_in_a_load_or_one_of_our_errors(whole: bytes, tmp_pat
 
 def test_a_tokenizer_survives_the_metadata() -> None:
     """Also one whose chat template is absent; an unknown pre-tokeniser is named."""
-    from mtpjax.text.tokenizer import gguf_metadata, gguf_tokenizer
+    from mtpjax.text.tokenizer import tokenizer_to_gguf, tokenizer_from_gguf
 
     tokenizer = load_tokenizer(TINY / "tokenizer.json")
-    metadata = json.loads(json.dumps(gguf_metadata(tokenizer, 4100, [4095])))
+    metadata = json.loads(json.dumps(tokenizer_to_gguf(tokenizer, 4100, [4095])))
     assert metadata["tokenizer.ggml.tokens"][4099] == "[PAD4099]" and metadata["tokenizer.ggml.token_type"][4099] == 5
-    again = gguf_tokenizer(metadata, "x.gguf")
+    again = tokenizer_from_gguf(metadata, "x.gguf")
     assert again is not None and again.size == tokenizer.size == 4096
-    assert gguf_tokenizer({}, "x.gguf") is None
+    assert tokenizer_from_gguf({}, "x.gguf") is None
     with pytest.raises(ValueError, match="x.gguf: has a tokenizer 'gpt2' / 'llama-bpe', supported"):
-        gguf_tokenizer(metadata | {"tokenizer.ggml.pre": "llama-bpe"}, "x.gguf")
+        tokenizer_from_gguf(metadata | {"tokenizer.ggml.pre": "llama-bpe"}, "x.gguf")

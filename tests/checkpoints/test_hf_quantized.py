@@ -13,6 +13,7 @@ from checkpoints import CheckpointError, QuantisedDirectory, open_checkpoint, wr
 from kernels_pallas.weights.quantized import QuantizedTensor
 from mtpjax import LLM
 from mtpjax.config import FULL, LINEAR
+from mtpjax.hf_config import config_to_hf
 from mtpjax.loading.load import load_checkpoint
 from mtpjax.loading.weight_map import export_tensors
 from tests.helpers.models import numpy_model, tiny_config
@@ -20,7 +21,7 @@ from tests.helpers.quantized_encoders import FORMATS, compressed_config, config
 
 SIZES: dict[str, Any] = {
     "hidden_size": 128, "head_dim": 32, "rotary_dim": 8, "linear_k_dim": 32, "linear_v_dim": 32, "expert_size": 128,
-    "shared_expert_size": 128, "vocab_size": 128, "pattern": (LINEAR, FULL),
+    "shared_expert_size": 128, "vocab_size": 128, "layer_pattern": (LINEAR, FULL),
 }  # fmt: skip
 LEFT_ALONE = (
     "norm", "conv1d", "gate.weight", "shared_expert_gate", "in_proj_a", "in_proj_b", "embed_tokens", "lm_head", "mtp.fc", "A_log",
@@ -74,7 +75,7 @@ def write(path: Path, kind: str, change: Any = None, **settings: Any) -> Path:
         for name, _, _, read in export_tensors(numpy_model(cfg, stack=1), 1)
         for each, w in per_expert(name, read().astype(np.float32))
     }
-    return save(path, kind, weights, cfg.to_hf(), change, **settings)
+    return save(path, kind, weights, config_to_hf(cfg), change, **settings)
 
 
 def write_three(path: Path, kind: str, change: Any = None, **settings: Any) -> Path:
