@@ -23,6 +23,7 @@ from flax import nnx
 from checkpoints import CheckpointError, OrbaxDirectory, TensorSource, quantization_config
 from kernels_pallas.platform import platform
 from mtpjax.config import ModelConfig
+from mtpjax.hf_config import config_from_hf
 from mtpjax.loading.orbax_io import LazyLeaf, OrbaxReader, ParamPath, write_tree
 from mtpjax.loading.quantized_leaves import KEEP, MODES, PACKED, WEIGHTS
 from mtpjax.loading.weight_map import LoadedModel, Location, _check, config_of, fill, flat, load_model, weight_map
@@ -85,7 +86,7 @@ def load_checkpoint(
 
 
 def _config(source: TensorSource | OrbaxDirectory) -> ModelConfig:
-    return ModelConfig.from_hf(source.config, where=str(source.path / "config.json"))
+    return config_from_hf(source.config, source=str(source.path / "config.json"))
 
 
 def _refuse_quantised(source: TensorSource) -> None:

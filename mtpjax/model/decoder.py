@@ -32,7 +32,7 @@ class Layer(nnx.Module):
         self.input_norm = new.vector(cfg.hidden_size)
         self.post_norm = new.vector(cfg.hidden_size)
         self.mixer: Any = Attention(cfg, new) if kind == FULL else DeltaNet(cfg, new)
-        self.mlp: Any = Moe(cfg, new) if cfg.experts else Mlp(cfg, new, cfg.mlp_size)
+        self.mlp: Any = Moe(cfg, new) if cfg.num_experts else Mlp(cfg, new, cfg.mlp_size)
 
     def feed_forward(
         self, x: Array, parts: Array, expert_layer: Array | int, where: Positions, next_norm: Array | None
@@ -76,7 +76,7 @@ class SuperBlock(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, new: ParamFactory):
         self.cfg = cfg
-        self.layers = nnx.List([Layer(cfg, new, kind) for kind in cfg.pattern])
+        self.layers = nnx.List([Layer(cfg, new, kind) for kind in cfg.layer_pattern])
 
     def first_norm(self, x: Array, where: Positions) -> Array:
         return add_norm(x, None, self.layers[0].input_norm[...], self.cfg.norm_eps, where.differentiable)[1]
@@ -94,8 +94,8 @@ class SuperBlock(nnx.Module):
         """
         norms = [layer.input_norm[...] for layer in self.layers[1:]] + [next_norm]
         full, lin = repeat * self.cfg.full_per_block, repeat * self.cfg.linear_per_block
-        for number, (layer, kind, norm) in enumerate(zip(self.layers, self.cfg.pattern, norms, strict=True), 1):
-            wanted = keep if number == len(self.cfg.pattern) else None
+        for number, (layer, kind, norm) in enumerate(zip(self.layers, self.cfg.layer_pattern, norms, strict=True), 1):
+            wanted = keep if number == len(self.cfg.layer_pattern) else None
             if kind == FULL:
                 cache, pending = memory
                 x, normed, (k, v) = layer.attention(x, normed, (cache.k, cache.v), full, inside, where, norm, wanted)
@@ -117,10 +117,10 @@ class Decoder(nnx.Module):
     """
 
     def __init__(self, cfg: ModelConfig, dtype: jnp.dtype, stack: int):
-        if cfg.repeats % stack:
-            raise ValueError(f"stack {stack} does not divide the {cfg.repeats} repeats of the layer pattern")
+        if cfg.num_superblocks % stack:
+            raise ValueError(f"stack {stack} does not divide the {cfg.num_superblocks} repeats of the layer pattern")
         self.stack = stack
-        self.blocks = nnx.List([SuperBlock(cfg, ParamFactory(dtype, stack)) for _ in range(cfg.repeats // stack)])
+        self.blocks = nnx.List([SuperBlock(cfg, ParamFactory(dtype, stack)) for _ in range(cfg.num_superblocks // stack)])
 
     def __call__(
         self,

@@ -20,11 +20,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from mtpjax.config import PRESETS, ConfigError, ModelConfig, preset
+from mtpjax.config import ConfigError, ModelConfig
 from mtpjax.decoding.output_rows import OutputRows
 from mtpjax.decoding.steps import prefill
+from mtpjax.hf_config import config_from_hf
 from mtpjax.model import abstract_model, place
 from mtpjax.model.cache import Cache, new_cache, padded_kv_length
+from mtpjax.presets import PRESETS, preset
 from scripts.benchmarks.flops import Flops, count_flops, expected_trips
 
 ROWS = {"none": OutputRows.none(), "last": OutputRows.last(), "all": OutputRows.all()}
@@ -124,7 +126,7 @@ def table(cfg: ModelConfig, *, chunk: int, context: int, stack: int) -> list[tup
 def config(name: str) -> ModelConfig:
     """A published size by name, or the config.json in a folder."""
     file = Path(name) / "config.json"
-    return ModelConfig.from_hf(json.loads(file.read_text()), where=str(file)) if file.is_file() else preset(name)
+    return config_from_hf(json.loads(file.read_text()), source=str(file)) if file.is_file() else preset(name)
 
 
 def main() -> None:
@@ -152,7 +154,7 @@ def main() -> None:
             parser.error(str(error))
         if not cfg.mtp_layers:
             parser.error(f"{name} has no MTP head; there is nothing to compare")
-        stack = 1 if args.unrolled else cfg.repeats
+        stack = 1 if args.unrolled else cfg.num_superblocks
         for rows, variant, total, same, least in table(cfg, chunk=args.chunk, context=args.context, stack=stack):
             print(f"| {name} | {rows} | {variant} | {total / 1e12:.4g} | {same:.4f} | {least:.4f} |")
         for read in (None, *args.mtp_prompt) if args.mtp_prompt else ():

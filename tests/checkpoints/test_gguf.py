@@ -22,6 +22,7 @@ from checkpoints.gguf.writer import encode_iq4_nl
 from mtpjax import LLM, SamplingParams
 from mtpjax.cli import convert
 from mtpjax.config import FULL, LINEAR, ModelConfig
+from mtpjax.hf_config import config_to_hf
 from mtpjax.loading.weight_map import export_tensors
 from mtpjax.text.tokenizer import load_tokenizer
 from tests.helpers.models import numpy_model, tiny_config
@@ -70,7 +71,7 @@ def save_random_model(cfg: ModelConfig, path: Path, tensor_type: str, seed: int 
     """Write a random model as GGUF and return it."""
     model = numpy_model(cfg, seed=seed, stack=1)
     tensors = [(name.removeprefix("model."), read) for name, _, _, read in export_tensors(model, 1)]
-    write_gguf(path, cfg.to_hf(), tensors, tensor_type)
+    write_gguf(path, config_to_hf(cfg), tensors, tensor_type)
     return model
 
 
@@ -79,7 +80,7 @@ def save_random_model(cfg: ModelConfig, path: Path, tensor_type: str, seed: int 
 )
 def test_the_same_weights_give_the_same_logits(moe: bool, v_heads: int, mtp: int, tmp_path: Path) -> None:
     """A GGUF file in F32 gives the logits and drafts of the model in memory: all conventions are undone."""
-    cfg = tiny_config(moe=moe, linear_v_heads=v_heads, mtp_layers=mtp, pattern=(LINEAR, LINEAR, FULL))
+    cfg = tiny_config(moe=moe, linear_v_heads=v_heads, mtp_layers=mtp, layer_pattern=(LINEAR, LINEAR, FULL))
     model = save_random_model(cfg, tmp_path / "m.gguf", "f32")
     in_memory, from_file = LLM(model, draft=2 * mtp, max_len=64), LLM(tmp_path / "m.gguf", draft=2 * mtp, max_len=64)
     ids = np.random.default_rng(1).integers(0, 90, 40).tolist()
@@ -128,7 +129,7 @@ def test_a_model_of_mixed_types_computes_the_same_packed_and_dequantized(
 
     monkeypatch.setattr(gguf.GGUFWriter, "add_tensor", add_blocks)
     sizes = SIZES | {"hidden_size": 256, "expert_size": 256, "shared_expert_size": 256, "linear_v_heads": 8}
-    cfg = tiny_config(moe=True, pattern=(LINEAR, FULL), repeats=1, vocab_size=128, **sizes)
+    cfg = tiny_config(moe=True, layer_pattern=(LINEAR, FULL), num_superblocks=1, vocab_size=128, **sizes)
     save_random_model(cfg, tmp_path / "m.gguf", "q8_0")
     assert set(written_types.values()) == set(scales)
     assert written_types["blk.0.ffn_gate_exps.weight"] != written_types["blk.0.ffn_up_exps.weight"]
@@ -240,7 +241,7 @@ def test_the_embedded_model_survives_the_conversion_to_gguf(tmp_path: Path, caps
 def model_bytes(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """The content of a whole GGUF file in Q8_0."""
     file = tmp_path_factory.mktemp("gguf") / "m.gguf"
-    save_random_model(tiny_config(moe=True, vocab_size=128, repeats=1, **SIZES), file, "q8_0")
+    save_random_model(tiny_config(moe=True, vocab_size=128, num_superblocks=1, **SIZES), file, "q8_0")
     return file.read_bytes()
 
 

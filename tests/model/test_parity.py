@@ -114,7 +114,7 @@ def test_unrolled_layers(name, golden):
     """As on a CPU: every repeat of the layer pattern in a leaf of its own."""
     gold = golden(name)
     llm = LLM(gold.model(stack=1), prefill_chunks=CHUNKS[name])
-    assert llm.cfg.repeats == 2
+    assert llm.cfg.num_superblocks == 2
     agree(llm.logits(gold["tokens"].tolist()), gold["logits"])
 
 

@@ -11,10 +11,11 @@ from jax import lax
 
 from checkpoints import TINY
 from kernels_pallas.grouped_matmul.plan import choose_windows, plan_windows
-from mtpjax.config import PRESETS, ModelConfig
+from mtpjax.config import ModelConfig
 from mtpjax.decoding.output_rows import OutputRows
 from mtpjax.model import abstract_model, place
 from mtpjax.model.cache import BLOCK
+from mtpjax.presets import PRESETS
 from scripts.benchmarks.count_flops import config, flops, main, prompt_flops, table, trace
 from scripts.benchmarks.flops import count_flops, expected_trips
 from tests.model.test_prefill_programs import ALL, BIG, CHUNK, DENSE, LAST, MOE, NONE, loops, shape
@@ -27,7 +28,7 @@ def sync_products(cfg: ModelConfig, chunk: int) -> int:
 
 @pytest.mark.parametrize("rows", [NONE, LAST], ids=["none", "last"])
 def test_mtp_is_free_at_prefill_of_35b(rows):
-    off, on = (trace(BIG, v, rows, chunk=CHUNK, slots=262_144, stack=BIG.repeats).jaxpr for v in ("off", "sync"))
+    off, on = (trace(BIG, v, rows, chunk=CHUNK, slots=262_144, stack=BIG.num_superblocks).jaxpr for v in ("off", "sync"))
     for context in (CHUNK, 8192, 262_144):
         before, after = (count_flops(p, expected_trips(BIG, rows=CHUNK, context=context)) for p in (off, on))
         assert 1 < after.total / before.total <= 1.01
@@ -73,7 +74,7 @@ def test_a_head_that_reads_the_last_tokens_is_free_at_prefill(name):
 def test_operations_of_a_dense_model_are_those_of_its_weights_and_attention():
     cfg, chunk = PRESETS["0.8b"].without_mtp(), 1024
     products = [
-        flops(cfg, "off", LAST, chunk=chunk, context=context, stack=cfg.repeats).by_primitive["dot_general"]
+        flops(cfg, "off", LAST, chunk=chunk, context=context, stack=cfg.num_superblocks).by_primitive["dot_general"]
         for context in (1024, 1025, 1024 + BLOCK)
     ]
     block = cfg.full_layers * 4 * cfg.q_heads * cfg.head_dim * chunk * BLOCK
@@ -122,7 +123,7 @@ def test_expected_expert_windows_are_the_mean_of_random_routing(rows):
     sizes = choose_windows(rows, k, experts)
     chosen = np.argsort(np.random.default_rng(0).random((draws, rows, experts)), axis=-1)[..., :k]
     first = jax.jit(jax.vmap(lambda c: plan_windows(c, jnp.ones(rows, bool), experts, sizes).first))(chosen)
-    cfg = replace(MOE, experts=experts, experts_per_token=k)
+    cfg = replace(MOE, num_experts=experts, experts_per_token=k)
     found = [e for e in loops(cfg, rows) if len(e.outvars[-1].aval.shape) == 2]
     assert len(found) > len(sizes)  # those of the first layer, whose rows are all read, and of the second
     trips = expected_trips(cfg, rows=rows, context=1)
