@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from checkpoints import TINY, GgufFile, open_checkpoint
-from mtpjax.config import STOP_TOKENS
+from mtpjax.config import DEFAULT_STOP_TOKEN_IDS
 from mtpjax.decoding.acceptance import SimulatedAcceptance, exact_match
 from mtpjax.decoding.output_rows import OutputRows
 from mtpjax.decoding.sampling import MAX_STOP_TOKENS
@@ -110,7 +110,7 @@ class LLM:
                 )
                 self.draft = 0
         vocab = min(self.cfg.vocab_size, self.tokenizer.size) if self.tokenizer else self.cfg.vocab_size
-        stops |= set(self.cfg.stop_tokens) | {t for t in STOP_TOKENS if t < vocab}
+        stops |= set(self.cfg.stop_token_ids) | {t for t in DEFAULT_STOP_TOKEN_IDS if t < vocab}
         self.stop_token_ids = tuple(sorted(t for t in stops if 0 <= t < self.cfg.vocab_size))
         if max_len > self.cfg.max_position:
             raise ValueError(

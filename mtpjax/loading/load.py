@@ -20,9 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from checkpoints import CheckpointError, OrbaxDirectory, TensorSource, quantisation
+from checkpoints import CheckpointError, OrbaxDirectory, TensorSource, quantization_config
 from kernels_pallas.platform import platform
 from mtpjax.config import ModelConfig
+from mtpjax.hf_config import config_from_hf
 from mtpjax.loading.orbax_io import LazyLeaf, OrbaxReader, ParamPath, write_tree
 from mtpjax.loading.quantized_leaves import KEEP, MODES, PACKED, WEIGHTS
 from mtpjax.loading.weight_map import LoadedModel, Location, _check, config_of, fill, flat, load_model, weight_map
@@ -84,11 +85,11 @@ def load_checkpoint(
 
 
 def _config(source: TensorSource | OrbaxDirectory) -> ModelConfig:
-    return ModelConfig.from_hf(source.config, where=str(source.path / "config.json"))
+    return config_from_hf(source.config, source=str(source.path / "config.json"))
 
 
 def _refuse_quantised(source: TensorSource) -> None:
-    if settings := quantisation(source.config):
+    if settings := quantization_config(source.config):
         method = settings.get("quant_method") if isinstance(settings, Mapping) else settings
         raise CheckpointError(
             f"{source.path}: is quantised (quant_method {method!r}); converting that to Orbax is not supported yet in this "

@@ -15,6 +15,7 @@ from flax import nnx
 from checkpoints import CheckpointError, TensorSource
 from kernels_pallas.weights.quantized import QuantizedTensor
 from mtpjax.config import FULL, ModelConfig
+from mtpjax.hf_config import config_from_hf
 from mtpjax.loading.quantized_leaves import (
     can_quantize,
     can_share_layout,
@@ -84,7 +85,7 @@ def weight_map(cfg: ModelConfig, has: Callable[[str], bool] = lambda name: False
             put(f"{prefix}.experts.gate_up_proj", (*path, "gate_up"), (at,))
             put(f"{prefix}.experts.down_proj", (*path, "down"), (at,))
             return
-        for e in range(cfg.experts):
+        for e in range(cfg.num_experts):
             each, half = f"{prefix}.experts.{e}", (size, cfg.hidden_size)
             put(f"{each}.gate_proj.weight", (*path, "gate_up"), (at, e, slice(0, size)), half)
             put(f"{each}.up_proj.weight", (*path, "gate_up"), (at, e, slice(size, 2 * size)), half)
@@ -96,15 +97,15 @@ def weight_map(cfg: ModelConfig, has: Callable[[str], bool] = lambda name: False
             put(f"{prefix}.{name}.weight", (*path, ours), lead)
         names, where = (_ATTENTION, "self_attn") if kind == FULL else (_DELTANET, "linear_attn")
         for ours, name in names.items():
-            shape = (cfg.conv_size, 1, cfg.conv_width) if ours == "conv" else None
+            shape = (cfg.conv_channels, 1, cfg.conv_width) if ours == "conv" else None
             put(f"{prefix}.{where}.{name}", (*path, "mixer", ours), lead, shape)
         mlp, shared = (*path, "mlp"), f"{prefix}.mlp.shared_expert"
-        if cfg.experts:
+        if cfg.num_experts:
             put(f"{prefix}.mlp.gate.weight", (*mlp, "router"), lead)
             put(f"{shared}_gate.weight", (*mlp, "shared_gate"), lead)
             experts(f"{prefix}.mlp", mlp, at or 0)
         for ours, name in _MLP.items():
-            if cfg.experts:
+            if cfg.num_experts:
                 put(f"{shared}.{name}", (*mlp, "shared", ours), lead)
             else:
                 put(f"{prefix}.mlp.{name}", (*mlp, ours), lead)
@@ -113,10 +114,10 @@ def weight_map(cfg: ModelConfig, has: Callable[[str], bool] = lambda name: False
     put("norm.weight", ("norm",))
     if not cfg.tied_embeddings:
         put("lm_head.weight", ("lm_head",))
-    for number in range(cfg.layers):
-        repeat, inside = divmod(number, len(cfg.pattern))
+    for number in range(cfg.num_layers):
+        repeat, inside = divmod(number, len(cfg.layer_pattern))
         path = ("decoder", "blocks", repeat, "layers", inside)
-        layer(f"layers.{number}", path, cfg.pattern[inside], ONLY_LAYER)
+        layer(f"layers.{number}", path, cfg.layer_pattern[inside], ONLY_LAYER)
     if cfg.mtp_layers:
         for ours, name in _MTP.items():
             put(f"mtp.{name}", ("mtp", ours))
@@ -126,7 +127,7 @@ def weight_map(cfg: ModelConfig, has: Callable[[str], bool] = lambda name: False
 
 def config_of(source: TensorSource) -> ModelConfig:
     """The checkpoint's config; whether there is an MTP head is decided by its tensors, not by its config."""
-    cfg = ModelConfig.from_hf(source.config, where=str(source.path / "config.json"))
+    cfg = config_from_hf(source.config, source=str(source.path / "config.json"))
     return replace(cfg, mtp_layers=int(any(name.startswith("mtp.") for name in source.tensors)))
 
 

@@ -64,7 +64,7 @@ def new_cache(cfg: ModelConfig, batch: int, slots: int, *, dtype: jnp.dtype = jn
         k=jnp.zeros((cfg.full_layers, *kv), dtype),
         v=jnp.zeros((cfg.full_layers, *kv), dtype),
         state=jnp.zeros((*lin, cfg.linear_v_heads, cfg.linear_k_dim, cfg.linear_v_dim), jnp.float32),
-        conv=jnp.zeros((*lin, cfg.conv_width - 1, cfg.conv_size), dtype),
+        conv=jnp.zeros((*lin, cfg.conv_width - 1, cfg.conv_channels), dtype),
         mtp_k=jnp.zeros((cfg.mtp_layers, *kv), dtype),
         mtp_v=jnp.zeros((cfg.mtp_layers, *kv), dtype),
         length=jnp.zeros(batch, jnp.int32),
@@ -76,7 +76,7 @@ def new_pending(cfg: ModelConfig, batch: int, window: int, *, dtype: jnp.dtype =
     """Room for the rows of one verify window; `dtype` as in `new_cache`."""
     lin, f32 = (cfg.linear_layers, batch), jnp.float32
     return PendingDeltaUpdates(
-        conv=jnp.zeros((*lin, cfg.conv_width - 1 + window, cfg.conv_size), dtype),
+        conv=jnp.zeros((*lin, cfg.conv_width - 1 + window, cfg.conv_channels), dtype),
         k=jnp.zeros((*lin, window, cfg.linear_k_heads, cfg.linear_k_dim), f32),
         d=jnp.zeros((*lin, window, cfg.linear_v_heads, cfg.linear_v_dim), f32),
         decay=jnp.zeros((*lin, window, cfg.linear_v_heads), f32),

@@ -32,7 +32,7 @@ class Layer(nnx.Module):
         self.input_norm = new.vector(cfg.hidden_size)
         self.post_norm = new.vector(cfg.hidden_size)
         self.mixer: Any = Attention(cfg, new) if kind == FULL else DeltaNet(cfg, new)
-        self.mlp: Any = Moe(cfg, new) if cfg.experts else Mlp(cfg, new, cfg.mlp_size)
+        self.mlp: Any = Moe(cfg, new) if cfg.num_experts else Mlp(cfg, new, cfg.mlp_size)
 
     def feed_forward(self, x: Array, parts: Array, where: Positions, next_norm: Array) -> tuple[Array, Array]:
         """What follows the mixer, which gave `parts`: the rows, and these normalised for what comes next."""
@@ -74,7 +74,7 @@ class SuperBlock(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, new: ParamFactory):
         self.cfg = cfg
-        self.layers = nnx.List([Layer(cfg, new, kind) for kind in cfg.pattern])
+        self.layers = nnx.List([Layer(cfg, new, kind) for kind in cfg.layer_pattern])
 
     def __call__(  # type: ignore[no-untyped-def]
         self, x: Array, normed: Array, memory: Memory, repeat: Array | int, where: Positions,
@@ -89,8 +89,8 @@ class SuperBlock(nnx.Module):
         """
         norms = [layer.input_norm[...] for layer in self.layers[1:]] + [next_norm]
         full, lin = repeat * self.cfg.full_per_block, repeat * self.cfg.linear_per_block
-        for number, (layer, kind, norm) in enumerate(zip(self.layers, self.cfg.pattern, norms, strict=True), 1):
-            wanted = keep if number == len(self.cfg.pattern) else None
+        for number, (layer, kind, norm) in enumerate(zip(self.layers, self.cfg.layer_pattern, norms, strict=True), 1):
+            wanted = keep if number == len(self.cfg.layer_pattern) else None
             if kind == FULL:
                 cache, pending = memory
                 x, normed, (k, v) = layer.attention(x, normed, (cache.k, cache.v), full, where, norm, wanted)
@@ -111,7 +111,9 @@ class Decoder(nnx.Module):
     """
 
     def __init__(self, cfg: ModelConfig, dtype: jnp.dtype) -> None:
-        self.blocks = nnx.List([SuperBlock(cfg, ParamFactory(dtype, layer_axis=True)) for _ in range(cfg.repeats)])
+        self.blocks = nnx.List(
+            [SuperBlock(cfg, ParamFactory(dtype, layer_axis=True)) for _ in range(cfg.num_superblocks)]
+        )
 
     def __call__(
         self,

@@ -239,11 +239,11 @@ class DeltaNet(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, new: ParamFactory):
         self.cfg = cfg
-        self.in_qkv = new.matrix(cfg.conv_size, cfg.hidden_size)
+        self.in_qkv = new.matrix(cfg.conv_channels, cfg.hidden_size)
         self.in_z = new.matrix(cfg.value_size, cfg.hidden_size)
         self.in_b = new.matrix(cfg.linear_v_heads, cfg.hidden_size)
         self.in_a = new.matrix(cfg.linear_v_heads, cfg.hidden_size)
-        self.conv = new.vector(cfg.conv_size, cfg.conv_width)  # tap width-1 is the row itself
+        self.conv = new.vector(cfg.conv_channels, cfg.conv_width)  # tap width-1 is the row itself
         self.a_log = new.vector(cfg.linear_v_heads)
         self.dt_bias = new.vector(cfg.linear_v_heads)
         self.norm = new.vector(cfg.linear_v_dim)  # plain weight, not zero-centred
@@ -308,7 +308,7 @@ class DeltaNet(nnx.Module):
             )
         norms = None if where.differentiable else pick_norms(platform())
         if norms is None:
-            y = gated_rms_norm(o, z.reshape(o.shape), self.norm[...], cfg.norm_eps, cfg.z_gate)
+            y = gated_rms_norm(o, z.reshape(o.shape), self.norm[...], cfg.norm_eps, cfg.output_gate_act)
         else:
-            y = norms.gated(o.reshape(-1, *o.shape[2:]), parts[1], self.norm[...], cfg.norm_eps, cfg.z_gate)
+            y = norms.gated(o.reshape(-1, *o.shape[2:]), parts[1], self.norm[...], cfg.norm_eps, cfg.output_gate_act)
         return linears_split_k(y.reshape(*x.shape[:2], -1), self.out[...])[0], cache, pending

@@ -44,9 +44,9 @@ class Moe(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, new: ParamFactory):
         self.cfg = cfg
-        self.router = new.matrix(cfg.experts, cfg.hidden_size)
-        self.gate_up = new.experts(cfg.experts, 2 * cfg.expert_size, cfg.hidden_size)
-        self.down = new.experts(cfg.experts, cfg.hidden_size, cfg.expert_size)
+        self.router = new.matrix(cfg.num_experts, cfg.hidden_size)
+        self.gate_up = new.experts(cfg.num_experts, 2 * cfg.expert_size, cfg.hidden_size)
+        self.down = new.experts(cfg.num_experts, cfg.hidden_size, cfg.expert_size)
         self.shared = Mlp(cfg, new, cfg.shared_expert_size)
         self.shared_gate = new.matrix(1, cfg.hidden_size)
 
@@ -67,7 +67,7 @@ class Moe(nnx.Module):
         kernel = KERNELS.get(platform()) if isinstance(weights[-1], Packed) else None  # plain models train, too
         if kernel is None:
             logits, _, gate, up = (added(x, part, jnp.float32) for part in parts)
-            weight, chosen, _ = self.route(logits.reshape(-1, self.cfg.experts))
+            weight, chosen, _ = self.route(logits.reshape(-1, self.cfg.num_experts))
             routed = expert_mlp(flat, self.gate_up[...], self.down[...], index, chosen, weight, alive)
             beside = added(x, shared.ending(gate, up, x.dtype), x.dtype)
             y = routed.reshape(x.shape) + jax.nn.sigmoid(added(x, parts[1], jnp.float32)).astype(x.dtype) * beside

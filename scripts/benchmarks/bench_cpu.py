@@ -16,12 +16,13 @@ import time
 from collections.abc import Callable
 
 from mtpjax.config import FULL, LINEAR, ModelConfig
+from mtpjax.hf_config import config_to_hf
 from scripts.benchmarks.results import describe, ratio_table, write_json
 
 CONFIG = ModelConfig(
-    hidden_size=1024, layers=12, pattern=(LINEAR, LINEAR, LINEAR, FULL), q_heads=8, kv_heads=2, head_dim=256,
+    hidden_size=1024, num_layers=12, layer_pattern=(LINEAR, LINEAR, LINEAR, FULL), q_heads=8, kv_heads=2, head_dim=256,
     rotary_dim=64, rope_theta=1e7, linear_k_heads=8, linear_v_heads=16, linear_k_dim=128, linear_v_dim=128, conv_width=4,
-    vocab_size=32768, experts=64, experts_per_token=8, expert_size=256, shared_expert_size=256, mtp_layers=1,
+    vocab_size=32768, num_experts=64, experts_per_token=8, expert_size=256, shared_expert_size=256, mtp_layers=1,
 )  # fmt: skip
 
 OURS_AND_THEIRS = ("mtpjax", "transformers")
@@ -49,7 +50,7 @@ def transformers_side(dtype: str) -> Side:
     import torch
     from transformers import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
 
-    config = Qwen3_5MoeTextConfig(**CONFIG.without_mtp().to_hf(), dtype=dtype)
+    config = Qwen3_5MoeTextConfig(**config_to_hf(CONFIG.without_mtp()), dtype=dtype)
     model = Qwen3_5MoeForCausalLM(config).to(getattr(torch, dtype)).eval()
 
     @torch.inference_mode()

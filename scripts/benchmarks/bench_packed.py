@@ -18,6 +18,7 @@ import numpy as np
 
 from checkpoints import open_checkpoint, write_safetensors_directory
 from mtpjax import LLM, SamplingParams
+from mtpjax.hf_config import config_to_hf
 from mtpjax.loading.load import load_checkpoint
 from mtpjax.loading.weight_map import export_tensors, random_model
 from scripts.benchmarks.bench_cpu import CONFIG
@@ -38,7 +39,7 @@ def main() -> None:
     gigabytes = {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model"
-        write_safetensors_directory(path, cfg.to_hf(), export_tensors(random_model(cfg, dtype=jnp.bfloat16)))
+        write_safetensors_directory(path, config_to_hf(cfg), export_tensors(random_model(cfg, dtype=jnp.bfloat16)))
         for name, weights in FORMS.items():
             model = load_checkpoint(open_checkpoint(path), dtype=jnp.bfloat16, mtp=False, weights=weights)
             gigabytes[name] = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)) / 1e9

@@ -31,7 +31,6 @@ from flax import nnx
 
 from checkpoints import TINY, open_checkpoint
 from kernels_pallas.platform import compile_options, platform
-from mtpjax.config import PRESETS, preset
 from mtpjax.decoding.acceptance import exact_match, simulated
 from mtpjax.decoding.output_rows import NO_ROWS, OutputRows
 from mtpjax.decoding.sampling import MAX_STOP_TOKENS, BatchSamplingParams
@@ -41,6 +40,7 @@ from mtpjax.loading.cpu_layout import optimize_for_cpu
 from mtpjax.loading.load import cache_dtype, load_checkpoint, load_options
 from mtpjax.loading.weight_map import LoadedModel, random_model
 from mtpjax.model.cache import new_cache, padded_kv_length
+from mtpjax.presets import PRESETS, preset
 from mtpjax.text.tokenizer import load_tokenizer
 from scripts.benchmarks.bench_prefill import CONFIG
 from scripts.benchmarks.count_flops import whole_layer

@@ -22,11 +22,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from mtpjax.config import PRESETS, ConfigError, ModelConfig, preset
+from mtpjax.config import ConfigError, ModelConfig
 from mtpjax.decoding.output_rows import OutputRows
 from mtpjax.decoding.steps import prefill
+from mtpjax.hf_config import config_from_hf
 from mtpjax.model import abstract_model, place
 from mtpjax.model.cache import Cache, new_cache, padded_kv_length
+from mtpjax.presets import PRESETS, preset
 from scripts.benchmarks.flops import Flops, count_flops, expected_trips
 
 FIRST = OutputRows.at(0)
@@ -121,7 +123,7 @@ def table(cfg: ModelConfig, *, chunk: int, context: int) -> list[tuple[str, str,
 def config(name: str) -> ModelConfig:
     """A published size by name, or the config.json in a folder."""
     file = Path(name) / "config.json"
-    return ModelConfig.from_hf(json.loads(file.read_text()), where=str(file)) if file.is_file() else preset(name)
+    return config_from_hf(json.loads(file.read_text()), source=str(file)) if file.is_file() else preset(name)
 
 
 def main() -> None:

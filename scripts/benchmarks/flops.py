@@ -140,12 +140,16 @@ def expected_trips(cfg: ModelConfig, *, rows: int, context: int, kept: int = 0) 
         carried = [v.aval.shape for v in eqn.outvars if any(jnp.issubdtype(v.aval.dtype, kind) for kind in kinds)]
         if [len(s) for s in carried] == [5, 5, 5] and carried[0][-1] == carried[1][-1] == 1:
             return -(-context // BLOCK)
-        if cfg.experts and [s[1:] for s in carried] == [(cfg.hidden_size,)]:
+        if cfg.num_experts and [s[1:] for s in carried] == [(cfg.hidden_size,)]:
             for live in filter(None, (rows, kept)):
-                sizes = choose_windows(live, cfg.experts_per_token, cfg.experts)
+                sizes = choose_windows(live, cfg.experts_per_token, cfg.num_experts)
                 size = _rows_written(eqn)
-                if size in sizes and carried[0][0] == window_places(live * cfg.experts_per_token, cfg.experts, sizes):
-                    return cfg.experts * _expected_windows(live, cfg.experts_per_token / cfg.experts, sizes, size)
+                if size in sizes and carried[0][0] == window_places(
+                    live * cfg.experts_per_token, cfg.num_experts, sizes
+                ):
+                    return cfg.num_experts * _expected_windows(
+                        live, cfg.experts_per_token / cfg.num_experts, sizes, size
+                    )
         raise ValueError(
             f"a loop that carries {carried} is neither attention nor the experts of {rows} rows of this model"
         )

@@ -27,9 +27,10 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from checkpoints import TINY, CheckpointError, QuantisedDirectory, open_checkpoint
+from checkpoints import TINY, CheckpointError, QuantizedDirectory, open_checkpoint
 from mtpjax import LLM
 from mtpjax.config import FULL, LINEAR, ModelConfig
+from mtpjax.hf_config import config_to_hf
 from mtpjax.loading.weight_map import check_source, export_tensors, random_model
 from scripts.benchmarks.results import describe, write_json
 from scripts.format_checks.libraries import CASES, Case, Packed
@@ -53,10 +54,11 @@ KINDS = ("moe", "dense")
 
 def model_config(moe: bool) -> ModelConfig:
     """Two layers and an MTP head, with rows and columns that all formats can cut into groups of 128."""
-    experts: dict[str, int] = {"experts": 4, "experts_per_token": 2, "expert_size": 128, "shared_expert_size": 128}
+    experts: dict[str, int] = {"num_experts": 4, "experts_per_token": 2, "expert_size": 128, "shared_expert_size": 128}
     return ModelConfig(
-        hidden_size=256, layers=2, pattern=(LINEAR, FULL), q_heads=4, kv_heads=2, head_dim=64, rotary_dim=16, rope_theta=1e7,
-        linear_k_heads=2, linear_v_heads=4, linear_k_dim=64, linear_v_dim=64, conv_width=4, vocab_size=256, stop_tokens=(255,),
+        hidden_size=256, num_layers=2, layer_pattern=(LINEAR, FULL), q_heads=4, kv_heads=2, head_dim=64,
+        rotary_dim=16, rope_theta=1e7, linear_k_heads=2, linear_v_heads=4, linear_k_dim=64, linear_v_dim=64, conv_width=4,
+        vocab_size=256, stop_token_ids=(255,),
         **(experts if moe else {"mlp_size": 384}),
     )  # fmt: skip
 
@@ -91,7 +93,7 @@ def quantised(name: str) -> bool:
 def write(folder: Path, cfg: ModelConfig, tensors: dict[str, torch.Tensor], **extra: Any) -> Path:
     folder.mkdir()
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(cfg.to_hf() | extra))
+    (folder / "config.json").write_text(json.dumps(config_to_hf(cfg) | extra))
     return folder
 
 
@@ -99,7 +101,7 @@ def compare(folder: Path, cfg: ModelConfig, weights: dict[str, torch.Tensor], pa
     """Every quantised tensor, and logits, of one model."""
     plain = write(folder / "plain", cfg, {n: packed.values.get(n, w).float() for n, w in weights.items()})
     source = open_checkpoint(write(folder / "packed", cfg, packed.tensors, quantization_config=packed.config))
-    assert isinstance(source, QuantisedDirectory)
+    assert isinstance(source, QuantizedDirectory)
     equal, kept, worst, layouts = 0, 0, 0.0, set()
     for raw, value in packed.values.items():
         name, want = raw.removeprefix("model."), value.numpy()
@@ -176,7 +178,7 @@ def check_whole(pipeline: Pipeline) -> dict[str, Any]:
                 check_source(source)
             except CheckpointError as error:
                 return row | {"refused": str(error).replace(folder, "").lstrip("/")}
-            assert isinstance(source, QuantisedDirectory)
+            assert isinstance(source, QuantizedDirectory)
             row[kind] = {
                 "kept_packed": sum(source.read_packed(name) is not None for name in source.tensors),
                 "logits_difference": None if wanted is None else logits_difference(target, wanted.numpy()),

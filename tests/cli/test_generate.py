@@ -18,11 +18,12 @@ from mtpjax import LLM, Metrics, RequestOutput, SamplingParams
 from mtpjax.cli import generate as batch_generate
 from mtpjax.cli.generate import Totals, main
 from mtpjax.engine import engine
+from mtpjax.hf_config import config_to_hf
 from mtpjax.loading.weight_map import export_tensors
 from mtpjax.sampling_params import PENALTIES
 from tests.helpers.models import numpy_model, tiny_config
 
-CFG = tiny_config(moe=False, repeats=1, max_position=512)
+CFG = tiny_config(moe=False, num_superblocks=1, max_position=512)
 SETTINGS = ("--draft", "2", "--mtp-prompt", "9", "--max-len", "40", "--batch", "3", "--admit", "2")
 KEYS = {"id", "prompt", "text", "token_ids", "finish_reason", "metrics"}
 
@@ -31,7 +32,7 @@ KEYS = {"id", "prompt", "text", "token_ids", "finish_reason", "metrics"}
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of 96 words."""
     path = tmp_path_factory.mktemp("batch") / "model"
-    write_safetensors_directory(path, CFG.to_hf(), export_tensors(numpy_model(CFG, seed=1, scale=0.5)))
+    write_safetensors_directory(path, config_to_hf(CFG), export_tensors(numpy_model(CFG, seed=1, scale=0.5)))
     tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(96)}, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(path / "tokenizer.json"))

@@ -37,7 +37,7 @@ def test_an_acceptance_length_becomes_the_schedule_of_least_variance():
 @pytest.mark.parametrize("length", [1.0, 2.5, 4.0])
 def test_the_loop_follows_the_schedule(length):
     """Random weights accept next to nothing; here the tokens of a round are those that were asked for."""
-    model = numpy_model(tiny_config(moe=False, repeats=1))
+    model = numpy_model(tiny_config(moe=False, num_superblocks=1))
     llm = LLM(model, draft=3, max_len=300, acceptance=SimulatedAcceptance.of_length(length, 3))
     params = SamplingParams(max_tokens=200, ignore_eos=True)
     outputs = llm.generate([[1, 2, 3]] * 4, params)

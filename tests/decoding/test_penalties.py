@@ -109,7 +109,7 @@ DRAFTED = ((3, 6), (3, 1), (1, 4))  # draft length, batch
 
 @pytest.fixture(scope="module")
 def model():
-    return numpy_model(tiny_config(moe=True, repeats=1, vocab_size=VOCAB), seed=7, scale=0.15)
+    return numpy_model(tiny_config(moe=True, num_superblocks=1, vocab_size=VOCAB), seed=7, scale=0.15)
 
 
 @pytest.fixture(scope="module")

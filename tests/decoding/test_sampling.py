@@ -162,7 +162,7 @@ def toy():
     """A model of eight ids, seven of which exist, and the joint distribution `[V, V]` of the tokens behind `START`."""
     sizes = {"hidden_size": 16, "q_heads": 2, "kv_heads": 1, "head_dim": 8, "rotary_dim": 4, "linear_k_heads": 1}
     sizes |= {"linear_v_heads": 2, "linear_k_dim": 8, "linear_v_dim": 8, "mlp_size": 24, "vocab_size": PADDED}
-    cfg = tiny_config(moe=False, pattern=(LINEAR, FULL), repeats=1, **sizes)
+    cfg = tiny_config(moe=False, layer_pattern=(LINEAR, FULL), num_superblocks=1, **sizes)
     model = numpy_model(cfg, seed=2, scale=0.35)
     engine = make_engine(model, draft=0, max_len=16, buckets=(2,))
     _, _, kept = engine.read([[START, t] for t in range(VOCAB)], OutputRows.all(), keep=True)

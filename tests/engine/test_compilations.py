@@ -42,7 +42,7 @@ def prompts(number: int, longest: int, vocab: int) -> list[list[int]]:
 @pytest.mark.parametrize(("draft", "admit", "more"), [(2, None, 4), (0, 3, 4), (2, 8, 2)])
 def test_a_job_compiles_as_many_programs_as_chunk_lengths_and_a_few(events, draft, admit, more):
     """The loop and an empty cache; where slots are filled again, an empty cache for the slots and what fills them, too."""
-    model = numpy_model(tiny_config(moe=draft > 0, repeats=1))
+    model = numpy_model(tiny_config(moe=draft > 0, num_superblocks=1))
     before = events[COMPILED]
     llm = LLM(model, draft=draft, max_len=240, max_batch=8, admit=admit, prefill_chunks=BUCKETS)
     job = prompts(100, 200, model.cfg.vocab_size)
@@ -79,7 +79,7 @@ jax.monitoring.register_event_listener(lambda name, **_: seen.update([name]))
 from tests.helpers.models import numpy_model, tiny_config
 from mtpjax import LLM, SamplingParams
 
-model = numpy_model(tiny_config(moe=True, repeats=1))
+model = numpy_model(tiny_config(moe=True, num_superblocks=1))
 seen.clear()
 llm = LLM(model, draft=2, max_len=64, max_batch=2, prefill_chunks=(16,))
 tokens = [o.token_ids for o in llm.generate([[5, 6, 7], [8] * 20], SamplingParams(max_tokens=9))]
@@ -113,7 +113,7 @@ def test_programs_go_with_their_llm():
 
     Each holds hundreds of memory mappings, of which Linux gives a process 65,530.
     """
-    model = numpy_model(tiny_config(moe=False, repeats=1))
+    model = numpy_model(tiny_config(moe=False, num_superblocks=1))
 
     def alive() -> int:
         gc.collect()

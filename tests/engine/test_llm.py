@@ -17,11 +17,12 @@ from checkpoints import CheckpointError, open_checkpoint, write_safetensors_dire
 from mtpjax import LLM, SamplingParams
 from mtpjax.cli.convert import main as convert
 from mtpjax.config import ConfigError
+from mtpjax.hf_config import config_to_hf
 from mtpjax.loading.load import load_checkpoint
 from mtpjax.loading.weight_map import export_tensors, flat
 from tests.helpers.models import numpy_model, tiny_config
 
-CFG = tiny_config(moe=False, repeats=1, max_position=512)  # 96 ids, the last is its stop token
+CFG = tiny_config(moe=False, num_superblocks=1, max_position=512)  # 96 ids, the last is its stop token
 MODEL = numpy_model(CFG, seed=1, scale=0.5)
 TENSORS = {name: read() for name, _, _, read in export_tensors(MODEL)}
 WORDS = [f"w{i}" for i in range(90)]  # fewer than ids: a published matrix is padded too
@@ -30,7 +31,7 @@ SMALL: dict[str, Any] = {"max_len": 40, "max_batch": 2, "prefill_chunks": (16,)}
 
 def write(path: Path, tensors: dict[str, np.ndarray] = TENSORS, *, words: bool = False, **config: Any) -> Path:
     entries = [(name, a.shape, a.dtype, lambda a=a: a) for name, a in tensors.items()]
-    write_safetensors_directory(path, CFG.to_hf() | config, entries)
+    write_safetensors_directory(path, config_to_hf(CFG) | config, entries)
     if words:
         tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="w0"))
         tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -133,7 +134,7 @@ def damaged(change: Callable[[Path], Any]) -> Callable[[Path], Path]:
 
 def set_config(**values: Any) -> Callable[[Path], Any]:
     def change(path: Path) -> None:
-        (path / "config.json").write_text(json.dumps(CFG.to_hf() | values))
+        (path / "config.json").write_text(json.dumps(config_to_hf(CFG) | values))
 
     return change
 

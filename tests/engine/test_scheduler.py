@@ -18,7 +18,7 @@ LENGTHS = (40, 3, 0, 17, 1, 33, 8, 60, 2, 25, 5, 12, 50)  # of the texts
 
 @pytest.fixture(scope="module")
 def model():
-    return numpy_model(tiny_config(moe=True, repeats=1, vocab_size=VOCAB), seed=7, scale=0.15)
+    return numpy_model(tiny_config(moe=True, num_superblocks=1, vocab_size=VOCAB), seed=7, scale=0.15)
 
 
 def requests() -> list[Request]:

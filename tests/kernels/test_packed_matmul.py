@@ -324,7 +324,7 @@ def test_a_model_with_packed_matrices_is_the_dequantised_one(interpreted: None) 
     from mtpjax.decoding.steps import forward_hidden
     from mtpjax.model.cache import new_cache
 
-    cfg = tiny_config(moe=False, repeats=1, hidden_size=64, linear_v_dim=16, mlp_size=64)
+    cfg = tiny_config(moe=False, num_superblocks=1, hidden_size=64, linear_v_dim=16, mlp_size=64)
     model = numpy_model(cfg)
 
     def pack(path: Any, leaf: Any) -> Any:

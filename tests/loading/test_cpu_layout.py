@@ -41,8 +41,8 @@ def test_every_small_matrix_is_turned(moe: bool) -> None:
             assert after[path][...].shape == leaf[...].shape
     beside = sum(kind is FusedPlaceholder for kind in kinds.values())
     layers, full = (
-        model.cfg.layers + model.cfg.mtp_layers,
-        model.cfg.layers // len(model.cfg.pattern) + model.cfg.mtp_layers,
+        model.cfg.num_layers + model.cfg.mtp_layers,
+        model.cfg.num_layers // len(model.cfg.layer_pattern) + model.cfg.mtp_layers,
     )
     assert beside == 3 * (layers - full) + full + (3 if moe else 1) * layers
     numbers = sum(leaf.size for leaf in jax.tree.leaves(optimize_for_cpu(model).params))

@@ -11,11 +11,12 @@ import pytest
 
 from checkpoints import TINY, open_checkpoint, write_gguf, write_safetensors_directory
 from checkpoints.gguf.file import GgufFile
-from checkpoints.packed_array import alike
+from checkpoints.packed_array import to_common_layout
 from checkpoints.quantize import MODES, quantize
 from kernels_pallas.weights.quantized import QuantizedTensor
 from mtpjax import LLM, SamplingParams
 from mtpjax.config import FULL, LINEAR
+from mtpjax.hf_config import config_to_hf
 from mtpjax.loading.load import load_checkpoint
 from mtpjax.loading.quantized_leaves import can_quantize
 from mtpjax.loading.weight_map import LoadedModel, export_tensors, flat, random_model
@@ -23,7 +24,7 @@ from tests.helpers.models import numpy_model, tiny_config
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64, "head_dim": 32, "rotary_dim": 8, "linear_k_dim": 32, "linear_v_dim": 32, "expert_size": 32,
-    "shared_expert_size": 32, "vocab_size": 128, "pattern": (LINEAR, FULL),
+    "shared_expert_size": 32, "vocab_size": 128, "layer_pattern": (LINEAR, FULL),
 }  # fmt: skip
 IDS = np.random.default_rng(3).integers(0, 90, 30).tolist()
 
@@ -44,7 +45,7 @@ def packed_leaves(model: LoadedModel) -> int:
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("packed") / "m"
     cfg = tiny_config(moe=request.param, **SIZES)
-    write_safetensors_directory(path, cfg.to_hf(), export_tensors(numpy_model(cfg)))
+    write_safetensors_directory(path, config_to_hf(cfg), export_tensors(numpy_model(cfg)))
     return path
 
 
@@ -71,7 +72,7 @@ def test_a_gguf_file_stays_packed(kind: str, tmp_path: Path) -> None:
     """Kept packed it computes what it computes dequantised; each tensor's packed values are those that are read."""
     cfg = tiny_config(moe=True, linear_v_heads=6, **SIZES)
     tensors = [(name.removeprefix("model."), read) for name, _, _, read in export_tensors(numpy_model(cfg))]
-    write_gguf(tmp_path / "m.gguf", cfg.to_hf(), tensors, kind)
+    write_gguf(tmp_path / "m.gguf", config_to_hf(cfg), tensors, kind)
     source = open_checkpoint(tmp_path / "m.gguf")
     assert isinstance(source, GgufFile)
     seen = 0
@@ -92,7 +93,7 @@ def test_weights_of_several_forms_become_one() -> None:
     four, eight = quantize(x, "iq4nl"), quantize(x, "int8")
     fine = replace(eight, group=16, scale=eight.scale.repeat(2, axis=-1).astype(np.float32))
     moved = replace(four, offset=rng.normal(size=four.scale.shape).astype(np.float32))
-    for before, after in zip((four, fine, moved), alike([four, fine, moved]), strict=True):
+    for before, after in zip((four, fine, moved), to_common_layout([four, fine, moved]), strict=True):
         assert (after.layout, after.group) == ("codes8", 16)
         np.testing.assert_array_equal(after.dequantize(), before.dequantize())
 
@@ -135,7 +136,7 @@ def test_what_cannot_be_is_said(folder: Path) -> None:
 @pytest.mark.parametrize("weights", ["int4", "int8", "iq4nl", "fp8"])
 def test_random_packed_weights_have_the_form_and_spread_of_loaded_ones(weights):
     """As `load_model` would pack them: same leaves packed, same layout, shapes and dtypes; deviation as asked, none repeated."""
-    cfg = tiny_config(moe=True, repeats=1, **SIZES)
+    cfg = tiny_config(moe=True, num_superblocks=2, **SIZES)
     model = random_model(cfg, weights=weights, scale=0.02)
     leaves = flat(model.params)
     packed = {path: leaf[...] for path, leaf in leaves.items() if isinstance(leaf[...], QuantizedTensor)}
@@ -155,13 +156,13 @@ def test_random_packed_weights_have_the_form_and_spread_of_loaded_ones(weights):
 
 def test_random_packed_weights_need_a_form():
     with pytest.raises(ValueError, match="'packed', which is for GGUF files"):
-        random_model(tiny_config(moe=True, repeats=1, **SIZES), weights="packed")
+        random_model(tiny_config(moe=True, num_superblocks=1, **SIZES), weights="packed")
 
 
 @pytest.mark.parametrize("weights", MODES)
-def test_vectors_the_router_and_the_gates_are_never_packed(weights):
-    """With 32 heads the gates of DeltaNet would make whole groups."""
-    cfg = tiny_config(moe=True, repeats=1, **{**SIZES, "linear_v_heads": 32, "linear_k_heads": 16})
+def test_a_stack_of_vectors_is_no_matrix(weights):
+    """On a GPU the layers lie in stacks: one decay rate a head for ten layers is `[10, 32]`, which would make whole groups."""
+    cfg = tiny_config(moe=True, num_superblocks=2, **{**SIZES, "linear_v_heads": 32, "linear_k_heads": 16})
     leaves = flat(random_model(cfg, weights=weights).params)
     names = {path[-1] for path, leaf in leaves.items() if isinstance(leaf[...], QuantizedTensor)}
     assert ("gate_up" in names) and not names & {

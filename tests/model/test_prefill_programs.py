@@ -13,12 +13,13 @@ from jax import lax
 from jax.extend.core import Jaxpr, Literal
 
 from kernels_pallas.grouped_matmul.plan import choose_windows, window_places
-from mtpjax.config import FULL, LINEAR, PRESETS, ModelConfig
+from mtpjax.config import FULL, LINEAR, ModelConfig
 from mtpjax.decoding.output_rows import OutputRows
 from mtpjax.decoding.steps import prefill
 from mtpjax.engine.model_runner import BUCKETS
 from mtpjax.model import abstract_model, commit, place
 from mtpjax.model.cache import BLOCK, new_cache, padded_kv_length
+from mtpjax.presets import PRESETS
 from scripts.benchmarks.count_flops import FIRST, trace
 from scripts.benchmarks.flops import Held, arrays, inputs_read
 from tests.helpers.models import cpu_only
@@ -26,10 +27,10 @@ from tests.helpers.models import cpu_only
 NONE, LAST, ALL = OutputRows.none(), OutputRows.last(), OutputRows.all()
 VOCAB = 1009  # a prime: an array of whole rows of logits has a multiple of it in elements, whatever its shape
 DENSE = ModelConfig(
-    hidden_size=48, layers=4, pattern=(LINEAR, FULL), q_heads=4, kv_heads=2, head_dim=24, rotary_dim=8, rope_theta=1e7,
-    linear_k_heads=2, linear_v_heads=4, linear_k_dim=20, linear_v_dim=28, conv_width=4, vocab_size=VOCAB, mlp_size=72,
+    hidden_size=48, num_layers=4, layer_pattern=(LINEAR, FULL), q_heads=4, kv_heads=2, head_dim=24, rotary_dim=8,
+    rope_theta=1e7, linear_k_heads=2, linear_v_heads=4, linear_k_dim=20, linear_v_dim=28, conv_width=4, vocab_size=VOCAB, mlp_size=72,
 )  # fmt: skip
-MOE = replace(DENSE, mlp_size=0, experts=6, experts_per_token=2, expert_size=36, shared_expert_size=44)
+MOE = replace(DENSE, mlp_size=0, num_experts=6, experts_per_token=2, expert_size=36, shared_expert_size=44)
 BIG, CHUNK = PRESETS["35b-a3b"], 2048
 
 
@@ -119,7 +120,7 @@ def test_the_walk_looks_into_programs_inside(wrap):
 
 def test_compiled_prompt_chunk_has_no_head_and_without_mtp_no_last_layer():
     """What the walk says about the program is true of what XLA makes of it."""
-    cfg, loops = replace(DENSE, layers=2), {}
+    cfg, loops = replace(DENSE, num_layers=2), {}
     for mtp in (1, 0):
         traced = program(replace(cfg, mtp_layers=mtp), NONE, 64)
         text = traced.lower().compile().as_text()
@@ -237,7 +238,7 @@ def test_dead_values_of_loops_are_not_read():
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_committed_row_is_not_computed_anew_for_every_element_of_the_state(rows):
     """What a compiler fuses into the pass over the state is computed once an element: operands of it, no more."""
-    cfg = replace(MOE, layers=6, mtp_layers=0)
+    cfg = replace(MOE, num_layers=6, mtp_layers=0)
     graph, params = nnx.split(abstract_model(cfg))
 
     def step(params, tokens, cache):
@@ -264,7 +265,7 @@ def loops(cfg: ModelConfig, rows: int) -> list:
                 if isinstance(inner, Jaxpr):
                     walk(inner)
 
-    walk(program(replace(cfg, layers=2, mtp_layers=0), LAST, rows, batch=1).jaxpr.jaxpr)
+    walk(program(replace(cfg, num_layers=2, mtp_layers=0), LAST, rows, batch=1).jaxpr.jaxpr)
     return found
 
 
@@ -288,14 +289,14 @@ def test_temporary_memory_of_35b_does_not_grow_with_the_context():
     attention = [a for a in held if "while" in a.where and "custom_vjp_call" not in a.where]
     assert max(a.size for a in attention) == BIG.q_heads * CHUNK * BLOCK  # scores of one block
     assigned = BIG.experts_per_token * CHUNK
-    places = window_places(assigned, BIG.experts, choose_windows(CHUNK, BIG.experts_per_token, BIG.experts))
+    places = window_places(assigned, BIG.num_experts, choose_windows(CHUNK, BIG.experts_per_token, BIG.num_experts))
     stored = [a for a in held if a.made_by != "bitcast_convert_type"]  # which only gives bits another name
     assert max(a.nbytes for a in stored) == places * BIG.hidden_size * 2  # 79 MiB: the rows of all windows
 
 
 def test_one_program_serves_every_context():
     """Attention is a loop whose end is computed: where the chunk stands is a value of the cache, not of the program."""
-    found = loops(replace(DENSE, pattern=(FULL,)), 64)
+    found = loops(replace(DENSE, layer_pattern=(FULL,)), 64)
     assert len(found) == 2
     for loop in found:
         start, end = loop.invars[loop.params["cond_nconsts"] + loop.params["body_nconsts"] :][:2]

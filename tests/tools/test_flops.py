@@ -11,9 +11,10 @@ from jax import lax
 
 from checkpoints import TINY
 from kernels_pallas.grouped_matmul.plan import choose_windows, plan_windows
-from mtpjax.config import PRESETS, ModelConfig
+from mtpjax.config import ModelConfig
 from mtpjax.model import abstract_model, place
 from mtpjax.model.cache import BLOCK
+from mtpjax.presets import PRESETS
 from scripts.benchmarks.count_flops import FIRST, config, flops, main, prompt_flops, table, trace
 from scripts.benchmarks.flops import count_flops, expected_trips
 from tests.model.test_prefill_programs import ALL, BIG, CHUNK, DENSE, LAST, MOE, NONE, loops, shape
@@ -130,7 +131,7 @@ def test_expected_expert_windows_are_the_mean_of_random_routing(rows):
     sizes = choose_windows(rows, k, experts)
     chosen = np.argsort(np.random.default_rng(0).random((draws, rows, experts)), axis=-1)[..., :k]
     first = jax.jit(jax.vmap(lambda c: plan_windows(c, jnp.ones(rows, bool), experts, sizes).first))(chosen)
-    cfg = replace(MOE, experts=experts, experts_per_token=k)
+    cfg = replace(MOE, num_experts=experts, experts_per_token=k)
     found = [e for e in loops(cfg, rows) if len(e.outvars[-1].aval.shape) == 2]
     assert len(found) > len(sizes)  # those of the first layer, whose rows are all read, and of the second
     trips = expected_trips(cfg, rows=rows, context=1)
