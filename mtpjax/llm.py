@@ -21,7 +21,7 @@ from mtpjax.engine.model_runner import BUCKETS
 from mtpjax.engine.request import Request, Result
 from mtpjax.engine.scheduler import TokenCallback
 from mtpjax.loading.load import cache_dtype, load_checkpoint
-from mtpjax.loading.weight_map import LoadedModel
+from mtpjax.loading.loaded_model import LoadedModel
 from mtpjax.outputs import Prompt, RequestOutput, output_of
 from mtpjax.sampling_params import PENALTIES, SamplingParams, recommended, whole
 from mtpjax.text.chat_template import Message
@@ -95,7 +95,7 @@ class LLM:
             loaded = model
         else:
             source = open_checkpoint(TINY if model is None else model)
-            loaded = load_checkpoint(source, dtype=DTYPES[dtype], mtp=draft > 0, weights=weights)
+            loaded = load_checkpoint(source, dtype=DTYPES[dtype], mtp=draft > 0, quantization=weights)
             self._generation_config = source.generation_config
             stops |= _stop_ids(source.generation_config.get("eos_token_id"))
             if self.tokenizer is None and source.tokenizer_file is not None:

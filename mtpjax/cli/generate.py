@@ -30,7 +30,7 @@ from mtpjax import LLM, RequestOutput, SamplingParams
 from mtpjax.cli.jsonl import OPTIONS, Job, LineError, count_lines, read_jobs
 from mtpjax.cli.resumable_output import Answers, ResumeError
 from mtpjax.llm import DTYPES, MAX_DRAFT
-from mtpjax.loading.quantized_leaves import WEIGHTS
+from mtpjax.loading.quantized_leaves import QUANTIZATIONS
 
 # What the texts do not depend on, so that a run may go on with another: where they stand, and how they are computed.
 FREE = {"input", "output", "overwrite", "resume", "limit", "draft", "mtp_prompt", "batch", "admit"}
@@ -210,7 +210,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--dtype", choices=tuple(DTYPES), default="float32", help="of computing")
     add(
         "--weights",
-        choices=WEIGHTS,
+        choices=QUANTIZATIONS,
         help="matrices quantised on load, or packed as in a GGUF file (default: the fastest)",
     )
     add("--max-len", type=int, default=2048, metavar="N", help="prompt and new tokens of a sequence at most")

@@ -19,7 +19,7 @@ from mtpjax.decoding.speculative import DecodeState, Drafter, decode, insert, mt
 from mtpjax.decoding.steps import forward_hidden, prefill
 from mtpjax.engine.request import as_host_array
 from mtpjax.loading.cpu_layout import optimize_for_cpu
-from mtpjax.loading.weight_map import LoadedModel
+from mtpjax.loading.loaded_model import LoadedModel
 from mtpjax.model.cache import Cache, new_cache, padded_kv_length
 
 BUCKETS = (16, 64, 256, 512)  # rows of a prompt chunk

@@ -34,7 +34,7 @@ def ours(max_len: int, dtype: str, draft: int = 0) -> Side:
     import jax.numpy as jnp
 
     from mtpjax import LLM, SamplingParams
-    from mtpjax.loading.weight_map import random_model
+    from mtpjax.loading.random_init import random_model
 
     model = random_model(CONFIG if draft else CONFIG.without_mtp(), dtype=getattr(jnp, dtype))
     llm = LLM(model, draft=draft, dtype=dtype, max_len=max_len, max_batch=1, prefill_chunks=(512, 2048))

@@ -19,7 +19,7 @@ from mtpjax.cli import generate as batch_generate
 from mtpjax.cli.generate import Totals, main
 from mtpjax.engine import engine
 from mtpjax.hf_config import config_to_hf
-from mtpjax.loading.weight_map import export_tensors
+from mtpjax.loading.export import export_tensors
 from mtpjax.sampling_params import PENALTIES
 from tests.helpers.models import numpy_model, tiny_config
 

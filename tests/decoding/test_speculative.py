@@ -16,7 +16,7 @@ from mtpjax.decoding.sampling import gumbel_noise
 from mtpjax.decoding.speculative import DecodeState, decode, mtp_drafter
 from mtpjax.engine.engine import Engine
 from mtpjax.engine.request import Request, Result, stack_requests
-from mtpjax.loading.weight_map import LoadedModel
+from mtpjax.loading.loaded_model import LoadedModel
 from tests.helpers.models import make_engine, numpy_model, tiny_config
 
 TOKENS, MORE = 200, 208  # new tokens of a request; of a reference that a drafter looks ahead in

@@ -16,7 +16,8 @@ from checkpoints import SafetensorsDirectory, write_safetensors_directory
 from mtpjax.config import FULL, LINEAR, ModelConfig
 from mtpjax.engine.engine import Engine
 from mtpjax.hf_config import config_from_hf
-from mtpjax.loading.weight_map import LoadedModel, fill, load_model
+from mtpjax.loading.load import load_model
+from mtpjax.loading.loaded_model import LoadedModel, map_params
 from mtpjax.model import abstract_model
 from tests.golden.weights import golden_config, golden_tensors
 
@@ -92,7 +93,7 @@ def numpy_model(cfg: ModelConfig, *, seed: int = 0, scale: float = 0.15) -> Load
             values = scale * rng.normal(size=shape)
         return jnp.asarray(values, leaf.dtype)
 
-    return LoadedModel(cfg, graph, fill(params, make))
+    return LoadedModel(cfg, graph, map_params(params, make))
 
 
 def make_engine(model: LoadedModel, *, max_len: int = 250, buckets: tuple[int, ...] = (32,), **kw: Any) -> Engine:

@@ -8,8 +8,8 @@ import pytest
 from kernels_pallas.weights.transposed import FusedExperts, FusedPlaceholder, TransposedWeight
 from mtpjax.decoding.output_rows import OutputRows
 from mtpjax.engine.request import Request
-from mtpjax.loading.cpu_layout import SIDE_BY_SIDE, SMALL_WEIGHT, optimize_for_cpu
-from mtpjax.loading.weight_map import flat
+from mtpjax.loading.cpu_layout import MAX_WEIGHT_ELEMENTS, SHARE_INPUT, optimize_for_cpu
+from mtpjax.loading.loaded_model import flatten_params
 from mtpjax.model.params import Dense, Expert, Vector
 from tests.helpers.models import cpu_only, make_engine, numpy_model, tiny_config
 
@@ -18,15 +18,15 @@ pytestmark = cpu_only
 
 @pytest.fixture
 def nothing_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mtpjax.loading.cpu_layout.SMALL_WEIGHT", 0)
-    monkeypatch.setattr("mtpjax.loading.cpu_layout.SMALL_HEAD", 0)
+    monkeypatch.setattr("mtpjax.loading.cpu_layout.MAX_WEIGHT_ELEMENTS", 0)
+    monkeypatch.setattr("mtpjax.loading.cpu_layout.MAX_HEAD_ELEMENTS", 0)
 
 
 @pytest.mark.parametrize("moe", [False, True])
 def test_every_small_matrix_is_turned(moe: bool) -> None:
     """All but the embedding, which is looked up by rows; vectors stay, weights of the same rows lie side by side."""
     model = numpy_model(tiny_config(moe=moe, tied_embeddings=True))
-    before, after = flat(model.params), flat(optimize_for_cpu(model).params)
+    before, after = flatten_params(model.params), flatten_params(optimize_for_cpu(model).params)
     kinds = {path: type(leaf[...]) for path, leaf in after.items()}
     assert set(after) == set(before) | {("lm_head",)} and kinds["lm_head",] is TransposedWeight
     for path, leaf in before.items():
@@ -48,12 +48,12 @@ def test_every_small_matrix_is_turned(moe: bool) -> None:
     numbers = sum(leaf.size for leaf in jax.tree.leaves(optimize_for_cpu(model).params))
     assert numbers == sum(leaf.size for leaf in jax.tree.leaves(model.params)) + before["embedding",][...].size
     joined = next(leaf[...] for path, leaf in after.items() if path[-1] == "in_qkv")
-    assert len(joined.parts) == 1 + len(SIDE_BY_SIDE["in_qkv"])
+    assert len(joined.parts) == 1 + len(SHARE_INPUT["in_qkv"])
 
 
 def test_what_is_not_small_stays_as_it_is(nothing_is_small: None) -> None:
     model = numpy_model(tiny_config(moe=True, tied_embeddings=True))
-    before, after = flat(model.params), flat(optimize_for_cpu(model).params)
+    before, after = flatten_params(model.params), flatten_params(optimize_for_cpu(model).params)
     assert set(before) == set(after) and all(after[path][...] is leaf[...] for path, leaf in before.items())
 
 
@@ -63,9 +63,9 @@ def test_the_logits_are_the_same(moe: bool, monkeypatch: pytest.MonkeyPatch) -> 
     model = numpy_model(tiny_config(moe=moe, tied_embeddings=True), scale=0.15)
     prompt = np.random.default_rng(3).integers(0, model.cfg.vocab_size, 75).tolist()
     found = []
-    for limit in (SMALL_WEIGHT, 0):
-        monkeypatch.setattr("mtpjax.loading.cpu_layout.SMALL_WEIGHT", limit)
-        monkeypatch.setattr("mtpjax.loading.cpu_layout.SMALL_HEAD", limit)
+    for limit in (MAX_WEIGHT_ELEMENTS, 0):
+        monkeypatch.setattr("mtpjax.loading.cpu_layout.MAX_WEIGHT_ELEMENTS", limit)
+        monkeypatch.setattr("mtpjax.loading.cpu_layout.MAX_HEAD_ELEMENTS", limit)
         engine = make_engine(model, draft=1, max_len=96)
         found.append(np.concatenate(engine.read([prompt], OutputRows.all(), keep=True)[2], axis=1)[0, -75:])
     assert np.abs(found[0] - found[1]).max() <= 2e-5 * np.abs(found[1]).max()

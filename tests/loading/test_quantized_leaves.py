@@ -17,9 +17,11 @@ from kernels_pallas.weights.quantized import QuantizedTensor
 from mtpjax import LLM, SamplingParams
 from mtpjax.config import FULL, LINEAR
 from mtpjax.hf_config import config_to_hf
+from mtpjax.loading.export import export_tensors
 from mtpjax.loading.load import load_checkpoint
+from mtpjax.loading.loaded_model import LoadedModel, flatten_params
 from mtpjax.loading.quantized_leaves import can_quantize
-from mtpjax.loading.weight_map import LoadedModel, export_tensors, flat, random_model
+from mtpjax.loading.random_init import random_model
 from tests.helpers.models import numpy_model, tiny_config
 
 SIZES: dict[str, Any] = {
@@ -59,7 +61,7 @@ def same_text(one: LLM, other: LLM) -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_quantised_on_load(folder: Path, mode: str) -> None:
     """The packed model computes what its dequantised weights compute, drafts included; most of its matrices are packed."""
-    model = load_checkpoint(open_checkpoint(folder), dtype=jnp.float32, weights=mode)
+    model = load_checkpoint(open_checkpoint(folder), dtype=jnp.float32, quantization=mode)
     assert packed_leaves(model) >= 20
     llm = LLM(folder, draft=2, max_len=64, weights=mode)
     same_text(llm, LLM(dequantised(model), draft=2, max_len=64))
@@ -119,7 +121,7 @@ def test_the_embedded_model_in_four_bits() -> None:
     size, plain = (
         sum(
             leaf.nbytes
-            for leaf in jax.tree.leaves(load_checkpoint(open_checkpoint(TINY), dtype=jnp.float32, weights=w).params)
+            for leaf in jax.tree.leaves(load_checkpoint(open_checkpoint(TINY), dtype=jnp.float32, quantization=w).params)
         )
         for w in ("iq4nl", None)
     )
@@ -137,8 +139,8 @@ def test_what_cannot_be_is_said(folder: Path) -> None:
 def test_random_packed_weights_have_the_form_and_spread_of_loaded_ones(weights):
     """As `load_model` would pack them: same leaves packed, same layout, shapes and dtypes; deviation as asked, none repeated."""
     cfg = tiny_config(moe=True, num_superblocks=2, **SIZES)
-    model = random_model(cfg, weights=weights, scale=0.02)
-    leaves = flat(model.params)
+    model = random_model(cfg, quantization=weights, scale=0.02)
+    leaves = flatten_params(model.params)
     packed = {path: leaf[...] for path, leaf in leaves.items() if isinstance(leaf[...], QuantizedTensor)}
     assert packed.keys() == {path for path, leaf in leaves.items() if can_quantize(path, leaf[...].shape, weights)}
     assert any(path[-1] == "gate_up" for path in packed)
@@ -156,14 +158,14 @@ def test_random_packed_weights_have_the_form_and_spread_of_loaded_ones(weights):
 
 def test_random_packed_weights_need_a_form():
     with pytest.raises(ValueError, match="'packed', which is for GGUF files"):
-        random_model(tiny_config(moe=True, num_superblocks=1, **SIZES), weights="packed")
+        random_model(tiny_config(moe=True, num_superblocks=1, **SIZES), quantization="packed")
 
 
 @pytest.mark.parametrize("weights", MODES)
 def test_a_stack_of_vectors_is_no_matrix(weights):
     """On a GPU the layers lie in stacks: one decay rate a head for ten layers is `[10, 32]`, which would make whole groups."""
     cfg = tiny_config(moe=True, num_superblocks=2, **{**SIZES, "linear_v_heads": 32, "linear_k_heads": 16})
-    leaves = flat(random_model(cfg, weights=weights).params)
+    leaves = flatten_params(random_model(cfg, quantization=weights).params)
     names = {path[-1] for path, leaf in leaves.items() if isinstance(leaf[...], QuantizedTensor)}
     assert ("gate_up" in names) and not names & {
         "a_log",

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from mtpjax.loading.weight_map import flat
+from mtpjax.loading.loaded_model import flatten_params
 from scripts.gpu.check_cuda import problems
 from scripts.gpu.count_instructions import bits_a_weight, instructions, weights_a_turn
 from scripts.gpu.cuda_cases import kernel_cases, program_case, weight_shapes
@@ -72,7 +72,7 @@ def test_a_mixed_file_keeps_the_type_of_every_matrix() -> None:
     """As llama.cpp mixes them: of 41 layers with the MTP block, 22 have down projections of six bits, the others of four."""
     _, args, _, params = program_case("decode q4_k_m")
     assert args[0] is params
-    down = {path: leaf[...] for path, leaf in flat(params).items() if path[-1] == "down" and "shared" not in path}
+    down = {path: leaf[...] for path, leaf in flatten_params(params).items() if path[-1] == "down" and "shared" not in path}
     six = [int(path[2]) * 4 + int(path[4]) for path, w in down.items() if w.layout == "codes6" and path[0] == "decoder"]
     assert sorted(six) == [0, 1, 2, 3, 4, 7, 10, 13, 16, 19, 22, 25, 28, 31, 34, *range(35, 40)]
     assert {w.layout for w in down.values()} == {"codes4", "codes6"} and down[
