@@ -82,7 +82,7 @@ def to_gguf(source: Any, target: Path, kind: str) -> int:
     cfg = model.cfg
     words = load_tokenizer(source.tokenizer_file) if source.tokenizer_file else None
     tokenizer = tokenizer_to_gguf(words, cfg.vocab_size, cfg.stop_token_ids) if words else {}
-    tensors = [(name.removeprefix("model."), read) for name, _, _, read in export_tensors(model, 1)]
+    tensors = [(name.removeprefix("model."), read) for name, _, _, read in export_tensors(model)]
     with _bar(len(tensors)) as bar:
 
         def counted(read: Callable[[], np.ndarray]) -> np.ndarray:

@@ -39,9 +39,7 @@ def main() -> None:
     gigabytes = {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model"
-        write_safetensors_directory(
-            path, config_to_hf(cfg), export_tensors(random_model(cfg, dtype=jnp.bfloat16), cfg.num_superblocks)
-        )
+        write_safetensors_directory(path, config_to_hf(cfg), export_tensors(random_model(cfg, dtype=jnp.bfloat16)))
         for name, weights in FORMS.items():
             model = load_checkpoint(open_checkpoint(path), dtype=jnp.bfloat16, mtp=False, weights=weights)
             gigabytes[name] = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)) / 1e9

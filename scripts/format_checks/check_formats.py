@@ -67,7 +67,7 @@ def random_weights(cfg: ModelConfig) -> dict[str, torch.Tensor]:
     """bfloat16, by published name, one tensor a matrix of an expert. Many columns are of one sign, as zeros at the ends of
     their range need."""
     out = {}
-    for name, shape, _, read in export_tensors(random_model(cfg, scale=0.08), 1):
+    for name, shape, _, read in export_tensors(random_model(cfg, scale=0.08)):
         weight = torch.from_numpy(read().astype(np.float32).copy()).to(torch.bfloat16)
         if quantised(name) or len(shape) == 3 and "experts" in name:
             weight[..., : weight.shape[-2] // 4, :] = weight[..., : weight.shape[-2] // 4, :].abs()
@@ -162,7 +162,7 @@ def check_whole(pipeline: Pipeline) -> dict[str, Any]:
         cfg = model_config(kind == "moe")
         weights = {
             name: torch.from_numpy(read().astype(np.float32).copy())
-            for name, _, _, read in export_tensors(random_model(cfg, scale=0.08), 1)
+            for name, _, _, read in export_tensors(random_model(cfg, scale=0.08))
         }
         with tempfile.TemporaryDirectory() as folder:
             plain, target = write(Path(folder, "plain"), cfg, weights), Path(folder, "packed")

@@ -69,8 +69,8 @@ def test_every_block_type_is_exact(name: str, seed: int, rows: int, blocks: int)
 
 def save_random_model(cfg: ModelConfig, path: Path, tensor_type: str, seed: int = 0) -> Any:
     """Write a random model as GGUF and return it."""
-    model = numpy_model(cfg, seed=seed, stack=1)
-    tensors = [(name.removeprefix("model."), read) for name, _, _, read in export_tensors(model, 1)]
+    model = numpy_model(cfg, seed=seed)
+    tensors = [(name.removeprefix("model."), read) for name, _, _, read in export_tensors(model)]
     write_gguf(path, config_to_hf(cfg), tensors, tensor_type)
     return model
 

@@ -32,7 +32,7 @@ KEYS = {"id", "prompt", "text", "token_ids", "finish_reason", "metrics"}
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of 96 words."""
     path = tmp_path_factory.mktemp("batch") / "model"
-    write_safetensors_directory(path, config_to_hf(CFG), export_tensors(numpy_model(CFG, seed=1, scale=0.5, stack=1), 1))
+    write_safetensors_directory(path, config_to_hf(CFG), export_tensors(numpy_model(CFG, seed=1, scale=0.5)))
     tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(96)}, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(path / "tokenizer.json"))

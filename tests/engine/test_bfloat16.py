@@ -37,7 +37,7 @@ def run(x, gate_up, down, chosen, weights):  # type: ignore[no-untyped-def]
 
 def bfloat16(model: LoadedModel) -> LoadedModel:
     """The same weights, matrices rounded to bfloat16 and computed in it."""
-    graph, like = nnx.split(abstract_model(model.cfg, jnp.bfloat16, stack=model.cfg.num_superblocks))
+    graph, like = nnx.split(abstract_model(model.cfg, jnp.bfloat16))
     return LoadedModel(model.cfg, graph, jax.tree.map(lambda leaf, new: leaf.astype(new.dtype), model.params, like))
 
 

@@ -179,7 +179,7 @@ def write_model(path: Path, fmt: PublishedFormat, unquantized: tuple[str, ...] =
     cfg = tiny_config(moe=True, linear_v_heads=6, **SIZES | sizes)
     weights = {
         name: weight
-        for fused_name, _, _, read in export_tensors(numpy_model(cfg, stack=1), 1)
+        for fused_name, _, _, read in export_tensors(numpy_model(cfg))
         for name, weight in _split_experts(fused_name, read().astype(np.float32))
     }
     _write_folders(path, fmt, weights, config_to_hf(cfg), unquantized)

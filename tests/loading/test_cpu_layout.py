@@ -25,7 +25,7 @@ def nothing_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("moe", [False, True])
 def test_every_small_matrix_is_turned(moe: bool) -> None:
     """All but the embedding, which is looked up by rows; vectors stay, weights of the same rows lie side by side."""
-    model = numpy_model(tiny_config(moe=moe, tied_embeddings=True), stack=1)
+    model = numpy_model(tiny_config(moe=moe, tied_embeddings=True))
     before, after = flat(model.params), flat(optimize_for_cpu(model).params)
     kinds = {path: type(leaf[...]) for path, leaf in after.items()}
     assert set(after) == set(before) | {("lm_head",)} and kinds["lm_head",] is TransposedWeight

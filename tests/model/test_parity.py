@@ -37,7 +37,7 @@ def agree(ours: np.ndarray, theirs: np.ndarray) -> None:
 
 @pytest.fixture(scope="module", params=CASES)
 def case(request, golden):
-    """A case with its model (one scan over all repeats), read in small chunks by one program for each length."""
+    """A case with its model, read in small chunks by one program for each length."""
     gold = golden(request.param)
     loaded = gold.model()
     llm = LLM(loaded, draft=WINDOW - 1, max_len=200, prefill_chunks=CHUNKS[request.param])
@@ -107,15 +107,6 @@ def test_chunks_of_a_prompt(case):
 
 def test_a_prompt_shorter_than_any_chunk(case):
     agree(case.llm.logits(case.gold["short_tokens"].tolist()), case.gold["short_logits"])
-
-
-@pytest.mark.parametrize("name", ["dense_r2", "moe_r2"])
-def test_unrolled_layers(name, golden):
-    """As on a CPU: every repeat of the layer pattern in a leaf of its own."""
-    gold = golden(name)
-    llm = LLM(gold.model(stack=1), prefill_chunks=CHUNKS[name])
-    assert llm.cfg.num_superblocks == 2
-    agree(llm.logits(gold["tokens"].tolist()), gold["logits"])
 
 
 @pytest.mark.parametrize("name", ["dense_r2", "moe_r3"])
