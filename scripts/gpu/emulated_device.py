@@ -15,7 +15,7 @@ import numpy as np
 from kernels_pallas.platform import compiling_for
 from mtpjax.engine import model_runner
 from scripts.gpu.cuda_target import Card, Target
-from scripts.ptx_emulator.program import Program
+from scripts.ptx_emulator.program import EmulatedProgram as Program
 
 
 class EmulatedCard:
