@@ -1,7 +1,5 @@
 """Arithmetic, logic, comparison and selection of registers."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import reduce
 from typing import Any
@@ -9,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from .conversion import PACKED_TYPES, add_round_to_odd, elementwise, round_float64
-from .ptx import DestPair, EmulationError, PtxInstruction, Reg, immediate, unsupported
-from .thread_group import DTYPES, Executor, Mask, ThreadGroup, handles, unsigned
+from .ptx import DTYPES, DestPair, EmulationError, PtxInstruction, Reg, immediate, unsupported
+from .thread_group import Executor, Mask, ThreadGroup, handles, unsigned
 
 FLOAT_TYPES = ("f32", "f64", "f16", "bf16", *PACKED_TYPES)
 CARRY = Reg("CC.CF", 32)  # the carry flag
@@ -213,11 +211,9 @@ def _count_bits(inst: PtxInstruction) -> Executor:
     """PTX ISA, "Integer Arithmetic Instructions: clz, popc"."""
 
     def count(a: Any) -> Any:
-        total: Any = np.zeros(np.shape(a), np.uint32)
-        for n in range(8 * a.dtype.itemsize):
-            shifted = a >> a.dtype.type(n)
-            total = total + (shifted == 0 if inst.opcode == "clz" else shifted & a.dtype.type(1)).astype(np.uint32)
-        return total
+        if inst.opcode == "popc":
+            return np.bitwise_count(a).astype(np.uint32)
+        return np.sum([a >> a.dtype.type(n) == 0 for n in range(8 * a.dtype.itemsize)], axis=0, dtype=np.uint32)
 
     return elementwise(inst, [inst.type], count)
 
@@ -229,14 +225,13 @@ COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
     "equ": lambda a, b: ~(a < b) & ~(a > b), "neu": lambda a, b: a != b, "ltu": lambda a, b: ~(a >= b),
     "leu": lambda a, b: ~(a > b), "gtu": lambda a, b: ~(a <= b), "geu": lambda a, b: ~(a < b),
 }  # fmt: skip
-COMBINATIONS: dict[str, Callable[[Any, Any], Any]] = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
 
 
 @handles("setp")
 def _compare(inst: PtxInstruction) -> Executor:
     """PTX ISA, "Comparison and Selection Instructions: setp", with an optional predicate that is combined."""
     compare = COMPARISONS[inst.tokens[1]]
-    combine = next((COMBINATIONS[token] for token in inst.tokens[2:-1] if token in COMBINATIONS), None)
+    combine = next((INTEGER_OPERATIONS[x][1] for x in inst.tokens[2:-1] if x in ("and", "or", "xor")), None)
     if isinstance(inst.operands[0], DestPair):
         raise unsupported(inst)
     if combine is None:

@@ -1,15 +1,13 @@
 """Rounding of floating-point numbers, and the instruction that converts between types."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from .ptx import PtxInstruction, unsupported
-from .thread_group import DTYPES, Executor, Mask, ThreadGroup, handles
+from .ptx import DTYPES, PtxInstruction, unsupported
+from .thread_group import Executor, Mask, ThreadGroup, handles
 
 PACKED_TYPES = {"bf16x2": "bf16", "f16x2": "f16", "f32x2": "f32"}  # types of two elements, and the type of an element
 ROUNDING_MODES = ("rn", "rz", "rm", "rp", "rna", "rni", "rzi", "rmi", "rpi")  # PTX ISA, "Rounding Modifiers"
@@ -106,27 +104,20 @@ def _convert(inst: PtxInstruction) -> Executor:
     dtype = DTYPES[to]
     to_integer, from_integer = (np.issubdtype(DTYPES[kind], np.integer) for kind in (to, source))
 
-    def from_integer_to_integer(x: Any) -> Any:
-        if saturate:
-            limits = np.iinfo(dtype)
-            x = np.clip(x.astype(object), limits.min, limits.max)
-        return np.asarray(x).astype(dtype)
-
-    def from_float_to_integer(x: Any) -> Any:
-        """Convert; a number outside of the type becomes the nearest number in it, NaN becomes 0."""
-        limits, rounded = np.iinfo(dtype), ROUND_TO_INTEGER[mode](x.astype(np.float64))
+    def convert(x: Any) -> Any:
+        if not to_integer:
+            value = x.astype(np.float64)
+            if mode.endswith("i"):
+                value = ROUND_TO_INTEGER[mode](value)
+            if saturate and not from_integer:
+                value = np.where(value > 0, np.minimum(value, 1), 0)
+            return round_float64(inst, value, dtype)
+        limits = np.iinfo(dtype)
+        if from_integer:
+            return np.asarray(np.clip(x.astype(object), limits.min, limits.max) if saturate else x).astype(dtype)
+        rounded = ROUND_TO_INTEGER[mode](x.astype(np.float64))  # out of range: the nearest number in it; NaN: 0
         finite = np.nan_to_num(rounded, posinf=float(limits.max), neginf=float(limits.min))
-        clipped = np.clip(finite, limits.min, limits.max)
-        return np.where(rounded >= limits.max, dtype(limits.max), clipped.astype(dtype))
+        clipped = np.clip(finite, limits.min, limits.max).astype(dtype)
+        return np.where(rounded >= limits.max, dtype(limits.max), clipped)
 
-    def to_float(x: Any) -> Any:
-        value = x.astype(np.float64)
-        if not from_integer and mode.endswith("i"):
-            value = ROUND_TO_INTEGER[mode](value)
-        if not from_integer and saturate:
-            value = np.where(value > 0, np.minimum(value, 1), 0)
-        return round_float64(inst, value, dtype)
-
-    if not to_integer:
-        return elementwise(inst, [source], to_float)
-    return elementwise(inst, [source], from_integer_to_integer if from_integer else from_float_to_integer)
+    return elementwise(inst, [source], convert)

@@ -1,7 +1,5 @@
 """Reader of optimized HLO modules, as `jax.stages.Compiled.as_text` returns and `--xla_dump_to` writes them."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -9,11 +7,9 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-DTYPES: dict[str, Any] = {
-    "pred": np.bool_, "s8": np.int8, "u8": np.uint8, "s16": np.int16, "u16": np.uint16, "s32": np.int32,
-    "u32": np.uint32, "s64": np.int64, "u64": np.uint64, "f16": np.float16, "bf16": ml_dtypes.bfloat16,
-    "f32": np.float32, "f64": np.float64, "f8e4m3fn": ml_dtypes.float8_e4m3fn,
-}  # fmt: skip
+from . import ptx
+
+DTYPES = ptx.DTYPES | {"f8e4m3fn": ml_dtypes.float8_e4m3fn}  # other types have the same names as in PTX
 _COMPUTATION = re.compile(r"^(ENTRY )?%([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
 _TYPE_TOKEN = re.compile(r"((\w+)\[([\d,]*)\](?:\{[^}]*\})?|[(),])")
@@ -21,9 +17,9 @@ _COMMENT = re.compile(r"/\*.*?\*/")
 
 
 class HloArray(NamedTuple):
-    """An array of a result. `index`: "" if the result is no tuple, "2" in a tuple, "2,0" in a nested tuple."""
+    """An array of a result. `tuple_index`: "" if the result is no tuple, "2" in a tuple, "2,0" in a nested tuple."""
 
-    index: str
+    tuple_index: str
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
 

@@ -4,8 +4,6 @@ Where threads diverge at a branch, the threads at the earliest basic block run a
 reconverge after the branch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -42,10 +40,10 @@ def launch(
 @cache
 def _executors(kernel: Kernel) -> list[list[tuple[Executor, PtxInstruction]]]:
     """Return the executors of each basic block with their instructions."""
-    unknown = [inst.text for block in kernel.basic_blocks for inst in block.instructions if inst.opcode not in HANDLERS]
+    unknown = [inst.text for block in kernel.basic_blocks for inst in block if inst.opcode not in HANDLERS]
     if unknown:
         raise EmulationError(f"{kernel.name}: the instruction '{unknown[0]}' is not supported")
-    return [[(HANDLERS[inst.opcode](inst), inst) for inst in block.instructions] for block in kernel.basic_blocks]
+    return [[(HANDLERS[inst.opcode](inst), inst) for inst in block] for block in kernel.basic_blocks]
 
 
 def _run(kernel: Kernel, executors: list[list[tuple[Executor, PtxInstruction]]], group: ThreadGroup) -> None:

@@ -1,7 +1,5 @@
 """Memory of a kernel. Every access is checked: aligned, inside a buffer of the kernel, and without a race."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np
@@ -47,9 +45,7 @@ class Memory:
         if np.any(addresses & np.asarray(size - 1, addresses.dtype)):
             raise EmulationError(f"access of {size} bytes of {self.name} is not aligned: address {low:#x} or another")
         if low < 0 or high + size > len(self.bytes):
-            raise EmulationError(
-                f"{size} bytes at {low:#x} to {high:#x} of {self.name}, which has {len(self.bytes)} bytes"
-            )
+            raise EmulationError(f"{size} bytes at {low:#x} to {high:#x} of {self.name}, which has {len(self.bytes)}")
         addresses = addresses.astype(np.int64)
         allowed = self.writable if writes else self.readable
         valid = allowed[addresses] & allowed[addresses + (used or size) - 1]
@@ -115,11 +111,11 @@ class Memory:
     def _record_reads(self, addresses: Any, size: int, owner: Any, hold: bool = False) -> None:
         if not self.num_owners or owner is None:
             return
-        shared = self.writable[addresses]
-        if not shared.any():  # bytes that no owner may write have no races
+        writable = self.writable[addresses]
+        if not writable.any():  # bytes that no owner may write have no races
             return
-        if np.ndim(addresses) and not shared.all():
-            addresses, owner = addresses[shared], np.broadcast_to(owner, addresses.shape)[shared]
+        if np.ndim(addresses) and not writable.all():
+            addresses, owner = addresses[writable], np.broadcast_to(owner, addresses.shape)[writable]
         if not np.ndim(addresses) and np.ndim(owner):  # all owners read one address
             several = self.num_owners - 1 + owner[0] // self.num_owners * self.num_owners
             owner = owner[0] if (owner == owner[0]).all() else several
@@ -149,12 +145,10 @@ class Memory:
         self._last_writer[index] = owners
 
     def _check_races(self, index: Any, before: Any, owners: Any, access: str, earlier: str) -> None:
-        conflict = (before >= owners // self.num_owners * self.num_owners) & (before != owners)
-        if conflict.any():
-            raise EmulationError(
-                f"a race: {self.name} is {access} at {int(index[conflict].min()):#x}, "
-                f"which another owner has {earlier} since the last barrier"
-            )
+        conflict = index[(before >= owners // self.num_owners * self.num_owners) & (before != owners)]
+        if conflict.size:
+            where = f"{access} at {int(conflict.min()):#x}, which others have {earlier} since the last barrier"
+            raise EmulationError(f"a race: {self.name} is {where}")
 
 
 def _each_byte(addresses: Any, size: int, owner: Any) -> tuple[Any, Any]:

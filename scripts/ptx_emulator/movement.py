@@ -1,14 +1,12 @@
 """Data movement: between registers and memory, between the threads of a warp, and asynchronous copies."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np
 
 from .conversion import elementwise
-from .ptx import Address, DestPair, EmulationError, Name, PtxInstruction, immediate, registers_of, unsupported
-from .thread_group import DTYPES, WARP_SIZE, Executor, Mask, PendingCopy, ThreadGroup, handles, unsigned
+from .ptx import DTYPES, Address, DestPair, EmulationError, Name, PtxInstruction, immediate, registers_of, unsupported
+from .thread_group import WARP_SIZE, Executor, Mask, PendingCopy, ThreadGroup, handles, unsigned
 
 STATE_SPACES = ("global", "shared", "local", "param")  # PTX ISA, "State Spaces"
 

@@ -1,7 +1,5 @@
 """Execution of a compiled CUDA program without a GPU: its thunks in order, on its buffers."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -119,11 +117,14 @@ def run_kernel(kernel: Kernel, launched: Launch, allocations: Allocations, find_
     `find_races` doubles the time.
     """
     spans: list[list[int]] = []  # allocation, first byte, last byte + 1
-    for allocation, offset, size in sorted(set(launched.buffers)):
+    span_of: dict[Buffer, int] = {}
+    for buffer in sorted(set(launched.buffers)):
+        allocation, offset, size = buffer
         if spans and spans[-1][0] == allocation and offset < spans[-1][2]:
             spans[-1][2] = max(spans[-1][2], offset + size)
         else:
             spans.append([allocation, offset, offset + size])
+        span_of[buffer] = len(spans) - 1
     bases, end = [], GUARD_BYTES
     for _, low, high in spans:
         bases.append(end)
@@ -133,16 +134,10 @@ def run_kernel(kernel: Kernel, launched: Launch, allocations: Allocations, find_
         memory.bytes[base : base + high - low] = allocations[allocation][low:high]
         memory.readable[base : base + high - low] = True
 
-    def address(buffer: Buffer) -> int:
-        return next(
-            base + buffer.offset - low
-            for (allocation, low, high), base in zip(spans, bases, strict=True)
-            if allocation == buffer.allocation and low <= buffer.offset < max(high, low + 1)
-        )
-
+    addresses = {buffer: bases[span] + buffer.offset - spans[span][1] for buffer, span in span_of.items()}
     for buffer in launched.written:
-        memory.writable[address(buffer) : address(buffer) + buffer.size] = True
-    params = [address(buffer) for buffer in launched.buffers]
+        memory.writable[addresses[buffer] : addresses[buffer] + buffer.size] = True
+    params = [addresses[buffer] for buffer in launched.buffers]
     launch(kernel, launched.grid, launched.threads, launched.shared_bytes, memory, params)
     for (allocation, low, high), base in zip(spans, bases, strict=True):
         allocations[allocation][low:high] = memory.bytes[base : base + high - low]

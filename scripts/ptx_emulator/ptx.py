@@ -5,8 +5,17 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import ml_dtypes
+import numpy as np
+
+DTYPES: dict[str, Any] = {  # PTX ISA, "Fundamental Types" and "Alternate Floating-Point Data Formats"
+    "b8": np.uint8, "u8": np.uint8, "s8": np.int8, "b16": np.uint16, "u16": np.uint16, "s16": np.int16,
+    "b32": np.uint32, "u32": np.uint32, "s32": np.int32, "b64": np.uint64, "u64": np.uint64, "s64": np.int64,
+    "f16": np.float16, "bf16": ml_dtypes.bfloat16, "f32": np.float32, "f64": np.float64, "pred": np.bool_,
+}  # fmt: skip
 
 
 class EmulationError(Exception):
@@ -19,15 +28,11 @@ class Reg(NamedTuple):
 
 
 class Imm(NamedTuple):
-    """An immediate operand; `value` holds the bits of a floating-point number."""
-
-    value: int
+    value: int  # the bits of a floating-point number
 
 
 class Name(NamedTuple):
-    """A special register, a symbol in memory, a label or a parameter."""
-
-    text: str
+    text: str  # of a special register, a symbol in memory, a label or a parameter
 
 
 class Address(NamedTuple):
@@ -39,9 +44,7 @@ class Vector(NamedTuple):
     elements: list[Operand]
 
 
-class DestPair(NamedTuple):
-    """Two destinations: `%p1|%p2`."""
-
+class DestPair(NamedTuple):  # two destinations: `%p1|%p2`
     first: Operand
     second: Operand
 
@@ -91,47 +94,34 @@ def immediate(operand: Operand) -> int:
     return operand.value
 
 
-@dataclass
-class BasicBlock:
-    """Instructions that run one after the other; only the last one may be a branch, a barrier or a return."""
-
-    instructions: list[PtxInstruction] = field(default_factory=list)
+BasicBlock = list[PtxInstruction]  # only the last one may be a branch, a barrier or a return
 
 
 @dataclass(eq=False)
 class Kernel:
-    """One entry point.
-
-    Attributes:
-        labels: the number of the basic block at each label.
-        branch_tables: the labels that each `.branchtargets` declaration lists.
-        shared, local: byte offsets of the symbols in shared memory and in a thread's local memory.
-        shared_bytes, local_bytes: total size of the symbols. A shared symbol without a size begins at `shared_bytes`.
-    """
+    """One entry point."""
 
     name: str
     params: list[str]
     basic_blocks: list[BasicBlock]
-    labels: dict[str, int]
-    branch_tables: dict[str, list[str]]
-    shared: dict[str, int]
-    shared_bytes: int
-    local: dict[str, int]
+    labels: dict[str, int]  # number of the basic block at each label
+    branch_tables: dict[str, list[str]]  # the labels that each `.branchtargets` declaration lists
+    shared: dict[str, int]  # byte offsets of the symbols in shared memory
+    shared_bytes: int  # total size of these symbols; a symbol without a size begins here
+    local: dict[str, int]  # byte offsets of the symbols in a thread's local memory
     local_bytes: int
 
 
 _Symbols = list[tuple[str, str, str]]  # alignment, name, bytes ("": unsized)
 _Scope = dict[str, Operand]
 _PARAM = re.compile(r"\.param\s+[.\w]+(?:\s+\.ptr(?:\s+\.\w+)*?(?:\s+\.align\s+\d+)?)?\s+([\w$]+)")
-_SHARED, _LOCAL = (
-    re.compile(rf"\.{space}\s+\.align\s+(\d+)\s+\.b8\s+([\w$]+)\[(\d*)\]") for space in ("shared", "local")
-)
+_SHARED, _LOCAL = (re.compile(rf"\.{x}\s+\.align\s+(\d+)\s+\.b8\s+([\w$]+)\[(\d*)\]") for x in ("shared", "local"))
 _REGISTERS = re.compile(r"\.reg\s+\.(\w+)\s+(.*)", re.DOTALL)
 _REGISTER_NAME = re.compile(r"(%?[\w$]+)(?:<(\d+)>)?")
 _GUARDED = re.compile(r"@(!?)(%?[\w$]+)\s+(.*)", re.DOTALL)
 _USED_BYTES = re.compile(r'\.pragma "used_bytes_mask (0x[0-9a-f]+)"')
 _BRANCH_TABLE = re.compile(r"([$\w]+):\s*\.branchtargets\s+([^;]*);")
-_LABEL = re.compile(r"(\$?[\w$]+):(?!:)")
+_STATEMENT = re.compile(r"\s*(?:(?P<brace>[{}])|(?P<label>\$?[\w$]+):(?!:)|(?P<statement>[^;]*);)")
 _BLOCK_ENDS = ("bra", "brx", "bar", "ret", "exit", "barrier")
 
 
@@ -147,16 +137,17 @@ def _parse_kernel(text: str, module_symbols: _Symbols) -> Kernel:
     name, head, body = re.split(r"[^\w$]", text, maxsplit=1)[0], text[: text.index("{")], text[text.index("{") :]
     shared, local = _lay_out(module_symbols + _SHARED.findall(body)), _lay_out(_LOCAL.findall(body))
     tables = {label: [name.strip() for name in targets.split(",")] for label, targets in _BRANCH_TABLE.findall(body)}
-    blocks, labels = [BasicBlock()], {}
+    blocks: list[BasicBlock] = [[]]
+    labels: dict[str, int] = {}
     for statement in _statements(body):
         if isinstance(statement, str):
-            if blocks[-1].instructions:
-                blocks.append(BasicBlock())
+            if blocks[-1]:
+                blocks.append([])
             labels[statement] = len(blocks) - 1
         else:
-            blocks[-1].instructions.append(statement)
+            blocks[-1].append(statement)
             if statement.opcode in _BLOCK_ENDS and statement.tokens[:2] != ("bar", "warp"):
-                blocks.append(BasicBlock())
+                blocks.append([])
     return Kernel(name, _PARAM.findall(head), blocks, labels, tables, *shared, *local)
 
 
@@ -173,39 +164,27 @@ def _lay_out(symbols: _Symbols) -> tuple[dict[str, int], int]:
 def _statements(body: str) -> Iterator[str | PtxInstruction]:
     """Yield labels (as names) and instructions in order. A brace at the start of a statement opens a register scope."""
     scopes: list[_Scope] = []
-    position, num_opened, used_bytes = 0, 0, None
-    while True:
-        while position < len(body) and body[position].isspace():
-            position += 1
-        if position == len(body):
-            return
-        if body[position] == "{":
+    num_opened, used_bytes = 0, None
+    for part in _STATEMENT.finditer(body):
+        if part["brace"] == "{":
             scopes.append({})
             num_opened += 1
-            position += 1
-        elif body[position] == "}":
+        elif part["brace"] == "}":
             scopes.pop()
-            position += 1
             if not scopes:
                 return
-        elif body[position] == ";":
-            position += 1
-        elif match := _LABEL.match(body, position):
-            name = match[1]
+        elif label := part["label"]:
             if len(scopes) > 1:  # a label of an inner scope is visible there alone
-                name = f"{name}@{num_opened}"
-                scopes[-1][match[1]] = Name(name)
-            yield name
-            position = match.end()
+                scopes[-1][label] = Name(f"{label}@{num_opened}")
+                label = f"{label}@{num_opened}"
+            yield label
         else:
-            end = body.index(";", position)
-            statement = " ".join(body[position:end].split())
-            position = end + 1
+            statement = " ".join(part["statement"].split())
             if match := _REGISTERS.match(statement):
                 _declare(match[1], match[2], scopes[-1], f"@{num_opened}" if len(scopes) > 1 else "")
             elif match := _USED_BYTES.match(statement):
                 used_bytes = int(match[1], 16).bit_length()
-            elif not statement.startswith("."):
+            elif statement and not statement.startswith("."):
                 yield _parse_instruction(statement, scopes, used_bytes)
                 used_bytes = None
 
@@ -213,11 +192,8 @@ def _statements(body: str) -> Iterator[str | PtxInstruction]:
 def _declare(kind: str, names: str, scope: _Scope, suffix: str) -> None:
     """Add the registers of a `.reg` declaration to a scope; `suffix` tells equal names of two scopes apart."""
     bits = 1 if kind == "pred" else int(kind[1:])
-    for declared in names.split(","):
-        match = _REGISTER_NAME.fullmatch(declared.strip())
-        assert match, names
-        stem, count = match.groups()
-        for name in [stem] if count is None else [f"{stem}{i}" for i in range(int(count))]:
+    for stem, count in _REGISTER_NAME.findall(names):
+        for name in [f"{stem}{i}" for i in range(int(count))] if count else [stem]:
             scope[name] = Reg(name + suffix, bits)
 
 
@@ -236,9 +212,7 @@ def _parse_instruction(text: str, scopes: list[_Scope], used_bytes: int | None) 
     guard, guard_value, rest = None, True, text
     if match := _GUARDED.match(text):
         guard_value, rest = not match[1], match[3]
-        predicate = _parse_operand(match[2], scopes)
-        assert isinstance(predicate, Reg)
-        guard = predicate
+        guard = cast(Reg, _parse_operand(match[2], scopes))
     tokens, _, operands = rest.partition(" ")
     parsed = tuple(_parse_operand(operand, scopes) for operand in _split_operands(operands))
     return PtxInstruction(tuple(tokens.split(".")), parsed, guard, guard_value, text, used_bytes)

@@ -4,19 +4,17 @@ Tensor memory has 128 lanes of 512 columns of 32 bits for each block; an address
 "Tensor Memory Addressing"). A product of 128 rows uses one lane a row, a product of 64 rows 16 of each warp's 32 lanes.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from .ptx import Address, DestPair, EmulationError, Operand, PtxInstruction, immediate, registers_of, unsupported
-from .tensor_cores import active_units, matrix_addresses, unpack_values
+from .tensor_cores import active_units, matrix_index, unpack_values
 from .thread_group import WARP_SIZE, Executor, Mask, ThreadGroup, handles
 
 NUM_LANES, NUM_COLUMNS = 128, 512
-SWIZZLE_BYTES = {0: 16, 2: 128, 4: 64, 6: 32}  # by bits 61 to 63 of a matrix descriptor
+SWIZZLE_BYTES = np.array([16, 0, 128, 0, 64, 0, 32, 0])  # by bits 61 to 63 of a matrix descriptor; 0: not supported
 KINDS = {"kind::f16": {0: "f16", 1: "bf16"}, "kind::tf32": {2: "tf32"}}  # element type, by its instruction descriptor
 
 
@@ -102,8 +100,7 @@ def _product(inst: PtxInstruction) -> Executor:
     kinds = KINDS.get(inst.tokens[3])
     if kinds is None:
         raise unsupported(inst)
-    size = 4 if inst.tokens[3] == "kind::tf32" else 2
-    k = 32 // size
+    size, k = (4, 8) if inst.tokens[3] == "kind::tf32" else (2, 16)
 
     def execute(group: ThreadGroup, mask: Mask) -> None:
         memory, threads = _tensor_memory(group), group.active(mask)
@@ -132,13 +129,9 @@ def _product(inst: PtxInstruction) -> Executor:
         for number, columns in zip(block, index[2][:, 0], strict=True):
             awaits_product = group.awaits_product[number]
             awaits_product[columns] = True
-            _at_product_end(group, number, partial(awaits_product.__setitem__, columns, False))
+            group.on_product_end[int(number)].append(partial(awaits_product.__setitem__, columns, False))
 
     return execute
-
-
-def _at_product_end(group: ThreadGroup, block: Any, callback: partial[None]) -> None:
-    group.on_product_end.setdefault(int(block), []).append(callback)
 
 
 def _tensor_index(group: ThreadGroup, operand: Operand, threads: Any, rows: int, columns: int) -> tuple[Any, Any, Any]:
@@ -163,18 +156,15 @@ def _read_matrix(
 
     `shape`: rows, columns, bytes of an element.
     """
-    descriptor = group.read_all(operand, np.uint64)[threads].view(np.int64)
-    mode = np.unique(descriptor >> 61 & 7)
-    if len(mode) != 1 or int(mode[0]) not in SWIZZLE_BYTES or np.any(descriptor >> 49 & 15):
-        raise EmulationError("matrix descriptors that differ in more than their addresses are not supported")
-    rows, columns, size = shape
-    addresses = matrix_addresses(descriptor, SWIZZLE_BYTES[int(mode[0])], rows, columns, size, transposed)
-    block_stride = len(group.shared_memory.bytes) // group.num_blocks
-    addresses = addresses + (group.block[threads] * block_stride)[:, None, None]
-    owner = np.broadcast_to(group.owner("shared")[threads][:, None, None], addresses.shape)
-    [words] = group.shared_memory.load(addresses, size, owner=owner, hold=True)
-    for block, held in zip(group.block[threads], addresses, strict=True):
-        group.on_product_end[int(block)].append(partial(group.shared_memory.release, held, size))
+    descriptor, block = group.read_all(operand, np.uint64)[threads].view(np.int64), group.block[threads]
+    swizzle = SWIZZLE_BYTES[descriptor >> 61 & 7]
+    if np.any(swizzle == 0) or np.any(descriptor >> 52 & 1):
+        raise EmulationError("the swizzling or the offset mode of a matrix descriptor is not supported")
+    index = matrix_index(group, block, descriptor, swizzle, shape, transposed)
+    owner = np.broadcast_to(group.owner("shared")[threads][:, None, None], index.shape)
+    [words] = group.shared_memory.load(index, shape[2], owner=owner, hold=True)
+    for number, held in zip(block, index, strict=True):
+        group.on_product_end[int(number)].append(partial(group.shared_memory.release, held, shape[2]))
     return unpack_values(words.astype(np.uint32), kind)[..., 0]
 
 
@@ -203,14 +193,13 @@ def _mbarrier(inst: PtxInstruction) -> Executor:
     The eight bytes of a barrier hold the phase (bit 63), the arrivals that a phase expects (bits 32 to 47) and the
     arrivals that are pending (bits 0 to 15). The ISA leaves the layout open.
     """
-    operation = inst.tokens[1]
-    if operation == "inval":
+    if inst.tokens[1] == "inval":
         return lambda group, mask: None
-    if operation == "init":
+    if inst.tokens[1] == "init":
         return _init_barrier(*inst.operands)
-    if operation == "try_wait" and "parity" in inst.tokens:
-        return _try_wait(*inst.operands)
-    raise unsupported(inst)
+    if inst.tokens[1] != "try_wait" or "parity" not in inst.tokens:
+        raise unsupported(inst)
+    return _try_wait(*inst.operands)
 
 
 def _init_barrier(barrier: Operand, expected: Operand) -> Executor:

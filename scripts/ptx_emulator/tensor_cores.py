@@ -3,8 +3,6 @@
 Sums are float32 in numpy's order. NVIDIA does not document how the hardware orders and rounds the sums of a product.
 """
 
-from __future__ import annotations
-
 import re
 from typing import Any
 
@@ -20,7 +18,7 @@ GROUP_ID, THREAD_IN_GROUP = (
     LANE // 4,
     LANE % 4,
 )  # PTX ISA, "Matrix Fragments for mma.m16n8k16": groupID, threadID_in_group
-SWIZZLE_BYTES = {0: 16, 1: 128, 2: 64, 3: 32}  # by bits 62 to 63 of a matrix descriptor
+SWIZZLE_BYTES = np.array([16, 128, 64, 32])  # by bits 62 to 63 of a matrix descriptor
 
 
 def active_units(mask: Mask, size: int = WARP_SIZE) -> Any:
@@ -115,29 +113,37 @@ def _move_matrices(inst: PtxInstruction) -> Executor:
     return execute
 
 
-def matrix_addresses(descriptor: Any, swizzle: int, rows: int, columns: int, size: int, transposed: bool) -> Any:
-    """Return int64 `[n, rows, columns]`, addresses of the elements of n matrices in shared memory; columns are along K.
+def matrix_index(
+    group: ThreadGroup, block: Any, descriptor: Any, swizzle: Any, shape: tuple[int, int, int], transposed: bool
+) -> Any:
+    """Return int64 `[n, rows, columns]`, indices into shared memory of the elements of n matrices; columns are along K.
 
     PTX ISA, "Register Fragments and Shared Memory Matrix Layouts" (9.7.15.5.1): the canonical layouts.
 
     Args:
-        descriptor: int64 `[n]`, the start address and two byte offsets.
-        swizzle: bytes of a line. Within a line, units of 16 bytes are permuted by the number of the line.
-        size: bytes of an element.
+        block: `[n]`; `descriptor`: int64 `[n]`, the start address and two byte offsets.
+        swizzle: `[n]`, bytes of a line. Within a line, units of 16 bytes are permuted by the number of the line.
+        shape: rows, columns, bytes of an element.
         transposed: neighbours along the rows are contiguous, instead of neighbours along K.
     """
+    if len(np.unique(swizzle)) != 1 or np.any(descriptor >> 49 & 7):
+        raise EmulationError("matrix descriptors that differ in more than their addresses are not supported")
+    line, (rows, columns, size) = int(swizzle[0]), shape
     start, leading, stride = ((descriptor >> shift & 0x3FFF)[:, None, None] << 4 for shift in (0, 16, 32))
     row, column = np.arange(rows)[:, None], np.arange(columns)[None]
     if transposed:
-        per_line = swizzle // size
-        far, near = (stride, leading) if swizzle == 16 else (leading, stride)
-        offset = row % per_line * size + row // per_line * far + column % 8 * swizzle + column // 8 * near
+        per_line = line // size
+        far, near = (stride, leading) if line == 16 else (leading, stride)
+        offset = row % per_line * size + row // per_line * far + column % 8 * line + column // 8 * near
     else:
         per_unit = 16 // size
-        unit_stride = leading if swizzle == 16 else 16
-        offset = row % 8 * swizzle + row // 8 * stride + column // per_unit * unit_stride + column % per_unit * size
+        unit_stride = leading if line == 16 else 16
+        offset = row % 8 * line + row // 8 * stride + column // per_unit * unit_stride + column % per_unit * size
     addresses = start + offset
-    return addresses ^ (addresses >> 7 & swizzle // 16 - 1) << 4
+    addresses = addresses ^ (addresses >> 7 & line // 16 - 1) << 4
+    if int(addresses.max()) + size > group.shared_bytes:
+        raise EmulationError("a matrix reaches beyond the shared memory of its block")
+    return addresses + (block * (len(group.shared_memory.bytes) // group.num_blocks))[:, None, None]
 
 
 def _sync_products(inst: PtxInstruction) -> Executor:
@@ -179,10 +185,9 @@ def _wgmma(inst: PtxInstruction) -> Executor:
     shape = re.fullmatch(r"m(\d+)n(\d+)k(\d+)", inst.tokens[4])
     accumulator, kind, kind_b = inst.tokens[5:]
     target, a, b, scale_d, *flags = inst.operands
-    signs, transposes = flags[:2], [flag == Imm(1) for flag in flags[2:]]
-    if inst.tokens[1] != "mma_async" or accumulator != "f32" or kind != kind_b or any(sign != Imm(1) for sign in signs):
-        raise unsupported(inst)
-    if shape is None or kind not in ("bf16", "f16", "tf32"):
+    transposes = [flag == Imm(1) for flag in flags[2:]]
+    supported = (inst.tokens[1], accumulator, kind_b, flags[:2]) == ("mma_async", "f32", kind, [Imm(1), Imm(1)])
+    if not supported or shape is None or kind not in ("bf16", "f16", "tf32"):
         raise unsupported(inst)
     m, n, k = map(int, shape.groups())
     size = 4 if kind == "tf32" else 2
@@ -191,18 +196,12 @@ def _wgmma(inst: PtxInstruction) -> Executor:
         descriptors = group.read_all(operand, np.uint64).reshape(-1, WARPGROUP_SIZE)[active]
         if (descriptors != descriptors[:, :1]).any():
             raise EmulationError("the threads of a product name different matrices")
-        descriptor = descriptors[:, 0].view(np.int64)
-        mode = np.unique(descriptor >> 62 & 3)
-        if len(mode) > 1 or np.any(descriptor >> 49 & 7):
-            raise EmulationError("matrix descriptors that differ in more than their addresses are not supported")
-        addresses = matrix_addresses(descriptor, SWIZZLE_BYTES[int(mode[0])], rows, k, size, transposed)
-        if int(addresses.max()) + size > group.shared_bytes:
-            raise EmulationError("a matrix reaches beyond the shared memory of its block")
-        block = group.block.reshape(-1, WARPGROUP_SIZE)[active, 0]
-        addresses = addresses + block[:, None, None] * (len(group.shared_memory.bytes) // group.num_blocks)
+        descriptor, block = descriptors[:, 0].view(np.int64), group.block.reshape(-1, WARPGROUP_SIZE)[active, 0]
+        swizzle = SWIZZLE_BYTES[descriptor >> 62 & 3]
+        index = matrix_index(group, block, descriptor, swizzle, (rows, k, size), transposed)
         warpgroups = np.arange(group.num_threads // WARPGROUP_SIZE)[active]
-        words = _load_matrices(group, addresses, size, warpgroups)
-        group.pending_products.append(PendingProduct(warpgroups, addresses, size, group.product_groups[warpgroups]))
+        words = _load_matrices(group, index, size, warpgroups)
+        group.pending_products.append(PendingProduct(warpgroups, index, size, group.product_groups[warpgroups]))
         return unpack_values(words.astype(np.uint32), kind)[..., 0]
 
     def execute(group: ThreadGroup, mask: Mask) -> None:

@@ -1,24 +1,15 @@
 """State of the threads that run together, and the registry of the handlers that execute instructions on it."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 
 from .memory import GUARD_BYTES, Memory
 from .ptx import Address, EmulationError, Imm, Kernel, Name, Operand, PtxInstruction, Reg, Vector
 
 WARP_SIZE = 32
-
-DTYPES: dict[str, Any] = {  # PTX ISA, "Fundamental Types" and "Alternate Floating-Point Data Formats"
-    "b8": np.uint8, "u8": np.uint8, "s8": np.int8, "b16": np.uint16, "u16": np.uint16, "s16": np.int16,
-    "b32": np.uint32, "u32": np.uint32, "s32": np.int32, "b64": np.uint64, "u64": np.uint64, "s64": np.int64,
-    "f16": np.float16, "bf16": ml_dtypes.bfloat16, "f32": np.float32, "f64": np.float64, "pred": np.bool_,
-}  # fmt: skip
 
 Mask = Any  # bool, one a thread; None: all threads
 Executor = Callable[["ThreadGroup", Mask], None]
@@ -41,21 +32,17 @@ def unsigned(dtype: Any) -> Any:
     return np.dtype(f"u{np.dtype(dtype).itemsize}")
 
 
-class PendingCopy(NamedTuple):
-    """An asynchronous copy that has begun: its threads, their shared addresses, data and commit groups."""
-
+class PendingCopy(NamedTuple):  # an asynchronous copy that has begun
     threads: Any
-    addresses: Any
+    addresses: Any  # of shared memory
     data: Any
     commit_group: Any
 
 
-class PendingProduct(NamedTuple):
-    """An asynchronous warpgroup product that may still read shared memory: `size` bytes at each address."""
-
+class PendingProduct(NamedTuple):  # an asynchronous product that may still read shared memory
     warpgroups: Any
     addresses: Any
-    size: int
+    size: int  # bytes at each address
     commit_group: Any
 
 
@@ -63,8 +50,7 @@ class ThreadGroup:
     """The threads of several blocks, which run together, one instruction at a time.
 
     Args:
-        block_ids: indices of the blocks in the grid.
-        grid: blocks along x, y and z; `threads`: threads of a block, along x.
+        block_ids: indices in the grid; `grid`: blocks along x, y and z; `threads`: threads of a block, along x.
         shared_bytes: shared memory of a block that the launch asks for, in total.
         global_memory: memory of the whole grid; `params`: an address in it for each parameter of the kernel.
     Attributes:
@@ -94,17 +80,15 @@ class ThreadGroup:
         self.registers: dict[str, Any] = {}
         self.params = {name: np.uint64(value) for name, value in zip(kernel.params, params, strict=True)}
         lane = (self.thread % WARP_SIZE).astype(np.uint32)
-        self.special_registers: dict[str, Any] = {
-            "%laneid": lane,
-            "%lanemask_lt": (np.uint32(1) << lane) - np.uint32(1),
-        }
-        rest = self.block_id
+        special: dict[str, Any] = {"%laneid": lane, "%lanemask_lt": (np.uint32(1) << lane) - np.uint32(1)}
+        block_id = self.block_id
         for axis, size, num_threads in zip("xyz", grid, (threads, 1, 1), strict=True):
-            self.special_registers[f"%tid.{axis}"] = self.thread.astype(np.uint32) if axis == "x" else np.uint32(0)
-            self.special_registers[f"%ntid.{axis}"] = np.uint32(num_threads)
-            self.special_registers[f"%ctaid.{axis}"] = (rest % size).astype(np.uint32)
-            self.special_registers[f"%nctaid.{axis}"] = np.uint32(size)
-            rest = rest // size
+            special[f"%tid.{axis}"] = self.thread.astype(np.uint32) if axis == "x" else np.uint32(0)
+            special[f"%ntid.{axis}"] = np.uint32(num_threads)
+            special[f"%ctaid.{axis}"] = (block_id % size).astype(np.uint32)
+            special[f"%nctaid.{axis}"] = np.uint32(size)
+            block_id = block_id // size
+        self.special_registers = special
 
         self.global_memory, self.shared_bytes = global_memory, max(shared_bytes, kernel.shared_bytes)
         stride = -(-self.shared_bytes // GUARD_BYTES) * GUARD_BYTES
@@ -220,7 +204,6 @@ class ThreadGroup:
             part, size, index, count = "thread", self.kernel.local_bytes, np.arange(self.num_threads), self.num_threads
         address, index = self.broadcast(address)[threads], index[threads]
         if address.size and (int(address.min()) < 0 or int(address.max()) >= size):
-            raise EmulationError(
-                f"address {int(address.max()):#x} of {space} memory, of which a {part} has {size} bytes"
-            )
+            highest = int(address.max())
+            raise EmulationError(f"address {highest:#x} of {space} memory, of which a {part} has {size} bytes")
         return address + index.astype(np.int64) * (len(self.memory(space).bytes) // count)

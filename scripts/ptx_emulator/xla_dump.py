@@ -16,17 +16,13 @@ from .hlo import HloInstruction, HloModule
 from .ptx import EmulationError, Kernel, parse_kernels
 
 
-class Buffer(NamedTuple):
-    """A part of an allocation, in bytes."""
-
+class Buffer(NamedTuple):  # a part of an allocation, in bytes
     allocation: int
     offset: int
     size: int
 
 
 class BufferArray(NamedTuple):
-    """An array in a buffer."""
-
     buffer: Buffer
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
@@ -69,10 +65,8 @@ class Branches(NamedTuple):
 
 
 class AsyncStart(NamedTuple):
-    """Thunks that run at any time until the `AsyncDone` of the same number."""
-
     number: int
-    thunks: list[Thunk]
+    thunks: list[Thunk]  # they may run at any time until the `AsyncDone` of the same number
 
 
 class AsyncDone(NamedTuple):
@@ -171,7 +165,7 @@ class XlaDump:
 
     def _arrays(self, inst: HloInstruction) -> list[BufferArray]:
         """Return the arrays of an instruction's result."""
-        return [BufferArray(self._buffers[inst.name, x.index], x.dtype, x.shape) for x in inst.arrays()]
+        return [BufferArray(self._buffers[inst.name, x.tuple_index], x.dtype, x.shape) for x in inst.arrays()]
 
     def _thunk(self, line: _Line) -> Thunk:
         if line.kind in ("kAsyncStart", "kAsyncDone") and (match := re.search(r"async_id=(\d+)", line.text)):
@@ -199,9 +193,8 @@ class XlaDump:
             name, _, element = inst.operands[0].partition("#")
             selector = _in_buffer(self._buffer(inst.operands[0]), self.module.instructions[name], int(element or 0))
             return Branches(selector, self._inner(line))
-        raise EmulationError(
-            f"a program with a '{line.kind}' for '{inst.opcode}' is not supported: {line.text.strip()[:100]}"
-        )
+        step = f"'{line.kind}' for '{inst.opcode}'"
+        raise EmulationError(f"a program with a {step} is not supported: {line.text.strip()[:100]}")
 
     def _inner(self, line: _Line) -> list[list[Thunk]]:
         return [[self._thunk(inner) for inner in section] for section in line.sections]
