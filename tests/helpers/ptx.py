@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from scripts.ptx_emulator.dump import Buffer, Launch
+from scripts.ptx_emulator.xla_dump import Buffer, Launch
 from scripts.ptx_emulator.program import run_kernel
-from scripts.ptx_emulator.ptx import kernels
+from scripts.ptx_emulator.ptx import parse_kernels
 
 HEAD = """
 .version 8.8
@@ -40,7 +40,7 @@ def run_ptx(body: str, arrays: Sequence[Any], threads: int = 32, blocks: int = 1
     names = [f"k_param_{n}" for n in range(len(arrays))]
     params = ", ".join(f".param .u64 .ptr .align 16 {name}" for name in names)
     loads = "\n".join(f"    ld.param.b64 %rd{n}, [{name}];" for n, name in enumerate(names))
-    kernel = kernels(HEAD.format(params=params, threads=threads, loads=loads, body=body))["k"]
+    kernel = parse_kernels(HEAD.format(params=params, threads=threads, loads=loads, body=body))["k"]
     held = {n: np.ascontiguousarray(a).reshape(-1).view(np.uint8).copy() for n, a in enumerate(arrays)}
     buffers = [Buffer(n, 0, len(held[n])) for n in held]
     run_kernel(kernel, Launch("k", (blocks, 1, 1), threads, shared, buffers, buffers[-1:]), held)

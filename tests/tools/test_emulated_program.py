@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from scripts.gpu.emulate_cuda import problems
-from scripts.ptx_emulator.dump import Branches, Copy, Dump, Launch, Loop, Slice, Thunk
-from scripts.ptx_emulator.program import Program
+from scripts.ptx_emulator.xla_dump import Branches, Copy, XlaDump as Dump, Launch, Loop, Slice, Thunk
+from scripts.ptx_emulator.program import EmulatedProgram as Program
 from scripts.ptx_emulator.ptx import EmulationError
 from tests.golden.make_emulated import SIZE, steps
 
@@ -49,7 +49,7 @@ def test_a_step_that_is_not_known_is_named(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_a_program_is_named(tmp_path: Path) -> None:
-    with pytest.raises(EmulationError, match="tells of 0 programs"):
+    with pytest.raises(EmulationError, match="holds 0 programs"):
         Dump(tmp_path)
 
 

@@ -110,7 +110,7 @@ def test_a_product_in_tensor_memory() -> None:
     early = text.replace(
         "mbarrier.try_wait.parity.shared::cta.b64 complete, [%r7], 0;", "setp.eq.s32 complete, %r4, %r4;"
     )
-    with pytest.raises(EmulationError, match="before its product was waited for"):
+    with pytest.raises(EmulationError, match="before the wait for its product"):
         run_ptx(early, [a, np.ascontiguousarray(image), np.zeros((64, 8), np.float32)], threads=128, shared=528)
 
 

@@ -93,7 +93,7 @@ def test_sources_of_several_kinds() -> None:
     assert each_thread("add.rn.f32x2 $0, $1, $2;", pairs, np.uint64, "lll").view(np.float32).tolist() == [4.5, -2]
     small = np.array([1.5], BF16).view(np.uint16)
     assert each_thread("add.rn.f32.bf16 $0, $1, $2;", [small, c], np.float32, "fhf") == [8.5]
-    with pytest.raises(EmulationError, match="not known here"):
+    with pytest.raises(EmulationError, match="is not supported"):
         each_thread("add.rn.f32 $0, $1, $2, $3;", [a, b, c], np.float32, "ffff")
 
 
@@ -181,8 +181,8 @@ def test_a_block_turns_its_numbers_around_in_shared_memory(fill: str) -> None:
     ("fill", "meet", "said"),
     [
         (STORE, "", "a race: shared memory is read"),
-        (COPY, "bar.sync 0;", "before a copy to it has come"),
-        (COPY + "cp.async.wait_group 1;", "bar.sync 0;", "before a copy to it has come"),
+        (COPY, "bar.sync 0;", "before a copy to it has arrived"),
+        (COPY + "cp.async.wait_group 1;", "bar.sync 0;", "before a copy to it has arrived"),
         (COPY + "cp.async.wait_group 0;", "", "a race: shared memory is read"),
         (STORE, "bar.sync 0; mov.b32 %r8, 0; st.shared.b32 [%r8], %r0;", "a race: shared memory is written"),
     ],
@@ -218,7 +218,7 @@ def test_threads_that_wait_at_different_barriers() -> None:
     ],
 )
 def test_wrong_accesses_are_errors(text: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("scripts.ptx_emulator.machine.LIMIT", 10_000)
+    monkeypatch.setattr("scripts.ptx_emulator.machine.MAX_INSTRUCTIONS", 10_000)
     with pytest.raises(EmulationError, match=said):
         run_ptx(text, [np.zeros(4, np.uint32), np.zeros(4, np.uint32)], shared=64)
 
