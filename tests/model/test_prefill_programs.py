@@ -17,7 +17,7 @@ from mtpjax.decoding.output_rows import OutputRows
 from mtpjax.decoding.steps import prefill
 from mtpjax.engine.model_runner import BUCKETS
 from mtpjax.model import abstract_model, commit, place
-from mtpjax.model.cache import BLOCK, new_cache, padded_kv_length
+from mtpjax.model.cache import KV_BLOCK, new_cache, padded_kv_length
 from scripts.benchmarks.count_flops import trace
 from scripts.benchmarks.flops import Held, arrays, inputs_read
 from tests.helpers.models import cpu_only
@@ -179,14 +179,14 @@ def test_mtp_adds_three_products_and_no_attention_or_expert_to_a_chunk(cfg):
     for name in ("while", "scan", "exp", "logistic", "top_k", "sort", "custom_vjp_call"):
         assert on[name] == off[name], name
     on = primitives(program(cfg, NONE, 64, stack=2, batch=1)[0])
-    layer = primitives(trace(cfg, "layer", NONE, chunk=64, slots=BLOCK, stack=2))
+    layer = primitives(trace(cfg, "layer", NONE, chunk=64, slots=KV_BLOCK, stack=2))
     assert layer["while"] > on["while"] and layer["exp"] > on["exp"]
 
 
 @pytest.mark.parametrize("cfg", [DENSE, MOE], ids=["dense", "moe"])
 def test_a_chunk_that_the_head_does_not_read_is_that_of_a_model_without_one(cfg):
     def program_of(cfg: ModelConfig, **rows) -> tuple[Counter, set[str]]:
-        traced = trace(cfg, "sync" if cfg.mtp_layers else "off", NONE, chunk=64, slots=BLOCK, stack=1, **rows)
+        traced = trace(cfg, "sync" if cfg.mtp_layers else "off", NONE, chunk=64, slots=KV_BLOCK, stack=1, **rows)
         names = [
             jax.tree_util.keystr(path, simple=True, separator=".")
             for path, _ in jax.tree.leaves_with_path(nnx.split(abstract_model(cfg))[1])
@@ -238,11 +238,11 @@ def test_a_committed_row_is_not_computed_anew_for_every_element_of_the_state(row
     graph, params = nnx.split(abstract_model(cfg))
 
     def step(params, tokens, cache):
-        where = place(cfg, cache.length, rows, jnp.zeros(1, jnp.int32), slots=cache.slots)
+        where = place(cfg, cache.length, rows, jnp.zeros(1, jnp.int32), slots=cache.kv_len)
         _, cache, pending = nnx.merge(graph, params).trunk_pending(tokens, cache, where)
         return commit(cache, pending, jnp.ones(1, jnp.int32))
 
-    cache = jax.eval_shape(lambda: new_cache(cfg, 1, BLOCK))
+    cache = jax.eval_shape(lambda: new_cache(cfg, 1, KV_BLOCK))
     text = jax.jit(step).lower(params, shape(1, rows, dtype=jnp.int32), cache).compile().as_text()
     of = ",".join(map(str, cache.state.shape))
     passes = re.findall(rf"= f32\[{of}\]\S* fusion\(([^)]*)\)", text)
@@ -279,11 +279,11 @@ def test_temporary_memory_of_35b_does_not_grow_with_the_context():
         seen = Counter((tuple("S" if n == slots else n for n in a.shape), a.dtype, a.made_by) for a in held)
         return seen, [a for a in held if slots not in a.shape]
 
-    small, _ = temporaries(33 * BLOCK)
+    small, _ = temporaries(33 * KV_BLOCK)
     large, held = temporaries(262_144)
     assert small == large  # the same program but for the cache it is given
     attention = [a for a in held if "while" in a.where and "custom_vjp_call" not in a.where]
-    assert max(a.size for a in attention) == BIG.q_heads * CHUNK * BLOCK  # scores of one block
+    assert max(a.size for a in attention) == BIG.q_heads * CHUNK * KV_BLOCK  # scores of one block
     assigned = BIG.experts_per_token * CHUNK
     places = window_places(assigned, BIG.experts, choose_windows(CHUNK, BIG.experts_per_token, BIG.experts))
     stored = [a for a in held if a.made_by != "bitcast_convert_type"]  # which only gives bits another name
