@@ -137,7 +137,7 @@ class ModelRunner:
         hidden: Any = np.zeros((batch, self.model.cfg.hidden_size), self.compute_dtype)
         if mtp_prompt is not None:
             skipped = [max(0, len(p) - mtp_prompt) for p in prompts]
-            cache = cache.replace(mtp_start=as_host_array(np.array(skipped, np.int32)))
+            cache = cache.replace(mtp_start_pos=as_host_array(np.array(skipped, np.int32)))
         kept = []
         for tokens, following, pad, behind in self._chunks(prompts, total):
             tapped = None if mtp_prompt is None else max(0, min(mtp_prompt - behind, tokens.shape[1]))

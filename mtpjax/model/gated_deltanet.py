@@ -214,7 +214,7 @@ def commit(cache: Cache, pending: PendingDeltaUpdates, accepted: Int[Array, " B"
     cut = jax.vmap(lambda rows, n: lax.dynamic_slice_in_dim(rows, n, keep, axis=1), (1, 0), 1)
     some = (accepted > 0)[None, :, None, None]  # of an idle window, all padding, the inputs stand behind the cut
     return cache.replace(
-        state=fold(cache.state, pending.k, pending.d, pending.decay, accepted),
+        state=fold(cache.state, pending.k, pending.delta, pending.decay, accepted),
         conv=jnp.where(some, cut(pending.conv, accepted), cache.conv),
         length=cache.length + accepted,
     )
@@ -303,7 +303,7 @@ class DeltaNet(nnx.Module):
             pending = PendingDeltaUpdates(
                 conv=pending.conv.at[layer].set(inputs),
                 k=pending.k.at[layer].set(k),
-                d=pending.d.at[layer].set(d),
+                delta=pending.delta.at[layer].set(d),
                 decay=pending.decay.at[layer].set(decay),
             )
         norms = None if where.differentiable else pick_norms(platform())

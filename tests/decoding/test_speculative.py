@@ -116,7 +116,7 @@ def test_a_head_that_reads_the_last_tokens_has_their_values_and_no_others():
         part, hidden, _ = engine("moe", 3).read(prompts, mtp_prompt=read)
         for i, prompt in enumerate(prompts):
             rows = min(read, len(prompt))
-            assert int(part.mtp_start[i]) == len(prompt) - rows
+            assert int(part.mtp_start_pos[i]) == len(prompt) - rows
             seen, all_of = np.asarray(part.mtp_v[0, i]), np.asarray(whole.mtp_v[0, i])
             np.testing.assert_allclose(seen[:, :rows], all_of[:, len(prompt) - rows : len(prompt)], atol=1e-5)
             assert not seen[:, rows:].any() and all_of[:, : len(prompt)].any()

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from scripts.ptx_emulator.xla_dump import Buffer, Launch
 from scripts.ptx_emulator.program import run_kernel
 from scripts.ptx_emulator.ptx import parse_kernels
+from scripts.ptx_emulator.xla_dump import Buffer, Launch
 
 HEAD = """
 .version 8.8

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from scripts.gpu.emulate_cuda import problems
-from scripts.ptx_emulator.xla_dump import Branches, Copy, XlaDump as Dump, Launch, Loop, Slice, Thunk
 from scripts.ptx_emulator.program import EmulatedProgram as Program
 from scripts.ptx_emulator.ptx import EmulationError
+from scripts.ptx_emulator.xla_dump import Branches, Copy, Launch, Loop, Slice, Thunk
+from scripts.ptx_emulator.xla_dump import XlaDump as Dump
 from tests.golden.make_emulated import SIZE, steps
 
 FOLDER = Path(__file__).parent.parent / "golden" / "emulated"
