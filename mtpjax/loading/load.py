@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from checkpoints import CheckpointError, OrbaxDirectory, TensorSource, quantisation
+from checkpoints import CheckpointError, OrbaxDirectory, TensorSource, quantization_config
 from kernels_pallas.platform import platform
 from mtpjax.config import ModelConfig
 from mtpjax.loading.orbax_io import LazyLeaf, OrbaxReader, ParamPath, write_tree
@@ -89,7 +89,7 @@ def _config(source: TensorSource | OrbaxDirectory) -> ModelConfig:
 
 
 def _refuse_quantised(source: TensorSource) -> None:
-    if settings := quantisation(source.config):
+    if settings := quantization_config(source.config):
         method = settings.get("quant_method") if isinstance(settings, Mapping) else settings
         raise CheckpointError(
             f"{source.path}: is quantised (quant_method {method!r}); converting that to Orbax is not supported yet in this "

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from checkpoints import TINY, CheckpointError, QuantisedDirectory, open_checkpoint
+from checkpoints import TINY, CheckpointError, QuantizedDirectory, open_checkpoint
 from mtpjax import LLM
 from mtpjax.config import FULL, LINEAR, ModelConfig
 from mtpjax.loading.weight_map import check_source, export_tensors, random_model
@@ -99,7 +99,7 @@ def compare(folder: Path, cfg: ModelConfig, weights: dict[str, torch.Tensor], pa
     """Every quantised tensor, and logits, of one model."""
     plain = write(folder / "plain", cfg, {n: packed.values.get(n, w).float() for n, w in weights.items()})
     source = open_checkpoint(write(folder / "packed", cfg, packed.tensors, quantization_config=packed.config))
-    assert isinstance(source, QuantisedDirectory)
+    assert isinstance(source, QuantizedDirectory)
     equal, kept, worst, layouts = 0, 0, 0.0, set()
     for raw, value in packed.values.items():
         name, want = raw.removeprefix("model."), value.numpy()
@@ -176,7 +176,7 @@ def check_whole(pipeline: Pipeline) -> dict[str, Any]:
                 check_source(source)
             except CheckpointError as error:
                 return row | {"refused": str(error).replace(folder, "").lstrip("/")}
-            assert isinstance(source, QuantisedDirectory)
+            assert isinstance(source, QuantizedDirectory)
             row[kind] = {
                 "kept_packed": sum(source.read_packed(name) is not None for name in source.tensors),
                 "logits_difference": None if wanted is None else logits_difference(target, wanted.numpy()),

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from checkpoints import open_checkpoint, write_safetensors_directory
+from checkpoints import SafetensorsDirectory, write_safetensors_directory
 from mtpjax.config import FULL, LINEAR, ModelConfig
 from mtpjax.engine.engine import Engine
 from mtpjax.loading.weight_map import LoadedModel, fill, load_model
@@ -41,7 +41,7 @@ class Golden:
 
     def model(self, stack: int | None = None) -> LoadedModel:
         """Stacked by all repeats of the layer pattern unless told."""
-        source = open_checkpoint(self.path)
+        source = SafetensorsDirectory(self.path)
         return load_model(source, stack=stack or ModelConfig.from_hf(source.config).repeats)
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from checkpoints import TINY, open_checkpoint, write_gguf, write_safetensors_directory
 from checkpoints.gguf.file import GgufFile
-from checkpoints.packed_array import alike
+from checkpoints.packed_array import to_common_layout
 from checkpoints.quantize import MODES, quantize
 from kernels_pallas.weights.quantized import QuantizedTensor
 from mtpjax import LLM, SamplingParams
@@ -92,7 +92,7 @@ def test_weights_of_several_forms_become_one() -> None:
     four, eight = quantize(x, "iq4nl"), quantize(x, "int8")
     fine = replace(eight, group=16, scale=eight.scale.repeat(2, axis=-1).astype(np.float32))
     moved = replace(four, offset=rng.normal(size=four.scale.shape).astype(np.float32))
-    for before, after in zip((four, fine, moved), alike([four, fine, moved]), strict=True):
+    for before, after in zip((four, fine, moved), to_common_layout([four, fine, moved]), strict=True):
         assert (after.layout, after.group) == ("codes8", 16)
         np.testing.assert_array_equal(after.dequantize(), before.dequantize())
 
