@@ -244,13 +244,13 @@ def main(argv: list[str] | None = None) -> int:
         batch = args.batch if lines is None else max(1, min(args.batch, lines))
         llm = LLM(
             args.model,
-            draft=args.draft,
-            mtp_prompt=args.mtp_prompt,
+            num_speculative_tokens=args.draft,
+            mtp_prompt_tokens=args.mtp_prompt,
             dtype=args.dtype,
-            weights=args.weights,
-            max_len=args.max_len,
-            max_batch=batch,
-            admit=args.admit and min(args.admit, batch),
+            quantization=args.weights,
+            max_model_len=args.max_len,
+            max_num_seqs=batch,
+            max_prefill_seqs=args.admit and min(args.admit, batch),
         )
     except (ValueError, OSError) as error:  # CheckpointError and ConfigError are ValueErrors
         if answers is not None:

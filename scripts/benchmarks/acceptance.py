@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--json", help="write the figures to this file")
     args = parser.parse_args()
 
-    llm = LLM(args.model, draft=args.draft, max_len=args.prompt + args.new)
+    llm = LLM(args.model, num_speculative_tokens=args.draft, max_model_len=args.prompt + args.new)
     if llm.tokenizer is None:
         raise SystemExit(f"{args.model}: no tokenizer.json, so text cannot be read")
     prompts = []
@@ -59,7 +59,7 @@ def main() -> None:
         from scripts.experiments.pre_norm import pre_norm
 
         loaded = load_checkpoint(open_checkpoint(args.model), dtype=llm.engine.compute_dtype)
-        variants["pre-norm"] = LLM(pre_norm(loaded), draft=args.draft, max_len=args.prompt + args.new)
+        variants["pre-norm"] = LLM(pre_norm(loaded), num_speculative_tokens=args.draft, max_model_len=args.prompt + args.new)
     figures = {name: measure(variant, prompts, args.new) for name, variant in variants.items()}
     for name, row in figures.items():
         each = ", ".join(f"{x:.3f}" for x in row["accepted"])  # type: ignore[attr-defined]

@@ -55,7 +55,7 @@ def main() -> None:
         ways = {"formed once": batch, "admit a quarter": max(1, batch // 4), "admit one": 1}
         sides = {
             name: LLM(
-                args.model, draft=args.draft, dtype=dtype, max_len=args.longest + 64, max_batch=batch, admit=admit
+                args.model, num_speculative_tokens=args.draft, dtype=dtype, max_model_len=args.longest + 64, max_num_seqs=batch, max_prefill_seqs=admit
             )
             for name, admit in ways.items()
         }

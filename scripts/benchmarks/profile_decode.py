@@ -76,7 +76,7 @@ def main() -> None:
     text = json.loads((TINY / "prompts.jsonl").read_text(encoding="utf-8").splitlines()[0])["prompt"]
     found = {}
     for k in args.drafts:
-        llm = LLM(args.model, draft=k, dtype="float32", max_len=512, max_batch=1)
+        llm = LLM(args.model, num_speculative_tokens=k, dtype="float32", max_model_len=512, max_num_seqs=1)
         if llm.tokenizer is None:
             raise SystemExit(f"{args.model}: no tokenizer.json, so the prompt cannot be read")
         found[k] = profile(llm, llm.tokenizer.encode(text), args.new)

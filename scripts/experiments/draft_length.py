@@ -21,7 +21,7 @@ PYTHON = (
 def experiment(smoke: bool) -> dict[str, Any]:
     """A row for each domain, temperature and draft length. A story in chat ends by itself; other text at a length."""
     drafts, new, repeats = ((0, 2), 16, 1) if smoke else (tuple(range(9)), 96, 5)
-    sides = {k: LLM(draft=k, max_len=384, max_batch=1, dtype="bfloat16") for k in drafts}
+    sides = {k: LLM(num_speculative_tokens=k, max_model_len=384, max_num_seqs=1, dtype="bfloat16") for k in drafts}
     tokenizer = sides[0].tokenizer
     assert tokenizer is not None
     domains = by_domain(sides[0], 1 if smoke else 4) | {"python": [tokenizer.encode(text) for text in PYTHON]}

@@ -128,7 +128,7 @@ def text_report(emulated: Any, text: Text) -> dict[str, Any]:
     sampling = SamplingParams(**{"max_tokens": 8, **text.wanted})
 
     def texts(draft: int) -> tuple[list[str], float]:
-        outputs = LLM(CHECKPOINT, draft=draft, max_len=1024, **text.options).generate(list(text.prompts), sampling)
+        outputs = LLM(CHECKPOINT, num_speculative_tokens=draft, max_model_len=1024, **text.options).generate(list(text.prompts), sampling)
         return [out.text for out in outputs], float(np.mean([out.metrics.tokens_per_round for out in outputs]))
 
     with emulated.in_use():

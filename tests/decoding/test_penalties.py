@@ -114,7 +114,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def plain(model) -> Engine:
-    return make_engine(model, draft=0, max_len=MAX_LEN)
+    return make_engine(model, num_speculative_tokens=0, max_model_len=MAX_LEN)
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +123,7 @@ def want(plain) -> list[list[int]]:
 
 
 def drafted(model, draft: int, batch: int, drafter=loop.mtp_drafter) -> list[list[int]]:
-    results = make_engine(model, draft=draft, max_len=MAX_LEN, drafter=drafter).run(mixed(), batch)
+    results = make_engine(model, num_speculative_tokens=draft, max_model_len=MAX_LEN, drafter=drafter).run(mixed(), batch)
     assert 0 < sum(r.accepted_per_position[0] for r in results) < sum(r.rounds for r in results)
     return [r.tokens for r in results]
 
@@ -138,7 +138,7 @@ def test_greedy_tokens_are_the_best_of_the_penalised_logits(plain, want):
     without = [result.tokens for result in plain.run([replace(r, **NONE) for r in mixed()], 6)]
     assert without[0] == want[0] and all(a != b for a, b in zip(without[1:], want[1:], strict=True))
     logits = [
-        plain.read([r.prompt + tuple(t)], OutputRows.all(), keep=True)[2] for r, t in zip(mixed(), want, strict=True)
+        plain.read([r.prompt + tuple(t)], OutputRows.all(), return_logits=True)[2] for r, t in zip(mixed(), want, strict=True)
     ]
     for request, text, rows in zip(mixed(), want, logits, strict=True):
         if request.temperature:
@@ -176,7 +176,7 @@ def test_the_drafter_has_the_penalties_too(monkeypatch):
     params = SamplingParams(max_tokens=60, presence_penalty=2.0, frequency_penalty=2.0)
 
     def answer(drafter):
-        return LLM(draft=4, max_len=100, prefill_chunks=(16,), drafter=drafter).generate(
+        return LLM(num_speculative_tokens=4, max_model_len=100, prefill_buckets=(16,), drafter=drafter).generate(
             "The sun was shining and", params
         )[0]
 
@@ -191,15 +191,15 @@ def test_a_penalty_larger_than_the_range_of_the_logits_lets_no_token_come_twice(
     free = plain.run([request], 1)[0].tokens
     assert max(Counter(free).values()) > 2
     spread = np.ptp(
-        np.concatenate(plain.read([(1, 2, 3, *free)], OutputRows.all(), keep=True)[2], axis=1), axis=-1
+        np.concatenate(plain.read([(1, 2, 3, *free)], OutputRows.all(), return_logits=True)[2], axis=1), axis=-1
     ).max()
     most = replace(request, presence_penalty=float(spread) + 1)  # more than SamplingParams allows
-    for by in (plain, make_engine(model, draft=3, max_len=MAX_LEN)):
+    for by in (plain, make_engine(model, num_speculative_tokens=3, max_model_len=MAX_LEN)):
         assert max(Counter(by.run([most], 1)[0].tokens).values()) == 1
 
 
 def test_without_penalties_the_loop_carries_no_counts(model):
-    by = make_engine(model, draft=1, max_len=MAX_LEN)
+    by = make_engine(model, num_speculative_tokens=1, max_model_len=MAX_LEN)
     free, held = (replace(mixed()[0], max_tokens=4), replace(mixed()[1], max_tokens=4))
     by.run([free], 1)
     programs = by.programs

@@ -33,7 +33,7 @@ def model(kind: str) -> LoadedModel:
 
 @cache
 def engine(kind: str, draft: int) -> Engine:
-    return make_engine(model(kind), draft=draft, max_len=MAX_LEN)
+    return make_engine(model(kind), num_speculative_tokens=draft, max_model_len=MAX_LEN)
 
 
 def requests(temperature: float, **changes) -> list[Request]:
@@ -65,7 +65,7 @@ def test_plain_decoding_is_what_reading_the_text_says(kind):
     for temperature in (0.0, 0.8):
         asked = requests(temperature)
         texts = [r.prompt + tuple(tokens) for r, tokens in zip(asked, plain(kind, temperature), strict=True)]
-        logits = np.concatenate(engine(kind, 0).read(texts, OutputRows.all(), keep=True)[2], axis=1)  # padded in front
+        logits = np.concatenate(engine(kind, 0).read(texts, OutputRows.all(), return_logits=True)[2], axis=1)  # padded in front
         for i, (request, text) in enumerate(zip(asked, texts, strict=True)):
             places = np.arange(len(request.prompt), len(text))
             noise = jax.vmap(lambda at, seed=request.seed: gumbel_noise(jnp.uint32(seed), at, VOCAB))(places)
@@ -101,7 +101,7 @@ def test_neighbours_do_not_change_the_text(kind, draft, temperature):
 def test_how_much_of_the_prompt_the_head_reads_does_not_change_the_text(read):
     """Chunks of 32: rows that the head skips end inside a chunk, at its edge, or behind it."""
     for temperature in (0.0, 0.8):
-        results = make_engine(model("moe"), draft=3, max_len=MAX_LEN, mtp_prompt=read).run(
+        results = make_engine(model("moe"), num_speculative_tokens=3, max_model_len=MAX_LEN, mtp_prompt_tokens=read).run(
             requests(temperature), len(LENGTHS)
         )
         assert [r.tokens for r in results] == [tokens[:TOKENS] for tokens in plain("moe", temperature)]
@@ -113,7 +113,7 @@ def test_a_head_that_reads_the_last_tokens_has_their_values_and_no_others():
     prompts = [r.prompt for r in requests(0.0)]
     whole, _, _ = engine("moe", 3).read(prompts)
     for read in (1, 5, 33, MAX_LEN):
-        part, hidden, _ = engine("moe", 3).read(prompts, mtp_prompt=read)
+        part, hidden, _ = engine("moe", 3).read(prompts, mtp_prompt_tokens=read)
         for i, prompt in enumerate(prompts):
             rows = min(read, len(prompt))
             assert int(part.mtp_start[i]) == len(prompt) - rows
@@ -123,7 +123,7 @@ def test_a_head_that_reads_the_last_tokens_has_their_values_and_no_others():
         assert np.asarray(hidden).any()
     # Where that is the whole prompt, keys are the same as well, and so is all that follows.
     np.testing.assert_allclose(np.asarray(part.mtp_k), np.asarray(whole.mtp_k), atol=1e-5)
-    a = make_engine(model("moe"), draft=3, max_len=MAX_LEN, mtp_prompt=MAX_LEN).run(requests(0.8), len(LENGTHS))
+    a = make_engine(model("moe"), num_speculative_tokens=3, max_model_len=MAX_LEN, mtp_prompt_tokens=MAX_LEN).run(requests(0.8), len(LENGTHS))
     b = engine("moe", 3).run(requests(0.8), len(LENGTHS))
     assert [r.accepted_per_position for r in a] == [r.accepted_per_position for r in b]
 
@@ -214,7 +214,7 @@ def forcing(kind: str, k: int) -> Engine:
         true = jnp.take_along_axis(jnp.asarray(texts), ahead, axis=1, mode="fill", fill_value=0)
         return jnp.where(jnp.arange(k) < right[:, None], true, (true + 1) % vocab), cache
 
-    return make_engine(model(kind), draft=k, max_len=MAX_LEN, drafter=drafter)
+    return make_engine(model(kind), num_speculative_tokens=k, max_model_len=MAX_LEN, drafter=drafter)
 
 
 def forced(slot: int, k: int) -> tuple[int, list[int]]:
@@ -301,7 +301,7 @@ def test_an_idle_slot_keeps_every_bit():
 @pytest.mark.parametrize("draft", [0, 3])
 def test_figures_of_the_api(draft):
     """`Metrics` and finish reasons, as users see them."""
-    llm = LLM(model("moe"), draft=draft, max_len=MAX_LEN, max_batch=5, prefill_chunks=(32,))
+    llm = LLM(model("moe"), num_speculative_tokens=draft, max_model_len=MAX_LEN, max_num_seqs=5, prefill_buckets=(32,))
     asked = mixed()
     params = [
         SamplingParams(max_tokens=r.max_tokens, temperature=r.temperature, seed=r.seed, ignore_eos=True,
@@ -325,7 +325,7 @@ def test_the_embedded_model(shipped_code):
     told = [SamplingParams(max_tokens=TOKENS, temperature=t, seed=5, ignore_eos=True) for t in HEAT]
     texts = {}
     for draft in (0, 3):
-        llm = LLM(draft=draft, max_len=500, max_batch=5, prefill_chunks=(64,))
+        llm = LLM(num_speculative_tokens=draft, max_model_len=500, max_num_seqs=5, prefill_buckets=(64,))
         outputs = llm.generate(prompts, told)
         texts[draft] = [out.token_ids for out in outputs]
         assert all(len(tokens) == TOKENS for tokens in texts[draft])
