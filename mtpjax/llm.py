@@ -178,7 +178,8 @@ class LLM:
                 f"{len(prompts)} prompts but {len(params)} sampling parameters; give one, or one for each prompt"
             )
         requests = [
-            self._request(i, prompt, p, f"prompt {i}") for i, (prompt, p) in enumerate(zip(prompts, params, strict=True))
+            self._request(i, prompt, p, f"prompt {i}")
+            for i, (prompt, p) in enumerate(zip(prompts, params, strict=True))
         ]
         num_slots = min(self.max_num_seqs, max(len(requests), 1))
         states = self.engine.run(requests, num_slots, _by_index(on_tokens))

@@ -75,16 +75,14 @@ class SamplingParams:
         Raises:
             ValueError: a value that is out of range.
         """
-        names = PENALTIES
+        names: tuple[str, ...] = PENALTIES
         if generation_config.get("do_sample", True):
             names += ("temperature", "top_k", "top_p", "min_p")
         recommended = {name: generation_config[name] for name in names if generation_config.get(name) is not None}
         return cls(**recommended | overrides)
 
 
-def check_int(
-    name: str, value: object, low: int | None, high: int | None = None, *, optional: bool = False
-) -> None:
+def check_int(name: str, value: object, low: int | None, high: int | None = None, *, optional: bool = False) -> None:
     """Raise ValueError unless `value` is a whole number from `low` to `high`, or None if it is `optional`."""
     if optional and value is None:
         return

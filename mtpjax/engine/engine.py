@@ -44,6 +44,10 @@ class Engine:
         """Programs compiled so far."""
         return self.runner.num_programs
 
+    def seconds_without_compile(self) -> float:
+        """Seconds of a clock that stands still while something compiles."""
+        return self.runner.seconds_without_compile()
+
     def run(
         self, requests: Sequence[Request], num_slots: int, on_tokens: TokenCallback | None = None
     ) -> list[RequestState]:

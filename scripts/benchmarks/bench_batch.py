@@ -25,12 +25,12 @@ def run(llm: LLM, lengths: list[int]) -> tuple[dict[str, float], list[list[int]]
     prompts = [llm.chat_prompt([{"role": "user", "content": STORIES[i % len(STORIES)]}]) for i in range(len(lengths))]
     params = [llm.get_default_sampling_params(max_tokens=n, seed=i, ignore_eos=True) for i, n in enumerate(lengths)]
     engine = llm.engine
-    began, prefill, decode, slots = engine.clock(), engine.prefill_seconds, engine.decode_seconds, engine.slot_steps
+    began, prefill, decode, slots = engine.seconds_without_compile(), engine.prefill_seconds, engine.decode_seconds, engine.slot_steps
     outputs = llm.generate(prompts, params)
-    seconds = engine.clock() - began
+    seconds = engine.seconds_without_compile() - began
     figures = {
         "tokens_per_second": sum(len(o.token_ids) for o in outputs) / seconds,
-        "busy": sum(o.metrics.rounds for o in outputs) / (engine.slot_steps - slots),
+        "busy": sum(o.metrics.num_steps for o in outputs) / (engine.slot_steps - slots),
         "prefill_seconds": engine.prefill_seconds - prefill,
         "decode_seconds": engine.decode_seconds - decode,
     }

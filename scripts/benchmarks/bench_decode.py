@@ -35,7 +35,7 @@ def run(llm: LLM, prompts: list[list[int]], batch: int, params: SamplingParams) 
         outputs = llm.generate(prompts[first : first + batch], params)
         seconds += max(o.metrics.decode_seconds for o in outputs)
         tokens += sum(len(o.token_ids) for o in outputs)
-        rounds += sum(o.metrics.rounds for o in outputs)
+        rounds += sum(o.metrics.num_steps for o in outputs)
     return {"tokens_per_second": tokens / seconds, "tokens_per_round": tokens / rounds}
 
 

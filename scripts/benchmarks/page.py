@@ -62,7 +62,7 @@ def the_table(result: dict[str, Any]) -> list[str]:
         '"Draft 0" leaves out the last layer\'s queries, attention and experts, since nothing reads their rows: a saving that '
         "MTP cannot have while its head reads the last layer's output of every row. It is one layer of 12 here, one of 40 in "
         'a 35B-A3B; at 32,768 tokens it is also a third of all attention here, a tenth there. "Draft 0, whole" is MTP off in '
-        'engines that run every layer for every row. "Last 64 tokens" is `LLM(mtp_prompt=64)`: the head reads the end of the '
+        'engines that run every layer for every row. "Last 64 tokens" is `LLM(mtp_prompt_tokens=64)`: the head reads the end of the '
         "prompt only, and every chunk before is the very program of draft 0.",
         markdown(result),
         "![prefill ratio, decode speed and elapsed seconds by prompt length](benchmarks/table.png)",

@@ -34,8 +34,8 @@ def experiment(smoke: bool) -> dict[str, Any]:
                     params = SamplingParams(max_tokens=new, temperature=temperature, ignore_eos=domain != "talk")
                     outputs = [llm.generate([p], params)[0] for p in prompts]
                     metrics = [output.metrics for output in outputs]
-                    taken = [sum(m.accepted_per_position[i] for m in metrics) for i in range(k)]
-                    seconds, rounds = sum(m.decode_seconds for m in metrics), sum(m.rounds for m in metrics)
+                    taken = [sum(m.num_accepted_tokens_per_pos[i] for m in metrics) for i in range(k)]
+                    seconds, rounds = sum(m.decode_seconds for m in metrics), sum(m.num_steps for m in metrics)
                     if repeat:  # the first compiles
                         found[k].append((seconds, rounds, sum(len(output.token_ids) for output in outputs), taken))
             for k, runs in found.items():

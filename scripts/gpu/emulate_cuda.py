@@ -64,12 +64,12 @@ class Text(NamedTuple):
 
 TEXTS = {
     "text bf16": Text({"dtype": "bfloat16"}),
-    "text iq4_nl": Text({"dtype": "bfloat16", "weights": "iq4nl"}),
+    "text iq4_nl": Text({"dtype": "bfloat16", "quantization": "iq4nl"}),
     "text long iq4_nl": Text(
-        {"dtype": "bfloat16", "weights": "iq4nl", "mtp_prompt": 64, "prefill_chunks": (16, 64)}, {}, LONG
+        {"dtype": "bfloat16", "quantization": "iq4nl", "mtp_prompt_tokens": 64, "prefill_buckets": (16, 64)}, {}, LONG
     ),
-    "text int8 refilled": Text({"dtype": "bfloat16", "weights": "int8", "max_batch": 2}, SAMPLED),
-    "text fp8": Text({"dtype": "bfloat16", "weights": "fp8"}),
+    "text int8 refilled": Text({"dtype": "bfloat16", "quantization": "int8", "max_num_seqs": 2}, SAMPLED),
+    "text fp8": Text({"dtype": "bfloat16", "quantization": "fp8"}),
     "text float32": Text({"dtype": "float32"}, {"max_tokens": 6}),
 }
 
@@ -127,12 +127,14 @@ def text_report(emulated: Any, text: Text) -> dict[str, Any]:
 
     sampling = SamplingParams(**{"max_tokens": 8, **text.wanted})
 
-    def texts(draft: int) -> tuple[list[str], float]:
-        outputs = LLM(CHECKPOINT, num_speculative_tokens=draft, max_model_len=1024, **text.options).generate(list(text.prompts), sampling)
-        return [out.text for out in outputs], float(np.mean([out.metrics.tokens_per_round for out in outputs]))
+    def texts(draft: int, **options: Any) -> tuple[list[str], float]:
+        options |= text.options
+        llm = LLM(CHECKPOINT, num_speculative_tokens=draft, max_model_len=1024, **options)
+        outputs = llm.generate(list(text.prompts), sampling)
+        return [out.text for out in outputs], float(np.mean([out.metrics.mean_acceptance_length for out in outputs]))
 
     with emulated.in_use():
-        (plain, _), (drafted, length) = texts(0), texts(DRAFT)
+        (plain, _), (drafted, length) = (texts(k, compile_fn=emulated.compile) for k in (0, DRAFT))
     jax.clear_caches()
     on_cpu, _ = texts(0)
     return {

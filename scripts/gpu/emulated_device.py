@@ -13,7 +13,6 @@ import jax
 import numpy as np
 
 from kernels_pallas.platform import override_platform
-from mtpjax.engine import model_runner
 from scripts.gpu.cuda_target import Card, Target
 from scripts.ptx_emulator.program import Program
 
@@ -58,10 +57,6 @@ class EmulatedCard:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Inside, engines of `mtpjax` run on this card."""
-        before, model_runner.compiled = model_runner.compiled, self.compile
-        try:
-            with override_platform("cuda", self.card.capability):
-                yield
-        finally:
-            model_runner.compiled = before
+        """Inside, `LLM(compile_fn=self.compile)` runs on this card."""
+        with override_platform("cuda", self.card.capability):
+            yield

@@ -297,7 +297,7 @@ def test_random_damage_ends_in_a_load_or_one_of_our_errors(whole: bytes, tmp_pat
 
 def test_a_tokenizer_survives_the_metadata() -> None:
     """Also one whose chat template is absent; an unknown pre-tokeniser is named."""
-    from mtpjax.text.tokenizer import tokenizer_to_gguf, tokenizer_from_gguf
+    from mtpjax.text.tokenizer import tokenizer_from_gguf, tokenizer_to_gguf
 
     tokenizer = load_tokenizer(TINY / "tokenizer.json")
     metadata = json.loads(json.dumps(tokenizer_to_gguf(tokenizer, 4100, [4095])))

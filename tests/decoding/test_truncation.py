@@ -113,17 +113,17 @@ def test_the_text_is_the_same_at_any_draft_length_and_batch():
     plain = make_engine(model, num_speculative_tokens=0, max_model_len=MAX_LEN)
     want = [result.tokens for result in plain.run(mixed(), 5)]
     assert [r.tokens for r in plain.run([replace(r, top_k=0, top_p=1.0, min_p=0.0) for r in mixed()], 5)] != want
-    programs = plain.programs
+    programs = plain.num_programs
     assert plain.run([replace(mixed()[0], top_k=1)] + mixed()[1:], 5)[0].tokens != want[0]
-    assert plain.programs == programs
+    assert plain.num_programs == programs
     for draft, batch in ((3, 5), (3, 1), (1, 2)):
         results = make_engine(model, num_speculative_tokens=draft, max_model_len=MAX_LEN).run(mixed(), batch)
         assert [r.tokens for r in results] == want
-        assert 0 < sum(r.accepted_per_position[0] for r in results) < sum(r.rounds for r in results)
-    texts = [r.prompt + tuple(tokens) for r, tokens in zip(mixed(), want, strict=True)]
-    logits = np.concatenate(plain.read(texts, OutputRows.all(), return_logits=True)[2], axis=1)  # padded in front
+        assert 0 < sum(r.num_accepted_tokens_per_pos[0] for r in results) < sum(r.num_steps for r in results)
+    texts = [r.prompt_token_ids + tuple(tokens) for r, tokens in zip(mixed(), want, strict=True)]
+    logits = np.concatenate(plain.runner.prefill(texts, OutputRows.all(), return_logits=True)[2], axis=1)  # padded in front
     for i, (request, text) in enumerate(zip(mixed(), texts, strict=True)):
-        for place in range(len(request.prompt), len(text)):
+        for place in range(len(request.prompt_token_ids), len(text)):
             row = logits[i, place - len(text) - 1]
             assert sorted_out(row, request.temperature, request.top_k, request.top_p, request.min_p)[text[place]]
 

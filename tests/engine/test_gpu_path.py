@@ -94,4 +94,4 @@ def test_the_text_is_the_same_with_drafts_in_bfloat16(interpreted: None) -> None
         runs = [make_engine(model, num_speculative_tokens=draft, max_model_len=100).run(asked, 3) for draft in (1, 4)]
     texts = [[result.tokens for result in run] for run in runs]
     assert texts[0] == texts[1] and len({tuple(text) for text in texts[0]}) == 3
-    assert 0 < sum(r.accepted_per_position[0] for r in runs[1])
+    assert 0 < sum(r.num_accepted_tokens_per_pos[0] for r in runs[1])

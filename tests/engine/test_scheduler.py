@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from mtpjax import LLM, SamplingParams
-from mtpjax.engine.request import Request, stack_requests
+from mtpjax.engine.decode_batch import stack_requests
+from mtpjax.engine.request import Request
 from mtpjax.engine.scheduler import Slots
 from tests.helpers.models import make_engine, numpy_model, tiny_config
 

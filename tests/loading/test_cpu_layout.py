@@ -67,7 +67,7 @@ def test_the_logits_are_the_same(moe: bool, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr("mtpjax.loading.cpu_layout.SMALL_WEIGHT", limit)
         monkeypatch.setattr("mtpjax.loading.cpu_layout.SMALL_HEAD", limit)
         engine = make_engine(model, num_speculative_tokens=1, max_model_len=96)
-        found.append(np.concatenate(engine.read([prompt], OutputRows.all(), return_logits=True)[2], axis=1)[0, -75:])
+        found.append(np.concatenate(engine.runner.prefill([prompt], OutputRows.all(), return_logits=True)[2], axis=1)[0, -75:])
     assert np.abs(found[0] - found[1]).max() <= 2e-5 * np.abs(found[1]).max()
 
 

@@ -53,7 +53,7 @@ def same_text(one: LLM, other: LLM) -> None:
     np.testing.assert_allclose(one.logits(IDS), other.logits(IDS), atol=1e-4)
     params = SamplingParams(max_tokens=16, ignore_eos=True)
     (a,), (b,) = (llm.generate([IDS], params) for llm in (one, other))
-    assert a.token_ids == b.token_ids and a.metrics.accepted_per_position == b.metrics.accepted_per_position
+    assert a.token_ids == b.token_ids and a.metrics.num_accepted_tokens_per_pos == b.metrics.num_accepted_tokens_per_pos
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -41,7 +41,7 @@ def case(request, golden):
     gold = golden(request.param)
     loaded = gold.model()
     llm = LLM(loaded, num_speculative_tokens=WINDOW - 1, max_model_len=200, prefill_buckets=CHUNKS[request.param])
-    read = partial(llm.engine.read, rows=OutputRows.all(), return_logits=True)
+    read = partial(llm.engine.runner.prefill, rows=OutputRows.all(), return_logits=True)
     return SimpleNamespace(gold=gold, loaded=loaded, llm=llm, read=read)
 
 
@@ -121,7 +121,7 @@ def test_unrolled_layers(name, golden):
 @pytest.mark.parametrize("name", ["dense_r2", "moe_r3"])
 def test_hidden_states_of_chunks(name, golden):
     gold = golden(name)
-    agree(LLM(gold.model(), prefill_buckets=CHUNKS[name]).hidden(gold["tokens"].tolist()), gold["hidden"])
+    agree(LLM(gold.model(), prefill_buckets=CHUNKS[name]).hidden_states(gold["tokens"].tolist()), gold["hidden"])
 
 
 def test_as_shipped(golden, shipped_code):

@@ -15,7 +15,7 @@ from kernels_pallas.grouped_matmul.plan import choose_windows, window_places
 from mtpjax.config import FULL, LINEAR, ModelConfig
 from mtpjax.decoding.output_rows import OutputRows
 from mtpjax.decoding.steps import prefill
-from mtpjax.engine.model_runner import BUCKETS
+from mtpjax.engine.prompt_chunks import PREFILL_BUCKETS
 from mtpjax.model import abstract_model, commit, place
 from mtpjax.model.cache import BLOCK, new_cache, padded_kv_length
 from mtpjax.presets import PRESETS
@@ -64,7 +64,7 @@ def by_rows_and_vocab(traced, chunk: int) -> list[Held]:
 @pytest.mark.parametrize("cfg", [DENSE, MOE], ids=["dense", "moe"])
 def test_prompt_chunk_holds_nothing_of_the_size_of_the_vocabulary(cfg, tied, mtp):
     cfg = replace(cfg, tied_embeddings=tied, mtp_layers=mtp)
-    for chunk, stack in [*((bucket, cfg.num_superblocks) for bucket in BUCKETS), (37, 1)]:
+    for chunk, stack in [*((bucket, cfg.num_superblocks) for bucket in PREFILL_BUCKETS), (37, 1)]:
         traced, _ = program(cfg, NONE, chunk, stack=stack)
         assert not [a for a in made(traced) if a.size and a.size % VOCAB == 0]
         read = [a for a in arrays(traced.jaxpr) if VOCAB in a.shape and a.size]
