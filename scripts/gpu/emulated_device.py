@@ -13,7 +13,6 @@ import jax
 import numpy as np
 
 from kernels_pallas.platform import override_platform
-from mtpjax.engine import model_runner
 from scripts.gpu.cuda_target import Card, CompileTarget
 from scripts.ptx_emulator.program import EmulatedProgram
 
@@ -58,17 +57,6 @@ class EmulatedDevice:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Run the programs of every `mtpjax` engine on this card."""
-        with override_platform("cuda", self.card.capability), _compile_hook(self.compile):
+        """Trace programs for this card. Inside, `LLM(compile_fn=device.compile)` runs on it."""
+        with override_platform("cuda", self.card.capability):
             yield
-
-
-# HOOK: the only place that reaches into the engine. It replaces the function that compiles the engine's programs.
-@contextmanager
-def _compile_hook(compile_fn: Callable[[Any, tuple[Any, ...]], Callable[..., Any]]) -> Iterator[None]:
-    before = model_runner.compiled
-    setattr(model_runner, "compiled", compile_fn)  # noqa: B010  (mypy allows no assignment to a function)
-    try:
-        yield
-    finally:
-        setattr(model_runner, "compiled", before)  # noqa: B010

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from scripts.gpu.cuda_target import CARDS, Target
+from scripts.gpu.cuda_target import CARDS, CompileTarget
 
 HERE = Path(__file__).resolve().parent
 SIZE, MOST = 40, 5
@@ -43,7 +43,7 @@ def steps(x: Any, turns: Any, first: Any) -> tuple[Any, Any]:
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        target, number = Target(CARDS["rtx3090"], Path(folder)), jax.ShapeDtypeStruct((), jnp.int32)
+        target, number = CompileTarget(CARDS["rtx3090"], Path(folder)), jax.ShapeDtypeStruct((), jnp.int32)
         target.compile(steps, jax.ShapeDtypeStruct((SIZE,), jnp.float32), number, number)
         out = HERE / "emulated"
         shutil.rmtree(out, ignore_errors=True)
