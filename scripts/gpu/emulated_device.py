@@ -43,9 +43,9 @@ class EmulatedDevice:
         folder.mkdir()
         compiled = self.target.compile(fn, *shapes)
         program, results = EmulatedProgram(folder), jax.tree.structure(compiled.out_info)
-        # jax drops the arguments that a program does not read; they have no sharding.
-        shardings = jax.tree.leaves(compiled.input_shardings, is_leaf=lambda sharding: sharding is None)
-        used = [number for number, sharding in enumerate(shardings) if sharding is not None]
+        # jax drops the arguments that a program does not read: it reports None as their sharding.
+        is_used = jax.tree.map(lambda _, sharding: sharding is not None, compiled.args_info, compiled.input_shardings)
+        used = [number for number, read in enumerate(jax.tree.leaves(is_used)) if read]
 
         def run(*args: Any) -> Any:
             before, leaves = program.num_launched, jax.tree.leaves(args)
