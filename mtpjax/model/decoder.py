@@ -10,6 +10,7 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float
 
+from kernels_pallas.partial_sums import PartialSums
 from kernels_pallas.weights.layer_view import LayerView
 from kernels_pallas.weights.quantized import QuantizedTensor
 from mtpjax.config import FULL, ModelConfig
@@ -34,7 +35,7 @@ class Layer(nnx.Module):
         self.mixer: Any = Attention(cfg, new) if kind == FULL else DeltaNet(cfg, new)
         self.mlp: Any = Moe(cfg, new) if cfg.num_experts else Mlp(cfg, new, cfg.mlp_size)
 
-    def feed_forward(self, x: Array, parts: Array, where: Positions, next_norm: Array) -> tuple[Array, Array]:
+    def feed_forward(self, x: Array, parts: PartialSums, where: Positions, next_norm: Array) -> tuple[Array, Array]:
         """What follows the mixer, which gave `parts`: the rows, and these normalised for what comes next."""
         if x.shape[1] == 0:
             return x, x
@@ -61,8 +62,9 @@ class Layer(nnx.Module):
         batch, rows, size = x.shape
         keep = rows if keep is None else keep
         parts, *after = self.mixer(normed, *memory, layer, where)
-        parts = parts.reshape(-1, batch, rows, size)[:, :, rows - keep :].reshape(len(parts), -1, size)
-        return *self.feed_forward(_last(x, keep), parts, where.last(keep), next_norm), tuple(after)
+        sums = parts.parts.reshape(-1, batch, rows, size)[:, :, rows - keep :]
+        kept = PartialSums(sums.reshape(len(sums), -1, size))
+        return *self.feed_forward(_last(x, keep), kept, where.last(keep), next_norm), tuple(after)
 
 
 def _last(x: Float[Array, "B T D"], keep: int) -> Float[Array, "B keep D"]:

@@ -46,7 +46,7 @@ def whole_layer(
         logits and draft logits of the output rows, the head's hidden states of all rows, the cache.
     """
     model = nnx.merge(graph, params)
-    where = place(model.cfg, cache.length, tokens.shape[1], pad, slots=cache.slots)
+    where = place(model.cfg, cache.length, tokens.shape[1], pad, slots=cache.kv_len)
     out, cache = model.trunk(tokens, cache, where)
     hidden = model.final_norm(out)
     drafted, cache = model.mtp_step(hidden, following, cache, where)

@@ -18,7 +18,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 from kernels_pallas.grouped_matmul.plan import choose_windows, window_places
 from mtpjax.config import ModelConfig
-from mtpjax.model.cache import BLOCK
+from mtpjax.model.cache import KV_BLOCK
 
 WhileTrips = Callable[[JaxprEqn], float]
 
@@ -139,7 +139,7 @@ def expected_trips(cfg: ModelConfig, *, rows: int, context: int, kept: int = 0) 
         kinds = (jnp.floating, jnp.uint16)  # the latter: rows of bfloat16, carried as bits
         carried = [v.aval.shape for v in eqn.outvars if any(jnp.issubdtype(v.aval.dtype, kind) for kind in kinds)]
         if [len(s) for s in carried] == [5, 5, 5] and carried[0][-1] == carried[1][-1] == 1:
-            return -(-context // BLOCK)
+            return -(-context // KV_BLOCK)
         if cfg.num_experts and [s[1:] for s in carried] == [(cfg.hidden_size,)]:
             for live in filter(None, (rows, kept)):
                 sizes = choose_windows(live, cfg.experts_per_token, cfg.num_experts)

@@ -16,9 +16,9 @@ from kernels_pallas.grouped_matmul.plan import choose_windows, window_places
 from mtpjax.config import FULL, LINEAR, ModelConfig
 from mtpjax.decoding.output_rows import OutputRows
 from mtpjax.decoding.steps import prefill
-from mtpjax.engine.model_runner import BUCKETS
+from mtpjax.engine.prompt_chunks import PREFILL_BUCKETS
 from mtpjax.model import abstract_model, commit, place
-from mtpjax.model.cache import BLOCK, new_cache, padded_kv_length
+from mtpjax.model.cache import KV_BLOCK, new_cache, padded_kv_length
 from mtpjax.presets import PRESETS
 from scripts.benchmarks.count_flops import FIRST, trace
 from scripts.benchmarks.flops import Held, arrays, inputs_read
@@ -73,7 +73,7 @@ def by_rows_and_vocab(traced, chunk: int) -> list[Held]:
 @pytest.mark.parametrize("cfg", [DENSE, MOE], ids=["dense", "moe"])
 def test_prompt_chunk_holds_nothing_of_the_size_of_the_vocabulary(cfg, tied, mtp):
     cfg = replace(cfg, tied_embeddings=tied, mtp_layers=mtp)
-    for chunk in (*BUCKETS, 37):
+    for chunk in (*PREFILL_BUCKETS, 37):
         traced = program(cfg, NONE, chunk)
         assert not [a for a in made(traced) if a.size and a.size % VOCAB == 0]
         read = [a for a in arrays(traced.jaxpr) if VOCAB in a.shape and a.size]
@@ -187,14 +187,14 @@ def test_mtp_adds_three_products_and_no_attention_or_expert_to_a_chunk(cfg):
     for name in ("while", "scan", "exp", "logistic", "top_k", "sort", "custom_vjp_call"):
         assert inner[name] == on[name] == off[name], name
     inner = primitives(program(cfg, NONE, 64, batch=1))
-    layer = primitives(trace(cfg, "layer", NONE, chunk=64, slots=BLOCK))
+    layer = primitives(trace(cfg, "layer", NONE, chunk=64, slots=KV_BLOCK))
     assert layer["while"] > inner["while"] and layer["exp"] > inner["exp"]
 
 
 @pytest.mark.parametrize("cfg", [DENSE, MOE], ids=["dense", "moe"])
 def test_a_chunk_that_the_head_does_not_read_is_that_of_a_model_without_one(cfg):
     def program_of(cfg: ModelConfig, **rows) -> tuple[Counter, set[str]]:
-        traced = trace(cfg, "sync" if cfg.mtp_layers else "off", NONE, chunk=64, slots=BLOCK, **rows)
+        traced = trace(cfg, "sync" if cfg.mtp_layers else "off", NONE, chunk=64, slots=KV_BLOCK, **rows)
         read = {n for n, r in parameters_read(traced).items() if r}
         # A call of a function, which XLA inlines, puts out what it was given: the cache, with the head's part or without it.
         return Counter(a.made_by for a in made(traced) if a.size and a.made_by != "jit"), read
@@ -242,11 +242,11 @@ def test_a_committed_row_is_not_computed_anew_for_every_element_of_the_state(row
     graph, params = nnx.split(abstract_model(cfg))
 
     def step(params, tokens, cache):
-        where = place(cfg, cache.length, rows, jnp.zeros(1, jnp.int32), slots=cache.slots)
+        where = place(cfg, cache.length, rows, jnp.zeros(1, jnp.int32), slots=cache.kv_len)
         _, cache, pending = nnx.merge(graph, params).trunk_pending(tokens, cache, where)
         return commit(cache, pending, jnp.ones(1, jnp.int32))
 
-    cache = jax.eval_shape(lambda: new_cache(cfg, 1, BLOCK))
+    cache = jax.eval_shape(lambda: new_cache(cfg, 1, KV_BLOCK))
     text = jax.jit(step).lower(params, shape(1, rows, dtype=jnp.int32), cache).compile().as_text()
     of = ",".join(map(str, cache.state.shape))
     passes = re.findall(rf"= f32\[{of}\]\S* fusion\(([^)]*)\)", text)
@@ -283,11 +283,11 @@ def test_temporary_memory_of_35b_does_not_grow_with_the_context():
         seen = Counter((tuple("S" if n == slots else n for n in a.shape), a.dtype, a.made_by) for a in held)
         return seen, [a for a in held if slots not in a.shape]
 
-    small, _ = temporaries(33 * BLOCK)
+    small, _ = temporaries(33 * KV_BLOCK)
     large, held = temporaries(262_144)
     assert small == large  # the same program but for the cache it is given
     attention = [a for a in held if "while" in a.where and "custom_vjp_call" not in a.where]
-    assert max(a.size for a in attention) == BIG.q_heads * CHUNK * BLOCK  # scores of one block
+    assert max(a.size for a in attention) == BIG.q_heads * CHUNK * KV_BLOCK  # scores of one block
     assigned = BIG.experts_per_token * CHUNK
     places = window_places(assigned, BIG.num_experts, choose_windows(CHUNK, BIG.experts_per_token, BIG.num_experts))
     stored = [a for a in held if a.made_by != "bitcast_convert_type"]  # which only gives bits another name

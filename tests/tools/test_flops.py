@@ -13,7 +13,7 @@ from checkpoints import TINY
 from kernels_pallas.grouped_matmul.plan import choose_windows, plan_windows
 from mtpjax.config import ModelConfig
 from mtpjax.model import abstract_model, place
-from mtpjax.model.cache import BLOCK
+from mtpjax.model.cache import KV_BLOCK
 from mtpjax.presets import PRESETS
 from scripts.benchmarks.count_flops import FIRST, config, flops, main, prompt_flops, table, trace
 from scripts.benchmarks.flops import count_flops, expected_trips
@@ -84,9 +84,9 @@ def test_operations_of_a_dense_model_are_those_of_its_weights_and_attention():
     cfg, chunk = PRESETS["0.8b"].without_mtp(), 1024
     products = [
         flops(cfg, "off", FIRST, chunk=chunk, context=context).by_primitive["dot_general"]
-        for context in (1024, 1025, 1024 + BLOCK)
+        for context in (1024, 1025, 1024 + KV_BLOCK)
     ]
-    block = cfg.full_layers * 4 * cfg.q_heads * cfg.head_dim * chunk * BLOCK
+    block = cfg.full_layers * 4 * cfg.q_heads * cfg.head_dim * chunk * KV_BLOCK
     assert products[1] - products[0] == products[2] - products[0] == block
     leaves = jax.tree.leaves(nnx.split(abstract_model(cfg).decoder)[1])
     weights = sum(leaf.size for leaf in leaves if leaf.ndim == 3 and leaf.shape[-1] != cfg.conv_width)
