@@ -49,8 +49,8 @@ def load_checkpoint(
     """Load an opened checkpoint for computing in `dtype`.
 
     Args:
-        dtype: of the matrices and of activations; matrices are converted once. None keeps every tensor as the file holds
-            it, for conversion.
+        dtype: of the matrices and of activations; matrices are converted once. None keeps every tensor as the file
+            holds it, for conversion.
         mtp: False leaves an MTP head out.
         quantization: how matrices lie in memory. "int4", "int8", "iq4nl" and "fp8" quantise them as they are read;
             "packed" keeps them as a GGUF file or a quantised folder has them. None is "packed" for these two on a GPU;
@@ -67,7 +67,8 @@ def load_checkpoint(
     if isinstance(source, OrbaxDirectory):
         if quantization is not None:
             raise ValueError(
-                f"{source.path}: quantization={quantization!r} is not supported for an Orbax folder; convert it back first"
+                f"{source.path}: quantization={quantization!r} is not supported for an Orbax folder; "
+                "convert it back first"
             )
         return restore_orbax(source, mtp=mtp, dtype=dtype or jnp.float32)
     if isinstance(source, PACKED_SOURCES):
@@ -75,7 +76,8 @@ def load_checkpoint(
     elif quantization == KEEP_PACKED:
         modes = ", ".join(repr(mode) for mode in QUANTIZATIONS if mode != KEEP_PACKED)
         raise ValueError(
-            f"{source.path}: quantization={KEEP_PACKED!r} is for GGUF files and quantised folders; expected one of {modes}"
+            f"{source.path}: quantization={KEEP_PACKED!r} is for GGUF files and quantised folders; "
+            f"expected one of {modes}"
         )
     return load_model(source, mtp=mtp, quantization=quantization, dtype=dtype)
 

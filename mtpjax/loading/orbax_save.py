@@ -92,8 +92,8 @@ def _check_dtypes(source: TensorSource) -> None:
     if settings := quantization_config(source.config):
         method = settings.get("quant_method") if isinstance(settings, Mapping) else settings
         raise CheckpointError(
-            f"{source.path}: is quantised (quant_method {method!r}); converting that to Orbax is not supported yet in this "
-            "version. mtpjax.LLM reads the folder as it is; to convert, use the BF16 files of the same model"
+            f"{source.path}: is quantised (quant_method {method!r}); converting that to Orbax is not supported yet in "
+            "this version. mtpjax.LLM reads the folder as it is; to convert, use the BF16 files of the same model"
         )
     unsupported = [
         f"'{info.name}' ({info.dtype.name})" for info in source.tensors.values() if info.dtype.name not in STORED_DTYPES

@@ -38,7 +38,7 @@ def can_quantize(path: ParamPath, shape: Sequence[int], quantization: str) -> bo
 
 
 def is_block_aligned(index: LeafIndex, weight: PackedArray) -> bool:
-    """Return whether `weight` can lie packed at `index` of a leaf: rows of FP8 share scales in blocks of `FP8_BLOCK`."""
+    """Return whether `weight` can lie packed at `index` of a leaf: `FP8_BLOCK` rows of FP8 share scales."""
     return weight.layout != "fp8" or all(
         rows.start % FP8_BLOCK == 0 == rows.stop % FP8_BLOCK for rows in index if isinstance(rows, slice)
     )
@@ -54,7 +54,7 @@ def can_share_layout(path: ParamPath, weights: Sequence[PackedArray]) -> bool:
 
 
 def read_quantized(source: TensorSource, name: str, quantization: str) -> PackedArray | None:
-    """Read one tensor packed: as the checkpoint holds it, or quantised here. None where a checkpoint holds it unpacked."""
+    """Read one tensor packed: as the checkpoint has it, or quantised here. None if a checkpoint has it unpacked."""
     if quantization == KEEP_PACKED:
         return source.read_packed(name) if isinstance(source, PACKED_SOURCES) else None
     return quantize(source.read(name), quantization)

@@ -98,7 +98,7 @@ def random_quantized(key: jax.Array, shape: tuple[int, ...], quantization: str, 
 def _by_matrix(
     make: Callable[[jax.Array, tuple[int, ...]], jax.Array], key: jax.Array, shape: tuple[int, ...]
 ) -> jax.Array:
-    """Return `make(key, shape)` matrix by matrix of a stack: random bits take a multiple of their size while being made."""
+    """Return `make(key, shape)`, made matrix by matrix: random bits take a multiple of their size while being made."""
     if len(shape) < 3:
         return jax.jit(make, static_argnums=1)(key, shape)
     keys = jax.random.split(key, int(np.prod(shape[:-2])))

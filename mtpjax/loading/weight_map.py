@@ -170,8 +170,8 @@ def check_tensors(source: TensorSource, locations: Mapping[str, TensorLocation],
     ]
     if wrong or missing or extra:
         raise CheckpointError(
-            f"{source.path}: {len(missing)} missing, {len(wrong)} mis-shaped and {len(extra)} unexpected tensors for the "
-            f"model that its config.json describes:\n{format_list([*missing, *wrong, *extra])}"
+            f"{source.path}: {len(missing)} missing, {len(wrong)} mis-shaped and {len(extra)} unexpected tensors for "
+            f"the model that its config.json describes:\n{format_list([*missing, *wrong, *extra])}"
         )
 
 
@@ -182,7 +182,11 @@ def format_list(lines: list[str]) -> str:
 
 
 def check_source(source: TensorSource) -> ModelConfig:
-    """Return the config of a checkpoint whose tensors fit it. Raises CheckpointError or ConfigError as `load_model` would."""
+    """Return the config of a checkpoint whose tensors fit it.
+
+    Raises:
+        CheckpointError, ConfigError: as `load_model` would.
+    """
     cfg = checkpoint_config(source)
     check_tensors(source, weight_map(cfg, source.tensors.__contains__), cfg)
     return cfg

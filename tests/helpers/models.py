@@ -1,4 +1,4 @@
-"""What tests of the engine and the model share: tiny models that need no random-number programs, and the golden cases."""
+"""Tiny models for tests, made without random-number programs, and the golden cases."""
 
 from __future__ import annotations
 
@@ -43,6 +43,19 @@ class Golden:
 
     def model(self) -> LoadedModel:
         return load_model(SafetensorsDirectory(self.path))
+
+
+# Sizes of `tiny_config` with which matrices consist of whole groups, so that they can be packed.
+PACKABLE_SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "head_dim": 32,
+    "rotary_dim": 8,
+    "linear_k_dim": 32,
+    "linear_v_dim": 32,
+    "expert_size": 32,
+    "shared_expert_size": 32,
+    "vocab_size": 128,
+}
 
 
 def tiny_config(

@@ -72,7 +72,9 @@ def test_a_mixed_file_keeps_the_type_of_every_matrix() -> None:
     """The mixture of llama.cpp: of 41 layers with the MTP block, 22 have down projections of six bits, 19 of four."""
     _, args, _, params = program_case("decode q4_k_m")
     assert args[0] is params
-    down = {path: leaf[...] for path, leaf in flatten_params(params).items() if path[-1] == "down" and "shared" not in path}
+    down = {
+        path: leaf[...] for path, leaf in flatten_params(params).items() if path[-1] == "down" and "shared" not in path
+    }
     six_bits = [
         int(path[2]) * 4 + int(path[4]) for path, w in down.items() if w.layout == "codes6" and path[0] == "decoder"
     ]
