@@ -19,7 +19,7 @@ from mtpjax.model import Expert, place
 from mtpjax.model.attention import attend, write_kv
 from mtpjax.model.cache import KV_BLOCK
 from mtpjax.model.params import ONLY_LAYER
-from scripts.benchmarks.flops import arrays
+from scripts.benchmarks.dataflow import arrays
 from tests.helpers.models import cpu_only, numpy_model, tiny_config
 
 EXPERTS, CHOSEN, HIDDEN, SIZE, LAYERS = 8, 3, 24, 16, 2
