@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Bool, Float, Int
 
-from kernels_pallas.packed.dequantize import most_rows
+from kernels_pallas.packed.layout import max_row_tile
 from kernels_pallas.partial_sums import load_partial_sum
 from kernels_pallas.tiles import dot, index_grid
 
@@ -174,7 +174,7 @@ def attend_cache(
     end = jnp.max(position, axis=1) + 1
     index = jnp.asarray(layer, jnp.int32).reshape(1)
     pairs, few = batch * kv_heads, rows <= FEW
-    tile = 16 if few else most_rows(q.dtype)
+    tile = 16 if few else max_row_tile(q.dtype)
     tiles = -(-rows * (heads // kv_heads) // tile)
     piece = PIECE if few else None
     pieces = -(-slots // PIECE) if few else 1

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Bool, Float
 
-from kernels_pallas.grouped_matmul.triton import mixed
+from kernels_pallas.grouped_matmul import combine_experts
 from kernels_pallas.partial_sums import PartialSums, load_partial_sum
 from kernels_pallas.tiles import next_power_of_2
 
@@ -33,7 +33,7 @@ class MoeOutput(NamedTuple):
 
     def whole(self, dtype: Any) -> Float[Array, "N D"]:
         """The sum in plain `lax`, rounded to `dtype` after every operation."""
-        routed = mixed(self.each, self.live, dtype)
+        routed = combine_experts(self.each, self.live, dtype)
         gate, shared = PartialSums(self.gate).sum(jnp.float32), PartialSums(self.shared).sum(dtype)
         return routed + jax.nn.sigmoid(gate).astype(dtype) * shared
 

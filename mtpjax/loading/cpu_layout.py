@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from kernels_pallas.platform import platform
-from kernels_pallas.weights.transposed import FusedExperts, FusedPlaceholder, TransposedWeight
+from kernels_pallas.weights import BitcastBfloat16, FusedExperts, FusedPlaceholder, TransposedWeight
 from mtpjax.loading.orbax_io import ParamPath
 from mtpjax.loading.weight_map import LoadedModel, fill, flat
 from mtpjax.model.params import Dense, Expert
@@ -31,15 +31,15 @@ def optimize_for_cpu(model: LoadedModel) -> LoadedModel:
 
     * Small matrices turned, those that read the same rows side by side, the experts of a layer abreast, and a small tied
       embedding a second time, as an LM head. See `kernels_pallas.weights.transposed`.
-    * Other bfloat16 experts as uint16 bit patterns, without a copy. XLA's CPU backend slices bfloat16 by converting the
-      whole operand to float32 first: all experts of a layer for one. What it takes for integers it leaves alone.
+    * Other bfloat16 experts as `BitcastBfloat16`, without a copy. XLA's CPU backend slices bfloat16 by converting the whole
+      operand to float32 first: all experts of a layer for one. It slices integers as they are.
     """
     if platform() != "cpu":
         return model
     held = {path: _suited_leaf(path, leaf) for path, leaf in flat(model.params).items()}
     for path in list(held):
         group = [path, *((*path[:-1], *other) for other in SIDE_BY_SIDE.get(str(path[-1]), ()))]
-        weights = [w for member in group if isinstance(w := held.get(member), TransposedWeight) and not w.parts]
+        weights = [w for member in group if isinstance(w := held.get(member), TransposedWeight) and not w.output_sizes]
         if len(weights) == len(group) > 1:
             arrays = [np.asarray(w.array) for w in weights]
             joined = jax.device_put(np.concatenate(arrays, axis=-1))  # not jnp: that would be a program to compile
@@ -62,7 +62,7 @@ def _suited_leaf(path: ParamPath, leaf: Any) -> Any:
             return FusedExperts(_transposed(held, 0, 3, 1, 2))
         return TransposedWeight(_transposed(held, 0, 1, 3, 2))
     if isinstance(leaf, Expert) and getattr(held, "dtype", None) == jnp.bfloat16:
-        return jax.device_put(np.asarray(held).view(np.uint16))
+        return BitcastBfloat16(jax.device_put(np.asarray(held).view(np.uint16)))
     limit = SMALL_HEAD if path == ("lm_head",) else SMALL_WEIGHT
     if isinstance(leaf, Dense) and path != ("embedding",) and _small(held, 2, limit):
         return TransposedWeight(_transposed(held, *range(held.ndim - 2), -1, -2))

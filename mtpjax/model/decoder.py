@@ -43,7 +43,7 @@ class Layer(nnx.Module):
             return x, x
         eps, plain = self.cfg.norm_eps, where.differentiable
         h, normed = add_norm(x, parts, self.post_norm[...], eps, plain)
-        more = self.mlp(normed, expert_layer, where.live)
+        more = self.mlp(normed, expert_layer, where.live, "xla" if plain else None)
         return add_norm(h, more, self.post_norm[...] if next_norm is None else next_norm, eps, plain)
 
     def attention(  # type: ignore[no-untyped-def]

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
-from kernels_pallas.grouped_matmul.plan import choose_windows, window_places
+from kernels_pallas.grouped_matmul.plan import choose_window_sizes, num_places
 from mtpjax.config import ModelConfig
 from mtpjax.model.cache import BLOCK
 
@@ -141,9 +141,9 @@ def expected_trips(cfg: ModelConfig, *, rows: int, context: int, kept: int = 0) 
             return -(-context // BLOCK)
         if cfg.experts and [s[1:] for s in carried] == [(cfg.hidden_size,)]:
             for live in filter(None, (rows, kept)):
-                sizes = choose_windows(live, cfg.experts_per_token, cfg.experts)
+                sizes = choose_window_sizes(live, cfg.experts_per_token, cfg.experts)
                 size = _rows_written(eqn)
-                if size in sizes and carried[0][0] == window_places(live * cfg.experts_per_token, cfg.experts, sizes):
+                if size in sizes and carried[0][0] == num_places(live * cfg.experts_per_token, cfg.experts, sizes):
                     return cfg.experts * _expected_windows(live, cfg.experts_per_token / cfg.experts, sizes, size)
         raise ValueError(
             f"a loop that carries {carried} is neither attention nor the experts of {rows} rows of this model"
@@ -160,7 +160,7 @@ def _rows_written(loop: JaxprEqn) -> int | None:
 
 
 def _expected_windows(rows: int, chance: float, sizes: Sequence[int], size: int) -> float:
-    """Expected windows of one size (see `plan_windows`) for a run of X ~ Binomial(rows, chance) rows."""
+    """Expected windows of one size (see `align_windows`) for a run of X ~ Binomial(rows, chance) rows."""
     step, longest = sizes[0], sizes[-1]
     n = np.arange(rows + 1)
     windows = (-(-(n % longest) // step) * step == size) + (n // longest if size == longest else 0)

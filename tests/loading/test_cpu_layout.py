@@ -37,7 +37,7 @@ def test_every_small_matrix_is_turned(moe: bool) -> None:
         else:
             assert isinstance(leaf, Vector) or path == ("embedding",)
             assert after[path][...] is leaf[...]
-        if kinds[path] in (FusedExperts, TransposedWeight) and not getattr(after[path][...], "parts", ()):
+        if kinds[path] in (FusedExperts, TransposedWeight) and not getattr(after[path][...], "output_sizes", ()):
             assert after[path][...].shape == leaf[...].shape
     beside = sum(kind is FusedPlaceholder for kind in kinds.values())
     layers, full = (
@@ -48,7 +48,7 @@ def test_every_small_matrix_is_turned(moe: bool) -> None:
     numbers = sum(leaf.size for leaf in jax.tree.leaves(optimize_for_cpu(model).params))
     assert numbers == sum(leaf.size for leaf in jax.tree.leaves(model.params)) + before["embedding",][...].size
     joined = next(leaf[...] for path, leaf in after.items() if path[-1] == "in_qkv")
-    assert len(joined.parts) == 1 + len(SIDE_BY_SIDE["in_qkv"])
+    assert len(joined.output_sizes) == 1 + len(SIDE_BY_SIDE["in_qkv"])
 
 
 def test_what_is_not_small_stays_as_it_is(nothing_is_small: None) -> None:

@@ -11,7 +11,7 @@ from flax import nnx
 from jax import lax
 from jax.extend.core import Jaxpr, Literal
 
-from kernels_pallas.grouped_matmul.plan import choose_windows, window_places
+from kernels_pallas.grouped_matmul.plan import choose_window_sizes, num_places
 from mtpjax.config import FULL, LINEAR, PRESETS, ModelConfig
 from mtpjax.decoding.output_rows import OutputRows
 from mtpjax.decoding.steps import prefill
@@ -285,7 +285,7 @@ def test_temporary_memory_of_35b_does_not_grow_with_the_context():
     attention = [a for a in held if "while" in a.where and "custom_vjp_call" not in a.where]
     assert max(a.size for a in attention) == BIG.q_heads * CHUNK * BLOCK  # scores of one block
     assigned = BIG.experts_per_token * CHUNK
-    places = window_places(assigned, BIG.experts, choose_windows(CHUNK, BIG.experts_per_token, BIG.experts))
+    places = num_places(assigned, BIG.experts, choose_window_sizes(CHUNK, BIG.experts_per_token, BIG.experts))
     stored = [a for a in held if a.made_by != "bitcast_convert_type"]  # which only gives bits another name
     assert max(a.nbytes for a in stored) == places * BIG.hidden_size * 2  # 79 MiB: the rows of all windows
 

@@ -10,7 +10,7 @@ from flax import nnx
 from jax import lax
 
 from checkpoints import TINY
-from kernels_pallas.grouped_matmul.plan import choose_windows, plan_windows
+from kernels_pallas.grouped_matmul.plan import align_windows, choose_window_sizes
 from mtpjax.config import PRESETS, ModelConfig
 from mtpjax.decoding.output_rows import OutputRows
 from mtpjax.model import abstract_model, place
@@ -119,9 +119,9 @@ def test_operations_of_loops_branches_and_calls():
 @pytest.mark.parametrize("rows", [1, 20, 40, 300])
 def test_expected_expert_windows_are_the_mean_of_random_routing(rows):
     experts, k, draws = 6, 2, 400
-    sizes = choose_windows(rows, k, experts)
+    sizes = choose_window_sizes(rows, k, experts)
     chosen = np.argsort(np.random.default_rng(0).random((draws, rows, experts)), axis=-1)[..., :k]
-    first = jax.jit(jax.vmap(lambda c: plan_windows(c, jnp.ones(rows, bool), experts, sizes).first))(chosen)
+    first = jax.jit(jax.vmap(lambda c: align_windows(c, experts, sizes).first))(chosen)
     cfg = replace(MOE, experts=experts, experts_per_token=k)
     found = [e for e in loops(cfg, rows) if len(e.outvars[-1].aval.shape) == 2]
     assert len(found) > len(sizes)  # those of the first layer, whose rows are all read, and of the second
