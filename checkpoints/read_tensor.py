@@ -69,12 +69,12 @@ def read_tensor_into(info: TensorInfo, out: NDArray[Any], check_finite: bool = T
         raise read_error(info.file, error) from error
     if non_finite_in_file.count:
         raise CheckpointError(
-            f"{label} has {non_finite_in_file.count:,} NaN or infinite values {non_finite_in_file.place(info.shape)}; "
-            f"expected none. {REDOWNLOAD}"
+            f"{label} has {non_finite_in_file.count:,} NaN or infinite values "
+            f"{non_finite_in_file.describe_first(info.shape)}; expected none. {REDOWNLOAD}"
         )
     if overflowed.count:
         raise CheckpointError(
-            f"{label} ({info.dtype.name}) has {overflowed.count:,} values {overflowed.place(info.shape)}, "
+            f"{label} ({info.dtype.name}) has {overflowed.count:,} values {overflowed.describe_first(info.shape)}, "
             f"that are too large for {out.dtype.name}. Load it in a wider type."
         )
 
@@ -108,7 +108,7 @@ class _NonFiniteCount:
             self.first = start + int(mask.argmax())
         self.count += int(np.count_nonzero(mask))
 
-    def place(self, shape: tuple[int, ...]) -> str:
+    def describe_first(self, shape: tuple[int, ...]) -> str:
         """Describe the first element, as in "of 1,024, the first at index [3, 17]"."""
         index = [int(i) for i in np.unravel_index(self.first, shape)]
         return f"of {math.prod(shape):,}, the first at index {index}"

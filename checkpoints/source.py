@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,7 @@ class TensorInfo:
     nbytes: int
 
 
+@runtime_checkable
 class TensorSource(Protocol):
     """An opened checkpoint whose tensors can be read with numpy alone."""
 

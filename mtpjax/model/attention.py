@@ -17,7 +17,7 @@ from kernels_pallas.matmul import linears_split_k
 from kernels_pallas.partial_sums import PartialSums
 from kernels_pallas.platform import platform
 from mtpjax.config import ModelConfig
-from mtpjax.model.cache import BLOCK
+from mtpjax.model.cache import KV_BLOCK
 from mtpjax.model.norm import rms_norm
 from mtpjax.model.params import ParamFactory
 from mtpjax.model.positions import Positions
@@ -57,9 +57,9 @@ def attend(q: Float[Array, "B T Q H"], cache: KV, layer: Array | int, where: Pos
 
     def block(i: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         top, total, out = sums
-        at = (layer, 0, 0, i * BLOCK, 0)
-        k, v = (lax.dynamic_slice(c, at, (1, batch, kv_heads, BLOCK, size))[0].astype(q.dtype) for c in cache)
-        seen = where.live[..., None] & (i * BLOCK + jnp.arange(BLOCK) <= where.positions[..., None])  # [B, T, S]
+        at = (layer, 0, 0, i * KV_BLOCK, 0)
+        k, v = (lax.dynamic_slice(c, at, (1, batch, kv_heads, KV_BLOCK, size))[0].astype(q.dtype) for c in cache)
+        seen = where.live[..., None] & (i * KV_BLOCK + jnp.arange(KV_BLOCK) <= where.positions[..., None])  # [B, T, S]
         seen = seen[:, None, None]
         # Keys first: a product whose second operand they are would begin with a transposed copy of them on a CPU.
         score = jnp.einsum("bnsh,bngth->bnsgt", k, q, precision=precision, preferred_element_type=jnp.float32)

@@ -215,7 +215,7 @@ def commit(cache: Cache, pending: PendingDeltaUpdates, accepted: Int[Array, " B"
     cut = jax.vmap(lambda rows, n: lax.dynamic_slice_in_dim(rows, n, keep, axis=1), (1, 0), 1)
     some = (accepted > 0)[None, :, None, None]  # of an idle window, all padding, the inputs stand behind the cut
     return cache.replace(
-        state=fold(cache.state, pending.k, pending.d, pending.decay, accepted),
+        state=fold(cache.state, pending.k, pending.delta, pending.decay, accepted),
         conv=jnp.where(some, cut(pending.conv, accepted), cache.conv),
         length=cache.length + accepted,
     )
@@ -240,11 +240,11 @@ class DeltaNet(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, new: ParamFactory):
         self.cfg = cfg
-        self.in_qkv = new.matrix(cfg.conv_size, cfg.hidden_size)
+        self.in_qkv = new.matrix(cfg.conv_channels, cfg.hidden_size)
         self.in_z = new.matrix(cfg.value_size, cfg.hidden_size)
         self.in_b = new.matrix(cfg.linear_v_heads, cfg.hidden_size)
         self.in_a = new.matrix(cfg.linear_v_heads, cfg.hidden_size)
-        self.conv = new.vector(cfg.conv_size, cfg.conv_width)  # tap width-1 is the row itself
+        self.conv = new.vector(cfg.conv_channels, cfg.conv_width)  # tap width-1 is the row itself
         self.a_log = new.vector(cfg.linear_v_heads)
         self.dt_bias = new.vector(cfg.linear_v_heads)
         self.norm = new.vector(cfg.linear_v_dim)  # plain weight, not zero-centred
@@ -308,12 +308,14 @@ class DeltaNet(nnx.Module):
             pending = PendingDeltaUpdates(
                 conv=pending.conv.at[layer].set(inputs),
                 k=pending.k.at[layer].set(k),
-                d=pending.d.at[layer].set(d),
+                delta=pending.delta.at[layer].set(d),
                 decay=pending.decay.at[layer].set(decay),
             )
         norms = None if where.differentiable else pick_norms(platform())
         if norms is None:
-            y = gated_rms_norm(o, z.reshape(o.shape), self.norm[...], cfg.norm_eps, cfg.z_gate)
+            y = gated_rms_norm(o, z.reshape(o.shape), self.norm[...], cfg.norm_eps, cfg.output_gate_act)
         else:
-            y = norms.gated(o.reshape(-1, *o.shape[2:]), parts[1].parts, self.norm[...], cfg.norm_eps, cfg.z_gate)
+            y = norms.gated(
+                o.reshape(-1, *o.shape[2:]), parts[1].parts, self.norm[...], cfg.norm_eps, cfg.output_gate_act
+            )
         return linears_split_k(y.reshape(*x.shape[:2], -1), self.out[...])[0], cache, pending

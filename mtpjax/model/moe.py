@@ -50,9 +50,9 @@ class Moe(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, new: ParamFactory):
         self.cfg = cfg
-        self.router = new.matrix(cfg.experts, cfg.hidden_size)
-        self.gate_up = new.experts(cfg.experts, 2 * cfg.expert_size, cfg.hidden_size)
-        self.down = new.experts(cfg.experts, cfg.hidden_size, cfg.expert_size)
+        self.router = new.matrix(cfg.num_experts, cfg.hidden_size)
+        self.gate_up = new.experts(cfg.num_experts, 2 * cfg.expert_size, cfg.hidden_size)
+        self.down = new.experts(cfg.num_experts, cfg.hidden_size, cfg.expert_size)
         self.shared = Mlp(cfg, new, cfg.shared_expert_size)
         self.shared_gate = new.matrix(1, cfg.hidden_size)
 

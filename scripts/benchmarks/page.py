@@ -181,77 +181,9 @@ def page() -> str:
     parts += ["## Other results", "| file | what |\n|---|---|\n" + "\n".join(lines)]
     parts += [
         "## Not measured",
-        "The table for a trained 35B-A3B on a GPU, and any other GPU than the H100. `python -m scripts.gpu.suite` makes the figures of a "
-        "CUDA GPU; with `--smoke` it runs anywhere at a toy size, and those figures mean nothing. On the CPU, contexts above those of the "
-        "table were not run.",
-    ]
-    return [
-        "## Memory of reading a long prompt",
-        f"`.venv-cuda/bin/python -m scripts.gpu.prefill_memory --json docs/benchmarks/prefill_memory.json`: the prefill program of a "
-        f"35B-A3B with IQ4_NL weights, compiled for an {result['card']} (what XLA knows of an RTX 3090) without one. "
-        + about(result),
-        "One program reads every prompt that fits its cache: the position is data, and attention's loop over the cache has as "
-        "many turns as it needs.",
-        "\n".join(lines),
-    ]
-
-
-def h100(result: dict[str, Any], llama: dict[str, Any]) -> list[str]:
-    """The section on the only GPU that has run whole programs."""
-    rows = ["| context | drafts | ms a round | tokens/s | share of the bandwidth |", "|---|---|---|---|---|"]
-    for r in result["decode"]:
-        rate = 1000 * r["tpr"] / r["ms_round"]
-        rows.append(f"| {r['context']:,} | {r['draft']} | {r['ms_round']:.2f} | {rate:,.0f} | {r['roofline']:.2f} |")
-    chunks = ["| rows of a chunk | context | MTP | tokens/s | share of the roofline |", "|---|---|---|---|---|"]
-    for r in result["prefill"]:
-        rate, mtp = r["chunk"] / statistics.median(r["seconds"]), "on" if r["mtp"] else "off"
-        chunks.append(f"| {r['chunk']:,} | {r['context']:,} | {mtp} | {rate:,.0f} | {r['roofline']:.2f} |")
-    decode = ", ".join(
-        f"{r['tok_s']:,.0f} tokens/s at {r['depth']:,}" for r in llama["rows"] if r["test"] == "tg" and "tok_s" in r
-    )
-    prompts = ", ".join(
-        f"{r['tok_s']:,.0f} ({r['n']:,} tokens, ubatch {r['ub']:,})" for r in llama["rows"] if r["test"] == "pp"
-    )
-    return [
-        "## On an H100",
-        f"{result['date']}, {result['device']}, jax {result['jax']}, commit {result['commit']}. {result['note']}. Kernel times are in "
-        "[h100_model.json](benchmarks/h100_model.json), numerics of all 54 kernel cases in "
-        "[h100_kernels.json](benchmarks/h100_kernels.json), tile constants in [h100_tiles.json](benchmarks/h100_tiles.json).",
-        "\n".join(rows),
-        "\n".join(chunks),
-        f"llama.cpp v0.5.0 on the same card and day ([figures](benchmarks/h100_llama_cpp.json)): decoding without drafts {decode}; "
-        f"prompts {prompts}. Its prompts with MTP ran at 0.941 (2k) and 0.890 (8k) of the speed without.",
-        "All kernels were right. In bfloat16 three of ten greedy texts of the embedded model (IQ4_NL) changed with drafts or batch size; "
-        "at T = 0.8 all were equal. The cause is known: reductions over features in prompts that are left to XLA.",
-    ]
-
-
-def page() -> str:
-    """The Markdown text."""
-    parts = ["# Benchmarks", "Made by `python -m scripts.benchmarks.page` from the JSON files in `docs/benchmarks/`."]
-    parts.append(FIGURES)
-    shown = set()
-    if (file := FILES / "h100_model.json").exists():
-        parts += h100(json.loads(file.read_text()), json.loads((FILES / "h100_llama_cpp.json").read_text()))
-        shown |= {"h100_model", "h100_llama_cpp"}
-    for name, section in (("table", the_table), ("table_tiny", the_tiny_table), ("prefill_memory", memory)):
-        if (file := FILES / f"{name}.json").exists():
-            parts += section(json.loads(file.read_text()))
-            shown.add(name)
-    for name, (title, text) in EXPERIMENTS.items():
-        if (file := FILES / f"{name}.json").exists():
-            result = json.loads(file.read_text())
-            picture = f"![{title}](benchmarks/{name}.png)"
-            parts += [f"## {title}", text, f"`python -m scripts.experiments.{name}`. " + about(result), picture]
-            shown.add(name)
-    others = sorted(f for f in FILES.glob("*.json") if f.stem not in shown)
-    lines = [f"| [{f.name}](benchmarks/{f.name}) | {json.loads(f.read_text()).get('what', f.stem)} |" for f in others]
-    parts += ["## Other results", "| file | what |\n|---|---|\n" + "\n".join(lines)]
-    parts += [
-        "## Not measured",
-        "No GPU has run any of this: there is no table for the 35B-A3B, no roofline and no kernel timing. `scripts/gpu/suite.py` "
-        "would make them (`--part kernels`, `prefill`, `decode`, `table`, `profile`); with `--smoke` it runs anywhere at a toy "
-        "size, and those figures mean nothing. On the CPU, contexts above those of the table were not run.",
+        "The table for a trained 35B-A3B on a GPU, and any GPU other than the H100. `python -m scripts.gpu.suite` makes the "
+        "figures of a CUDA GPU; with `--smoke` it runs anywhere at a toy size, and those figures mean nothing. On the CPU, "
+        "contexts above those of the table were not run.",
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -22,6 +22,7 @@ from checkpoints.gguf.writer import encode_iq4_nl
 from mtpjax import LLM, SamplingParams
 from mtpjax.cli import convert
 from mtpjax.config import FULL, LINEAR, ModelConfig
+from mtpjax.hf_config import config_to_hf
 from mtpjax.loading.weight_map import export_tensors
 from mtpjax.text.tokenizer import load_tokenizer
 from tests.helpers.models import numpy_model, tiny_config
@@ -68,9 +69,9 @@ def test_every_block_type_is_exact(name: str, seed: int, rows: int, blocks: int)
 
 def save_random_model(cfg: ModelConfig, path: Path, tensor_type: str, seed: int = 0) -> Any:
     """Write a random model as GGUF and return it."""
-    model = numpy_model(cfg, seed=seed, stack=1)
-    tensors = [(name.removeprefix("model."), read) for name, _, _, read in export_tensors(model, 1)]
-    write_gguf(path, cfg.to_hf(), tensors, tensor_type)
+    model = numpy_model(cfg, seed=seed)
+    tensors = [(name.removeprefix("model."), read) for name, _, _, read in export_tensors(model)]
+    write_gguf(path, config_to_hf(cfg), tensors, tensor_type)
     return model
 
 
@@ -79,14 +80,17 @@ def save_random_model(cfg: ModelConfig, path: Path, tensor_type: str, seed: int 
 )
 def test_the_same_weights_give_the_same_logits(moe: bool, v_heads: int, mtp: int, tmp_path: Path) -> None:
     """A GGUF file in F32 gives the logits and drafts of the model in memory: all conventions are undone."""
-    cfg = tiny_config(moe=moe, linear_v_heads=v_heads, mtp_layers=mtp, pattern=(LINEAR, LINEAR, FULL))
+    cfg = tiny_config(moe=moe, linear_v_heads=v_heads, mtp_layers=mtp, layer_pattern=(LINEAR, LINEAR, FULL))
     model = save_random_model(cfg, tmp_path / "m.gguf", "f32")
-    in_memory, from_file = LLM(model, draft=2 * mtp, max_len=64), LLM(tmp_path / "m.gguf", draft=2 * mtp, max_len=64)
+    in_memory, from_file = (
+        LLM(model, num_speculative_tokens=2 * mtp, max_model_len=64),
+        LLM(tmp_path / "m.gguf", num_speculative_tokens=2 * mtp, max_model_len=64),
+    )
     ids = np.random.default_rng(1).integers(0, 90, 40).tolist()
     np.testing.assert_allclose(from_file.logits(ids), in_memory.logits(ids), atol=1e-4)
     params = SamplingParams(max_tokens=20, ignore_eos=True)
     (a,), (b,) = (llm.generate([ids], params) for llm in (in_memory, from_file))
-    assert a.token_ids == b.token_ids and a.metrics.accepted_per_position == b.metrics.accepted_per_position
+    assert a.token_ids == b.token_ids and a.metrics.num_accepted_tokens_per_pos == b.metrics.num_accepted_tokens_per_pos
 
 
 @pytest.mark.parametrize("tensor_type", ["bf16", "q8_0", "q4_0", "iq4_nl"])
@@ -128,7 +132,7 @@ def test_a_model_of_mixed_types_computes_the_same_packed_and_dequantized(
 
     monkeypatch.setattr(gguf.GGUFWriter, "add_tensor", add_blocks)
     sizes = SIZES | {"hidden_size": 256, "expert_size": 256, "shared_expert_size": 256, "linear_v_heads": 8}
-    cfg = tiny_config(moe=True, pattern=(LINEAR, FULL), repeats=1, vocab_size=128, **sizes)
+    cfg = tiny_config(moe=True, layer_pattern=(LINEAR, FULL), num_superblocks=1, vocab_size=128, **sizes)
     save_random_model(cfg, tmp_path / "m.gguf", "q8_0")
     assert set(written_types.values()) == set(scales)
     assert written_types["blk.0.ffn_gate_exps.weight"] != written_types["blk.0.ffn_up_exps.weight"]
@@ -139,8 +143,10 @@ def test_a_model_of_mixed_types_computes_the_same_packed_and_dequantized(
         if (packed := source.read_packed(name)) is not None:
             np.testing.assert_array_equal(packed.dequantize(), source.read(name), err_msg=name)
     ids = np.random.default_rng(1).integers(0, 90, 30).tolist()
-    expected = LLM(tmp_path / "m.gguf", draft=2, max_len=64).logits(ids)
-    packed_logits = LLM(tmp_path / "m.gguf", draft=2, max_len=64, weights="packed").logits(ids)
+    expected = LLM(tmp_path / "m.gguf", num_speculative_tokens=2, max_model_len=64).logits(ids)
+    packed_logits = LLM(tmp_path / "m.gguf", num_speculative_tokens=2, max_model_len=64, quantization="packed").logits(
+        ids
+    )
     assert np.isfinite(expected).all() and expected.std() > 0
     assert np.abs(packed_logits - expected).max() <= 1e-3 * np.abs(expected).max()
 
@@ -222,7 +228,7 @@ def test_the_embedded_model_survives_the_conversion_to_gguf(tmp_path: Path, caps
     """After a conversion by the script, tokenizer, chat template and greedy text are those of the original folder."""
     target = tmp_path / "tiny.gguf"
     assert convert.main([str(TINY), str(target), "--type", "bf16"]) == 0 and "as gguf" in capsys.readouterr().out
-    original, converted = LLM(max_len=256), LLM(target, max_len=256)
+    original, converted = LLM(max_model_len=256), LLM(target, max_model_len=256)
     for text in ("“Curiouser!” cried Alice; 1865, cafe\u0301.\n\n  x", "<|im_start|>user\nHé<|im_end|>\n"):
         assert original.tokenizer is not None and converted.tokenizer is not None
         ids = original.tokenizer.encode(text)
@@ -240,7 +246,7 @@ def test_the_embedded_model_survives_the_conversion_to_gguf(tmp_path: Path, caps
 def model_bytes(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """The content of a whole GGUF file in Q8_0."""
     file = tmp_path_factory.mktemp("gguf") / "m.gguf"
-    save_random_model(tiny_config(moe=True, vocab_size=128, repeats=1, **SIZES), file, "q8_0")
+    save_random_model(tiny_config(moe=True, vocab_size=128, num_superblocks=1, **SIZES), file, "q8_0")
     return file.read_bytes()
 
 
@@ -276,7 +282,7 @@ def test_a_damaged_file_is_rejected(
     file = tmp_path / "bad.gguf"
     file.write_bytes(change(model_bytes))
     with pytest.raises(CheckpointError) as caught:
-        LLM(file, max_len=64)
+        LLM(file, max_model_len=64)
     assert message in str(caught.value) and "bad.gguf" in str(caught.value)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from checkpoints import write_safetensors_directory
 from mtpjax.config import FULL, LINEAR
+from mtpjax.hf_config import config_to_hf
 from mtpjax.loading.weight_map import export_tensors
 from tests.helpers import quantized_encoders as encoders
 from tests.helpers.models import numpy_model, tiny_config
@@ -155,7 +156,7 @@ SIZES: dict[str, Any] = {
     "expert_size": 128,
     "shared_expert_size": 128,
     "vocab_size": 128,
-    "pattern": (LINEAR, FULL),
+    "layer_pattern": (LINEAR, FULL),
 }
 # Parts of the names of matrices that published checkpoints leave unquantised.
 UNQUANTIZED = (
@@ -178,10 +179,10 @@ def write_model(path: Path, fmt: PublishedFormat, unquantized: tuple[str, ...] =
     cfg = tiny_config(moe=True, linear_v_heads=6, **SIZES | sizes)
     weights = {
         name: weight
-        for fused_name, _, _, read in export_tensors(numpy_model(cfg, stack=1), 1)
+        for fused_name, _, _, read in export_tensors(numpy_model(cfg))
         for name, weight in _split_experts(fused_name, read().astype(np.float32))
     }
-    _write_folders(path, fmt, weights, cfg.to_hf(), unquantized)
+    _write_folders(path, fmt, weights, config_to_hf(cfg), unquantized)
 
 
 def write_three_matrices(path: Path, fmt: PublishedFormat, change: Change | None = None) -> None:

@@ -319,12 +319,12 @@ def test_plain_experts_have_the_gradient_of_the_loop(interpreted: None, monkeypa
         assert_close(mine, np.asarray(plain), "float32")
 
 
-def test_a_scanned_model_with_packed_matrices_is_the_dequantised_one(interpreted: None) -> None:
-    """Packed stacks go round the scan, each layer reads its own part."""
+def test_a_model_with_packed_matrices_is_the_dequantised_one(interpreted: None) -> None:
+    """Packed stacks go whole into the layers, with the index of their one layer."""
     from mtpjax.decoding.steps import forward_hidden
     from mtpjax.model.cache import new_cache
 
-    cfg = tiny_config(moe=False, hidden_size=64, linear_v_dim=16, mlp_size=64)
+    cfg = tiny_config(moe=False, repeats=1, hidden_size=64, linear_v_dim=16, mlp_size=64)
     model = numpy_model(cfg)
 
     def pack(path: Any, leaf: Any) -> Any:
