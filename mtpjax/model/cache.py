@@ -11,9 +11,8 @@ from flax import struct
 from jax import Array
 from jaxtyping import Float, Int
 
+from kernels_pallas.attention import KV_BLOCK as BLOCK
 from mtpjax.config import ModelConfig
-
-BLOCK = 256  # cache slots that attention reads at a time
 
 
 class Cache(struct.PyTreeNode):

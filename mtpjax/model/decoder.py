@@ -10,14 +10,15 @@ from flax import nnx
 from jax import Array, lax
 from jaxtyping import Float
 
+from kernels_pallas.norm import MoeOutput, add_rms_norm
+from kernels_pallas.partial_sums import PartialSums
 from kernels_pallas.weights.layer_view import LayerView
 from kernels_pallas.weights.quantized import QuantizedTensor
 from mtpjax.config import FULL, ModelConfig
-from mtpjax.model.attention import KV, Attention
+from mtpjax.model.attention import Attention, KVCache
 from mtpjax.model.cache import Cache, PendingDeltaUpdates
 from mtpjax.model.gated_deltanet import DeltaNet
 from mtpjax.model.moe import Mlp, Moe
-from mtpjax.model.norm import add_norm
 from mtpjax.model.params import Expert, ParamFactory
 from mtpjax.model.positions import Positions
 
@@ -35,36 +36,39 @@ class Layer(nnx.Module):
         self.mlp: Any = Moe(cfg, new) if cfg.experts else Mlp(cfg, new, cfg.mlp_size)
 
     def feed_forward(
-        self, x: Array, parts: Array, expert_layer: Array | int, where: Positions, next_norm: Array | None
+        self, x: Array, delta: PartialSums, expert_layer: Array | int, positions: Positions, next_norm: Array | None
     ) -> tuple[Array, Array]:
-        """What follows the mixer, which gave `parts`: the rows, and these normalised for what comes next."""
+        """What follows the mixer, which gave `delta`: the rows, and these normalised for what comes next."""
         if x.shape[1] == 0:
             return x, x
-        eps, plain = self.cfg.norm_eps, where.differentiable
-        h, normed = add_norm(x, parts, self.post_norm[...], eps, plain)
-        more = self.mlp(normed, expert_layer, where.live)
-        return add_norm(h, more, self.post_norm[...] if next_norm is None else next_norm, eps, plain)
+        eps, implementation = self.cfg.norm_eps, positions.implementation
+        h, normed = add_rms_norm(x, delta, self.post_norm[...], eps, implementation=implementation)
+        mlp_out = self.mlp(normed, expert_layer, positions.valid)
+        mlp_delta = mlp_out if isinstance(mlp_out, MoeOutput) else PartialSums(mlp_out)
+        norm = self.post_norm[...] if next_norm is None else next_norm
+        return add_rms_norm(h, mlp_delta, norm, eps, implementation=implementation)
 
     def attention(  # type: ignore[no-untyped-def]
-        self, x: Array, normed: Array, kv: KV, layer: Array | int, expert_layer: Array | int, where: Positions,
+        self, x: Array, normed: Array, kv: KVCache, layer: Array | int, expert_layer: Array | int, positions: Positions,
         next_norm: Array | None, keep: int | None = None,
     ):  # fmt: skip
         """A full-attention layer over key/value stacks, on rows that are given normalised, too. Returns the rows, the last
         `keep` of them, these normalised by `next_norm`, and the stacks."""
         keep = x.shape[1] if keep is None else keep
-        parts, kv = self.mixer(normed, kv, layer, where, keep)
-        return *self.feed_forward(_last(x, keep), parts, expert_layer, where.last(keep), next_norm), kv
+        parts, kv = self.mixer(normed, kv, layer, positions, keep)
+        return *self.feed_forward(_last(x, keep), parts, expert_layer, positions.last(keep), next_norm), kv
 
     def linear(  # type: ignore[no-untyped-def]
-        self, x: Array, normed: Array, memory: Memory, layer: Array | int, expert_layer: Array | int, where: Positions,
+        self, x: Array, normed: Array, memory: Memory, layer: Array | int, expert_layer: Array | int, positions: Positions,
         next_norm: Array | None, keep: int | None = None,
     ):  # fmt: skip
         """A DeltaNet layer, as `attention`; its memory is that which all rows enter."""
         batch, rows, size = x.shape
         keep = rows if keep is None else keep
-        parts, *after = self.mixer(normed, *memory, layer, where)
+        parts, *after = self.mixer(normed, *memory, layer, positions)
         parts = parts.reshape(-1, batch, rows, size)[:, :, rows - keep :].reshape(len(parts), -1, size)
-        return *self.feed_forward(_last(x, keep), parts, expert_layer, where.last(keep), next_norm), tuple(after)
+        delta = PartialSums(parts)
+        return *self.feed_forward(_last(x, keep), delta, expert_layer, positions.last(keep), next_norm), tuple(after)
 
 
 def _last(x: Float[Array, "B T D"], keep: int) -> Float[Array, "B keep D"]:
@@ -78,11 +82,12 @@ class SuperBlock(nnx.Module):
         self.cfg = cfg
         self.layers = nnx.List([Layer(cfg, new, kind) for kind in cfg.pattern])
 
-    def first_norm(self, x: Array, where: Positions) -> Array:
-        return add_norm(x, None, self.layers[0].input_norm[...], self.cfg.norm_eps, where.differentiable)[1]
+    def first_norm(self, x: Array, positions: Positions) -> Array:
+        norm, implementation = self.layers[0].input_norm[...], positions.implementation
+        return add_rms_norm(x, None, norm, self.cfg.norm_eps, implementation=implementation)[1]
 
     def __call__(  # type: ignore[no-untyped-def]
-        self, x: Array, normed: Array, memory: Memory, repeat: Array | int, inside: Array | int, where: Positions,
+        self, x: Array, normed: Array, memory: Memory, repeat: Array | int, inside: Array | int, positions: Positions,
         next_norm: Array | None, keep: int | None = None,
     ):  # fmt: skip
         """Run repeat number `repeat` of the model, which is number `inside` of this stack (for its experts).
@@ -98,10 +103,12 @@ class SuperBlock(nnx.Module):
             wanted = keep if number == len(self.cfg.pattern) else None
             if kind == FULL:
                 cache, pending = memory
-                x, normed, (k, v) = layer.attention(x, normed, (cache.k, cache.v), full, inside, where, norm, wanted)
+                x, normed, (k, v) = layer.attention(
+                    x, normed, (cache.k, cache.v), full, inside, positions, norm, wanted
+                )
                 memory, full = (cache.replace(k=k, v=v), pending), full + 1
             else:
-                x, normed, memory = layer.linear(x, normed, memory, lin, inside, where, norm, wanted)
+                x, normed, memory = layer.linear(x, normed, memory, lin, inside, positions, norm, wanted)
                 lin = lin + 1
         return x, normed, memory
 
@@ -126,7 +133,7 @@ class Decoder(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         memory: Memory,
-        where: Positions,
+        positions: Positions,
         final_norm: Float[Array, " D"],
         keep: int | None = None,
     ) -> tuple[Float[Array, "B keep D"], Float[Array, "B keep D"], Memory]:
@@ -135,26 +142,24 @@ class Decoder(nnx.Module):
         Unrolled layers do no more than these need: of the last layer, the others leave their keys and values or their part
         of the state. In a scan all layers are alike, so there the rows are only cut off.
         """
-        keep = x.shape[1] if keep is None else keep
+        keep, eps = x.shape[1] if keep is None else keep, self.blocks[0].cfg.norm_eps
         if self.stack > 1:
-            x, memory = self._scanned(x, memory, where)
+            x, memory = self._scanned(x, memory, positions)
             x = _last(x, keep)
-            return x, add_norm(x, None, final_norm, self.blocks[0].cfg.norm_eps, where.differentiable)[1], memory
+            return x, add_rms_norm(x, None, final_norm, eps, implementation=positions.implementation)[1], memory
         norms = [block.layers[0].input_norm[...][0] for block in self.blocks] + [final_norm]
-        normed = add_norm(x, None, norms[0], self.blocks[0].cfg.norm_eps, where.differentiable)[1]
+        normed = add_rms_norm(x, None, norms[0], eps, implementation=positions.implementation)[1]
         for number, block in enumerate(self.blocks):
             split: Any = nnx.split(block, Expert, _packed, ...)
             graph, experts, packed, dense = split
             rows = keep if number == len(self.blocks) - 1 else None
             weights = experts, packed, jax.tree.map(lambda w: w[0], dense)
-            # With a plain number of blocks attention's loop is differentiable, which inside a call it would not be.
-            run = _run if where.differentiable else _shared
-            told = memory, jnp.int32(number), where, norms[number + 1]
-            x, normed, memory = run(weights, x, normed, *told, graph=graph, rows=rows)
+            args = memory, jnp.int32(number), positions, norms[number + 1]
+            x, normed, memory = _jitted_block(weights, x, normed, *args, graph=graph, rows=rows)
         return x, normed, memory
 
     def _scanned(
-        self, x: Float[Array, "B T D"], memory: Memory, where: Positions
+        self, x: Float[Array, "B T D"], memory: Memory, positions: Positions
     ) -> tuple[Float[Array, "B T D"], Memory]:
         for number, block in enumerate(self.blocks):
             split: Any = nnx.split(block, Expert, _packed, ...)
@@ -164,24 +169,26 @@ class Decoder(nnx.Module):
             def body(carry: tuple[Array, Memory], at: Any, first=first, g=graph, e=experts, p=packed):  # type: ignore[no-untyped-def]
                 (x, memory), (inside, weights) = carry, at
                 run = nnx.merge(g, e, _layer_of(p, inside), weights)
-                x, _, memory = run(x, run.first_norm(x, where), memory, first + inside, inside, where, None)
+                x, _, memory = run(x, run.first_norm(x, positions), memory, first + inside, inside, positions, None)
                 return (x, memory), None
 
             (x, memory), _ = lax.scan(body, (x, memory), (jnp.arange(self.stack), dense))
         return x, memory
 
 
-def _run(  # type: ignore[no-untyped-def]
-    weights: Any, x: Array, normed: Array, memory: Memory, repeat: Array, where: Positions, next_norm: Array, *, graph: Any,
+def _block(  # type: ignore[no-untyped-def]
+    weights: Any, x: Array, normed: Array, memory: Memory, repeat: Array, positions: Positions, next_norm: Array, *, graph: Any,
     rows: int | None,
 ):  # fmt: skip
     """One unrolled super-block."""
     experts, packed, dense = weights
-    return nnx.merge(graph, experts, _layer_of(packed, 0), dense)(x, normed, memory, repeat, 0, where, next_norm, rows)
+    return nnx.merge(graph, experts, _layer_of(packed, 0), dense)(
+        x, normed, memory, repeat, 0, positions, next_norm, rows
+    )
 
 
 # Blocks of one shape share a trace, and their kernels are lowered once.
-_shared = jax.jit(_run, static_argnames=("graph", "rows"))
+_jitted_block = jax.jit(_block, static_argnames=("graph", "rows"))
 
 
 def _packed(path: Any, variable: Any) -> bool:

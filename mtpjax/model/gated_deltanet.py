@@ -18,11 +18,11 @@ from jaxtyping import Bool, Float, Int
 
 from kernels_pallas.gated_delta_rule import DeltaProjections, Fixed, pick, pick_chunks
 from kernels_pallas.matmul import added, linears_split_k
-from kernels_pallas.norm import pick as pick_norms
+from kernels_pallas.norm import gated_rms_norm, l2_norm
+from kernels_pallas.partial_sums import PartialSums
 from kernels_pallas.platform import platform
 from mtpjax.config import ModelConfig
 from mtpjax.model.cache import Cache, PendingDeltaUpdates
-from mtpjax.model.norm import gated_rms_norm, l2_norm
 from mtpjax.model.params import ParamFactory
 from mtpjax.model.positions import Positions
 
@@ -269,7 +269,7 @@ class DeltaNet(nnx.Module):
         cache: Cache,
         pending: PendingDeltaUpdates | None,
         layer: Array | int,
-        where: Positions,
+        positions: Positions,
     ) -> tuple[Float[Array, "S B*T D"], Cache, PendingDeltaUpdates | None]:
         """Rows of one layer, in parts, to be added in their order. They enter the state of the cache, or, given `pending`, wait
         there for `commit`."""
@@ -277,15 +277,15 @@ class DeltaNet(nnx.Module):
         before = cache.conv[layer]
         weights, dtypes = (self.in_qkv, self.in_z, self.in_b, self.in_a), (x.dtype, x.dtype, f32, f32)
         parts = linears_split_k(x, *(w[...] for w in weights), out_dtypes=dtypes)
-        qkv, z, b, a = (added(x, part, dtype) for part, dtype in zip(parts, dtypes, strict=True))
-        inputs = conv_inputs(before, qkv.astype(before.dtype), where.pad, where.live)
+        qkv, _, b, a = (added(x, part, dtype) for part, dtype in zip(parts, dtypes, strict=True))
+        inputs = conv_inputs(before, qkv.astype(before.dtype), positions.pad, positions.valid)
         kernel = None if pending is None else pick(platform(), rows, cfg.linear_k_dim, cfg.linear_v_dim)
         if kernel is None:
             given = split_rows(
-                self._convolved(inputs, rows, x.dtype), *self._gates(b, a, where.live), *cache.state.shape[2:]
+                self._convolved(inputs, rows, x.dtype), *self._gates(b, a, positions.valid), *cache.state.shape[2:]
             )
         if pending is None:
-            o, after = read_rows(given, cache.state, layer, x.dtype, where.differentiable)
+            o, after = read_rows(given, cache.state, layer, x.dtype, positions.implementation == "xla")
             cache = cache.replace(
                 state=cache.state.at[layer].set(after), conv=cache.conv.at[layer].set(inputs[:, rows:])
             )
@@ -298,17 +298,16 @@ class DeltaNet(nnx.Module):
                     DeltaProjections(parts[0], *parts[2:]),
                     Fixed(self.conv[...], self.a_log[...], self.dt_bias[...]),
                 )
-                end = where.pad + jnp.sum(where.live, axis=1)
-                o, d, k, decay = kernel(projected, fixed, cache.conv, cache.state, layer, where.pad, end, dtype=x.dtype)
+                end = positions.pad + jnp.sum(positions.valid, axis=1)
+                o, d, k, decay = kernel(
+                    projected, fixed, cache.conv, cache.state, layer, positions.pad, end, dtype=x.dtype
+                )
             pending = PendingDeltaUpdates(
                 conv=pending.conv.at[layer].set(inputs),
                 k=pending.k.at[layer].set(k),
                 d=pending.d.at[layer].set(d),
                 decay=pending.decay.at[layer].set(decay),
             )
-        norms = None if where.differentiable else pick_norms(platform())
-        if norms is None:
-            y = gated_rms_norm(o, z.reshape(o.shape), self.norm[...], cfg.norm_eps, cfg.z_gate)
-        else:
-            y = norms.gated(o.reshape(-1, *o.shape[2:]), parts[1], self.norm[...], cfg.norm_eps, cfg.z_gate)
+        heads, z, implementation = o.reshape(-1, *o.shape[2:]), PartialSums(parts[1]), positions.implementation
+        y = gated_rms_norm(heads, z, self.norm[...], cfg.norm_eps, cfg.z_gate, implementation=implementation)
         return linears_split_k(y.reshape(*x.shape[:2], -1), self.out[...])[0], cache, pending

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float
 from kernels_pallas.grouped_matmul import EACH_KERNELS, expert_mlp
 from kernels_pallas.matmul import Packed, added, fused_linears, linears_split_k
 from kernels_pallas.norm import MoeOutput
+from kernels_pallas.partial_sums import PartialSums
 from kernels_pallas.platform import platform
 from kernels_pallas.topk_softmax import KERNELS
 from mtpjax.config import ModelConfig
@@ -26,7 +27,7 @@ class Mlp(nnx.Module):
         self.down = new.matrix(cfg.hidden_size, size)
 
     def __call__(
-        self, x: Float[Array, "B T D"], layer: Array | int = 0, live: Array | None = None
+        self, x: Float[Array, "B T D"], layer: Array | int = 0, valid: Array | None = None
     ) -> Float[Array, "S B*T D"]:
         """Parts, to be added in their order."""
         gate, up = fused_linears(x, self.gate[...], self.up[...], out_dtypes=[jnp.float32] * 2)
@@ -57,11 +58,11 @@ class Moe(nnx.Module):
         return weights / jnp.sum(weights, axis=-1, keepdims=True), chosen, p
 
     def __call__(
-        self, x: Float[Array, "B T D"], layer: Array | int, live: Bool[Array, "B T"]
+        self, x: Float[Array, "B T D"], layer: Array | int, valid: Bool[Array, "B T"]
     ) -> Float[Array, "S B*T D"] | MoeOutput:
         """Parts, to be added in their order, or a mixture of experts."""
         flat, index = x.reshape(-1, x.shape[-1]), jnp.asarray(layer, jnp.int32)
-        alive, shared = live.reshape(-1), self.shared
+        alive, shared = valid.reshape(-1), self.shared
         weights = [w[...] for w in (self.router, self.shared_gate, shared.gate, shared.up)]
         parts = linears_split_k(x, *weights, out_dtypes=[jnp.float32] * 4)
         kernel = KERNELS.get(platform()) if isinstance(weights[-1], Packed) else None  # plain models train, too
@@ -77,4 +78,5 @@ class Moe(nnx.Module):
             logits, gate, up, alive, self.cfg.experts_per_token, x.dtype
         )  # of dead rows: none
         each = EACH_KERNELS[platform()](flat, self.gate_up[...], self.down[...], index, chosen, weight)
-        return MoeOutput(each, alive, linears_split_k(hidden, shared.down[...])[0], shared_gate)
+        shared_out = PartialSums(linears_split_k(hidden, shared.down[...])[0])
+        return MoeOutput(each, alive, shared_out, PartialSums(shared_gate))

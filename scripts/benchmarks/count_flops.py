@@ -23,7 +23,7 @@ from jax import Array
 from mtpjax.config import PRESETS, ConfigError, ModelConfig, preset
 from mtpjax.decoding.output_rows import OutputRows
 from mtpjax.decoding.steps import prefill
-from mtpjax.model import abstract_model, place
+from mtpjax.model import abstract_model, make_positions
 from mtpjax.model.cache import Cache, new_cache, padded_kv_length
 from scripts.benchmarks.flops import Flops, count_flops, expected_trips
 
@@ -41,7 +41,7 @@ def whole_layer(
         logits and draft logits of the output rows, the head's hidden states of all rows, the cache.
     """
     model = nnx.merge(graph, params)
-    where = place(model.cfg, cache.length, tokens.shape[1], pad, slots=cache.slots)
+    where = make_positions(model.cfg, cache.length, tokens.shape[1], pad, kv_len=cache.slots)
     out, cache = model.trunk(tokens, cache, where)
     hidden = model.final_norm(out)
     drafted, cache = model.mtp_step(hidden, following, cache, where)

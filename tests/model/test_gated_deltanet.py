@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mtpjax.model import commit, place
+from mtpjax.model import commit, make_positions
 from mtpjax.model.cache import BLOCK, Cache, PendingDeltaUpdates, new_cache, new_pending
 from mtpjax.model.gated_deltanet import CHUNK, Rows, conv_inputs, delta_chunk, fold, unit_lower_inverse
 from tests.helpers.models import numpy_model, tiny_config
@@ -152,13 +152,15 @@ class Layers:
     @partial(jax.jit, static_argnums=0)
     def read(self, tokens: jax.Array, pad: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         model = nnx.merge(self.loaded.graph, self.loaded.params)
-        rows, cache = model.trunk(tokens, cache, place(self.cfg, cache.length, tokens.shape[1], pad, slots=cache.slots))
+        rows, cache = model.trunk(
+            tokens, cache, make_positions(self.cfg, cache.length, tokens.shape[1], pad, kv_len=cache.slots)
+        )
         return rows, cache.replace(length=cache.length + tokens.shape[1] - pad)
 
     @partial(jax.jit, static_argnums=0)
     def wait(self, tokens: jax.Array, pad: jax.Array, cache: Cache) -> tuple[Cache, PendingDeltaUpdates]:
         model = nnx.merge(self.loaded.graph, self.loaded.params)
-        where = place(self.cfg, cache.length, tokens.shape[1], pad, slots=cache.slots)
+        where = make_positions(self.cfg, cache.length, tokens.shape[1], pad, kv_len=cache.slots)
         return model.trunk_pending(tokens, cache, where)[1:]
 
 

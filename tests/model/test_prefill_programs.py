@@ -16,7 +16,7 @@ from mtpjax.config import FULL, LINEAR, PRESETS, ModelConfig
 from mtpjax.decoding.output_rows import OutputRows
 from mtpjax.decoding.steps import prefill
 from mtpjax.engine.model_runner import BUCKETS
-from mtpjax.model import abstract_model, commit, place
+from mtpjax.model import abstract_model, commit, make_positions
 from mtpjax.model.cache import BLOCK, new_cache, padded_kv_length
 from scripts.benchmarks.count_flops import trace
 from scripts.benchmarks.flops import Held, arrays, inputs_read
@@ -238,7 +238,7 @@ def test_a_committed_row_is_not_computed_anew_for_every_element_of_the_state(row
     graph, params = nnx.split(abstract_model(cfg))
 
     def step(params, tokens, cache):
-        where = place(cfg, cache.length, rows, jnp.zeros(1, jnp.int32), slots=cache.slots)
+        where = make_positions(cfg, cache.length, rows, jnp.zeros(1, jnp.int32), kv_len=cache.slots)
         _, cache, pending = nnx.merge(graph, params).trunk_pending(tokens, cache, where)
         return commit(cache, pending, jnp.ones(1, jnp.int32))
 

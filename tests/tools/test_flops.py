@@ -13,7 +13,7 @@ from checkpoints import TINY
 from kernels_pallas.grouped_matmul.plan import choose_windows, plan_windows
 from mtpjax.config import PRESETS, ModelConfig
 from mtpjax.decoding.output_rows import OutputRows
-from mtpjax.model import abstract_model, place
+from mtpjax.model import abstract_model, make_positions
 from mtpjax.model.cache import BLOCK
 from scripts.benchmarks.count_flops import config, flops, main, prompt_flops, table, trace
 from scripts.benchmarks.flops import count_flops, expected_trips
@@ -130,7 +130,9 @@ def test_expected_expert_windows_are_the_mean_of_random_routing(rows):
 
 
 def test_attention_turns_are_the_blocks_that_placement_asks_for():
-    at = jax.jit(lambda start: place(DENSE, start[None], 100, jnp.zeros(1, jnp.int32), slots=2048).blocks)
+    at = jax.jit(
+        lambda start: make_positions(DENSE, start[None], 100, jnp.zeros(1, jnp.int32), kv_len=2048).num_kv_blocks
+    )
     loop = next(e for e in loops(DENSE, 100) if len(e.outvars[-1].aval.shape) == 5)
     for start in (0, 155, 156, 157, 900):
         assert expected_trips(DENSE, rows=100, context=start + 100)(loop) == at(start)
