@@ -57,9 +57,9 @@ class Attention(nnx.Module):
         last_x, last = x[:, rows - num_output_rows :], positions.last(num_output_rows)
         # Queries of all rows share one launch with keys and values.
         shared = [self.q[...]] if num_output_rows == rows else []
-        k, v, *q_gate = (PartialSums(parts) for parts in linears_split_k(x, self.k[...], self.v[...], *shared))
+        k, v, *q_gate = linears_split_k(x, self.k[...], self.v[...], *shared)
         if 0 < num_output_rows < rows:
-            q_gate = [PartialSums(parts) for parts in linears_split_k(last_x, self.q[...])]
+            q_gate = linears_split_k(last_x, self.q[...])
         projections = QkvProjections(k, v, q_gate[0] if num_output_rows else None)
         q, cache = norm_rope_update_cache(
             projections,
@@ -86,4 +86,4 @@ class Attention(nnx.Module):
             num_kv_blocks=positions.kv_blocks,
             implementation=positions.implementation,
         )
-        return PartialSums(linears_split_k(out.reshape(*last_x.shape[:2], -1), self.o[...])[0]), cache
+        return linears_split_k(out.reshape(*last_x.shape[:2], -1), self.o[...])[0], cache

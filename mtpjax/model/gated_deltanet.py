@@ -17,7 +17,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
 from kernels_pallas.gated_delta_rule import DeltaProjections, Fixed, pick, pick_chunks
-from kernels_pallas.matmul import added, linears_split_k
+from kernels_pallas.matmul import linears_split_k
 from kernels_pallas.norm import gated_rms_norm, l2_norm
 from kernels_pallas.partial_sums import PartialSums
 from kernels_pallas.platform import platform
@@ -214,7 +214,7 @@ def commit(cache: Cache, pending: PendingDeltaUpdates, accepted: Int[Array, " B"
     cut = jax.vmap(lambda rows, n: lax.dynamic_slice_in_dim(rows, n, keep, axis=1), (1, 0), 1)
     some = (accepted > 0)[None, :, None, None]  # of an idle window, all padding, the inputs stand behind the cut
     return cache.replace(
-        state=fold(cache.state, pending.k, pending.d, pending.decay, accepted),
+        state=fold(cache.state, pending.k, pending.delta, pending.decay, accepted),
         conv=jnp.where(some, cut(pending.conv, accepted), cache.conv),
         length=cache.length + accepted,
     )
@@ -239,11 +239,11 @@ class DeltaNet(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, new: ParamFactory):
         self.cfg = cfg
-        self.in_qkv = new.matrix(cfg.conv_size, cfg.hidden_size)
+        self.in_qkv = new.matrix(cfg.conv_channels, cfg.hidden_size)
         self.in_z = new.matrix(cfg.value_size, cfg.hidden_size)
         self.in_b = new.matrix(cfg.linear_v_heads, cfg.hidden_size)
         self.in_a = new.matrix(cfg.linear_v_heads, cfg.hidden_size)
-        self.conv = new.vector(cfg.conv_size, cfg.conv_width)  # tap width-1 is the row itself
+        self.conv = new.vector(cfg.conv_channels, cfg.conv_width)  # tap width-1 is the row itself
         self.a_log = new.vector(cfg.linear_v_heads)
         self.dt_bias = new.vector(cfg.linear_v_heads)
         self.norm = new.vector(cfg.linear_v_dim)  # plain weight, not zero-centred
@@ -270,14 +270,18 @@ class DeltaNet(nnx.Module):
         pending: PendingDeltaUpdates | None,
         layer: Array | int,
         positions: Positions,
-    ) -> tuple[Float[Array, "S B*T D"], Cache, PendingDeltaUpdates | None]:
-        """Rows of one layer, in parts, to be added in their order. They enter the state of the cache, or, given `pending`, wait
-        there for `commit`."""
+    ) -> tuple[PartialSums, Cache, PendingDeltaUpdates | None]:
+        """Rows of one layer, as the partial sums `[P, B*T, D]` of the last product.
+
+        The rows enter the state of the cache, or, given `pending`, wait there for `commit`.
+        """
         cfg, rows, f32 = self.cfg, x.shape[1], jnp.float32
         before = cache.conv[layer]
         weights, dtypes = (self.in_qkv, self.in_z, self.in_b, self.in_a), (x.dtype, x.dtype, f32, f32)
         parts = linears_split_k(x, *(w[...] for w in weights), out_dtypes=dtypes)
-        qkv, _, b, a = (added(x, part, dtype) for part, dtype in zip(parts, dtypes, strict=True))
+        qkv, _, b, a = (
+            y.sum(dtype).reshape(*x.shape[:2], y.parts.shape[-1]) for y, dtype in zip(parts, dtypes, strict=True)
+        )
         inputs = conv_inputs(before, qkv.astype(before.dtype), positions.pad, positions.valid)
         kernel = None if pending is None else pick(platform(), rows, cfg.linear_k_dim, cfg.linear_v_dim)
         if kernel is None:
@@ -295,7 +299,7 @@ class DeltaNet(nnx.Module):
                 o, k = o.astype(x.dtype), given.k
             else:
                 projected, fixed = (
-                    DeltaProjections(parts[0], *parts[2:]),
+                    DeltaProjections(parts[0].parts, *(y.parts for y in parts[2:])),
                     Fixed(self.conv[...], self.a_log[...], self.dt_bias[...]),
                 )
                 end = positions.pad + jnp.sum(positions.valid, axis=1)
@@ -305,9 +309,9 @@ class DeltaNet(nnx.Module):
             pending = PendingDeltaUpdates(
                 conv=pending.conv.at[layer].set(inputs),
                 k=pending.k.at[layer].set(k),
-                d=pending.d.at[layer].set(d),
+                delta=pending.delta.at[layer].set(d),
                 decay=pending.decay.at[layer].set(decay),
             )
-        heads, z, implementation = o.reshape(-1, *o.shape[2:]), PartialSums(parts[1]), positions.implementation
-        y = gated_rms_norm(heads, z, self.norm[...], cfg.norm_eps, cfg.z_gate, implementation=implementation)
+        heads, act, implementation = o.reshape(-1, *o.shape[2:]), cfg.output_gate_act, positions.implementation
+        y = gated_rms_norm(heads, parts[1], self.norm[...], cfg.norm_eps, act, implementation=implementation)
         return linears_split_k(y.reshape(*x.shape[:2], -1), self.out[...])[0], cache, pending

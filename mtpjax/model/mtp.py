@@ -58,5 +58,5 @@ class Mtp(nnx.Module):
         x = self._join(embedded, hidden)
         norm, implementation = self.layer.input_norm[...], positions.implementation
         _, normed = add_rms_norm(x, None, norm, self.cfg.norm_eps, implementation=implementation)
-        _, y, (k, v) = self.layer.attention(x, normed, kv, 0, 0, positions, self.norm[...])
+        _, y, (k, v) = self.layer.attention(x, normed, kv, 0, positions, self.norm[...])
         return y, cache.replace(mtp_k=k, mtp_v=v)

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Int
 
 from kernels_pallas.attention import CosSin
 from mtpjax.config import ModelConfig
-from mtpjax.model.cache import BLOCK
+from mtpjax.model.cache import KV_BLOCK
 from mtpjax.model.rope import rope_angles
 
 
@@ -73,7 +73,7 @@ def make_positions(
         positions=positions,
         valid=valid,
         pad=pad,
-        num_kv_blocks=jnp.max(jnp.where(valid, positions, -1)) // BLOCK + 1,
+        num_kv_blocks=jnp.max(jnp.where(valid, positions, -1)) // KV_BLOCK + 1,
         rope=rope_angles(positions, cfg.rotary_dim, cfg.rope_theta),
         static_kv_blocks=static_kv_blocks,
         implementation=implementation,
