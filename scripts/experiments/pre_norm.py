@@ -21,7 +21,7 @@ class PreNormMtp(Mtp):
     def __call__(self, embedded, hidden, cache, positions):  # type: ignore[no-untyped-def]
         x, layer = self._join(embedded, hidden), self.layer
         normed = rms_norm(x, layer.input_norm[...], self.cfg.norm_eps)
-        y, _, (k, v) = layer.attention(x, normed, (cache.mtp_k, cache.mtp_v), 0, 0, positions, self.norm[...])
+        y, _, (k, v) = layer.attention(x, normed, (cache.mtp_k, cache.mtp_v), 0, positions, self.norm[...])
         return y, cache.replace(mtp_k=k, mtp_v=v)
 
 

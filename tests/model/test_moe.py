@@ -17,7 +17,6 @@ from kernels_pallas.matmul import embedding_lookup, linear
 from kernels_pallas.weights.transposed import FusedExperts, TransposedWeight
 from mtpjax.model import Expert
 from mtpjax.model.params import ONLY_LAYER
-from scripts.benchmarks.flops import arrays
 from tests.helpers.models import cpu_only, numpy_model, tiny_config
 
 EXPERTS, CHOSEN, HIDDEN, SIZE, LAYERS = 8, 3, 24, 16, 2
