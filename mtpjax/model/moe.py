@@ -80,7 +80,7 @@ class Moe(nnx.Module):
             rows, self.gate_up[...], self.down[...], index, choice.topk_ids, choice.topk_weights
         )
         shared_out = shared.down_projection(choice.shared_hidden.reshape(*x.shape[:-1], -1))
-        return MoeOutput(outputs, valid, shared_out.parts, shared_gate.parts)
+        return MoeOutput(outputs, valid, shared_out, shared_gate)
 
     def route(
         self,
