@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from kernels_pallas.grouped_matmul import expert_mlp
+from kernels_pallas.grouped_matmul import fused_moe
+from kernels_pallas.weights import BitcastBfloat16
 from mtpjax import LLM, SamplingParams
 from mtpjax.loading.cpu_layout import optimize_for_cpu
 from mtpjax.loading.load import cache_dtype
@@ -32,7 +33,7 @@ def arguments(rows: int = ROWS):  # type: ignore[no-untyped-def]
 
 @jax.jit
 def run(x, gate_up, down, chosen, weights):  # type: ignore[no-untyped-def]
-    return expert_mlp(x, gate_up, down, jnp.int32(0), chosen, weights, jnp.ones(len(x), bool))
+    return fused_moe(x, gate_up, down, jnp.int32(0), chosen, weights, jnp.ones(len(x), bool))
 
 
 def bfloat16(model: LoadedModel) -> LoadedModel:
@@ -42,7 +43,7 @@ def bfloat16(model: LoadedModel) -> LoadedModel:
 
 
 def bits(stack):  # type: ignore[no-untyped-def]
-    return jnp.asarray(np.asarray(stack).view(np.uint16))
+    return BitcastBfloat16(jnp.asarray(np.asarray(stack).view(np.uint16)))
 
 
 @pytest.mark.parametrize("rows", [1, 3, ROWS])
