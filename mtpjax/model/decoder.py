@@ -35,9 +35,7 @@ class Layer(nnx.Module):
         self.mixer: Any = Attention(cfg, new) if kind == FULL else DeltaNet(cfg, new)
         self.mlp: Any = Moe(cfg, new) if cfg.num_experts else Mlp(cfg, new, cfg.mlp_size)
 
-    def feed_forward(
-        self, x: Array, parts: PartialSums, where: Positions, next_norm: Array
-    ) -> tuple[Array, Array]:
+    def feed_forward(self, x: Array, parts: PartialSums, where: Positions, next_norm: Array) -> tuple[Array, Array]:
         """What follows the mixer, which gave `parts`: the rows, and these normalised for what comes next."""
         if x.shape[1] == 0:
             return x, x
@@ -115,7 +113,9 @@ class Decoder(nnx.Module):
     """
 
     def __init__(self, cfg: ModelConfig, dtype: jnp.dtype) -> None:
-        self.blocks = nnx.List([SuperBlock(cfg, ParamFactory(dtype, layer_axis=True)) for _ in range(cfg.num_superblocks)])
+        self.blocks = nnx.List(
+            [SuperBlock(cfg, ParamFactory(dtype, layer_axis=True)) for _ in range(cfg.num_superblocks)]
+        )
 
     def __call__(
         self,

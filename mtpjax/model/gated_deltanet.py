@@ -315,5 +315,7 @@ class DeltaNet(nnx.Module):
         if norms is None:
             y = gated_rms_norm(o, z.reshape(o.shape), self.norm[...], cfg.norm_eps, cfg.output_gate_act)
         else:
-            y = norms.gated(o.reshape(-1, *o.shape[2:]), parts[1].parts, self.norm[...], cfg.norm_eps, cfg.output_gate_act)
+            y = norms.gated(
+                o.reshape(-1, *o.shape[2:]), parts[1].parts, self.norm[...], cfg.norm_eps, cfg.output_gate_act
+            )
         return linears_split_k(y.reshape(*x.shape[:2], -1), self.out[...])[0], cache, pending

@@ -45,7 +45,12 @@ def main() -> None:
             gigabytes[name] = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)) / 1e9
             length = args.prompt + args.new + 8
             sides[name] = LLM(
-                model, draft=0, dtype="bfloat16", max_len=length, max_batch=1, prefill_chunks=(args.prompt,)
+                model,
+                num_speculative_tokens=0,
+                dtype="bfloat16",
+                max_model_len=length,
+                max_num_seqs=1,
+                prefill_buckets=(args.prompt,),
             )
     prompt = np.random.default_rng(0).integers(0, cfg.vocab_size, args.prompt + 1).tolist()
     figures: dict[str, dict[str, list[float]]] = {"prefill tok/s": {}, "decode tok/s": {}}

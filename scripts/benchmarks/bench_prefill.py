@@ -6,7 +6,7 @@
 out: queries, attention and experts of the last layer, 1 / layers of the work. "Whole layers" keeps them, as
 engines do that run every layer for every row. What the MTP head itself does is the difference to the latter.
 
-"MTP on" is measured twice as well: with a head that reads the whole prompt, and with `LLM(mtp_prompt=64)`, whose chunks but the
+"MTP on" is measured twice as well: with a head that reads the whole prompt, and with `LLM(mtp_prompt_tokens=64)`, whose chunks but the
 last are those of MTP off.
 
 A random Mixture-of-Experts of about 50 M active parameters with a 32k vocabulary, batch 1. The sides take

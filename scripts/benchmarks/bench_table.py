@@ -10,7 +10,7 @@ time) and run by run while decoding; the first run is a warm-up; programs are
 compiled before anything is timed. Beside the drafts stand ablations of the prefill: every row an output row, the whole MTP layer
 on every row, and both. Draft 0 is measured as it runs (nothing reads the trunk's last rows, so most of the
 last layer is left out) and, as "whole", with every layer on every row: what other engines call MTP off. The best draft length
-for most texts, 3, is measured with a head that reads the last tokens of the prompt only as well (`LLM(mtp_prompt=64)`).
+for most texts, 3, is measured with a head that reads the last tokens of the prompt only as well (`LLM(mtp_prompt_tokens=64)`).
 """
 
 from __future__ import annotations

@@ -144,8 +144,12 @@ def expected_trips(cfg: ModelConfig, *, rows: int, context: int, kept: int = 0) 
             for live in filter(None, (rows, kept)):
                 sizes = choose_windows(live, cfg.experts_per_token, cfg.num_experts)
                 size = _rows_written(eqn)
-                if size in sizes and carried[0][0] == window_places(live * cfg.experts_per_token, cfg.num_experts, sizes):
-                    return cfg.num_experts * _expected_windows(live, cfg.experts_per_token / cfg.num_experts, sizes, size)
+                if size in sizes and carried[0][0] == window_places(
+                    live * cfg.experts_per_token, cfg.num_experts, sizes
+                ):
+                    return cfg.num_experts * _expected_windows(
+                        live, cfg.experts_per_token / cfg.num_experts, sizes, size
+                    )
         raise ValueError(
             f"a loop that carries {carried} is neither attention nor the experts of {rows} rows of this model"
         )

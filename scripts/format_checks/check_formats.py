@@ -111,7 +111,7 @@ def compare(folder: Path, cfg: ModelConfig, weights: dict[str, torch.Tensor], pa
         if (form := source.read_packed(name)) is not None:
             kept += 1
             layouts.add(form.layout)
-    theirs = LLM(plain, max_len=64).logits(IDS)
+    theirs = LLM(plain, dtype="float32", max_model_len=64).logits(IDS)
     return {
         "tensors": len(packed.values),
         "equal": int(equal),
@@ -124,7 +124,10 @@ def compare(folder: Path, cfg: ModelConfig, weights: dict[str, torch.Tensor], pa
 
 def logits_difference(folder: Path, wanted: np.ndarray) -> float:
     """Of this program with packed weights, relative to the largest logit."""
-    return float(np.abs(LLM(folder, max_len=64, weights="packed").logits(IDS) - wanted).max() / np.abs(wanted).max())
+    return float(
+        np.abs(LLM(folder, dtype="float32", max_model_len=64, quantization="packed").logits(IDS) - wanted).max()
+        / np.abs(wanted).max()
+    )
 
 
 def installed(library: str) -> str | None:

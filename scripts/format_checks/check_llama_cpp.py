@@ -255,10 +255,13 @@ def unequal_tensors(file: Path) -> tuple[dict[str, int], list[str]]:
 def compare(llama: Llama, file: Path, new_tokens: int) -> dict[str, Any]:
     """Both programs on one file."""
     llama.load(file)
-    llm, loaded = LLM(file, max_len=512), load_checkpoint(open_checkpoint(file), dtype=jnp.dtype(jnp.float32))
+    llm, loaded = (
+        LLM(file, dtype="float32", max_model_len=512),
+        load_checkpoint(open_checkpoint(file), dtype=jnp.dtype(jnp.float32)),
+    )
     ids = llm.tokenizer.encode(PASSAGE)  # type: ignore[union-attr]
     ours, (theirs, _) = llm.logits(ids), llama.logits(ids)
-    hidden = np.asarray(llm.hidden(ids), np.float32)[:-1]
+    hidden = np.asarray(llm.hidden_states(ids), np.float32)[:-1]
     mtp_theirs = llama.mtp_logits(ids[1:], hidden)
     mtp = np.asarray(mtp_logits(loaded.params, jnp.array(ids[1:]), jnp.array(hidden), graph=loaded.graph))
     wide = (x.astype(np.float64) for x in (theirs, ours))

@@ -77,13 +77,13 @@ class Text(NamedTuple):
     prompts: Sequence[str] = PROMPTS
 
 
-LONG_OPTIONS = {"dtype": "bfloat16", "weights": "iq4nl", "mtp_prompt": 64, "prefill_chunks": (16, 64)}
+LONG_OPTIONS = {"dtype": "bfloat16", "quantization": "iq4nl", "mtp_prompt_tokens": 64, "prefill_buckets": (16, 64)}
 TEXTS = {
     "text bf16": Text({"dtype": "bfloat16"}),
-    "text iq4_nl": Text({"dtype": "bfloat16", "weights": "iq4nl"}),
+    "text iq4_nl": Text({"dtype": "bfloat16", "quantization": "iq4nl"}),
     "text long iq4_nl": Text(LONG_OPTIONS, prompts=(LONG_PROMPT,)),
-    "text int8 refilled": Text({"dtype": "bfloat16", "weights": "int8", "max_batch": 2}, SAMPLED),
-    "text fp8": Text({"dtype": "bfloat16", "weights": "fp8"}),
+    "text int8 refilled": Text({"dtype": "bfloat16", "quantization": "int8", "max_num_seqs": 2}, SAMPLED),
+    "text fp8": Text({"dtype": "bfloat16", "quantization": "fp8"}),
     "text float32": Text({"dtype": "float32"}, {"max_tokens": 6}),
 }
 
@@ -134,13 +134,14 @@ def text_report(device: EmulatedDevice, text: Text) -> Result:
     """Generate texts on the card without and with drafts, and on the CPU."""
     sampling = SamplingParams(**{"max_tokens": 8, **text.sampling})
 
-    def generate(draft: int) -> tuple[list[str | None], float]:
-        outputs = LLM(CHECKPOINT, draft=draft, max_len=1024, **text.options).generate(list(text.prompts), sampling)
-        return [out.text for out in outputs], float(np.mean([out.metrics.tokens_per_round for out in outputs]))
+    def generate(draft: int, **options: Any) -> tuple[list[str | None], float]:
+        llm = LLM(CHECKPOINT, num_speculative_tokens=draft, max_model_len=1024, **text.options, **options)
+        outputs = llm.generate(list(text.prompts), sampling)
+        return [out.text for out in outputs], float(np.mean([out.metrics.mean_acceptance_length for out in outputs]))
 
     with device.active():
-        texts, _ = generate(0)
-        texts_with_drafts, tokens_per_round = generate(DRAFT)
+        texts, _ = generate(0, compile_fn=device.compile)
+        texts_with_drafts, tokens_per_round = generate(DRAFT, compile_fn=device.compile)
     jax.clear_caches()
     texts_on_cpu, _ = generate(0)
     return {

@@ -13,7 +13,6 @@ import jax
 import numpy as np
 
 from kernels_pallas.platform import override_platform
-from mtpjax.engine import model_runner
 from scripts.gpu.cuda_target import Card, CompileTarget
 from scripts.ptx_emulator.program import EmulatedProgram
 
@@ -44,9 +43,9 @@ class EmulatedDevice:
         folder.mkdir()
         compiled = self.target.compile(fn, *shapes)
         program, results = EmulatedProgram(folder), jax.tree.structure(compiled.out_info)
-        # jax drops the arguments that a program does not read; they have no sharding.
-        shardings = jax.tree.leaves(compiled.input_shardings, is_leaf=lambda sharding: sharding is None)
-        used = [number for number, sharding in enumerate(shardings) if sharding is not None]
+        # jax drops the arguments that a program does not read: it reports None as their sharding.
+        is_used = jax.tree.map(lambda _, sharding: sharding is not None, compiled.args_info, compiled.input_shardings)
+        used = [number for number, read in enumerate(jax.tree.leaves(is_used)) if read]
 
         def run(*args: Any) -> Any:
             before, leaves = program.num_launched, jax.tree.leaves(args)
@@ -58,17 +57,6 @@ class EmulatedDevice:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Run the programs of every `mtpjax` engine on this card."""
-        with override_platform("cuda", self.card.capability), _compile_hook(self.compile):
+        """Trace programs for this card. Inside, `LLM(compile_fn=device.compile)` runs on it."""
+        with override_platform("cuda", self.card.capability):
             yield
-
-
-# HOOK: the only place that reaches into the engine. It replaces the function that compiles the engine's programs.
-@contextmanager
-def _compile_hook(compile_fn: Callable[[Any, tuple[Any, ...]], Callable[..., Any]]) -> Iterator[None]:
-    before = model_runner.compiled
-    setattr(model_runner, "compiled", compile_fn)  # noqa: B010  (mypy allows no assignment to a function)
-    try:
-        yield
-    finally:
-        setattr(model_runner, "compiled", before)  # noqa: B010

@@ -82,7 +82,10 @@ def test_bfloat16_follows_float32() -> None:
     """The same weights in both dtypes: logits agree to bfloat16's rounding, prompts of one token and of many generate."""
     cfg = tiny_config(moe=True, num_superblocks=1)
     model = numpy_model(cfg)
-    llms = [LLM(model, draft=2, max_len=96), LLM(bfloat16(model), draft=2, dtype="bfloat16", max_len=96)]
+    llms = [
+        LLM(model, num_speculative_tokens=2, max_model_len=96),
+        LLM(bfloat16(model), num_speculative_tokens=2, dtype="bfloat16", max_model_len=96),
+    ]
     prompts = [[5], np.random.default_rng(1).integers(0, cfg.vocab_size, 40).tolist()]
     exact, rounded = (llm.logits(prompts[1]) for llm in llms)
     assert np.abs(exact - rounded).max() <= 0.1 * np.abs(exact).max()

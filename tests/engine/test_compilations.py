@@ -44,7 +44,14 @@ def test_a_job_compiles_as_many_programs_as_chunk_lengths_and_a_few(events, draf
     """The loop and an empty cache; where slots are filled again, an empty cache for the slots and what fills them, too."""
     model = numpy_model(tiny_config(moe=draft > 0, num_superblocks=1))
     before = events[COMPILED]
-    llm = LLM(model, draft=draft, max_len=240, max_batch=8, admit=admit, prefill_chunks=BUCKETS)
+    llm = LLM(
+        model,
+        num_speculative_tokens=draft,
+        max_model_len=240,
+        max_num_seqs=8,
+        max_prefill_seqs=admit,
+        prefill_buckets=BUCKETS,
+    )
     job = prompts(100, 200, model.cfg.vocab_size)
     sampling = [SamplingParams(max_tokens=n % 7, temperature=0.5 * (n % 3), seed=n) for n in range(len(job))]
     assert len({len(p) for p in job}) > 60
@@ -120,7 +127,7 @@ def test_programs_go_with_their_llm():
         return len(jax.devices()[0].client.live_executables())
 
     def use(max_len: int) -> int:
-        llm = LLM(model, draft=1, max_len=max_len)
+        llm = LLM(model, num_speculative_tokens=1, max_model_len=max_len)
         llm.generate([[1, 2, 3]], SamplingParams(max_tokens=2))
         llm.hidden([1, 2, 3])
         return llm.engine.programs

@@ -15,6 +15,7 @@ from flax import nnx
 from checkpoints import SafetensorsDirectory, write_safetensors_directory
 from mtpjax.config import FULL, LINEAR, ModelConfig
 from mtpjax.engine.engine import Engine
+from mtpjax.engine.model_runner import ModelRunner
 from mtpjax.loading.weight_map import LoadedModel, fill, load_model
 from mtpjax.model import abstract_model
 from tests.golden.weights import golden_config, golden_tensors
@@ -94,7 +95,15 @@ def numpy_model(cfg: ModelConfig, *, seed: int = 0, scale: float = 0.15) -> Load
     return LoadedModel(cfg, graph, fill(params, make))
 
 
-def make_engine(model: LoadedModel, *, max_len: int = 250, buckets: tuple[int, ...] = (32,), **kw: Any) -> Engine:
-    """A float32 engine; `vocab` is the model's unless told."""
-    settings: dict[str, Any] = {"vocab": model.cfg.vocab_size, "cache_dtype": jnp.dtype("float32")} | kw
-    return Engine(model, max_len=max_len, buckets=buckets, **settings)
+def make_engine(
+    model: LoadedModel,
+    *,
+    max_model_len: int = 250,
+    prefill_buckets: tuple[int, ...] = (32,),
+    max_prefill_seqs: int | None = None,
+    **runner: Any,
+) -> Engine:
+    """Make a float32 engine; other arguments are those of `ModelRunner`."""
+    settings: dict[str, Any] = {"cache_dtype": jnp.dtype("float32")} | runner
+    runner_of_model = ModelRunner(model, max_model_len=max_model_len, prefill_buckets=prefill_buckets, **settings)
+    return Engine(runner_of_model, max_prefill_seqs=max_prefill_seqs)

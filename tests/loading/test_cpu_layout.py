@@ -66,8 +66,10 @@ def test_the_logits_are_the_same(moe: bool, monkeypatch: pytest.MonkeyPatch) -> 
     for limit in (SMALL_WEIGHT, 0):
         monkeypatch.setattr("mtpjax.loading.cpu_layout.SMALL_WEIGHT", limit)
         monkeypatch.setattr("mtpjax.loading.cpu_layout.SMALL_HEAD", limit)
-        engine = make_engine(model, draft=1, max_len=96)
-        found.append(np.concatenate(engine.read([prompt], OutputRows.all(), keep=True)[2], axis=1)[0, -75:])
+        engine = make_engine(model, num_speculative_tokens=1, max_model_len=96)
+        found.append(
+            np.concatenate(engine.runner.prefill([prompt], OutputRows.all(), return_logits=True)[2], axis=1)[0, -75:]
+        )
     assert np.abs(found[0] - found[1]).max() <= 2e-5 * np.abs(found[1]).max()
 
 
@@ -76,6 +78,6 @@ def test_drafts_leave_the_text_of_a_model_that_is_not_small(nothing_is_small: No
     model = numpy_model(tiny_config(moe=True, vocab_size=96), seed=7, scale=0.15)
     requests = [Request(i, tuple(range(3 + i, 9 + i)), 60, 0.7 * i, 5, ()) for i in range(2)]
     plain, drafted = (
-        [r.tokens for r in make_engine(model, draft=k, max_len=96).run(requests, 2)] for k in (0, 3)
+        [r.tokens for r in make_engine(model, num_speculative_tokens=k, max_model_len=96).run(requests, 2)] for k in (0, 3)
     )  # fmt: skip
     assert plain == drafted and jnp.asarray(plain).shape == (2, 60)

@@ -53,7 +53,7 @@ def same_text(one: LLM, other: LLM) -> None:
     np.testing.assert_allclose(one.logits(IDS), other.logits(IDS), atol=1e-4)
     params = SamplingParams(max_tokens=16, ignore_eos=True)
     (a,), (b,) = (llm.generate([IDS], params) for llm in (one, other))
-    assert a.token_ids == b.token_ids and a.metrics.accepted_per_position == b.metrics.accepted_per_position
+    assert a.token_ids == b.token_ids and a.metrics.num_accepted_tokens_per_pos == b.metrics.num_accepted_tokens_per_pos
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -61,9 +61,9 @@ def test_quantised_on_load(folder: Path, mode: str) -> None:
     """The packed model computes what its dequantised weights compute, drafts included; most of its matrices are packed."""
     model = load_checkpoint(open_checkpoint(folder), dtype=jnp.float32, weights=mode)
     assert packed_leaves(model) >= 20
-    llm = LLM(folder, draft=2, max_len=64, weights=mode)
-    same_text(llm, LLM(dequantised(model), draft=2, max_len=64))
-    plain = LLM(folder, draft=2, max_len=64).logits(IDS)
+    llm = LLM(folder, num_speculative_tokens=2, max_model_len=64, quantization=mode)
+    same_text(llm, LLM(dequantised(model), num_speculative_tokens=2, max_model_len=64))
+    plain = LLM(folder, num_speculative_tokens=2, max_model_len=64).logits(IDS)
     assert 0.7 < np.corrcoef(llm.logits(IDS).ravel(), plain.ravel())[0, 1] < 1 - 1e-7  # quantised it is
 
 
@@ -82,7 +82,8 @@ def test_a_gguf_file_stays_packed(kind: str, tmp_path: Path) -> None:
             seen += 1
     assert seen >= 20
     same_text(
-        LLM(tmp_path / "m.gguf", draft=2, max_len=64, weights="packed"), LLM(tmp_path / "m.gguf", draft=2, max_len=64)
+        LLM(tmp_path / "m.gguf", num_speculative_tokens=2, max_model_len=64, quantization="packed"),
+        LLM(tmp_path / "m.gguf", num_speculative_tokens=2, max_model_len=64),
     )
 
 
@@ -113,7 +114,7 @@ def test_the_embedded_model_in_four_bits() -> None:
     """Text does not depend on the draft length there either; three quarters of the bytes are gone."""
     prompt = ["Once upon a time there was a fox, and"]
     params = SamplingParams(max_tokens=24, temperature=0.8, seed=3)
-    llms = [LLM(draft=k, weights="iq4nl", max_len=128) for k in (0, 3)]
+    llms = [LLM(num_speculative_tokens=k, quantization="iq4nl", max_model_len=128) for k in (0, 3)]
     first, second = (llm.generate(prompt, params)[0].token_ids for llm in llms)
     assert first == second
     size, plain = (
@@ -128,9 +129,9 @@ def test_the_embedded_model_in_four_bits() -> None:
 
 def test_what_cannot_be_is_said(folder: Path) -> None:
     with pytest.raises(ValueError, match="weights is 'int3'; expected None or one of 'packed', 'int4'"):
-        LLM(folder, weights="int3")
+        LLM(folder, quantization="int3")
     with pytest.raises(ValueError, match="weights='packed' is for GGUF files and quantised folders"):
-        LLM(folder, weights="packed")
+        LLM(folder, quantization="packed")
 
 
 @pytest.mark.parametrize("weights", ["int4", "int8", "iq4nl", "fp8"])
@@ -151,7 +152,9 @@ def test_random_packed_weights_have_the_form_and_spread_of_loaded_ones(weights):
         assert values.size < 1000 or abs(values.std() / 0.02 - 1) < 0.15, path
         matrices = values.reshape(-1, *values.shape[-2:])
         assert len(matrices) == 1 or (matrices[0] != matrices[1]).any()
-    LLM(model, draft=1, max_len=64, max_batch=1).generate([[1, 2, 3]], SamplingParams(max_tokens=3))
+    LLM(model, num_speculative_tokens=1, max_model_len=64, max_num_seqs=1).generate(
+        [[1, 2, 3]], SamplingParams(max_tokens=3)
+    )
 
 
 def test_random_packed_weights_need_a_form():

@@ -16,7 +16,7 @@ from kernels_pallas.grouped_matmul.plan import choose_windows, window_places
 from mtpjax.config import FULL, LINEAR, ModelConfig
 from mtpjax.decoding.output_rows import OutputRows
 from mtpjax.decoding.steps import prefill
-from mtpjax.engine.model_runner import BUCKETS
+from mtpjax.engine.prompt_chunks import PREFILL_BUCKETS
 from mtpjax.model import abstract_model, commit, place
 from mtpjax.model.cache import KV_BLOCK, new_cache, padded_kv_length
 from mtpjax.presets import PRESETS
@@ -73,7 +73,7 @@ def by_rows_and_vocab(traced, chunk: int) -> list[Held]:
 @pytest.mark.parametrize("cfg", [DENSE, MOE], ids=["dense", "moe"])
 def test_prompt_chunk_holds_nothing_of_the_size_of_the_vocabulary(cfg, tied, mtp):
     cfg = replace(cfg, tied_embeddings=tied, mtp_layers=mtp)
-    for chunk in (*BUCKETS, 37):
+    for chunk in (*PREFILL_BUCKETS, 37):
         traced = program(cfg, NONE, chunk)
         assert not [a for a in made(traced) if a.size and a.size % VOCAB == 0]
         read = [a for a in arrays(traced.jaxpr) if VOCAB in a.shape and a.size]

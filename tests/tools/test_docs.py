@@ -75,7 +75,9 @@ def test_everything_a_page_names_exists(page: Path) -> None:
 
 
 def test_a_wrong_name_is_seen() -> None:
-    page = "`mtpjax/llm.py`, `mtpjax/nothing.py`, `LLM.generate`, `LLM.nothing_of_this_name`, `python -m scripts.nothing`"
+    page = (
+        "`mtpjax/llm.py`, `mtpjax/nothing.py`, `LLM.generate`, `LLM.nothing_of_this_name`, `python -m scripts.nothing`"
+    )
     assert missing_names(page) == ["mtpjax/nothing.py", "LLM.nothing_of_this_name", "python -m scripts.nothing"]
 
 
