@@ -16,8 +16,8 @@ from kernels_pallas.platform import platform
 def argmax(logits: Float[Array, "*rows V"]) -> Int[Array, "*rows"]:
     """Return the index of the largest value of the last axis, the first of equal ones.
 
-    On a CPU the largest value comes first and then the first index that has it. XLA vectorises each of these reductions. It
-    does not vectorise the reduction over pairs of value and index that `jnp.argmax` is.
+    On a CPU the largest value comes first and then the first index that has it. XLA vectorises each of these
+    reductions. It does not vectorise the reduction over pairs of value and index that `jnp.argmax` is.
     """
     if platform() != "cpu":
         return jnp.argmax(logits, axis=-1)
@@ -33,8 +33,8 @@ def map_rows(fn: Callable[[Any, Any], Array], rows: Any, sequences: Any) -> Arra
     sequences: arrays that `fn` makes for all rows at once would be written to memory first.
 
     Args:
-        fn: takes arrays like `rows` and `sequences`, but with one leading axis N, and returns an array `[N, ...]`. Result n
-            depends on entry n alone.
+        fn: takes arrays like `rows` and `sequences`, but with one leading axis N, and returns an array `[N, ...]`.
+            Result n depends on entry n alone.
         rows: arrays `[B, R, ...]`.
         sequences: arrays `[B, ...]`, which all rows of a sequence share.
 

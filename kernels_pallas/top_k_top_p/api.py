@@ -20,8 +20,9 @@ def top_k_top_p_threshold(
 ) -> Float[Array, " N"]:
     """Return the smallest logit of each row that top-k and top-p keep, float32; `reference.py` has the formula.
 
-    Top-k comes first, then top-p (nucleus sampling, arXiv:1904.09751) on the renormalised rest, as in Hugging Face's logits
-    processors. Equal logits are kept or dropped together. The result of a row does not depend on the other rows, bit for bit.
+    Top-k comes first, then top-p (nucleus sampling, arXiv:1904.09751) on the renormalised rest, as in Hugging Face's
+    logits processors. Equal logits are kept or dropped together. The result of a row does not depend on the other
+    rows, bit for bit.
 
     Args:
         logits: float32; -inf for ids that do not exist.
@@ -32,8 +33,8 @@ def top_k_top_p_threshold(
         implementation: "xla", "triton", or None: the best for the platform.
 
     Returns:
-        thresholds; a token is kept if its logit is at least the threshold. Where all tokens are kept, "xla" returns the smallest
-        logit or -inf, and "triton" -inf.
+        thresholds; a token is kept if its logit is at least the threshold. Where all tokens are kept, "xla" returns
+        the smallest logit or -inf, and "triton" -inf.
 
     Raises:
         ValueError: `implementation` is "triton" and the logits are not float32.

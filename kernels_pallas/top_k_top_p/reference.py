@@ -45,8 +45,8 @@ def top_k_top_p_threshold(
         threshold_p = max {t : sum(q_i : l_i >= t) >= top_p * sum(q)}     top-p: nucleus sampling, arXiv:1904.09751
         threshold   = max(threshold_k, threshold_p) if top_p < 1, else threshold_k
 
-    Both maxima are searched digit by digit over the 32 bits of a float's place in the order of all floats. Nothing is sorted:
-    the vocabulary has a quarter of a million tokens.
+    Both maxima are searched digit by digit over the 32 bits of a float's place in the order of all floats. Nothing is
+    sorted: the vocabulary has a quarter of a million tokens.
     """
     sortable = to_sortable_uint(logits)
     count = jnp.where(top_k > 0, top_k, logits.shape[-1]).astype(jnp.float32)
@@ -62,7 +62,8 @@ def _highest_threshold(
 ) -> UInt32[Array, " N"]:
     """Return the highest threshold at which the tokens at or above it weigh `target` together; 0 where all weigh less.
 
-    Each pass tries every value that the next digit of the threshold can have, and keeps the largest that still leaves enough.
+    Each pass tries every value that the next digit of the threshold can have, and keeps the largest that still leaves
+    enough.
     """
     digits = jnp.arange(1, 1 << DIGIT_BITS, dtype=jnp.uint32)
     threshold = jnp.zeros(sortable.shape[:1], jnp.uint32)

@@ -1,10 +1,10 @@
 """Top-k and top-p as two Pallas kernels, through the Triton lowering.
 
-A search over a quarter of a million logits, digit by digit, reads them sixteen times, each time in one or two kernels of its
-own. But the kept tokens are nearly always among the largest few of every tile of logits. So the first kernel lists the largest
-logits of each tile, and the second kernel searches the lists. It reads the row itself only if a list may have ended too
-early. Each row is searched by itself and every sum has a fixed order, so the result of a row does not depend on the other
-rows, bit for bit.
+A search over a quarter of a million logits, digit by digit, reads them sixteen times, each time in one or two kernels
+of its own. But the kept tokens are nearly always among the largest few of every tile of logits. So the first kernel
+lists the largest logits of each tile, and the second kernel searches the lists. It reads the row itself only if a list
+may have ended too early. Each row is searched by itself and every sum has a fixed order, so the result of a row does
+not depend on the other rows, bit for bit.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def _list_kernel(
     *,
     num_tiles: int,
 ) -> None:
-    """List the largest distinct logits of one tile, descending, how often each occurs, and the tile's total probability."""
+    """List the largest distinct logits of one tile, descending, and how often each occurs; sum its probabilities."""
     row, tile = pl.program_id(0), pl.program_id(1)
     logits = _load_tile(logits_ref, row, tile, num_tiles)
     probs = relative_prob(logits, plt.load(max_logit_ref.at[row]), plt.load(temperature_ref.at[row]))
@@ -69,7 +69,7 @@ def _list_kernel(
 
 
 def _highest_threshold(weight_above: WeightAbove, target: Array) -> Array:
-    """Return the highest number at which the tokens at or above it weigh `target`, found bit by bit; 0 if all weigh less."""
+    """Search, bit by bit, the highest number at or above which the tokens weigh `target`; 0 if all weigh less."""
 
     def set_bit(i: Array, threshold: Array) -> Array:
         candidate = threshold | jnp.uint32(1) << (31 - i).astype(jnp.uint32)
@@ -81,19 +81,17 @@ def _highest_threshold(weight_above: WeightAbove, target: Array) -> Array:
 def _search(
     count_above: WeightAbove, prob_above: WeightAbove, total_prob: Array, top_k: Array, top_p: Array
 ) -> tuple[Array, Array]:
-    """Search the threshold of both conditions, and the lowest number that the search depends on, both as sortable numbers.
+    """Search the threshold of both conditions, and the lowest number that the search depends on.
 
-    The second result is the threshold of top-k if there is one: probabilities are added up from there. It is the
-    threshold of top-p otherwise.
+    Both are sortable numbers. The second is the threshold of top-k if there is one, because probabilities are added up
+    from there; otherwise it is the threshold of top-p.
 
     Args:
         total_prob: of all tokens of the row.
     """
     top_k_min = _highest_threshold(count_above, jnp.where(top_k > 0, top_k.astype(jnp.float32), jnp.inf))  # 0: keep all
     total_prob = jnp.where(top_k > 0, prob_above(top_k_min), total_prob)
-    top_p_min = _highest_threshold(
-        lambda candidate: prob_above(jnp.maximum(candidate, top_k_min)), top_p * total_prob
-    )
+    top_p_min = _highest_threshold(lambda candidate: prob_above(jnp.maximum(candidate, top_k_min)), top_p * total_prob)
     threshold = jnp.where(top_p < 1, jnp.maximum(top_k_min, top_p_min), top_k_min)
     return threshold, jnp.where(top_k > 0, top_k_min, threshold)
 
@@ -111,7 +109,7 @@ def _threshold_kernel(
     *,
     num_tiles: int,
 ) -> None:
-    """Search the threshold of one row in the lists of its tiles, and in all its logits if it may lie below the end of a list."""
+    """Search the threshold of one row in its lists, or in all logits if it may lie below the end of a list."""
     row = pl.program_id(0)
     max_logit, temperature = plt.load(max_logit_ref.at[row]), plt.load(temperature_ref.at[row])
     top_k, top_p = plt.load(top_k_ref.at[row]), plt.load(top_p_ref.at[row])

@@ -1,7 +1,8 @@
 """Which drafts are accepted: the ones that are the trunk's own tokens or, to measure speed, as many as a schedule says.
 
-With random weights the real rule accepts next to nothing, and speed by draft length could not be measured. A simulated rule
-draws how many drafts are accepted and goes through the same loop. Its text means nothing; outputs say "simulated acceptance".
+With random weights the real rule accepts next to nothing, and speed by draft length could not be measured. A simulated
+rule draws how many drafts are accepted and goes through the same loop. Its text means nothing; outputs say "simulated
+acceptance".
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from mtpjax.decoding.sampling import BatchSamplingParams, accepted_prefix_length
 Acceptance = Callable[[Int[Array, "B k"], Int[Array, "B W"], Int[Array, " B"], BatchSamplingParams], Int[Array, " B"]]
 """Decides how many drafts are accepted, 0...k.
 
-Arguments: drafts; the trunk's tokens, W = k + 1; number of tokens in the cache, which tells the steps of a request apart;
-sampling parameters.
+Arguments: drafts; the trunk's tokens, W = k + 1; number of tokens in the cache, which tells the steps of a request
+apart; sampling parameters.
 """
 ACCEPTANCE_SALT = 0x5EED  # keeps the random numbers of acceptance apart from the noise of the tokens
 
@@ -31,10 +32,10 @@ def exact_match(
     position: Int[Array, " B"],
     sampling_params: BatchSamplingParams,
 ) -> Int[Array, " B"]:
-    """Accept the longest prefix of drafts that are the trunk's own tokens. Only under this rule is the text the model's.
+    """Accept the longest prefix of drafts that are the trunk's own tokens.
 
-    Greedy speculative decoding (Leviathan et al., arXiv:2211.17192) accepts in this way; shared noise extends it to sampling
-    (Daliri et al., arXiv:2408.07978).
+    Only under this rule is the text the model's. Greedy speculative decoding (Leviathan et al., arXiv:2211.17192)
+    accepts in this way; shared noise extends it to sampling (Daliri et al., arXiv:2408.07978).
     """
     return accepted_prefix_length(drafts, tokens)
 
@@ -57,16 +58,16 @@ class SimulatedAcceptance:
             raise ValueError(f"acceptance rates are {self.rates}; expected one or more numbers from 0 to 1")
         if any(b > a for a, b in zip(self.rates, self.rates[1:], strict=False)):
             raise ValueError(
-                f"acceptance rates {self.rates} rise; rate j is the share of steps that accept drafts 1...j, so no rate is "
-                "above the one before it"
+                f"acceptance rates {self.rates} rise; rate j is the share of steps that accept drafts 1...j, "
+                "so no rate is above the one before it"
             )
 
     @classmethod
     def from_mean_length(cls, mean_length: float, num_speculative_tokens: int) -> SimulatedAcceptance:
         """Make the schedule of least variance with `mean_length` tokens per step on average (accepted drafts + 1).
 
-        `mean_length - 1` drafts, rounded down, are always accepted, and one more with the remaining probability. vLLM calls
-        this `synthetic_acceptance_length`.
+        `mean_length - 1` drafts, rounded down, are always accepted, and one more with the remaining probability. vLLM
+        calls this `synthetic_acceptance_length`.
 
         Raises:
             ValueError: no schedule has this mean.
@@ -86,7 +87,8 @@ class SimulatedAcceptance:
         """
         if num_speculative_tokens > len(self.rates):
             raise ValueError(
-                f"there are {len(self.rates)} acceptance rates; expected one for each of {num_speculative_tokens} draft tokens"
+                f"there are {len(self.rates)} acceptance rates; expected one for each of "
+                f"{num_speculative_tokens} draft tokens"
             )
         return SimulatedAcceptance(self.rates[:num_speculative_tokens])
 

@@ -1,7 +1,7 @@
 """`OutputRows`: which rows of a step leave the trunk. A static mask, fixed when the step is traced.
 
-Everything behind the trunk that is not needed for every row (the LM head; the final norm when MTP is off) is applied to the
-selected rows only. A prompt chunk without output rows therefore has no LM head in its program at all.
+Everything behind the trunk that is not needed for every row (the LM head; the final norm when MTP is off) is applied
+to the selected rows only. A prompt chunk without output rows therefore has no LM head in its program at all.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from jaxtyping import Float
 class OutputRows:
     """A selection of rows of a chunk. It is hashable and can be a static argument of a jitted step.
 
-    The engine reads prompts with `none()`, and verifies and scores with `all()`. `last()` and `at(...)` serve measurements, which
-    compare prompt chunks with different output rows.
+    The engine reads prompts with `none()`, and verifies and scores with `all()`. `last()` and `at(...)` serve
+    measurements, which compare prompt chunks with different output rows.
 
     Attributes:
         rows: the selected rows; None: all. Negative rows count from the end of the chunk.
@@ -51,7 +51,7 @@ class OutputRows:
         return chunk_rows if self.rows is None else len(self.rows)
 
     def num_trailing_rows(self, chunk_rows: int) -> int:
-        """Return the number n of rows such that the last n rows of a chunk of `chunk_rows` rows hold all output rows."""
+        """Return the number n for which the last n of `chunk_rows` rows of a chunk hold all output rows."""
         if self.rows is None:
             return chunk_rows
         return max((chunk_rows - row % chunk_rows for row in self.rows), default=0)

@@ -1,7 +1,7 @@
 """Presence, frequency and repetition penalties: logits that depend on the tokens that a text already has.
 
-The logits of a row depend on the prompt, the tokens before the row, and the request. This holds in the drafter and in the
-trunk alike, so the text is the same at every draft length and in any batch.
+The logits of a row depend on the prompt, the tokens before the row, and the request. This holds in the drafter and in
+the trunk alike, so the text is the same at every draft length and in any batch.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from jaxtyping import Bool, Float, Int
 class Penalties(struct.PyTreeNode):
     """Penalties of B requests, as OpenAI and vLLM define them; `apply_penalties` has the formula.
 
-    `frequency` has the precision of bfloat16 (`round_to_bfloat16`). Its product with a count is then exact, and a compiler that
-    fuses product and sum into one rounding gives the same logits as one that does not.
+    `frequency` has the precision of bfloat16 (`round_to_bfloat16`). Its product with a count is then exact, and a
+    compiler that fuses product and sum into one rounding gives the same logits as one that does not.
     """
 
     presence: Float[Array, " B"]  # 0: none

@@ -1,11 +1,12 @@
 """Logits to tokens, with noise that belongs to a position of a text.
 
-The token at absolute position p of a request is `argmax(logits + T * gumbel(seed, p))`. At temperature T > 0 this is an exact
-sample of softmax(logits / T) (Gumbel-max sampling: Gumbel 1954; Maddison et al. 2014, arXiv:1411.0030), and at T = 0 it is the
-greedy choice, in one formula. The noise depends on (seed, p) alone, and drafter and trunk use the same noise (coupled,
-"drafter-invariant" speculative decoding: Daliri et al., arXiv:2408.07978). A draft is accepted exactly when it is the
-token that the trunk samples there. The text therefore cannot depend on the number of drafted tokens, nor on the other
-requests in the batch. Top-k, top-p and min-p keep this property: they remove tokens from the logits of both.
+The token at absolute position p of a request is `argmax(logits + T * gumbel(seed, p))`. At temperature T > 0 this is
+an exact sample of softmax(logits / T) (Gumbel-max sampling: Gumbel 1954; Maddison et al. 2014, arXiv:1411.0030), and
+at T = 0 it is the greedy choice, in one formula. The noise depends on (seed, p) alone, and drafter and trunk use the
+same noise (coupled, "drafter-invariant" speculative decoding: Daliri et al., arXiv:2408.07978). A draft is accepted
+exactly when it is the token that the trunk samples there. The text therefore cannot depend on the number of drafted
+tokens, nor on the other requests in the batch. Top-k, top-p and min-p keep this property: they remove tokens from the
+logits of both.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ def sample(
 
     Args:
         logits: float32; row r of request b predicts the token at `positions[b, r]`.
-        vocab_size: ids from here on do not exist and are never chosen: the matrices of published checkpoints are padded.
+        vocab_size: ids from here on do not exist and are never chosen: the matrices of published checkpoints are
+            padded.
     """
     if vocab_size < logits.shape[-1]:
         logits = jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, -jnp.inf)
@@ -99,8 +101,8 @@ def apply_top_k_top_p_min_p(
         top-p: of those, renormalised, the fewest that have probability `top_p` together (nucleus, arXiv:1904.09751)
         min-p: of those, the tokens with p >= min_p * max(p) (arXiv:2407.01082)
 
-    Equally probable tokens are kept or removed together. At T = 0 the conditions use T = 1; the most probable token, which is
-    the choice there, is always kept.
+    Equally probable tokens are kept or removed together. At T = 0 the conditions use T = 1; the most probable token,
+    which is the choice there, is always kept.
     """
     temperature = jnp.where(temperature > 0, temperature, 1)
     max_logit = jnp.max(logits, axis=-1)
@@ -125,9 +127,11 @@ def truncate_at_stop(
     num_tokens_left: Int[Array, " B"],
     stop_token_ids: Int[Array, "B STOPS"],
 ) -> tuple[Int[Array, " B"], Bool[Array, " B"]]:
-    """Return how many of the first `num_tokens` tokens belong to the text, int32, and whether a stop token is the last of them.
+    """Return how many of the first `num_tokens` tokens belong to the text, int32, and whether a stop token is the last
+    of them.
 
-    A text ends with its first stop token, which belongs to it, or when `num_tokens_left` more tokens have been generated.
+    A text ends with its first stop token, which belongs to it, or when `num_tokens_left` more tokens have been
+    generated.
     """
     limit = jnp.minimum(num_tokens, num_tokens_left)
     in_limit = jnp.arange(tokens.shape[1]) < limit[:, None]

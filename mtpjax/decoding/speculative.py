@@ -4,8 +4,8 @@ A step of the loop, for k draft tokens (`num_speculative_tokens`):
 
     draft k tokens -> verify k + 1 rows -> sample -> sync the MTP cache -> accept a prefix of the drafts -> commit it
 
-With k = 0 the same loop is plain decoding. The functions are plain; whoever compiles `decode` and `insert_requests` jits them
-with the argument names `DECODE_STATIC`, `DECODE_DONATED` and `INSERT_DONATED`.
+With k = 0 the same loop is plain decoding. The functions are plain; whoever compiles `decode` and `insert_requests`
+jits them with the argument names `DECODE_STATIC`, `DECODE_DONATED` and `INSERT_DONATED`.
 """
 
 from __future__ import annotations
@@ -83,12 +83,14 @@ def speculative_step(
     """Run one step for every request that is not finished; W = k + 1.
 
     Returns:
-        the state, the tokens that the trunk sampled in the window, and how many of them, from the first on, the text gets.
+        the state, the tokens that the trunk sampled in the window, and how many of them, from the first on, the text
+        gets. The other tokens mean nothing.
     """
-    k, inactive, cache = num_speculative_tokens, state.finished, state.cache
-    drafts = state.token[:, None][:, :0]
+    k, inactive = num_speculative_tokens, state.finished
     if k:
         drafts, cache = drafter(model, state, sampling_params, k, vocab_size)
+    else:
+        drafts, cache = state.token[:, None][:, :0], state.cache
 
     window = jnp.concatenate([state.token[:, None], drafts], axis=1)
     logits, hidden, cache, pending = steps.verify(model, window, inactive, cache)
@@ -107,7 +109,7 @@ def speculative_step(
     num_tokens = state.num_tokens + num_new
 
     def last_accepted(rows: Array) -> Array:
-        """Return the row of the last accepted draft, `[B, ...]`: row 0, that of `state.token`, if no draft is accepted."""
+        """Return the row of the last accepted draft, or row 0, that of `state.token`, if no draft is accepted."""
         index = num_accepted.reshape(-1, *[1] * (rows.ndim - 1))
         return jnp.take_along_axis(rows, index, axis=1)[:, 0]
 

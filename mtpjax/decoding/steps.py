@@ -1,8 +1,8 @@
 """The steps of generation as pure functions of (model or weights, inputs, cache): prefill, verify, draft, sync.
 
-`prefill` and `forward_hidden` are programs of their own. They are plain functions; whoever compiles them jits them with the
-argument names `PREFILL_STATIC` and `PREFILL_DONATED`, or `FORWARD_HIDDEN_STATIC` and `FORWARD_HIDDEN_DONATED`. The others are
-pieces of the loop in `speculative.py`.
+`prefill` and `forward_hidden` are programs of their own. They are plain functions; whoever compiles them jits them
+with the argument names `PREFILL_STATIC` and `PREFILL_DONATED`, or `FORWARD_HIDDEN_STATIC` and
+`FORWARD_HIDDEN_DONATED`. The others are pieces of the loop in `speculative.py`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ def prefill(
     rows: OutputRows = NO_ROWS,
     mtp_rows: int | None = None,
 ) -> tuple[Float[Array, "B R V"], Float[Array, "B D"], Cache]:
-    """Read one chunk of T rows of the prompts. It continues from any cache; padding stands in front and changes nothing.
+    """Read one chunk of T rows of the prompts.
+
+    It continues from any cache. Padding rows stand in front and change nothing.
 
     Args:
         params: weights of the split model.
@@ -47,12 +49,13 @@ def prefill(
         cache: of B sequences; consumed, if donated.
         graph: static half of the split model.
         rows: rows whose logits are returned. Without output rows there is no LM head in the program.
-        mtp_rows: how many of the last rows leave keys and values for the MTP head; None: all. 0 makes this the program of a
-            model without the head. The first such row of a sequence must be the one at position `cache.mtp_start_pos`.
+        mtp_rows: how many of the last rows leave keys and values for the MTP head; None: all. 0 makes this the program
+            of a model without the head. The first such row of a sequence must be the one at position
+            `cache.mtp_start_pos`.
 
     Returns:
-        logits of the output rows (float32), hidden state of the last row for the MTP head (after the final norm; zeros if
-        this chunk does not feed the head), and the cache.
+        logits of the output rows (float32), hidden state of the last row for the MTP head (after the final norm; zeros
+        if this chunk does not feed the head), and the cache.
     """
     return prefill_chunk(nnx.merge(graph, params), tokens, next_tokens, pad, cache, rows, mtp_rows)
 
@@ -87,7 +90,7 @@ def prefill_chunk(
 def forward_hidden(
     params: Any, tokens: Int[Array, "B T"], pad: Int[Array, " B"], cache: Cache, *, graph: Any
 ) -> tuple[Float[Array, "B T D"], Cache]:
-    """Return the hidden states after the final norm of every row of a chunk, for research. Arguments as in `prefill`."""
+    """Return the hidden states of every row of a chunk after the final norm. Arguments as in `prefill`."""
     model = nnx.merge(graph, params)
     x, cache = _run_trunk(model, tokens, pad, cache)
     return model.final_norm(x), cache
@@ -151,9 +154,9 @@ def draft(
 ) -> tuple[Int[Array, "B k"], Cache]:
     """Draft k tokens with the MTP head, which is applied again and again to its own hidden state (after `mtp.norm`).
 
-    The head is that of DeepSeek-V3 (arXiv:2412.19437, section 2.2); one head drafts all tokens. Step j writes the keys and values
-    of position `cache.length - 1 + j` into the head's cache. All but those of step 0 are provisional: `sync_mtp_cache`
-    overwrites them.
+    The head is that of DeepSeek-V3 (arXiv:2412.19437, section 2.2); one head drafts all tokens. Step j writes the keys
+    and values of position `cache.length - 1 + j` into the head's cache. All but those of step 0 are provisional:
+    `sync_mtp_cache` overwrites them.
 
     Args:
         hidden: of the last committed row, after the final norm.
@@ -188,7 +191,8 @@ def sync_mtp_cache(
 ) -> Cache:
     """Replace the MTP head's provisional keys and values of rows 0...k-1 by those of the trunk's own hidden states.
 
-    Row k is the first draft step of the next step of the loop. Rows after the accepted ones are stale and overwritten later.
+    Row k is the first draft step of the next step of the loop. Rows after the accepted ones are stale and overwritten
+    later.
     """
     k = drafts.shape[1]
     start = cache.length - cache.mtp_start_pos

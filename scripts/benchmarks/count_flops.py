@@ -24,12 +24,12 @@ from jax import Array
 
 from mtpjax.config import ConfigError, ModelConfig
 from mtpjax.decoding.output_rows import OutputRows
-from mtpjax.decoding.steps import prefill
 from mtpjax.hf_config import config_from_hf
 from mtpjax.model import abstract_model, place
 from mtpjax.model.cache import Cache, new_cache, padded_kv_length
 from mtpjax.presets import PRESETS, preset
 from scripts.benchmarks.flops import Flops, count_flops, expected_trips
+from scripts.benchmarks.jitted_steps import prefill
 
 FIRST = OutputRows.at(0)
 ROWS = {"none": OutputRows.none(), "last": OutputRows.last(), "first": FIRST, "all": OutputRows.all()}
@@ -92,7 +92,7 @@ def flops(
     """Operations of one chunk that ends at `context` committed tokens, in a cache that holds `max_len` if these are more."""
     slots = padded_kv_length(max(context, max_len), 1)
     program = trace(cfg, variant, rows, chunk=chunk, slots=slots, mtp_rows=mtp_rows).jaxpr
-    kept = max(rows.reach(chunk), mtp_rows or 0 if variant == "sync" else 0)
+    kept = max(rows.num_trailing_rows(chunk), mtp_rows or 0 if variant == "sync" else 0)
     return count_flops(program, expected_trips(cfg, rows=chunk, context=context, kept=kept))
 
 

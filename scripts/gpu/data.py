@@ -12,7 +12,7 @@ import numpy as np
 
 from kernels_pallas.attention import Entering
 from kernels_pallas.gated_delta_rule import DeltaProjections, Fixed
-from kernels_pallas.top_k_top_p import top_k_top_p_threshold
+from kernels_pallas.top_k_top_p.reference import top_k_top_p_threshold
 from kernels_pallas.weights.quantized import QuantizedTensor
 from mtpjax.model.norm import gated_rms_norm, rms_norm
 from mtpjax.model.rope import Rotary, rotate
