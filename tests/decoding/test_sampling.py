@@ -27,7 +27,7 @@ from tests.helpers.models import make_engine, numpy_model, tiny_config
 
 
 def sampled_counts(num_requests: int = 20_000, position: int = 17, seed: int = 0) -> np.ndarray:
-    """Return how often each token is sampled by many requests, with other seeds, from the same logits at one position."""
+    """Return how often each token is sampled by many requests, from the same logits and at the same position."""
     logits = jnp.broadcast_to(LOGITS, (num_requests, 1, len(LOGITS)))
     params = batch_sampling_params(num_requests, TEMPERATURE, seed=seed)
     tokens = sample(logits, jnp.full((num_requests, 1), position), params, len(LOGITS))

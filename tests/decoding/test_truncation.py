@@ -166,9 +166,8 @@ def test_values_out_of_range_are_refused(bad: dict[str, Any], message: str) -> N
 
 @pytest.mark.fast
 def test_a_generation_config_gives_sampling_params() -> None:
-    qwen = {
-        "do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "eos_token_id": [1], "transformers_version": "5",
-    }  # fmt: skip
+    qwen = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95}
+    qwen |= {"eos_token_id": [1], "transformers_version": "5"}
     recommended = SamplingParams.from_generation_config
     assert recommended(qwen, max_tokens=9) == SamplingParams(max_tokens=9, temperature=0.6, top_k=20, top_p=0.95)
     assert recommended(qwen, top_k=5).top_k == 5

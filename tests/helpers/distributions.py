@@ -79,7 +79,7 @@ def kept_by_sorting(
 def kept_at_least_and_at_most(
     logits: np.ndarray, temperature: float, top_k: int, top_p: float, min_p: float = 0.0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the tokens that float32 must keep and the tokens that it may keep, allowing for its errors in probabilities."""
+    """Return which tokens float32 must keep, and which it may keep, in view of its errors in probabilities."""
     error = 3 * PROBABILITY_ERROR
     smaller_p, larger_p = (top_p - error, top_p + error) if top_p < 1 else (1.0, 1.0)
     at_least = kept_by_sorting(logits, temperature, top_k, smaller_p, min(min_p * (1 + error), 1))

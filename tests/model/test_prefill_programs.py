@@ -15,7 +15,7 @@ from jax.extend.core import Jaxpr, Literal
 from kernels_pallas.grouped_matmul.plan import choose_windows, window_places
 from mtpjax.config import FULL, LINEAR, ModelConfig
 from mtpjax.decoding.output_rows import OutputRows
-from mtpjax.decoding.steps import prefill
+from mtpjax.decoding.steps import PREFILL_DONATED, PREFILL_STATIC, prefill
 from mtpjax.engine.prompt_chunks import PREFILL_BUCKETS
 from mtpjax.model import abstract_model, commit, place
 from mtpjax.model.cache import KV_BLOCK, new_cache, padded_kv_length
@@ -43,7 +43,8 @@ def program(cfg: ModelConfig, rows: OutputRows, chunk: int, *, batch: int = 2) -
     graph, params = nnx.split(abstract_model(cfg))
     cache = jax.eval_shape(lambda: new_cache(cfg, batch, padded_kv_length(600, 1)))
     ids, pad = shape(batch, chunk, dtype=jnp.int32), shape(batch, dtype=jnp.int32)
-    return prefill.trace(params, ids, ids, pad, cache, graph=graph, rows=rows)
+    step = jax.jit(prefill, static_argnames=PREFILL_STATIC, donate_argnames=PREFILL_DONATED)
+    return step.trace(params, ids, ids, pad, cache, graph=graph, rows=rows)
 
 
 def parameters_read(traced: Any) -> dict[str, bool]:
