@@ -142,8 +142,8 @@ def describe(path: Path, context: int, max_num_seqs: int) -> Iterator[tuple[str,
     weights, cache = gpu_weight_bytes(source, cfg), cache_bytes(cfg, context, max_num_seqs)
     yield (
         "GPU memory",
-        f"{format_bytes(weights)} of weights + {format_bytes(cache)} of cache for {max_num_seqs} x {context:,} tokens = "
-        f"{format_bytes(weights + cache)}",
+        f"{format_bytes(weights)} of weights + {format_bytes(cache)} of cache for {max_num_seqs} x {context:,} tokens "
+        f"= {format_bytes(weights + cache)}",
     )
     yield "CPU memory", f"{format_bytes(4 * count)} of weights in float32, {format_bytes(2 * count)} in bfloat16"
     fitting = [name for name, memory in CARDS.items() if (weights + cache) / 2**30 + HEADROOM <= memory]

@@ -83,7 +83,7 @@ class ResumableJsonl:
             except (ValueError, KeyError, TypeError) as error:
                 self._stream.close()
                 raise ResumeError(
-                    f"{self.part}: the bytes from {offset} are not an answer ({error}); move the file away to begin anew"
+                    f"{self.part}: the bytes from {offset} are not an answer ({error}); move it away to begin anew"
                 ) from None
             offset += len(data)
         self._stream.truncate(offset)
