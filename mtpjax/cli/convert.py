@@ -34,8 +34,10 @@ from checkpoints.gguf.writer import WRITABLE_TYPES
 from checkpoints.safetensors.header import read_header
 from checkpoints.safetensors.reader import INDEX, weight_files
 from mtpjax.hf_config import config_to_hf
-from mtpjax.loading.load import ORIGIN, Tensor, load_checkpoint, orbax_tensors, save_orbax
-from mtpjax.loading.weight_map import export_tensors
+from mtpjax.loading.export import ExportedTensor, export_tensors
+from mtpjax.loading.load import load_checkpoint
+from mtpjax.loading.orbax_restore import orbax_tensors
+from mtpjax.loading.orbax_save import ORIGIN, save_orbax
 from mtpjax.text.tokenizer import load_tokenizer, tokenizer_to_gguf
 
 PROG = "mtpjax convert"
@@ -101,7 +103,7 @@ def _bar(size: int) -> tqdm:
     return tqdm(total=size, unit="B", unit_scale=True, disable=None, leave=False)
 
 
-def _counted(tensors: Iterable[Tensor], on_bytes: Callable[[int], object]) -> Iterator[Tensor]:
+def _counted(tensors: Iterable[ExportedTensor], on_bytes: Callable[[int], object]) -> Iterator[ExportedTensor]:
     for name, shape, dtype, read in tensors:
 
         def counted(read: Callable[[], np.ndarray] = read) -> np.ndarray:

@@ -32,7 +32,7 @@ from mtpjax.cli.report import JobTotals, format_answer
 from mtpjax.cli.resumable_output import ResumableJsonl, ResumeError
 from mtpjax.llm import MAX_SPECULATIVE_TOKENS
 from mtpjax.loading.open_model import DTYPES, resolve_dtype
-from mtpjax.loading.quantized_leaves import WEIGHTS
+from mtpjax.loading.quantized_leaves import QUANTIZATIONS
 
 PROG = "mtpjax generate"
 # Options that the texts do not depend on: an interrupted job may continue with others.
@@ -173,7 +173,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     dtypes = ("auto", *DTYPES)
     add("--dtype", choices=dtypes, default="auto", help="of computing; auto: bfloat16 on a GPU, float32 on a CPU")
     quantization = "quantise matrices while they are read; packed: keep those of the file (default: the fastest)"
-    add("--quantization", choices=WEIGHTS, help=quantization)
+    add("--quantization", choices=QUANTIZATIONS, help=quantization)
     add("--max-model-len", type=int, default=2048, metavar="N", help="prompt and new tokens at most (default 2048)")
     add("--max-num-seqs", type=int, default=8, metavar="N", help="sequences generated at the same time (default 8)")
     prefill = "prompts read together when sequences end (default: a quarter of --max-num-seqs)"

@@ -15,7 +15,7 @@ from mtpjax import LLM
 from mtpjax.cli import generate
 from mtpjax.engine import scheduler
 from mtpjax.hf_config import config_to_hf
-from mtpjax.loading.weight_map import export_tensors
+from mtpjax.loading.export import export_tensors
 from tests.helpers.batch_job import SETTINGS
 from tests.helpers.models import numpy_model, tiny_config
 

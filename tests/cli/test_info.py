@@ -11,8 +11,8 @@ from checkpoints import TINY, open_checkpoint, write_safetensors_directory
 from mtpjax.cli import convert, info
 from mtpjax.cli.main import main
 from mtpjax.hf_config import config_to_hf
+from mtpjax.loading.export import export_tensors
 from mtpjax.loading.load import load_checkpoint
-from mtpjax.loading.weight_map import export_tensors
 from mtpjax.presets import PRESETS
 from tests.helpers.models import numpy_model, tiny_config
 
@@ -46,7 +46,7 @@ def test_the_memory_of_a_gguf_file_is_that_of_its_packed_weights(
     assert "GGUF file (qwen35moe)" in lines["checkpoint"] and "IQ4_NL" in lines["weights"]
     assert lines["MTP head"] == "no: decoding without drafts" and lines["tokenizer"].startswith("no")
     source = open_checkpoint(tmp_path / "m.gguf")
-    loaded = load_checkpoint(source, dtype=jnp.dtype("bfloat16"), weights="packed")
+    loaded = load_checkpoint(source, dtype=jnp.dtype("bfloat16"), quantization="packed")
     nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(loaded.params))
     assert info.gpu_weight_bytes(source, cfg) == pytest.approx(nbytes, rel=0.1)
 

@@ -18,8 +18,9 @@ from mtpjax import LLM, SamplingParams
 from mtpjax.cli.convert import main as convert
 from mtpjax.config import ConfigError
 from mtpjax.hf_config import config_to_hf
+from mtpjax.loading.export import export_tensors
 from mtpjax.loading.load import load_checkpoint
-from mtpjax.loading.weight_map import export_tensors, flat
+from mtpjax.loading.loaded_model import flatten_params
 from tests.helpers.models import numpy_model, tiny_config
 
 CFG = tiny_config(moe=False, num_superblocks=1, max_position=512)  # 96 ids, the last is its stop token
@@ -70,8 +71,8 @@ def test_every_prefix_is_the_same_model(prefix: str, mtp: str, tmp_path: Path) -
     }
     loaded = load_checkpoint(open_checkpoint(write(tmp_path / "hf", tensors)), dtype=jnp.float32)
     assert loaded.cfg == CFG
-    want = flat(MODEL.params)
-    got = flat(loaded.params)
+    want = flatten_params(MODEL.params)
+    got = flatten_params(loaded.params)
     assert got.keys() == want.keys()
     assert all(np.array_equal(leaf[...], want[path][...]) for path, leaf in got.items())
 
