@@ -85,7 +85,7 @@ def test_the_same_weights_give_the_same_logits(moe: bool, v_heads: int, mtp: int
     """As a model in memory and through a GGUF file in F32: head order, gains, decay and taps come back, drafts too."""
     cfg = tiny_config(moe=moe, linear_v_heads=v_heads, mtp_layers=mtp, layer_pattern=(LINEAR, LINEAR, FULL))
     model = save(cfg, tmp_path / "m.gguf", "f32")
-    ours, theirs = LLM(model, num_speculative_tokens=2 * mtp, max_model_len=64), LLM(tmp_path / "m.gguf", num_speculative_tokens=2 * mtp, max_model_len=64)
+    ours, theirs = LLM(model, num_speculative_tokens=2 * mtp, max_model_len=64), LLM(tmp_path / "m.gguf", dtype="float32", num_speculative_tokens=2 * mtp, max_model_len=64)
     ids = np.random.default_rng(1).integers(0, 90, 40).tolist()
     np.testing.assert_allclose(theirs.logits(ids), ours.logits(ids), atol=1e-4)
     params = SamplingParams(max_tokens=20, ignore_eos=True)
@@ -145,8 +145,8 @@ def test_a_model_of_k_types_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         if (packed := source.read_packed(name)) is not None:
             np.testing.assert_array_equal(packed.dequantize(), source.read(name), err_msg=name)
     ids = np.random.default_rng(1).integers(0, 90, 30).tolist()
-    want = LLM(tmp_path / "m.gguf", num_speculative_tokens=2, max_model_len=64).logits(ids)
-    got = LLM(tmp_path / "m.gguf", num_speculative_tokens=2, max_model_len=64, quantization="packed").logits(ids)
+    want = LLM(tmp_path / "m.gguf", dtype="float32", num_speculative_tokens=2, max_model_len=64).logits(ids)
+    got = LLM(tmp_path / "m.gguf", dtype="float32", num_speculative_tokens=2, max_model_len=64, quantization="packed").logits(ids)
     assert np.isfinite(want).all() and want.std() > 0
     assert np.abs(got - want).max() <= 1e-3 * np.abs(want).max()
 
@@ -225,7 +225,7 @@ def test_the_embedded_model_through_gguf(tmp_path: Path, capsys: pytest.CaptureF
     """Converted by the script: tokenizer, chat template and greedy text are those of the folder it was made from."""
     target = tmp_path / "tiny.gguf"
     assert convert.main([str(TINY), str(target), "--type", "bf16"]) == 0 and "as gguf" in capsys.readouterr().out
-    ours, theirs = LLM(max_model_len=256), LLM(target, max_model_len=256)
+    ours, theirs = LLM(dtype="float32", max_model_len=256), LLM(target, dtype="float32", max_model_len=256)
     for text in ("“Curiouser!” cried Alice; 1865, cafe\u0301.\n\n  x", "<|im_start|>user\nHé<|im_end|>\n"):
         ids = ours.tokenizer.encode(text)  # type: ignore[union-attr]
         assert theirs.tokenizer.encode(text) == ids  # type: ignore[union-attr]

@@ -114,9 +114,9 @@ def test_a_quantised_folder_is_the_model_of_its_values(kind: str, tmp_path: Path
     source = open_checkpoint(tmp_path / "packed")
     assert source.tensors.keys() == open_checkpoint(tmp_path / "plain").tensors.keys()
     ids = np.random.default_rng(0).integers(0, 90, 20).tolist()
-    want = LLM(tmp_path / "plain", num_speculative_tokens=2, max_model_len=64).logits(ids)
+    want = LLM(tmp_path / "plain", dtype="float32", num_speculative_tokens=2, max_model_len=64).logits(ids)
     for weights in (None, "packed"):
-        llm = LLM(tmp_path / "packed", num_speculative_tokens=2, max_model_len=64, quantization=weights)
+        llm = LLM(tmp_path / "packed", dtype="float32", num_speculative_tokens=2, max_model_len=64, quantization=weights)
         assert np.abs(llm.logits(ids) - want).max() <= 1e-4 * np.abs(want).max()
     model = load_checkpoint(source, dtype=np.dtype("float32"), weights="packed")
     leaves = jax.tree.leaves(model.params, is_leaf=lambda x: isinstance(x, QuantizedTensor))
@@ -132,8 +132,8 @@ def test_experts_of_fp8_and_other_types_are_unpacked(tmp_path: Path, monkeypatch
     monkeypatch.setitem(FORMATS, "by chance", (mixed, *halves))
     write(tmp_path, "by chance")
     ids = list(range(20))
-    want = LLM(tmp_path / "plain", num_speculative_tokens=2, max_model_len=64).logits(ids)
-    got = LLM(tmp_path / "packed", num_speculative_tokens=2, max_model_len=64, quantization="packed").logits(ids)
+    want = LLM(tmp_path / "plain", dtype="float32", num_speculative_tokens=2, max_model_len=64).logits(ids)
+    got = LLM(tmp_path / "packed", dtype="float32", num_speculative_tokens=2, max_model_len=64, quantization="packed").logits(ids)
     assert np.abs(got - want).max() <= 1e-4 * np.abs(want).max()
 
 
@@ -145,8 +145,8 @@ def test_what_cannot_share_blocks_is_unpacked(tmp_path: Path, monkeypatch: pytes
     )
     write(tmp_path, "fp8")
     ids = list(range(20))
-    want = LLM(tmp_path / "plain", num_speculative_tokens=2, max_model_len=64).logits(ids)
-    got = LLM(tmp_path / "packed", num_speculative_tokens=2, max_model_len=64, quantization="packed").logits(ids)
+    want = LLM(tmp_path / "plain", dtype="float32", num_speculative_tokens=2, max_model_len=64).logits(ids)
+    got = LLM(tmp_path / "packed", dtype="float32", num_speculative_tokens=2, max_model_len=64, quantization="packed").logits(ids)
     assert np.abs(got - want).max() <= 1e-4 * np.abs(want).max()
 
 

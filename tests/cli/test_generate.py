@@ -41,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def llm(folder: Path) -> LLM:
-    return LLM(folder, num_speculative_tokens=2, max_model_len=40, max_num_seqs=3, max_prefill_seqs=2)
+    return LLM(folder, dtype="float32", num_speculative_tokens=2, max_model_len=40, max_num_seqs=3, max_prefill_seqs=2)
 
 
 @pytest.fixture

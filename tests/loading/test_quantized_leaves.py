@@ -61,9 +61,9 @@ def test_quantised_on_load(folder: Path, mode: str) -> None:
     """The packed model computes what its dequantised weights compute, drafts included; most of its matrices are packed."""
     model = load_checkpoint(open_checkpoint(folder), dtype=jnp.float32, weights=mode)
     assert packed_leaves(model) >= 20
-    llm = LLM(folder, num_speculative_tokens=2, max_model_len=64, quantization=mode)
+    llm = LLM(folder, dtype="float32", num_speculative_tokens=2, max_model_len=64, quantization=mode)
     same_text(llm, LLM(dequantised(model), num_speculative_tokens=2, max_model_len=64))
-    plain = LLM(folder, num_speculative_tokens=2, max_model_len=64).logits(IDS)
+    plain = LLM(folder, dtype="float32", num_speculative_tokens=2, max_model_len=64).logits(IDS)
     assert 0.7 < np.corrcoef(llm.logits(IDS).ravel(), plain.ravel())[0, 1] < 1 - 1e-7  # quantised it is
 
 
@@ -82,7 +82,7 @@ def test_a_gguf_file_stays_packed(kind: str, tmp_path: Path) -> None:
             seen += 1
     assert seen >= 20
     same_text(
-        LLM(tmp_path / "m.gguf", num_speculative_tokens=2, max_model_len=64, quantization="packed"), LLM(tmp_path / "m.gguf", num_speculative_tokens=2, max_model_len=64)
+        LLM(tmp_path / "m.gguf", dtype="float32", num_speculative_tokens=2, max_model_len=64, quantization="packed"), LLM(tmp_path / "m.gguf", dtype="float32", num_speculative_tokens=2, max_model_len=64)
     )
 
 
