@@ -192,7 +192,13 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--output", type=Path, metavar="FILE", help="JSON lines (default: readable text on the terminal)")
     add("--overwrite", action="store_true", help="replace --output if it exists")
     add("--resume", action="store_true", help="go on with the answers that an interrupted run left in OUTPUT.part")
-    add("--draft", type=int, default=3, metavar="K", help=f"tokens drafted a round, 0...{MAX_SPECULATIVE_TOKENS}; the text stays")
+    add(
+        "--draft",
+        type=int,
+        default=3,
+        metavar="K",
+        help=f"tokens drafted a round, 0...{MAX_SPECULATIVE_TOKENS}; the text stays",
+    )
     add("--mtp-prompt", type=int, metavar="N", help="let the MTP head read the last N tokens of a prompt only")
     add("--max-tokens", type=int, default=128, metavar="N", help="new tokens of a prompt at most, unless its line says")
     add(

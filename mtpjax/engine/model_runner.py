@@ -151,7 +151,7 @@ class ModelRunner:
         cache = self.new_cache(batch) if cache is None else cache
         if mtp_prompt_tokens is not None:
             num_skipped = [max(0, len(p) - mtp_prompt_tokens) for p in prompts]
-            cache = cache.replace(mtp_start=as_host_array(np.array(num_skipped, np.int32)))
+            cache = cache.replace(mtp_start_pos=as_host_array(np.array(num_skipped, np.int32)))
         hidden, all_logits = self.zero_hidden(batch), []
         for chunk in split_prompts(prompts, self.prefill_buckets):
             length = chunk.tokens.shape[1]

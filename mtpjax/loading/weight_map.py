@@ -25,6 +25,7 @@ from mtpjax.loading.quantized_leaves import (
     stack_quantized,
 )
 from mtpjax.model import abstract_model
+from mtpjax.model.params import ONLY_LAYER
 
 Path = tuple[str | int, ...]
 
@@ -66,14 +67,13 @@ def flat(params: Any) -> dict[Path, Any]:
     return dict(state)
 
 
-def weight_map(cfg: ModelConfig, stack: int, has: Callable[[str], bool] = lambda name: False) -> dict[str, Location]:
+def weight_map(cfg: ModelConfig, has: Callable[[str], bool] = lambda name: False) -> dict[str, Location]:
     """Every tensor of the model by canonical name.
 
     Args:
-        stack: repeats of the layer pattern in one leaf.
         has: whether the checkpoint holds a name; decides between fused experts (the default) and one tensor an expert.
     """
-    shapes = {path: leaf.shape for path, leaf in flat(nnx.split(abstract_model(cfg, stack=stack))[1]).items()}
+    shapes = {path: leaf.shape for path, leaf in flat(nnx.split(abstract_model(cfg))[1]).items()}
     found: dict[str, Location] = {}
 
     def put(name: str, path: Path, index: tuple[int | slice, ...] = (), shape: tuple[int, ...] | None = None) -> None:
@@ -116,8 +116,8 @@ def weight_map(cfg: ModelConfig, stack: int, has: Callable[[str], bool] = lambda
         put("lm_head.weight", ("lm_head",))
     for number in range(cfg.num_layers):
         repeat, inside = divmod(number, len(cfg.layer_pattern))
-        path = ("decoder", "blocks", repeat // stack, "layers", inside)
-        layer(f"layers.{number}", path, cfg.layer_pattern[inside], repeat % stack)
+        path = ("decoder", "blocks", repeat, "layers", inside)
+        layer(f"layers.{number}", path, cfg.layer_pattern[inside], ONLY_LAYER)
     if cfg.mtp_layers:
         for ours, name in _MTP.items():
             put(f"mtp.{name}", ("mtp", ours))
@@ -154,7 +154,7 @@ def _check(source: TensorSource, table: Mapping[str, Location], cfg: ModelConfig
 def check_source(source: TensorSource) -> ModelConfig:
     """The config of a checkpoint whose tensors fit it. Raises CheckpointError or ConfigError as `load_model` would."""
     cfg = config_of(source)
-    _check(source, weight_map(cfg, 1, source.tensors.__contains__), cfg)
+    _check(source, weight_map(cfg, source.tensors.__contains__), cfg)
     return cfg
 
 
@@ -170,7 +170,6 @@ def load_model(
     *,
     dtype: jnp.dtype | None = jnp.float32,
     compute_dtype: jnp.dtype | None = None,
-    stack: int = 1,
     mtp: bool = True,
     weights: str | None = None,
 ) -> LoadedModel:
@@ -178,7 +177,6 @@ def load_model(
 
     Args:
         dtype: of the matrices in memory; None keeps what the file holds, for every tensor (conversion).
-        stack: repeats of the layer pattern in one leaf; see `mtpjax.model.decoder.Decoder`.
         mtp: False leaves an MTP head unread.
         weights: None for plain arrays, or one of `mtpjax.loading.quantized_leaves.WEIGHTS`: matrices become `QuantizedTensor`s.
 
@@ -186,9 +184,9 @@ def load_model(
         CheckpointError: missing, unexpected or mis-shaped tensors (all of them in one error), or NaN/Inf (names the tensor).
     """
     cfg = config_of(source) if mtp else config_of(source).without_mtp()
-    table = weight_map(cfg, stack, source.tensors.__contains__)
+    table = weight_map(cfg, source.tensors.__contains__)
     _check(source, table, cfg)
-    graph, params = nnx.split(abstract_model(cfg, dtype or jnp.float32, compute_dtype=compute_dtype, stack=stack))
+    graph, params = nnx.split(abstract_model(cfg, dtype or jnp.float32, compute_dtype=compute_dtype))
     parts: dict[Path, list[tuple[str, Location]]] = {}
     for name, where in table.items():
         parts.setdefault(where.path, []).append((name, where))
@@ -232,7 +230,6 @@ def random_model(
     seed: int = 0,
     dtype: jnp.dtype = jnp.float32,
     compute_dtype: jnp.dtype | None = None,
-    stack: int = 1,
     scale: float = 0.02,
     weights: str | None = None,
 ) -> LoadedModel:
@@ -244,7 +241,7 @@ def random_model(
         weights: "int4", "int8", "iq4nl" or "fp8" makes the matrices that are packed in that form of random codes; they never
             exist unpacked.
     """
-    graph, params = nnx.split(abstract_model(cfg, dtype, compute_dtype=compute_dtype, stack=stack))
+    graph, params = nnx.split(abstract_model(cfg, dtype, compute_dtype=compute_dtype))
 
     def make(path: Path, leaf: Any) -> jax.Array | QuantizedTensor:
         key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(repr(path).encode()))
@@ -271,7 +268,7 @@ def _random_leaf(path: Path, key: jax.Array, shape: tuple[int, ...], dtype: jnp.
 
 
 def export_tensors(
-    model: LoadedModel, stack: int, names: Mapping[str, tuple[str, np.dtype]] | None = None
+    model: LoadedModel, names: Mapping[str, tuple[str, np.dtype]] | None = None
 ) -> Iterator[tuple[str, tuple[int, ...], np.dtype, Callable[[], np.ndarray]]]:
     """The model's tensors as `(name, shape, dtype, read)`, in the published layout, for a streaming writer.
 
@@ -279,7 +276,7 @@ def export_tensors(
         names: canonical name -> (name to write, dtype), e.g. those of the checkpoint the model came from. Without it:
             text-only names, fused experts, and the dtypes that the parameters have.
     """
-    table = weight_map(model.cfg, stack, names.__contains__ if names else lambda name: False)
+    table = weight_map(model.cfg, names.__contains__ if names else lambda name: False)
     leaves = flat(model.params)
     for canonical, where in table.items():
         leaf = leaves[where.path][...]

@@ -17,8 +17,9 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
 from kernels_pallas.gated_delta_rule import DeltaProjections, Fixed, pick, pick_chunks
-from kernels_pallas.matmul import added, linears_split_k
+from kernels_pallas.matmul import linears_split_k
 from kernels_pallas.norm import pick as pick_norms
+from kernels_pallas.partial_sums import PartialSums
 from kernels_pallas.platform import platform
 from mtpjax.config import ModelConfig
 from mtpjax.model.cache import Cache, PendingDeltaUpdates
@@ -214,7 +215,7 @@ def commit(cache: Cache, pending: PendingDeltaUpdates, accepted: Int[Array, " B"
     cut = jax.vmap(lambda rows, n: lax.dynamic_slice_in_dim(rows, n, keep, axis=1), (1, 0), 1)
     some = (accepted > 0)[None, :, None, None]  # of an idle window, all padding, the inputs stand behind the cut
     return cache.replace(
-        state=fold(cache.state, pending.k, pending.d, pending.decay, accepted),
+        state=fold(cache.state, pending.k, pending.delta, pending.decay, accepted),
         conv=jnp.where(some, cut(pending.conv, accepted), cache.conv),
         length=cache.length + accepted,
     )
@@ -270,14 +271,18 @@ class DeltaNet(nnx.Module):
         pending: PendingDeltaUpdates | None,
         layer: Array | int,
         where: Positions,
-    ) -> tuple[Float[Array, "S B*T D"], Cache, PendingDeltaUpdates | None]:
-        """Rows of one layer, in parts, to be added in their order. They enter the state of the cache, or, given `pending`, wait
-        there for `commit`."""
+    ) -> tuple[PartialSums, Cache, PendingDeltaUpdates | None]:
+        """Rows of one layer, as the partial sums `[P, B*T, D]` of the last product.
+
+        The rows enter the state of the cache, or, given `pending`, wait there for `commit`.
+        """
         cfg, rows, f32 = self.cfg, x.shape[1], jnp.float32
         before = cache.conv[layer]
         weights, dtypes = (self.in_qkv, self.in_z, self.in_b, self.in_a), (x.dtype, x.dtype, f32, f32)
         parts = linears_split_k(x, *(w[...] for w in weights), out_dtypes=dtypes)
-        qkv, z, b, a = (added(x, part, dtype) for part, dtype in zip(parts, dtypes, strict=True))
+        qkv, z, b, a = (
+            y.sum(dtype).reshape(*x.shape[:2], y.parts.shape[-1]) for y, dtype in zip(parts, dtypes, strict=True)
+        )
         inputs = conv_inputs(before, qkv.astype(before.dtype), where.pad, where.live)
         kernel = None if pending is None else pick(platform(), rows, cfg.linear_k_dim, cfg.linear_v_dim)
         if kernel is None:
@@ -295,7 +300,7 @@ class DeltaNet(nnx.Module):
                 o, k = o.astype(x.dtype), given.k
             else:
                 projected, fixed = (
-                    DeltaProjections(parts[0], *parts[2:]),
+                    DeltaProjections(parts[0].parts, *(y.parts for y in parts[2:])),
                     Fixed(self.conv[...], self.a_log[...], self.dt_bias[...]),
                 )
                 end = where.pad + jnp.sum(where.live, axis=1)
@@ -303,12 +308,14 @@ class DeltaNet(nnx.Module):
             pending = PendingDeltaUpdates(
                 conv=pending.conv.at[layer].set(inputs),
                 k=pending.k.at[layer].set(k),
-                d=pending.d.at[layer].set(d),
+                delta=pending.delta.at[layer].set(d),
                 decay=pending.decay.at[layer].set(decay),
             )
         norms = None if where.differentiable else pick_norms(platform())
         if norms is None:
             y = gated_rms_norm(o, z.reshape(o.shape), self.norm[...], cfg.norm_eps, cfg.output_gate_act)
         else:
-            y = norms.gated(o.reshape(-1, *o.shape[2:]), parts[1], self.norm[...], cfg.norm_eps, cfg.output_gate_act)
+            y = norms.gated(
+                o.reshape(-1, *o.shape[2:]), parts[1].parts, self.norm[...], cfg.norm_eps, cfg.output_gate_act
+            )
         return linears_split_k(y.reshape(*x.shape[:2], -1), self.out[...])[0], cache, pending

@@ -9,7 +9,7 @@ from jax import Array
 from jaxtyping import Bool, Int
 
 from mtpjax.config import ModelConfig
-from mtpjax.model.cache import BLOCK
+from mtpjax.model.cache import KV_BLOCK
 from mtpjax.model.rope import Rotary, rotary
 
 
@@ -56,7 +56,7 @@ def place(
     live = (steps >= pad[:, None]) & (positions >= 0) & (positions < slots)
     read: Array | int
     if blocks is None:
-        read = jnp.max(jnp.where(live, positions, -1)) // BLOCK + 1
+        read = jnp.max(jnp.where(live, positions, -1)) // KV_BLOCK + 1
     else:
         read = blocks
     return Positions(positions, live, pad, read, rotary(positions, cfg.rotary_dim, cfg.rope_theta))

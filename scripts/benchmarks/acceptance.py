@@ -59,7 +59,9 @@ def main() -> None:
         from scripts.experiments.pre_norm import pre_norm
 
         loaded = load_checkpoint(open_checkpoint(args.model), dtype=llm.engine.runner.compute_dtype)
-        variants["pre-norm"] = LLM(pre_norm(loaded), num_speculative_tokens=args.draft, max_model_len=args.prompt + args.new)
+        variants["pre-norm"] = LLM(
+            pre_norm(loaded), num_speculative_tokens=args.draft, max_model_len=args.prompt + args.new
+        )
     figures = {name: measure(variant, prompts, args.new) for name, variant in variants.items()}
     for name, row in figures.items():
         each = ", ".join(f"{x:.3f}" for x in row["accepted"])  # type: ignore[attr-defined]

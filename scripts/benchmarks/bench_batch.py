@@ -25,7 +25,12 @@ def run(llm: LLM, lengths: list[int]) -> tuple[dict[str, float], list[list[int]]
     prompts = [llm.chat_prompt([{"role": "user", "content": STORIES[i % len(STORIES)]}]) for i in range(len(lengths))]
     params = [llm.get_default_sampling_params(max_tokens=n, seed=i, ignore_eos=True) for i, n in enumerate(lengths)]
     engine = llm.engine
-    began, prefill, decode, slots = engine.seconds_without_compile(), engine.prefill_seconds, engine.decode_seconds, engine.slot_steps
+    began, prefill, decode, slots = (
+        engine.seconds_without_compile(),
+        engine.prefill_seconds,
+        engine.decode_seconds,
+        engine.slot_steps,
+    )
     outputs = llm.generate(prompts, params)
     seconds = engine.seconds_without_compile() - began
     figures = {
@@ -55,7 +60,12 @@ def main() -> None:
         ways = {"formed once": batch, "admit a quarter": max(1, batch // 4), "admit one": 1}
         sides = {
             name: LLM(
-                args.model, num_speculative_tokens=args.draft, dtype=dtype, max_model_len=args.longest + 64, max_num_seqs=batch, max_prefill_seqs=admit
+                args.model,
+                num_speculative_tokens=args.draft,
+                dtype=dtype,
+                max_model_len=args.longest + 64,
+                max_num_seqs=batch,
+                max_prefill_seqs=admit,
             )
             for name, admit in ways.items()
         }

@@ -37,7 +37,14 @@ def ours(max_len: int, dtype: str, draft: int = 0) -> Side:
     from mtpjax.loading.weight_map import random_model
 
     model = random_model(CONFIG if draft else CONFIG.without_mtp(), dtype=getattr(jnp, dtype))
-    llm = LLM(model, num_speculative_tokens=draft, dtype=dtype, max_model_len=max_len, max_num_seqs=1, prefill_buckets=(512, 2048))
+    llm = LLM(
+        model,
+        num_speculative_tokens=draft,
+        dtype=dtype,
+        max_model_len=max_len,
+        max_num_seqs=1,
+        prefill_buckets=(512, 2048),
+    )
 
     def run(prompt: list[int], new: int) -> tuple[float, float]:
         metrics = llm.generate([prompt], SamplingParams(max_tokens=new, ignore_eos=True))[0].metrics

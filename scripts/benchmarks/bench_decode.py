@@ -55,7 +55,10 @@ def main() -> None:
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for dtype, batch in itertools.product(args.dtype, args.batch):
-        sides = {k: LLM(args.model, num_speculative_tokens=k, dtype=dtype, max_model_len=512, max_num_seqs=batch) for k in (0, *args.drafts)}
+        sides = {
+            k: LLM(args.model, num_speculative_tokens=k, dtype=dtype, max_model_len=512, max_num_seqs=batch)
+            for k in (0, *args.drafts)
+        }
         domains = (
             windows_of(sides[0], args.text, args.prompts, args.prompt)
             if args.text

@@ -45,10 +45,10 @@ def make(path: Path, gigabytes: float, gguf: str | None) -> None:
 
     model = random_model(config(gigabytes), dtype=jnp.bfloat16)
     if gguf:
-        tensors = [(name.removeprefix("model."), read) for name, _, _, read in export_tensors(model, 1)]
+        tensors = [(name.removeprefix("model."), read) for name, _, _, read in export_tensors(model)]
         write_gguf(path, config_to_hf(model.cfg), tensors, gguf)
         return
-    write_safetensors_directory(path, config_to_hf(model.cfg), export_tensors(model, 1), max_shard_bytes=1 << 28)
+    write_safetensors_directory(path, config_to_hf(model.cfg), export_tensors(model), max_shard_bytes=1 << 28)
 
 
 def load(path: Path, form: str) -> None:

@@ -73,7 +73,7 @@ class Side:
     def begin(self, length: int) -> None:
         cache = self.new()
         if self.tapped is not None:
-            cache = cache.replace(mtp_start=jnp.full(1, max(0, length - self.tapped), jnp.int32))
+            cache = cache.replace(mtp_start_pos=jnp.full(1, max(0, length - self.tapped), jnp.int32))
         self.cache, self.seconds = jax.block_until_ready(cache), 0.0
 
     def read(self, tokens: np.ndarray, following: np.ndarray, behind: int) -> None:

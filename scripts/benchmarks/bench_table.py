@@ -96,7 +96,7 @@ class Side:
         """An empty cache for a prompt of `length` tokens."""
         cache = self.new()
         if self.seen is not None:
-            cache = cache.replace(mtp_start=jax.device_put(np.full(1, length - self.seen, np.int32)))
+            cache = cache.replace(mtp_start_pos=jax.device_put(np.full(1, length - self.seen, np.int32)))
         self.cache, self.seconds = jax.block_until_ready(cache), 0.0
 
     def read(self, tokens: np.ndarray, following: np.ndarray, last: bool = True) -> None:

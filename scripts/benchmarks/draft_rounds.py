@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Int
 
 from mtpjax.model import place
-from mtpjax.model.cache import BLOCK, new_cache
+from mtpjax.model.cache import KV_BLOCK, new_cache
 
 DEPTH = 4  # drafts a round
 PREFIXES = (64, 128, 192, 248)  # rows before the drafts; with them they fit in one block of attention
@@ -37,8 +37,8 @@ def agreeing_drafts(
     cfg, batch = model.cfg, tokens.shape[0]
     seen = prefix if seen is None else seen
     zeros = jnp.zeros(batch, jnp.int32)
-    at = partial(place, cfg, pad=zeros, slots=BLOCK, blocks=1)
-    y, cache = model.trunk(tokens[:, :prefix], new_cache(cfg, batch, BLOCK), at(zeros, prefix))
+    at = partial(place, cfg, pad=zeros, slots=KV_BLOCK, blocks=1)
+    y, cache = model.trunk(tokens[:, :prefix], new_cache(cfg, batch, KV_BLOCK), at(zeros, prefix))
     following = tokens[:, prefix - seen + 1 - shift : prefix + 1 - shift]
     m, cache = model.mtp_step(model.final_norm(y)[:, prefix - seen :], following, cache, at(zeros, seen))
     window = [tokens[:, prefix]]

@@ -14,7 +14,7 @@ import numpy as np
 
 from checkpoints import TINY, open_checkpoint
 from mtpjax.loading.load import load_checkpoint
-from mtpjax.model.cache import BLOCK
+from mtpjax.model.cache import KV_BLOCK
 from scripts.benchmarks.draft_rounds import DEPTH, count_agreeing
 from scripts.experiments import common
 from scripts.experiments.pre_norm import pre_norm
@@ -35,7 +35,7 @@ def experiment(smoke: bool) -> dict[str, Any]:
     """A row for each variant: share of rounds that accept draft 1...4, tokens a round."""
     texts, prefixes = (2, (128,)) if smoke else (256, (128, 248))
     names = list(VARIANTS)[:: 3 if smoke else 1]
-    windows = common.own_texts(texts, BLOCK)
+    windows = common.own_texts(texts, KV_BLOCK)
     model = load_checkpoint(open_checkpoint(TINY), dtype=np.dtype("float32"))
     rows = []
     for name in names:

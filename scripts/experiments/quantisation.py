@@ -29,7 +29,7 @@ from mtpjax import LLM, SamplingParams
 from mtpjax.cli.convert import to_gguf
 from mtpjax.loading.load import load_checkpoint
 from mtpjax.loading.weight_map import LoadedModel
-from mtpjax.model.cache import BLOCK
+from mtpjax.model.cache import KV_BLOCK
 from scripts.experiments import common
 from scripts.tiny_model import data
 from scripts.tiny_model.loss import window_loss
@@ -62,7 +62,7 @@ def unpacked(model: LoadedModel) -> LoadedModel:
 
 
 def held_out(books: Path | None) -> tuple[str, int, np.ndarray]:
-    """Name, bytes and windows `[N, BLOCK + 1]` of the text that bits are counted on."""
+    """Name, bytes and windows `[N, KV_BLOCK + 1]` of the text that bits are counted on."""
     tokenizer = Tokenizer.from_file(str(TINY / "tokenizer.json"))
     if books:
         documents = [d for d in data.read_books(books) if d.split == "held-out"]
@@ -70,10 +70,10 @@ def held_out(books: Path | None) -> tuple[str, int, np.ndarray]:
     else:
         text = (common.ROOT / "LICENSE").read_text(encoding="utf-8")
         tokens = np.asarray(tokenizer.encode(text).ids, np.int32)
-    windows = data.windows(tokens, BLOCK + 1, BLOCK)
+    windows = data.windows(tokens, KV_BLOCK + 1, KV_BLOCK)
     return (
         "held-out books" if books else "LICENSE",
-        round(len(text.encode()) * len(windows) * BLOCK / len(tokens)),
+        round(len(text.encode()) * len(windows) * KV_BLOCK / len(tokens)),
         windows,
     )
 
@@ -82,7 +82,7 @@ def experiment(smoke: bool, args: argparse.Namespace) -> dict[str, Any]:
     """A row for each type."""
     types, new, runs = (TYPES[:1] + TYPES[-1:], 8, 1) if smoke else (TYPES, 96, 5)
     name, size, windows = held_out(args.books)
-    own = common.own_texts(2 if smoke else 160, BLOCK)
+    own = common.own_texts(2 if smoke else 160, KV_BLOCK)
     sides, rows = {}, {}
     loss = None
     for kind in types:

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from checkpoints import TINY, CheckpointError, QuantisedDirectory, open_checkpoint
+from checkpoints import TINY, CheckpointError, QuantizedDirectory, open_checkpoint
 from mtpjax import LLM
 from mtpjax.config import FULL, LINEAR, ModelConfig
 from mtpjax.hf_config import config_to_hf
@@ -67,7 +67,7 @@ def random_weights(cfg: ModelConfig) -> dict[str, torch.Tensor]:
     """bfloat16, by published name, one tensor a matrix of an expert. Many columns are of one sign, as zeros at the ends of
     their range need."""
     out = {}
-    for name, shape, _, read in export_tensors(random_model(cfg, scale=0.08), 1):
+    for name, shape, _, read in export_tensors(random_model(cfg, scale=0.08)):
         weight = torch.from_numpy(read().astype(np.float32).copy()).to(torch.bfloat16)
         if quantised(name) or len(shape) == 3 and "experts" in name:
             weight[..., : weight.shape[-2] // 4, :] = weight[..., : weight.shape[-2] // 4, :].abs()
@@ -101,7 +101,7 @@ def compare(folder: Path, cfg: ModelConfig, weights: dict[str, torch.Tensor], pa
     """Every quantised tensor, and logits, of one model."""
     plain = write(folder / "plain", cfg, {n: packed.values.get(n, w).float() for n, w in weights.items()})
     source = open_checkpoint(write(folder / "packed", cfg, packed.tensors, quantization_config=packed.config))
-    assert isinstance(source, QuantisedDirectory)
+    assert isinstance(source, QuantizedDirectory)
     equal, kept, worst, layouts = 0, 0, 0.0, set()
     for raw, value in packed.values.items():
         name, want = raw.removeprefix("model."), value.numpy()
@@ -124,7 +124,10 @@ def compare(folder: Path, cfg: ModelConfig, weights: dict[str, torch.Tensor], pa
 
 def logits_difference(folder: Path, wanted: np.ndarray) -> float:
     """Of this program with packed weights, relative to the largest logit."""
-    return float(np.abs(LLM(folder, dtype="float32", max_model_len=64, quantization="packed").logits(IDS) - wanted).max() / np.abs(wanted).max())
+    return float(
+        np.abs(LLM(folder, dtype="float32", max_model_len=64, quantization="packed").logits(IDS) - wanted).max()
+        / np.abs(wanted).max()
+    )
 
 
 def installed(library: str) -> str | None:
@@ -162,7 +165,7 @@ def check_whole(pipeline: Pipeline) -> dict[str, Any]:
         cfg = model_config(kind == "moe")
         weights = {
             name: torch.from_numpy(read().astype(np.float32).copy())
-            for name, _, _, read in export_tensors(random_model(cfg, scale=0.08), 1)
+            for name, _, _, read in export_tensors(random_model(cfg, scale=0.08))
         }
         with tempfile.TemporaryDirectory() as folder:
             plain, target = write(Path(folder, "plain"), cfg, weights), Path(folder, "packed")
@@ -178,7 +181,7 @@ def check_whole(pipeline: Pipeline) -> dict[str, Any]:
                 check_source(source)
             except CheckpointError as error:
                 return row | {"refused": str(error).replace(folder, "").lstrip("/")}
-            assert isinstance(source, QuantisedDirectory)
+            assert isinstance(source, QuantizedDirectory)
             row[kind] = {
                 "kept_packed": sum(source.read_packed(name) is not None for name in source.tensors),
                 "logits_difference": None if wanted is None else logits_difference(target, wanted.numpy()),

@@ -260,7 +260,7 @@ def program_case(
         plain = leaf.dtype != jnp.bfloat16 or path[-1] in UNPACKED
         return spec(leaf.shape, leaf.dtype) if plain else packed(leaf.shape, type_of(path, cfg.num_layers, mixed))
 
-    graph, params = nnx.split(abstract_model(cfg, jnp.bfloat16, stack=load_options(jnp.bfloat16)["stack"]))
+    graph, params = nnx.split(abstract_model(cfg, **load_options(jnp.bfloat16)))
     graph, params = nnx.split(nnx.merge(graph, fill(params, store)))
 
     def ints(*shape: int) -> Any:

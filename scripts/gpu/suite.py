@@ -43,7 +43,9 @@ from scripts.benchmarks.roofline import CEILINGS, Ceilings, chunk_work, measure_
 from scripts.gpu import experts as gpu_experts
 from scripts.gpu import kernels as gpu_kernels
 
-TOY = replace(CONFIG, num_layers=4, hidden_size=128, vocab_size=1024, num_experts=8, expert_size=64, shared_expert_size=64)
+TOY = replace(
+    CONFIG, num_layers=4, hidden_size=128, vocab_size=1024, num_experts=8, expert_size=64, shared_expert_size=64
+)
 HOLDERS = ("while", "call", "conditional")  # their time is that of what they hold, which is counted itself
 PARTS = ("kernels", "experts", "prefill", "decode", "table", "profile")
 

@@ -22,10 +22,10 @@ from jaxtyping import Float, Int
 from mtpjax.config import ModelConfig
 from mtpjax.loading.weight_map import LoadedModel
 from mtpjax.model import Positions, place
-from mtpjax.model.cache import BLOCK, new_cache
+from mtpjax.model.cache import KV_BLOCK, new_cache
 from mtpjax.model.moe import Moe
 
-ROWS = BLOCK  # tokens of a training window: one block of attention
+ROWS = KV_BLOCK  # tokens of a training window: one block of attention
 MTP_WEIGHTS = (0.4, 0.2, 0.15, 0.1)  # of the losses of MTP steps 1, 2, 3, 4
 GAIN_SPREAD = 0.7  # standard deviation of log(1 + w) in the norms before the LM head, at the start
 BALANCE_WEIGHT = 0.01
@@ -119,7 +119,7 @@ def window_loss(graph: Any, params: Any, tokens: Int[Array, "B T"]) -> Float[Arr
     model = nnx.merge(graph, params)
     batch, rows = tokens.shape[0], tokens.shape[1] - 1
     zeros = jnp.zeros(batch, jnp.int32)
-    where = place(model.cfg, zeros, rows, zeros, slots=BLOCK, blocks=1)
-    y, _ = model.trunk(tokens[:, :rows], new_cache(model.cfg, batch, BLOCK), where)
+    where = place(model.cfg, zeros, rows, zeros, slots=KV_BLOCK, blocks=1)
+    y, _ = model.trunk(tokens[:, :rows], new_cache(model.cfg, batch, KV_BLOCK), where)
     logits = model.head(model.final_norm(y))
     return jnp.sum(optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]))

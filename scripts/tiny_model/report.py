@@ -25,7 +25,7 @@ from checkpoints import open_checkpoint
 from mtpjax import LLM
 from mtpjax.loading.load import load_checkpoint
 from mtpjax.loading.weight_map import LoadedModel
-from mtpjax.model.cache import BLOCK
+from mtpjax.model.cache import KV_BLOCK
 from scripts.benchmarks.draft_rounds import DEPTH, count_agreeing
 from scripts.tiny_model import data
 from scripts.tiny_model.card import card
@@ -73,11 +73,11 @@ def measure(model: LoadedModel, tokenizer: Tokenizer, documents: list[data.Docum
         training = [d for d in documents if d.domain == domain and d.split == "train"]
         text, before = (data.without_special("".join(d.text for d in some)).encode() for some in (held_out, training))
         tokens = data.pack(held_out, tokenizer)
-        windows = data.windows(tokens, BLOCK + 1, BLOCK)
-        nats = sum(float(loss(model.params, some)) for some in in_batches(windows)) / (len(windows) * BLOCK)
+        windows = data.windows(tokens, KV_BLOCK + 1, KV_BLOCK)
+        nats = sum(float(loss(model.params, some)) for some in in_batches(windows)) / (len(windows) * KV_BLOCK)
         alone, after = xz_bits(text, before)
         figures[domain] = {
-            "tokens": len(windows) * BLOCK,
+            "tokens": len(windows) * KV_BLOCK,
             "bytes_per_token": len(text) / len(tokens),
             "nats_per_token": nats,
             "bits_per_byte": nats / math.log(2) * len(tokens) / len(text),
@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
     report |= {"loops": looping(llm, tokenizer, documents), "samples": samples(llm, args.model)}
     if args.several:
         held_out = [d for d in documents if d.domain == "books" and d.split == "held-out"]
-        windows = data.windows(data.pack(held_out, tokenizer), BLOCK + 1, BLOCK)
+        windows = data.windows(data.pack(held_out, tokenizer), KV_BLOCK + 1, KV_BLOCK)
         report["mtp_steps"] = [
             {"training": json.loads((f / "training.json").read_text()), **acceptance(loaded(f), windows)}
             for f in (args.single, args.several)

@@ -30,7 +30,7 @@ def stacked(model: LoadedModel, layers: int) -> LoadedModel:
     Depth-wise stacking as in Du et al. 2024 ("Stacking Your Transformers"). The MTP head stays as it is.
     """
     cfg = replace(model.cfg, num_layers=layers)
-    graph, params = nnx.split(abstract_model(cfg, jnp.float32, stack=1))
+    graph, params = nnx.split(abstract_model(cfg, jnp.float32))
     given = flat(model.params)
 
     def take(path: ParamPath, leaf: Any) -> Array:

@@ -65,7 +65,7 @@ def export(out: Path, model: LoadedModel, side_files: Path) -> None:
     """
 
     def tensors() -> Iterator[tuple[str, tuple[int, ...], np.dtype, Callable[[], np.ndarray]]]:
-        for name, shape, _, read in export_tensors(model, 1):
+        for name, shape, _, read in export_tensors(model):
             wide = name.endswith(("A_log", "linear_attn.norm.weight"))
             dtype = np.dtype(np.float32 if wide else ml_dtypes.bfloat16)
             yield name, shape, dtype, partial(_as_dtype, read, dtype)

@@ -32,7 +32,7 @@ KEYS = {"id", "prompt", "text", "token_ids", "finish_reason", "metrics"}
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of 96 words."""
     path = tmp_path_factory.mktemp("batch") / "model"
-    write_safetensors_directory(path, config_to_hf(CFG), export_tensors(numpy_model(CFG, seed=1, scale=0.5, stack=1), 1))
+    write_safetensors_directory(path, config_to_hf(CFG), export_tensors(numpy_model(CFG, seed=1, scale=0.5)))
     tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(96)}, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(path / "tokenizer.json"))
@@ -112,7 +112,9 @@ def test_answers_are_those_of_the_model_in_the_order_of_the_input(job: Callable,
         assert (row["token_ids"], row["text"], row["finish_reason"]) == (want.token_ids, want.text, "length")
         assert row["metrics"]["num_prompt_tokens"] == len(want.prompt_token_ids)
         assert row["metrics"]["num_accepted_tokens"] == want.metrics.num_accepted_tokens
-    assert len({tuple(row["token_ids"]) for row in got}) > 10 and any(want.metrics.num_accepted_tokens for want in wanted)
+    assert len({tuple(row["token_ids"]) for row in got}) > 10 and any(
+        want.metrics.num_accepted_tokens for want in wanted
+    )
     assert sorted(f.name for f in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
     assert "é0" in (tmp_path / "out.jsonl").read_text(encoding="utf-8")  # not \u00e9
 

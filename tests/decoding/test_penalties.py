@@ -124,7 +124,9 @@ def want(plain) -> list[list[int]]:
 
 
 def drafted(model, draft: int, batch: int, drafter=loop.mtp_drafter) -> list[list[int]]:
-    results = make_engine(model, num_speculative_tokens=draft, max_model_len=MAX_LEN, drafter=drafter).run(mixed(), batch)
+    results = make_engine(model, num_speculative_tokens=draft, max_model_len=MAX_LEN, drafter=drafter).run(
+        mixed(), batch
+    )
     assert 0 < sum(r.num_accepted_tokens_per_pos[0] for r in results) < sum(r.num_steps for r in results)
     return [r.tokens for r in results]
 
@@ -139,7 +141,8 @@ def test_greedy_tokens_are_the_best_of_the_penalised_logits(plain, want):
     without = [result.tokens for result in plain.run([replace(r, **NONE) for r in mixed()], 6)]
     assert without[0] == want[0] and all(a != b for a, b in zip(without[1:], want[1:], strict=True))
     logits = [
-        plain.runner.prefill([r.prompt_token_ids + tuple(t)], OutputRows.all(), return_logits=True)[2] for r, t in zip(mixed(), want, strict=True)
+        plain.runner.prefill([r.prompt_token_ids + tuple(t)], OutputRows.all(), return_logits=True)[2]
+        for r, t in zip(mixed(), want, strict=True)
     ]
     for request, text, rows in zip(mixed(), want, logits, strict=True):
         if request.temperature:
@@ -184,7 +187,9 @@ def test_the_drafter_has_the_penalties_too(monkeypatch):
     ours = answer(loop.mtp_drafter)
     monkeypatch.setattr(steps, "apply_penalties", lambda logits, *_: logits)
     without = answer(planted("left out"))
-    assert without.token_ids == ours.token_ids and without.metrics.num_accepted_tokens < ours.metrics.num_accepted_tokens
+    assert (
+        without.token_ids == ours.token_ids and without.metrics.num_accepted_tokens < ours.metrics.num_accepted_tokens
+    )
 
 
 def test_a_penalty_larger_than_the_range_of_the_logits_lets_no_token_come_twice(plain, model):
@@ -192,7 +197,8 @@ def test_a_penalty_larger_than_the_range_of_the_logits_lets_no_token_come_twice(
     free = plain.run([request], 1)[0].tokens
     assert max(Counter(free).values()) > 2
     spread = np.ptp(
-        np.concatenate(plain.runner.prefill([(1, 2, 3, *free)], OutputRows.all(), return_logits=True)[2], axis=1), axis=-1
+        np.concatenate(plain.runner.prefill([(1, 2, 3, *free)], OutputRows.all(), return_logits=True)[2], axis=1),
+        axis=-1,
     ).max()
     most = replace(request, presence_penalty=float(spread) + 1)  # more than SamplingParams allows
     for by in (plain, make_engine(model, num_speculative_tokens=3, max_model_len=MAX_LEN)):

@@ -175,7 +175,9 @@ def toy():
 
 def joint_counts(model, draft: int, drafter=mtp_drafter) -> tuple[np.ndarray, float]:
     """Counts of the first two tokens of many requests, and the share of first drafts accepted."""
-    engine = make_engine(model, num_speculative_tokens=draft, max_model_len=16, prefill_buckets=(2,), vocab_size=VOCAB, drafter=drafter)
+    engine = make_engine(
+        model, num_speculative_tokens=draft, max_model_len=16, prefill_buckets=(2,), vocab_size=VOCAB, drafter=drafter
+    )
     requests = [Request(i, (START,), 2, TEMPERATURE, 1000 + i, ()) for i in range(SEEDS)]
     results = engine.run(requests, SEEDS)
     counts = np.zeros((VOCAB, VOCAB))

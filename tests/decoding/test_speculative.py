@@ -67,7 +67,9 @@ def test_plain_decoding_is_what_reading_the_text_says(kind):
     for temperature in (0.0, 0.8):
         asked = requests(temperature)
         texts = [r.prompt_token_ids + tuple(tokens) for r, tokens in zip(asked, plain(kind, temperature), strict=True)]
-        logits = np.concatenate(engine(kind, 0).runner.prefill(texts, OutputRows.all(), return_logits=True)[2], axis=1)  # padded in front
+        logits = np.concatenate(
+            engine(kind, 0).runner.prefill(texts, OutputRows.all(), return_logits=True)[2], axis=1
+        )  # padded in front
         for i, (request, text) in enumerate(zip(asked, texts, strict=True)):
             places = np.arange(len(request.prompt_token_ids), len(text))
             noise = jax.vmap(lambda at, seed=request.seed: gumbel_noise(jnp.uint32(seed), at, VOCAB))(places)
@@ -103,9 +105,9 @@ def test_neighbours_do_not_change_the_text(kind, draft, temperature):
 def test_how_much_of_the_prompt_the_head_reads_does_not_change_the_text(read):
     """Chunks of 32: rows that the head skips end inside a chunk, at its edge, or behind it."""
     for temperature in (0.0, 0.8):
-        results = make_engine(model("moe"), num_speculative_tokens=3, max_model_len=MAX_LEN, mtp_prompt_tokens=read).run(
-            requests(temperature), len(LENGTHS)
-        )
+        results = make_engine(
+            model("moe"), num_speculative_tokens=3, max_model_len=MAX_LEN, mtp_prompt_tokens=read
+        ).run(requests(temperature), len(LENGTHS))
         assert [r.tokens for r in results] == [tokens[:TOKENS] for tokens in plain("moe", temperature)]
         for result in results:
             check_figures(result, 3)
@@ -118,14 +120,16 @@ def test_a_head_that_reads_the_last_tokens_has_their_values_and_no_others():
         part, hidden, _ = engine("moe", 3).runner.prefill(prompts, mtp_prompt_tokens=read)
         for i, prompt in enumerate(prompts):
             rows = min(read, len(prompt))
-            assert int(part.mtp_start[i]) == len(prompt) - rows
+            assert int(part.mtp_start_pos[i]) == len(prompt) - rows
             seen, all_of = np.asarray(part.mtp_v[0, i]), np.asarray(whole.mtp_v[0, i])
             np.testing.assert_allclose(seen[:, :rows], all_of[:, len(prompt) - rows : len(prompt)], atol=1e-5)
             assert not seen[:, rows:].any() and all_of[:, : len(prompt)].any()
         assert np.asarray(hidden).any()
     # Where that is the whole prompt, keys are the same as well, and so is all that follows.
     np.testing.assert_allclose(np.asarray(part.mtp_k), np.asarray(whole.mtp_k), atol=1e-5)
-    a = make_engine(model("moe"), num_speculative_tokens=3, max_model_len=MAX_LEN, mtp_prompt_tokens=MAX_LEN).run(requests(0.8), len(LENGTHS))
+    a = make_engine(model("moe"), num_speculative_tokens=3, max_model_len=MAX_LEN, mtp_prompt_tokens=MAX_LEN).run(
+        requests(0.8), len(LENGTHS)
+    )
     b = engine("moe", 3).run(requests(0.8), len(LENGTHS))
     assert [r.num_accepted_tokens_per_pos for r in a] == [r.num_accepted_tokens_per_pos for r in b]
 
@@ -317,7 +321,9 @@ def test_figures_of_the_api(draft):
         assert out.token_ids == tokens and out.finish_reason == ("stop" if stopped else "length")
         m = out.metrics
         assert m.num_prompt_tokens == len(asked[i].prompt_token_ids) and m.num_draft_tokens == m.num_steps * draft
-        assert m.num_accepted_tokens == sum(m.num_accepted_tokens_per_pos) and len(m.num_accepted_tokens_per_pos) == draft
+        assert (
+            m.num_accepted_tokens == sum(m.num_accepted_tokens_per_pos) and len(m.num_accepted_tokens_per_pos) == draft
+        )
         assert m.num_drafts == (m.num_steps if draft else 0)
         assert m.mean_acceptance_length == (1 + m.num_accepted_tokens / m.num_drafts if m.num_drafts else 1.0)
         assert len(tokens) <= m.num_steps + m.num_accepted_tokens <= len(tokens) + draft
@@ -335,5 +341,7 @@ def test_the_embedded_model(shipped_code):
         texts[draft] = [out.token_ids for out in outputs]
         assert all(len(tokens) == TOKENS for tokens in texts[draft])
     assert texts[3] == texts[0]
-    accepted, rounds = (sum(getattr(out.metrics, name) for out in outputs) for name in ("num_accepted_tokens", "num_steps"))
+    accepted, rounds = (
+        sum(getattr(out.metrics, name) for out in outputs) for name in ("num_accepted_tokens", "num_steps")
+    )
     assert accepted / rounds > 0.5

@@ -120,7 +120,9 @@ def test_the_text_is_the_same_at_any_draft_length_and_batch():
         assert [r.tokens for r in results] == want
         assert 0 < sum(r.num_accepted_tokens_per_pos[0] for r in results) < sum(r.num_steps for r in results)
     texts = [r.prompt_token_ids + tuple(tokens) for r, tokens in zip(mixed(), want, strict=True)]
-    logits = np.concatenate(plain.runner.prefill(texts, OutputRows.all(), return_logits=True)[2], axis=1)  # padded in front
+    logits = np.concatenate(
+        plain.runner.prefill(texts, OutputRows.all(), return_logits=True)[2], axis=1
+    )  # padded in front
     for i, (request, text) in enumerate(zip(mixed(), texts, strict=True)):
         for place in range(len(request.prompt_token_ids), len(text)):
             row = logits[i, place - len(text) - 1]

@@ -38,7 +38,7 @@ def run(x: Any, gate_up: Any, down: Any, chosen: Any, weights: Any) -> jax.Array
 
 def bfloat16(model: LoadedModel) -> LoadedModel:
     """The same weights, matrices rounded to bfloat16 and computed in it."""
-    graph, like = nnx.split(abstract_model(model.cfg, jnp.bfloat16, stack=model.cfg.num_superblocks))
+    graph, like = nnx.split(abstract_model(model.cfg, jnp.bfloat16))
     return LoadedModel(model.cfg, graph, jax.tree.map(lambda leaf, new: leaf.astype(new.dtype), model.params, like))
 
 

@@ -52,7 +52,13 @@ def packed_model(mtp: bool) -> LoadedModel:
         "linear_v_dim": 16,
         "vocab_size": 96,
     }
-    sizes |= {"layer_pattern": (LINEAR, FULL), "num_layers": 2, "num_experts": 4, "expert_size": 32, "shared_expert_size": 32}
+    sizes |= {
+        "layer_pattern": (LINEAR, FULL),
+        "num_layers": 2,
+        "num_experts": 4,
+        "expert_size": 32,
+        "shared_expert_size": 32,
+    }
     cfg = tiny_config(moe=True, **sizes)
     return random_model(
         cfg if mtp else cfg.without_mtp(), weights="int8", scale=0.3, **load_options(jnp.dtype("bfloat16"))

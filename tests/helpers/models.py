@@ -12,11 +12,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from checkpoints import open_checkpoint, write_safetensors_directory
+from checkpoints import SafetensorsDirectory, write_safetensors_directory
 from mtpjax.config import FULL, LINEAR, ModelConfig
 from mtpjax.engine.engine import Engine
 from mtpjax.engine.model_runner import ModelRunner
-from mtpjax.hf_config import config_from_hf
 from mtpjax.loading.weight_map import LoadedModel, fill, load_model
 from mtpjax.model import abstract_model
 from tests.golden.weights import golden_config, golden_tensors
@@ -41,10 +40,8 @@ class Golden:
     def __getitem__(self, name: str) -> np.ndarray:
         return self.answers[name]
 
-    def model(self, stack: int | None = None) -> LoadedModel:
-        """Stacked by all repeats of the layer pattern unless told."""
-        source = open_checkpoint(self.path)
-        return load_model(source, stack=stack or config_from_hf(source.config).num_superblocks)
+    def model(self) -> LoadedModel:
+        return load_model(SafetensorsDirectory(self.path))
 
 
 def tiny_config(
@@ -73,12 +70,12 @@ def tiny_config(
     return ModelConfig(stop_token_ids=(whole["vocab_size"] - 1,), **whole)
 
 
-def numpy_model(cfg: ModelConfig, *, seed: int = 0, scale: float = 0.15, stack: int | None = None) -> LoadedModel:
+def numpy_model(cfg: ModelConfig, *, seed: int = 0, scale: float = 0.15) -> LoadedModel:
     """Random weights from numpy: `random_model` compiles a program for each leaf, which takes longer than most tests.
 
     Matrices are normal with deviation `scale`, norms near neutral, decay rates as in `random_model`.
     """
-    graph, params = nnx.split(abstract_model(cfg, stack=stack or cfg.num_superblocks))
+    graph, params = nnx.split(abstract_model(cfg))
     rng = np.random.default_rng(seed)
 
     def make(path: tuple, leaf: Any) -> jax.Array:

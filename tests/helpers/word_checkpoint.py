@@ -15,7 +15,7 @@ from tests.helpers.models import numpy_model, tiny_config
 
 CFG = tiny_config(moe=False, num_superblocks=1, max_position=512)  # 96 ids, the last is its stop token
 MODEL = numpy_model(CFG, seed=1, scale=0.5)
-TENSORS = {name: read() for name, _, _, read in export_tensors(MODEL, 1)}
+TENSORS = {name: read() for name, _, _, read in export_tensors(MODEL)}
 WORDS = [f"w{i}" for i in range(90)]  # fewer than there are ids: the matrix of a published checkpoint is padded too
 SMALL: dict[str, Any] = {"dtype": "float32", "max_model_len": 40, "max_num_seqs": 2, "prefill_buckets": (16,)}
 

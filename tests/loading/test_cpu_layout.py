@@ -25,7 +25,7 @@ def nothing_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("moe", [False, True])
 def test_every_small_matrix_is_turned(moe: bool) -> None:
     """All but the embedding, which is looked up by rows; vectors stay, weights of the same rows lie side by side."""
-    model = numpy_model(tiny_config(moe=moe, tied_embeddings=True), stack=1)
+    model = numpy_model(tiny_config(moe=moe, tied_embeddings=True))
     before, after = flat(model.params), flat(optimize_for_cpu(model).params)
     kinds = {path: type(leaf[...]) for path, leaf in after.items()}
     assert set(after) == set(before) | {("lm_head",)} and kinds["lm_head",] is TransposedWeight
@@ -67,7 +67,9 @@ def test_the_logits_are_the_same(moe: bool, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr("mtpjax.loading.cpu_layout.SMALL_WEIGHT", limit)
         monkeypatch.setattr("mtpjax.loading.cpu_layout.SMALL_HEAD", limit)
         engine = make_engine(model, num_speculative_tokens=1, max_model_len=96)
-        found.append(np.concatenate(engine.runner.prefill([prompt], OutputRows.all(), return_logits=True)[2], axis=1)[0, -75:])
+        found.append(
+            np.concatenate(engine.runner.prefill([prompt], OutputRows.all(), return_logits=True)[2], axis=1)[0, -75:]
+        )
     assert np.abs(found[0] - found[1]).max() <= 2e-5 * np.abs(found[1]).max()
 
 

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from mtpjax.model import commit, place
-from mtpjax.model.cache import BLOCK, Cache, PendingDeltaUpdates, new_cache, new_pending
+from mtpjax.model.cache import KV_BLOCK, Cache, PendingDeltaUpdates, new_cache, new_pending
 from mtpjax.model.gated_deltanet import CHUNK, Rows, conv_inputs, delta_chunk, fold, unit_lower_inverse
 from tests.helpers.models import numpy_model, tiny_config
 
@@ -116,7 +116,7 @@ def test_commit_is_stepping_through_the_accepted_rows(window):
     width, size = cfg.conv_width, cfg.conv_channels
     inputs = np.random.default_rng(0).normal(size=(2, window + 1, width - 1 + window, size)).astype(np.float32)
     before = jnp.asarray(inputs[:, :, : width - 1])
-    cache = new_cache(cfg, window + 1, BLOCK).replace(state=state, conv=before, length=jnp.asarray(10 * counts))
+    cache = new_cache(cfg, window + 1, KV_BLOCK).replace(state=state, conv=before, length=jnp.asarray(10 * counts))
     cache = jax.jit(commit)(cache, PendingDeltaUpdates(jnp.asarray(inputs), k, d, decay), counts)
     assert np.array_equal(cache.state, after) and np.array_equal(cache.length, 11 * counts)
     for n in counts:  # the inputs that end at the last accepted row
@@ -152,13 +152,15 @@ class Layers:
     @partial(jax.jit, static_argnums=0)
     def read(self, tokens: jax.Array, pad: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         model = nnx.merge(self.loaded.graph, self.loaded.params)
-        rows, cache = model.trunk(tokens, cache, place(self.cfg, cache.length, tokens.shape[1], pad, slots=cache.slots))
+        rows, cache = model.trunk(
+            tokens, cache, place(self.cfg, cache.length, tokens.shape[1], pad, slots=cache.kv_len)
+        )
         return rows, cache.replace(length=cache.length + tokens.shape[1] - pad)
 
     @partial(jax.jit, static_argnums=0)
     def wait(self, tokens: jax.Array, pad: jax.Array, cache: Cache) -> tuple[Cache, PendingDeltaUpdates]:
         model = nnx.merge(self.loaded.graph, self.loaded.params)
-        where = place(self.cfg, cache.length, tokens.shape[1], pad, slots=cache.slots)
+        where = place(self.cfg, cache.length, tokens.shape[1], pad, slots=cache.kv_len)
         return model.trunk_pending(tokens, cache, where)[1:]
 
 
@@ -192,7 +194,7 @@ def test_padding_in_front_changes_nothing(layers, start):
 
     A start of one or two rows leaves fewer real convolution inputs than the convolution reaches back.
     """
-    empty = new_cache(layers.cfg, 1, BLOCK)
+    empty = new_cache(layers.cfg, 1, KV_BLOCK)
     begun = layers.read(tokens_of(1, start)[None], np.zeros(1, np.int32), empty)[1] if start else empty
     pads = np.array([0, 1, 3, 20, 31], np.int32)
     many = jax.tree.map(lambda x: jnp.repeat(x, len(pads), axis=int(x.ndim > 1)), begun)
@@ -210,7 +212,7 @@ def test_what_stands_in_the_padding_does_not_matter(layers):
     pads = np.array([5, 30], np.int32)
     text = np.stack([tokens_of(2, TOTAL)] * 2)
     noise = np.where(np.arange(TOTAL) < pads[:, None], (text + 13) % 96, text)
-    cache = new_cache(layers.cfg, 2, BLOCK)
+    cache = new_cache(layers.cfg, 2, KV_BLOCK)
     (a, left), (b, right) = (layers.read(tokens, pads, cache) for tokens in (text, noise))
     assert np.array_equal(a, b)
     same(left, right)
@@ -218,7 +220,7 @@ def test_what_stands_in_the_padding_does_not_matter(layers):
 
 @pytest.mark.parametrize("start", [0, 20])
 def test_a_chunk_of_padding_leaves_every_bit(layers, start):
-    cache = new_cache(layers.cfg, 1, BLOCK)
+    cache = new_cache(layers.cfg, 1, KV_BLOCK)
     if start:
         cache = layers.read(tokens_of(1, start)[None], np.zeros(1, np.int32), cache)[1]
     same(layers.read(tokens_of(2, TOTAL)[None], np.full(1, TOTAL, np.int32), cache)[1], cache)
@@ -226,7 +228,7 @@ def test_a_chunk_of_padding_leaves_every_bit(layers, start):
 
 def test_a_window_waits_outside_the_state(layers):
     """A verify window touches neither state nor convolution inputs; committed in whole it equals a prompt chunk."""
-    begun = layers.read(tokens_of(1, 20)[None], np.zeros(1, np.int32), new_cache(layers.cfg, 1, BLOCK))[1]
+    begun = layers.read(tokens_of(1, 20)[None], np.zeros(1, np.int32), new_cache(layers.cfg, 1, KV_BLOCK))[1]
     window, none = tokens_of(4, 5)[None], np.zeros(1, np.int32)
     cache, pending = layers.wait(window, none, begun)
     assert np.array_equal(cache.state, begun.state) and np.array_equal(cache.conv, begun.conv)
@@ -238,7 +240,7 @@ def test_a_window_waits_outside_the_state(layers):
 def test_an_idle_window_leaves_every_bit(layers):
     """In a batch where the other sequence goes on, as the loop commits it: no rows of the idle one."""
     texts = np.stack([tokens_of(1, 20), tokens_of(2, 20)])
-    begun = layers.read(texts, np.zeros(2, np.int32), new_cache(layers.cfg, 2, BLOCK))[1]
+    begun = layers.read(texts, np.zeros(2, np.int32), new_cache(layers.cfg, 2, KV_BLOCK))[1]
     cache, pending = layers.wait(texts[:, :5], np.array([5, 0], np.int32), begun)
     after = commit(cache, pending, jnp.array([0, 4]))
     same(one(after, 0), one(begun, 0))

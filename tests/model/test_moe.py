@@ -17,7 +17,8 @@ from kernels_pallas.matmul import embedding_lookup, linear
 from kernels_pallas.weights.transposed import FusedExperts, TransposedWeight
 from mtpjax.model import Expert, place
 from mtpjax.model.attention import attend, write_kv
-from mtpjax.model.cache import BLOCK
+from mtpjax.model.cache import KV_BLOCK
+from mtpjax.model.params import ONLY_LAYER
 from scripts.benchmarks.flops import arrays
 from tests.helpers.models import cpu_only, numpy_model, tiny_config
 
@@ -135,14 +136,14 @@ def test_a_row_does_not_depend_on_the_order_of_the_others():
 
 def test_the_whole_layer_against_its_formula():
     """Router: softmax over all experts, the best K, renormalised. The shared expert stands behind a gate of its own."""
-    loaded, at = numpy_model(tiny_config(moe=True), seed=5), 1  # the second of two stacked layers
+    loaded, at = numpy_model(tiny_config(moe=True, repeats=1), seed=5), ONLY_LAYER
     layer = nnx.merge(loaded.graph, loaded.params).decoder.blocks[0].layers[0]
     graph, experts, rest = nnx.split(layer.mlp, Expert, ...)
     moe = nnx.merge(graph, experts, jax.tree.map(lambda w: w[at], rest))
     x = 2 * np.random.default_rng(6).normal(size=(2, 7, loaded.cfg.hidden_size)).astype(np.float32)
     live = np.ones((2, 7), bool)
     live[0, :3] = False
-    got = jax.jit(lambda x: moe(x, at, live))(x)[0].reshape(x.shape)
+    got = jax.jit(lambda x: moe(x, at, live))(x).sum(x.dtype).reshape(x.shape)
 
     w = {name: np.asarray(getattr(moe, name)[...], np.float64) for name in ("router", "shared_gate", "gate_up", "down")}
     shared = {name: np.asarray(getattr(moe.shared, name)[...], np.float64) for name in ("gate", "up", "down")}
@@ -287,7 +288,7 @@ def test_embedding_rows_are_read_as_bits_and_have_their_gradient():
 
 # Attention over the cache.
 
-SLOTS = 3 * BLOCK
+SLOTS = 3 * KV_BLOCK
 
 
 def attention_case(q_heads: int, kv_heads: int, starts: list[int], rows: int, size: int = 8):
@@ -320,7 +321,7 @@ def softmax_attention(q: np.ndarray, kv: tuple, start: int, pad: int) -> np.ndar
 @pytest.mark.parametrize(("q_heads", "kv_heads"), [(4, 4), (4, 2), (6, 2), (3, 1)])
 def test_attention_over_blocks_of_the_cache(q_heads, kv_heads):
     """Lengths on both sides of every block border, in one batch; garbage behind each sequence must not be seen."""
-    starts = [0, 1, 7, BLOCK - 4, BLOCK - 3, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK - 2, SLOTS - 5]
+    starts = [0, 1, 7, KV_BLOCK - 4, KV_BLOCK - 3, KV_BLOCK - 1, KV_BLOCK, KV_BLOCK + 1, 2 * KV_BLOCK - 2, SLOTS - 5]
     pads = np.array([0, 1, 5, 0, 2, 0, 5, 0, 3, 0], np.int32)
     q, kv, start = attention_case(q_heads, kv_heads, starts, 5)
     got = np.asarray(attended(q, kv, start, pads))
@@ -331,7 +332,7 @@ def test_attention_over_blocks_of_the_cache(q_heads, kv_heads):
 
 def test_attention_does_not_depend_on_longer_neighbours():
     """Bit for bit: blocks in which a row sees nothing are passed over exactly."""
-    q, kv, start = attention_case(4, 2, [7, 2 * BLOCK + 9], 5)
+    q, kv, start = attention_case(4, 2, [7, 2 * KV_BLOCK + 9], 5)
     none = np.zeros(2, np.int32)
     beside = attended(q, kv, start, none)
     short = attended(q, kv, np.array([7, 3], np.int32), none)
@@ -339,21 +340,21 @@ def test_attention_does_not_depend_on_longer_neighbours():
 
 
 def test_rows_are_written_at_their_positions():
-    kv = tuple(jnp.full((2, 3, 1, BLOCK, 4), -1.0) for _ in range(2))
+    kv = tuple(jnp.full((2, 3, 1, KV_BLOCK, 4), -1.0) for _ in range(2))
     new = np.arange(3 * 4 * 4, dtype=np.float32).reshape(3, 4, 1, 4)
-    start, pad = np.array([5, 5, BLOCK - 2], np.int32), np.array([0, 3, 0], np.int32)
-    where = place(tiny_config(moe=False), start, 4, pad, slots=BLOCK)
+    start, pad = np.array([5, 5, KV_BLOCK - 2], np.int32), np.array([0, 3, 0], np.int32)
+    where = place(tiny_config(moe=False), start, 4, pad, slots=KV_BLOCK)
     k, v = write_kv(kv, 1, new, new + 100, where)
-    want = np.full((2, 3, 1, BLOCK, 4), -1.0, np.float32)
+    want = np.full((2, 3, 1, KV_BLOCK, 4), -1.0, np.float32)
     want[1, 0, 0, 5:9] = new[0, :, 0]
     want[1, 1, 0, 5:6] = new[1, 3:, 0]
-    want[1, 2, 0, BLOCK - 2 :] = new[2, :2, 0]  # rows beyond the cache are dropped
+    want[1, 2, 0, KV_BLOCK - 2 :] = new[2, :2, 0]  # rows beyond the cache are dropped
     assert np.array_equal(k, want)
     assert np.array_equal(v, np.where(want < 0, want, want + 100))
 
 
 def test_attention_holds_rows_by_a_block_and_never_rows_by_the_context():
-    rows, slots, size = 48, 12 * BLOCK, 8
+    rows, slots, size = 48, 12 * KV_BLOCK, 8
     q = jax.ShapeDtypeStruct((1, rows, 4, size), jnp.float32)
     kv = jax.ShapeDtypeStruct((2, 1, 2, slots, size), jnp.float32)
     whole = jax.ShapeDtypeStruct((1,), jnp.int32)

@@ -15,7 +15,7 @@ from mtpjax.decoding.output_rows import OutputRows
 from mtpjax.decoding.sampling import MAX_STOP_TOKENS, BatchSamplingParams
 from mtpjax.decoding.steps import draft, verify
 from mtpjax.model import commit, place
-from mtpjax.model.cache import BLOCK, new_cache
+from mtpjax.model.cache import KV_BLOCK, new_cache
 from tests.golden.weights import CASES, VOCAB, golden_checksum
 
 TOLERANCE = 1e-4
@@ -37,7 +37,7 @@ def agree(ours: np.ndarray, theirs: np.ndarray) -> None:
 
 @pytest.fixture(scope="module", params=CASES)
 def case(request, golden):
-    """A case with its model (one scan over all repeats), read in small chunks by one program for each length."""
+    """A case with its model, read in small chunks by one program for each length."""
     gold = golden(request.param)
     loaded = gold.model()
     llm = LLM(loaded, num_speculative_tokens=WINDOW - 1, max_model_len=200, prefill_buckets=CHUNKS[request.param])
@@ -50,10 +50,10 @@ def whole(params, tokens, *, graph):
     """Logits and hidden states of one uncached chunk, and the MTP head over all its pairs (row t, token t + 1)."""
     model = nnx.merge(graph, params)
     zero, none = jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.int32)
-    cache = new_cache(model.cfg, 1, BLOCK)
-    rows, cache = model.trunk(tokens[None], cache, place(model.cfg, zero, len(tokens), none, slots=BLOCK))
+    cache = new_cache(model.cfg, 1, KV_BLOCK)
+    rows, cache = model.trunk(tokens[None], cache, place(model.cfg, zero, len(tokens), none, slots=KV_BLOCK))
     hidden = model.final_norm(rows)
-    pairs = place(model.cfg, zero, len(tokens) - 1, none, slots=BLOCK)
+    pairs = place(model.cfg, zero, len(tokens) - 1, none, slots=KV_BLOCK)
     mtp, cache = model.mtp_step(hidden[:, :-1], tokens[None, 1:], cache, pairs)
     return model.head(hidden)[0], hidden[0], model.mtp_head(mtp)[0]
 
@@ -81,7 +81,7 @@ def drafts(params, hidden, token, cache, *, graph, length):
     told, after = draft(model, hidden, token, idle, cache, greedy, length, VOCAB)
     logits = []
     for j in range(length):
-        where = place(model.cfg, cache.length - 1 + j, 1, jnp.zeros(1, jnp.int32), slots=cache.slots)
+        where = place(model.cfg, cache.length - 1 + j, 1, jnp.zeros(1, jnp.int32), slots=cache.kv_len)
         rows, cache = model.mtp_step(hidden[:, None], token[:, None], cache, where)
         hidden = rows[:, 0]
         logits.append(model.mtp_head(rows)[0, 0])
@@ -107,15 +107,6 @@ def test_chunks_of_a_prompt(case):
 
 def test_a_prompt_shorter_than_any_chunk(case):
     agree(case.llm.logits(case.gold["short_tokens"].tolist()), case.gold["short_logits"])
-
-
-@pytest.mark.parametrize("name", ["dense_r2", "moe_r2"])
-def test_unrolled_layers(name, golden):
-    """As on a CPU: every repeat of the layer pattern in a leaf of its own."""
-    gold = golden(name)
-    llm = LLM(gold.model(stack=1), prefill_buckets=CHUNKS[name])
-    assert llm.cfg.num_superblocks == 2
-    agree(llm.logits(gold["tokens"].tolist()), gold["logits"])
 
 
 @pytest.mark.parametrize("name", ["dense_r2", "moe_r3"])

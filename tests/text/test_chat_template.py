@@ -148,7 +148,23 @@ def test_conversations_in_a_file_of_json_lines(tmp_path: Path, capsys: pytest.Ca
     rows = [{"messages": HELLO}, {"messages": HELLO, "prompt": "Hello!"}, {"messages": "Hello!"}, {"messages": odd}]
     lines, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     lines.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert main(["--input", str(lines), "--output", str(out), "--max-len", "256", "--max-tokens", "12", "--dtype", "float32"]) == 1
+    assert (
+        main(
+            [
+                "--input",
+                str(lines),
+                "--output",
+                str(out),
+                "--max-len",
+                "256",
+                "--max-tokens",
+                "12",
+                "--dtype",
+                "float32",
+            ]
+        )
+        == 1
+    )
     (row,) = (json.loads(line) for line in out.read_text(encoding="utf-8").splitlines())
     (answer,) = LLM(max_model_len=256, dtype="float32").chat(HELLO, SamplingParams(max_tokens=12))
     assert row["text"] == answer.text
