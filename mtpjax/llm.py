@@ -42,7 +42,7 @@ class LLM:
         [30, 30]
         >>> (answer,) = llm.chat([{"role": "user", "content": "What is 2 plus 3?"}])
         >>> answer.text, answer.finish_reason
-        ('?', 'stop')
+        ('2 plus 3 is 5.', 'stop')
 
     Args:
         model: a Hugging Face or Orbax folder, a GGUF file, a model that is already loaded, or None: the embedded tiny model.
