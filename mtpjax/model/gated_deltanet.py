@@ -18,12 +18,11 @@ from jaxtyping import Bool, Float, Int
 
 from kernels_pallas.gated_delta_rule import DeltaProjections, Fixed, pick, pick_chunks
 from kernels_pallas.matmul import linears_split_k
-from kernels_pallas.norm import pick as pick_norms
+from kernels_pallas.norm import gated_rms_norm, l2_norm
 from kernels_pallas.partial_sums import PartialSums
 from kernels_pallas.platform import platform
 from mtpjax.config import ModelConfig
 from mtpjax.model.cache import Cache, PendingDeltaUpdates
-from mtpjax.model.norm import gated_rms_norm, l2_norm
 from mtpjax.model.params import ParamFactory
 from mtpjax.model.positions import Positions
 
@@ -270,7 +269,7 @@ class DeltaNet(nnx.Module):
         cache: Cache,
         pending: PendingDeltaUpdates | None,
         layer: Array | int,
-        where: Positions,
+        positions: Positions,
     ) -> tuple[PartialSums, Cache, PendingDeltaUpdates | None]:
         """Rows of one layer, as the partial sums `[P, B*T, D]` of the last product.
 
@@ -280,17 +279,17 @@ class DeltaNet(nnx.Module):
         before = cache.conv[layer]
         weights, dtypes = (self.in_qkv, self.in_z, self.in_b, self.in_a), (x.dtype, x.dtype, f32, f32)
         parts = linears_split_k(x, *(w[...] for w in weights), out_dtypes=dtypes)
-        qkv, z, b, a = (
+        qkv, _, b, a = (
             y.sum(dtype).reshape(*x.shape[:2], y.parts.shape[-1]) for y, dtype in zip(parts, dtypes, strict=True)
         )
-        inputs = conv_inputs(before, qkv.astype(before.dtype), where.pad, where.live)
+        inputs = conv_inputs(before, qkv.astype(before.dtype), positions.pad, positions.valid)
         kernel = None if pending is None else pick(platform(), rows, cfg.linear_k_dim, cfg.linear_v_dim)
         if kernel is None:
             given = split_rows(
-                self._convolved(inputs, rows, x.dtype), *self._gates(b, a, where.live), *cache.state.shape[2:]
+                self._convolved(inputs, rows, x.dtype), *self._gates(b, a, positions.valid), *cache.state.shape[2:]
             )
         if pending is None:
-            o, after = read_rows(given, cache.state, layer, x.dtype, where.differentiable)
+            o, after = read_rows(given, cache.state, layer, x.dtype, positions.implementation == "xla")
             cache = cache.replace(
                 state=cache.state.at[layer].set(after), conv=cache.conv.at[layer].set(inputs[:, rows:])
             )
@@ -303,19 +302,16 @@ class DeltaNet(nnx.Module):
                     DeltaProjections(parts[0].parts, *(y.parts for y in parts[2:])),
                     Fixed(self.conv[...], self.a_log[...], self.dt_bias[...]),
                 )
-                end = where.pad + jnp.sum(where.live, axis=1)
-                o, d, k, decay = kernel(projected, fixed, cache.conv, cache.state, layer, where.pad, end, dtype=x.dtype)
+                end = positions.pad + jnp.sum(positions.valid, axis=1)
+                o, d, k, decay = kernel(
+                    projected, fixed, cache.conv, cache.state, layer, positions.pad, end, dtype=x.dtype
+                )
             pending = PendingDeltaUpdates(
                 conv=pending.conv.at[layer].set(inputs),
                 k=pending.k.at[layer].set(k),
                 delta=pending.delta.at[layer].set(d),
                 decay=pending.decay.at[layer].set(decay),
             )
-        norms = None if where.differentiable else pick_norms(platform())
-        if norms is None:
-            y = gated_rms_norm(o, z.reshape(o.shape), self.norm[...], cfg.norm_eps, cfg.output_gate_act)
-        else:
-            y = norms.gated(
-                o.reshape(-1, *o.shape[2:]), parts[1].parts, self.norm[...], cfg.norm_eps, cfg.output_gate_act
-            )
+        heads, act, implementation = o.reshape(-1, *o.shape[2:]), cfg.output_gate_act, positions.implementation
+        y = gated_rms_norm(heads, parts[1], self.norm[...], cfg.norm_eps, act, implementation=implementation)
         return linears_split_k(y.reshape(*x.shape[:2], -1), self.out[...])[0], cache, pending

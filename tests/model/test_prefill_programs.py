@@ -16,7 +16,7 @@ from kernels_pallas.grouped_matmul.plan import choose_windows, window_places
 from mtpjax.config import FULL, ModelConfig
 from mtpjax.decoding.output_rows import OutputRows
 from mtpjax.engine.prompt_chunks import PREFILL_BUCKETS
-from mtpjax.model import abstract_model, commit, place
+from mtpjax.model import abstract_model, commit, make_positions
 from mtpjax.model.cache import KV_BLOCK, Cache, new_cache
 from scripts.benchmarks.count_flops import FIRST, trace
 from scripts.benchmarks.dataflow import ArrayInfo, arrays
@@ -183,7 +183,7 @@ def test_a_committed_row_is_not_computed_anew_for_every_element_of_the_state(row
     graph, params = nnx.split(abstract_model(cfg))
 
     def step(params: Any, tokens: Array, cache: Cache) -> Cache:
-        where = place(cfg, cache.length, rows, jnp.zeros(1, jnp.int32), slots=cache.kv_len)
+        where = make_positions(cfg, cache.length, rows, jnp.zeros(1, jnp.int32), kv_len=cache.kv_len)
         _, cache, pending = nnx.merge(graph, params).trunk_pending(tokens, cache, where)
         return commit(cache, pending, jnp.ones(1, jnp.int32))
 
