@@ -1,5 +1,5 @@
-# make demo | test | lint | check-cuda | emulate-cuda: each sets up all it needs on a fresh machine, and starts at once the next time.
-# Overridable: PYTHON (interpreter that makes the environment), VENV (its folder), PYTEST_ARGS.
+# `make help` lists the targets. Each one sets up all that it needs on a fresh machine, and starts at once the next time.
+# Overridable: PYTHON (the interpreter that makes the environment), VENV (its folder), PYTEST_ARGS.
 
 PYTHON      ?= python3
 VENV        ?= .venv
@@ -28,29 +28,59 @@ JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES  ?= -1
 XLA_PYTHON_CLIENT_PREALLOCATE              ?= false
 
 export JAX_COMPILATION_CACHE_DIR JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES
-test: export XLA_PYTHON_CLIENT_PREALLOCATE := $(XLA_PYTHON_CLIENT_PREALLOCATE)
+test test-fast test-all test-isa test-types: export XLA_PYTHON_CLIENT_PREALLOCATE := $(XLA_PYTHON_CLIENT_PREALLOCATE)
 
-.PHONY: help demo test lint check-cuda emulate-cuda
+.PHONY: help demo test test-fast test-all test-isa test-types lint check-cuda emulate-cuda
 .DELETE_ON_ERROR:
-# demo and test share the environment: under -j, two pips must not write to it at once.
+# Targets share environments: under -j, two pips must not write to one at once.
 .NOTPARALLEL:
 
 help:
-	@echo "make demo   generate text with the embedded tiny model"
-	@echo "make test   run the tests (PYTEST_ARGS='-n 2 ...')"
-	@echo "make lint   ruff check and mypy"
-	@echo "make check-cuda   compile the GPU kernels and programs for five cards, without a GPU (CHECK_CUDA_ARGS='--cards h200 ...')"
-	@echo "make emulate-cuda   run what they compile to, without a GPU: kernels and texts (EMULATE_CUDA_ARGS='--cards h200 --cases text ...')"
+	@echo "make demo          generate text with the embedded tiny model"
+	@echo "make test          run the tests, without the slow ones (at most 8 minutes on two cores)"
+	@echo "make test-fast     run a small part of them while you work (90 seconds)"
+	@echo "make test-all      run all tests (PYTEST_ARGS='-n 2 ...' for all four test targets)"
+	@echo "make test-isa      run the tests that promise bits on a narrower instruction set (ISA=AVX2, AVX or SSE4_2)"
+	@echo "make test-types    run tests with every shape and type annotation checked at run time (jaxtyping, beartype)"
+	@echo "make lint          ruff, mypy, import rules and sizes of files"
+	@echo "make check-cuda    compile the GPU kernels and programs for five cards, without a GPU (CHECK_CUDA_ARGS='--cards h200 ...')"
+	@echo "make emulate-cuda  run the compiled kernels and texts on an emulator, without a GPU (EMULATE_CUDA_ARGS='--cards h200 ...')"
 
 demo: $(RUN_READY)
-	@$(VENV_PYTHON) scripts/batch_generate.py --advised
+	@$(VENV_PYTHON) scripts/batch_generate.py --recommended-sampling
 
 test: $(DEV_READY)
+	@$(VENV_PYTHON) -m pytest -q $(PYTEST_ARGS) -m "not slow"
+
+test-fast: $(DEV_READY)
+	@$(VENV_PYTHON) -m pytest -q $(PYTEST_ARGS) -m fast
+
+test-all: $(DEV_READY)
 	@$(VENV_PYTHON) -m pytest -q $(PYTEST_ARGS)
 
+# What a row's bits depend on must not hang on the processor: see docs/how_it_works.md.
+ISA ?= AVX2
+ISA_TESTS := tests/kernels/test_linear.py tests/loading/test_cpu_layout.py tests/decoding/test_speculative.py tests/engine
+test-isa: export XLA_FLAGS := --xla_cpu_max_isa=$(ISA)
+test-isa: export JAX_COMPILATION_CACHE_DIR := $(JAX_COMPILATION_CACHE_DIR)-$(ISA)
+test-isa: $(DEV_READY)
+	@$(VENV_PYTHON) -m pytest -q $(PYTEST_ARGS) -m "not slow" $(ISA_TESTS)
+
+TYPED_TESTS := tests/kernels tests/model tests/decoding
+test-types: $(DEV_READY)
+	@$(VENV_PYTHON) -m pytest -q $(PYTEST_ARGS) -m "not slow" \
+	  --jaxtyping-packages=mtpjax,kernels_pallas,checkpoints,beartype.beartype $(TYPED_TESTS)
+
+# The last four commands print nothing where the rules of CONTRIBUTING.md hold.
 lint: $(DEV_READY)
-	@$(VENV_PYTHON) -m ruff check .
-	@$(VENV_PYTHON) -m mypy mtpjax kernels_pallas checkpoints
+	@$(VENV_PYTHON) -m ruff check -q .
+	@$(VENV_PYTHON) -m ruff format --check -q .
+	@$(VENV_PYTHON) -m mypy mtpjax kernels_pallas checkpoints scripts tests
+	@$(VENV)/bin/lint-imports --no-logo
+	@! git grep -nE 'sys\.path' -- '*.py'
+	@! git grep -nE '\bKERNELS\b|\bplatform\(\)|\btarget\(\)' -- 'mtpjax/model/*.py'
+	@! git ls-files '*.py' | xargs awk 'length > 120 { print FILENAME ":" FNR ": longer than 120 columns" }' | grep .
+	@! git ls-files '*.py' | xargs awk 'FNR == 351 { print FILENAME ": more than 350 lines" }' | grep .
 
 # Kernels and programs for GPUs that are not here: nothing runs on one.
 check-cuda: $(CUDA_READY)

@@ -1,11 +1,11 @@
-"""Checkpoints on disk: opening, naming, reading, writing. Knows formats and tensor names, nothing of JAX."""
+"""Checkpoints on disk: open, name, read and write them. This package knows formats and tensor names, but no JAX."""
 
 from pathlib import Path
 
 from checkpoints.errors import CheckpointError
 from checkpoints.gguf.file import GgufFile
 from checkpoints.gguf.writer import write_gguf
-from checkpoints.hf_quantized.directory import QuantisedDirectory, quantisation
+from checkpoints.hf_quantized.directory import QuantizedDirectory, quantization_config
 from checkpoints.open import open_checkpoint
 from checkpoints.orbax_dir import OrbaxDirectory
 from checkpoints.safetensors.reader import SafetensorsDirectory
@@ -19,12 +19,12 @@ __all__ = [
     "CheckpointError",
     "GgufFile",
     "OrbaxDirectory",
-    "QuantisedDirectory",
+    "QuantizedDirectory",
     "SafetensorsDirectory",
     "TensorInfo",
     "TensorSource",
     "open_checkpoint",
-    "quantisation",
+    "quantization_config",
     "write_gguf",
     "write_safetensors_directory",
 ]

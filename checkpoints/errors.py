@@ -1,9 +1,11 @@
-"""The one exception of this package."""
+"""The one exception of this package, and the remedy that most of its messages share."""
+
+REDOWNLOAD = "Download the file again."
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be read or written as asked.
+    """A checkpoint cannot be read, or cannot be written as requested.
 
-    The message names the file, the tensor where there is one, what was expected, what was found and what to
-    do about it.
+    The message names the file, the tensor if the problem is in one, the expected and the found value, and the
+    remedy.
     """

@@ -1,4 +1,4 @@
-"""What every checkpoint folder holds besides weights: config.json, generation_config.json, tokenizer.json."""
+"""The files of a checkpoint folder besides its weights: config.json, generation_config.json and tokenizer.json."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from checkpoints.errors import CheckpointError
+from checkpoints.errors import REDOWNLOAD, CheckpointError
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -16,24 +16,30 @@ MAX_JSON_BYTES = 100_000_000  # the limit of safetensors' own headers; an index 
 
 
 def parse_json_object(
-    text: bytes, what: str, make_object: Callable[[list[tuple[str, Any]]], dict[str, Any]] = dict
+    text: bytes, source: str, make_object: Callable[[list[tuple[str, Any]]], dict[str, Any]] = dict
 ) -> dict[str, Any]:
-    """The JSON object in `text`; anything else raises a CheckpointError whose message begins with `what`.
+    """Return the JSON object in `text`.
 
-    `make_object` builds every object from its pairs, and may refuse them with a ValueError.
+    Args:
+        text: UTF-8, with or without a byte-order mark.
+        source: the beginning of every error message, which says where the text comes from.
+        make_object: builds every JSON object from its pairs; may reject them with a ValueError.
+
+    Raises:
+        CheckpointError: `text` is anything but a JSON object.
     """
     try:
         value = json.loads(text.decode("utf-8-sig"), object_pairs_hook=make_object)
-    except (ValueError, RecursionError) as error:  # ValueError: bad JSON, bad UTF-8, an endless number
-        raise CheckpointError(f"{what} is not valid JSON ({error}). Download the file again.") from error
+    except (ValueError, RecursionError) as error:  # ValueError: bad JSON, bad UTF-8, or a number of too many digits
+        raise CheckpointError(f"{source} is not valid JSON ({error}). {REDOWNLOAD}") from error
     if not isinstance(value, dict):
         found = type(value).__name__
-        raise CheckpointError(f"{what} holds a JSON {found}, expected an object. Is it the right file?")
+        raise CheckpointError(f"{source} holds a JSON {found}, expected an object. Is it the right file?")
     return value
 
 
 def read_json_file(file: Path) -> dict[str, Any]:
-    """The JSON object in `file`; CheckpointError when it cannot be read, is too large or no JSON object."""
+    """Return the JSON object in `file`; raises CheckpointError if it is unreadable, too large or no JSON object."""
     try:
         size = file.stat().st_size
         if size > MAX_JSON_BYTES:
@@ -41,35 +47,35 @@ def read_json_file(file: Path) -> dict[str, Any]:
             raise CheckpointError(f"{file}: has {size:,} bytes, expected at most {limit}. Is it JSON?")
         text = file.read_bytes()
     except OSError as error:
-        raise unreadable(file, error) from error
+        raise read_error(file, error) from error
     return parse_json_object(text, f"{file}:")
 
 
-def unreadable(file: Path, error: OSError) -> CheckpointError:
-    """The CheckpointError for a file that the operating system does not let us read."""
+def read_error(file: Path, error: OSError) -> CheckpointError:
+    """Return the CheckpointError for a file that the operating system cannot read."""
     return CheckpointError(
-        f"{file}: cannot be read ({error.strerror or error}). Check that it exists, its rights and the disk."
+        f"{file}: cannot be read ({error.strerror or error}). Check that it exists, its permissions and the disk."
     )
 
 
 def read_generation_config(folder: Path) -> dict[str, Any]:
-    """`generation_config.json` of `folder`, or {} where there is none."""
+    """Return the content of `generation_config.json` in `folder`, or {} if there is no such file."""
     file = folder / GENERATION_CONFIG
     return read_json_file(file) if file.exists() else {}
 
 
 def find_tokenizer(folder: Path) -> Path | None:
-    """`tokenizer.json` of `folder`, or None."""
+    """Return the path of `tokenizer.json` in `folder`, or None if there is no such file."""
     file = folder / TOKENIZER
     return file if file.is_file() else None
 
 
 def list_names(folder: Path, limit: int = 20) -> str:
-    """The names in `folder` for an error message, folders with a trailing slash, at most `limit` of them."""
+    """List at most `limit` names in `folder` for an error message; a folder's name ends with a slash."""
     try:
         entries = sorted(folder.iterdir())
     except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be listed ({error.strerror}). Check its rights.") from error
+        raise CheckpointError(f"{folder}: cannot be listed ({error.strerror}). Check its permissions.") from error
     names = [entry.name + "/" * entry.is_dir() for entry in entries[:limit]]
     if len(entries) > limit:
         names.append(f"and {len(entries) - limit} more")

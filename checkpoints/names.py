@@ -10,16 +10,16 @@ from collections.abc import Iterable
 from checkpoints.errors import CheckpointError
 from checkpoints.source import TensorInfo
 
-# Stripped from the left in any order and number: covers `model.language_model.`, `language_model.model.`,
-# `language_model.`, `model.`, and the same in front of `lm_head` and `mtp` (../spec/model.md 2.1).
+# Stripped from the left in any order and number. This covers `model.language_model.`, `language_model.model.`,
+# `language_model.` and `model.`, and the same prefixes of `lm_head` and `mtp`.
 _WRAPPERS = frozenset({"model", "language_model"})
 
-# First component, after the wrappers, of parts that are no text model.
+# The first component, after the wrappers, of tensors outside the text model.
 _OTHER_MODALITIES = frozenset(
     {"visual", "vision_model", "vision_tower", "audio_tower", "multi_modal_projector", "mm_projector"}
 )
 
-# Buffers that old exports stored; computed from the config instead.
+# Buffers in old exports; the model computes them from its config.
 _BUFFERS = (
     "rotary_emb.inv_freq",
     "rotary_emb.original_inv_freq",
@@ -29,10 +29,10 @@ _BUFFERS = (
 
 
 def canonical_name(raw: str) -> str | None:
-    """Canonical name of the tensor called `raw` in a file; None for what the text model does not need.
+    """Return the canonical name of the tensor that a file calls `raw`, or None if the text model does not need it.
 
-    None means: vision and audio parts, and buffers that are no weights. A name this module has never seen is
-    returned without its prefix, so that whoever builds the parameter tree can complain about it.
+    The text model needs neither the vision and audio parts nor buffers. An unknown name is returned without its
+    prefix: the code that builds the parameter tree reports it as unexpected.
     """
     name = raw
     while True:
@@ -48,9 +48,9 @@ def canonical_name(raw: str) -> str | None:
 
 
 def by_canonical_name(infos: Iterable[TensorInfo]) -> dict[str, TensorInfo]:
-    """Table of tensors by canonical name, without the ignored ones.
+    """Return a table of the tensors by canonical name, without the ones that the text model does not need.
 
-    Raises CheckpointError naming both tensors and both files when two of them mean the same weight.
+    Raises CheckpointError, which names both tensors and both files, if two tensors have the same canonical name.
     """
     table: dict[str, TensorInfo] = {}
     for info in infos:

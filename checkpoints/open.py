@@ -1,4 +1,4 @@
-"""From a path to the right reader."""
+"""`open_checkpoint`: choose the reader for a path."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from checkpoints.errors import CheckpointError
 from checkpoints.folder import CONFIG, list_names, read_json_file
 from checkpoints.gguf.file import GgufFile, is_gguf
-from checkpoints.hf_quantized.directory import QuantisedDirectory, quantisation
+from checkpoints.hf_quantized.directory import QuantizedDirectory, quantization_config
 from checkpoints.orbax_dir import PARAMS, OrbaxDirectory
 from checkpoints.safetensors.reader import SafetensorsDirectory, weight_files
 from checkpoints.source import TensorSource
@@ -17,9 +17,9 @@ _FORMATS = "a folder with config.json and *.safetensors, one saved by mtpjax, or
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> TensorSource | OrbaxDirectory:
-    """Open the checkpoint in the folder or GGUF file `path`; reads configs and headers, no weights.
+    """Open the checkpoint in the folder or GGUF file `path`; reads configs and headers, but no weights.
 
-    Raises CheckpointError when there is no such folder, it is in another format, or a file in it is damaged.
+    Raises CheckpointError if the path does not exist, has an unknown format, or contains a damaged file.
     """
     folder = Path(path)
     if not os.path.exists(folder):  # Path.exists raises for a name that is too long
@@ -27,21 +27,21 @@ def open_checkpoint(path: str | os.PathLike[str]) -> TensorSource | OrbaxDirecto
     if is_gguf(folder):
         return GgufFile(folder)
     if not os.path.isdir(folder):
-        raise CheckpointError(f"{folder}: {_about_file(folder)}")
+        raise CheckpointError(f"{folder}: {_describe_file(folder)}")
     names = list_names(folder)
     if not os.path.exists(folder / CONFIG):
-        gguf = " For GGUF, give the .gguf file itself." if any(folder.glob("*.gguf")) else ""
-        raise CheckpointError(f"{folder}: has no {CONFIG}; found {names}. Expected {_FORMATS}.{gguf}")
-    safetensors, orbax = bool(weight_files(folder)), os.path.isdir(folder / PARAMS)
-    if safetensors and orbax:
+        hint = " For GGUF, give the .gguf file itself." if any(folder.glob("*.gguf")) else ""
+        raise CheckpointError(f"{folder}: has no {CONFIG}; found {names}. Expected {_FORMATS}.{hint}")
+    has_safetensors, has_orbax = bool(weight_files(folder)), os.path.isdir(folder / PARAMS)
+    if has_safetensors and has_orbax:
         raise CheckpointError(
             f"{folder}: has *.safetensors and also a folder {PARAMS}/; expected one of the two. "
             "Move the other elsewhere."
         )
-    if safetensors:
-        quantised = quantisation(read_json_file(folder / CONFIG))
-        return QuantisedDirectory(folder) if quantised else SafetensorsDirectory(folder)
-    if orbax:
+    if has_safetensors:
+        is_quantized = bool(quantization_config(read_json_file(folder / CONFIG)))
+        return QuantizedDirectory(folder) if is_quantized else SafetensorsDirectory(folder)
+    if has_orbax:
         return OrbaxDirectory(folder)
     raise CheckpointError(
         f"{folder}: has {CONFIG} but no weights; found {names}. Expected *.safetensors: download the weights "
@@ -49,7 +49,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> TensorSource | OrbaxDirecto
     )
 
 
-def _about_file(file: Path) -> str:
+def _describe_file(file: Path) -> str:
     if file.suffix == ".safetensors":
         return f"is a single file, expected {_FORMATS}. Give the folder that holds it: {file.parent}"
     return f"is a file of unknown format, expected {_FORMATS}."

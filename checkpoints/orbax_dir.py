@@ -1,4 +1,4 @@
-"""A folder that mtpjax saved with Orbax. Only recognised here: mtpjax reads the arrays, as that needs JAX."""
+"""A folder that mtpjax saved with Orbax. This package only recognises it; mtpjax reads the arrays, which needs JAX."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ PARAMS = "params"
 
 
 class OrbaxDirectory:
-    """`config.json` beside a folder `params/` (`params_path`) with an Orbax tree of parameters.
+    """`config.json` beside a folder `params/` (`params_path`) that holds an Orbax tree of parameters.
 
-    Raises CheckpointError when one of the two is missing or config.json cannot be read.
+    Raises CheckpointError if one of the two is missing or config.json cannot be read.
     """
-
-    kind = "orbax"
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)

@@ -1,4 +1,4 @@
-"""`LLM`: what users import. Names follow vLLM's offline API."""
+"""`LLM`: a checkpoint that is ready to generate. Names follow vLLM's offline API."""
 
 from __future__ import annotations
 
@@ -7,127 +7,151 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
-from checkpoints import TINY, GgufFile, open_checkpoint
-from mtpjax.config import STOP_TOKENS
 from mtpjax.decoding.acceptance import SimulatedAcceptance, exact_match
 from mtpjax.decoding.output_rows import OutputRows
 from mtpjax.decoding.sampling import MAX_STOP_TOKENS
 from mtpjax.decoding.speculative import Drafter, mtp_drafter
-from mtpjax.engine.engine import Engine
-from mtpjax.engine.model_runner import BUCKETS
-from mtpjax.engine.request import Request, Result
-from mtpjax.engine.scheduler import TokenCallback
-from mtpjax.loading.load import cache_dtype, load_checkpoint
+from mtpjax.engine.engine import Engine, TokenCallback
+from mtpjax.engine.model_runner import CompileFn, ModelRunner, compile_ahead
+from mtpjax.engine.prompt_chunks import PREFILL_BUCKETS
+from mtpjax.engine.request import Request, RequestState
+from mtpjax.loading.load import cache_dtype
+from mtpjax.loading.open_model import eos_token_ids, open_model
 from mtpjax.loading.weight_map import LoadedModel
-from mtpjax.outputs import Prompt, RequestOutput, output_of
-from mtpjax.sampling_params import PENALTIES, SamplingParams, recommended, whole
+from mtpjax.outputs import RequestOutput, make_output
+from mtpjax.sampling_params import PENALTIES, SamplingParams, check_int
 from mtpjax.text.chat_template import Message
-from mtpjax.text.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_gguf
+from mtpjax.text.prompts import Prompt, as_list, encode_prompt
 
-MAX_DRAFT = 8
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+MAX_SPECULATIVE_TOKENS = 8
 
 
 class LLM:
-    """A checkpoint, ready to generate.
+    """A checkpoint that is ready to generate.
+
+    Example, with the embedded tiny model:
+
+        >>> from mtpjax import LLM, SamplingParams
+        >>> llm = LLM(max_model_len=256)
+        >>> params = SamplingParams(max_tokens=30)
+        >>> outputs = llm.generate(["Once upon a time", "The old man"], params)
+        >>> [len(output.token_ids) for output in outputs]
+        [30, 30]
+        >>> (answer,) = llm.chat([{"role": "user", "content": "What is 2 plus 3?"}])
+        >>> answer.text, answer.finish_reason
+        ('?', 'stop')
 
     Args:
-        model: folder of a Hugging Face or Orbax checkpoint, a GGUF file, an already loaded model, or None for the
-            embedded tiny model.
-        draft: tokens the MTP head drafts a round, 0...8; the text does not depend on it.
-        dtype: compute and cache dtype, "float32" or "bfloat16".
-        weights: "int4", "int8", "iq4nl" or "fp8" quantise matrices as they are read, "packed" keeps those of a GGUF file
-            as they are; None: see `mtpjax.loading.load.load_checkpoint`.
-        max_len: prompt and new tokens of a sequence at most; memory for the cache grows with it.
-        max_batch: sequences generated side by side.
-        admit: when there are more prompts, how many are read together as sequences end and make room; None: a quarter of
-            `max_batch`. They need cache of their own beside that of `max_batch` sequences. With `max_batch` itself there is one
-            cache, and the next prompts wait until all sequences have ended.
-        seed: base of the requests' seeds.
-        prefill_chunks: lengths of prompt chunks, each compiled once when first needed.
-        mtp_prompt: how many of the last prompt tokens the MTP head reads, at least 1; None: all, as the head was trained. With a
-            small number the chunks before cost exactly what they cost without MTP, and drafting reads fewer keys; drafts that
-            look far back get worse, the text stays the same.
-        acceptance: a `SimulatedAcceptance` instead of the real rule, to measure speed with weights that were not trained.
+        model: a Hugging Face or Orbax folder, a GGUF file, a model that is already loaded, or None: the embedded tiny model.
+        num_speculative_tokens: tokens that the MTP head drafts in each step, 0...8. The text does not depend on it.
+        dtype: of computing and of the cache: "float32", "bfloat16" (or jnp.float32, jnp.bfloat16), or "auto": bfloat16 on a GPU and
+            float32 on a CPU; for a loaded model the dtype that it was loaded in.
+        quantization: "int4", "int8", "iq4nl" or "fp8" quantise matrices while they are read; "packed" keeps those of a GGUF file
+            or a quantised folder as they are. None: such a file stays packed on a GPU, and becomes arrays of `dtype` on a
+            CPU, which computes with these faster; other checkpoints become arrays of `dtype`.
+        max_model_len: prompt and new tokens of a sequence at most; memory for the cache grows with it.
+        max_num_seqs: sequences that are generated at the same time.
+        max_prefill_seqs: if there are more prompts than that, how many are read together when sequences end and make room;
+            None: a quarter of `max_num_seqs`. They need a cache of their own beside that of `max_num_seqs` sequences. If it
+            is `max_num_seqs`, there is one cache, and the next prompts wait until all sequences have ended.
+        prefill_buckets: lengths of prompt chunks; each is compiled when it is first needed.
+        mtp_prompt_tokens: how many of the last prompt tokens the MTP head reads, at least 1; None: all, as the head was trained.
+            With a small number the chunks before these tokens cost exactly what they cost without MTP, and drafting reads fewer
+            keys. Drafts that depend on distant tokens get worse; the text stays the same.
+        seed: base of the seeds of requests that have none.
+        tokenizer: a `tokenizer.json` in place of the checkpoint's own.
+        drafter: a function that drafts in place of the MTP head (see `mtpjax.decoding.speculative.Drafter`).
+        acceptance: a `SimulatedAcceptance` in place of the real rule, to measure speed with weights that were not trained. The
+            text is not the model's then.
+        compile_fn: makes each program from a jitted function and its arguments (see `mtpjax.engine.model_runner.CompileFn`), for
+            example to run it by emulation.
+
+    Attributes:
+        cfg: the `ModelConfig` of the checkpoint.
+        tokenizer: the `Tokenizer`, or None if the checkpoint has none; then prompts are token ids and outputs have no text.
+        engine: the `Engine`. It has sums over all requests so far: `num_prompt_tokens`, `prefill_seconds`, `decode_seconds`,
+            `compile_seconds`, `slot_steps`, `num_programs`.
+        stop_token_ids: the checkpoint's own end-of-text tokens; `SamplingParams(ignore_eos=True)` generates past them.
+        num_speculative_tokens, max_model_len, max_num_seqs, seed: the arguments of these names. `num_speculative_tokens` is 0 if
+            the checkpoint has no MTP head.
 
     Raises:
-        checkpoints.CheckpointError: the checkpoint cannot be read; says which file and tensor.
-        ValueError: an argument out of range.
+        checkpoints.CheckpointError: the checkpoint cannot be read; names the file and the tensor.
+        mtpjax.config.ConfigError: its config.json describes another model.
+        ValueError: an argument is out of range.
     """
 
     def __init__(
         self,
         model: str | PathLike[str] | LoadedModel | None = None,
         *,
-        draft: int = 3,
-        dtype: str = "float32",
-        weights: str | None = None,
-        max_len: int = 2048,
-        max_batch: int = 8,
-        admit: int | None = None,
+        num_speculative_tokens: int = 3,
+        dtype: str | DTypeLike = "auto",
+        quantization: str | None = None,
+        max_model_len: int = 2048,
+        max_num_seqs: int = 8,
+        max_prefill_seqs: int | None = None,
+        prefill_buckets: Sequence[int] = PREFILL_BUCKETS,
+        mtp_prompt_tokens: int | None = None,
         seed: int = 0,
         tokenizer: str | PathLike[str] | None = None,
-        prefill_chunks: Sequence[int] = BUCKETS,
-        mtp_prompt: int | None = None,
         drafter: Drafter = mtp_drafter,
         acceptance: SimulatedAcceptance | None = None,
+        compile_fn: CompileFn = compile_ahead,
     ):
-        whole("draft", draft, 0, MAX_DRAFT)
-        whole("mtp_prompt", mtp_prompt, 1, none=True)
-        whole("max_len", max_len, 2)
-        whole("max_batch", max_batch, 1)
-        whole("admit", admit, 1, max_batch, none=True)
-        whole("seed", seed, None)
-        for rows in prefill_chunks:
-            whole("prefill_chunks", rows, 1)
-        if not prefill_chunks:
-            raise ValueError("prefill_chunks is empty; give at least one length")
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(map(repr, DTYPES))}")
-        self.draft, self.max_len, self.max_batch, self.seed = draft, max_len, max_batch, seed
-        stops: set[int] = set()
-        self._generation_config: Mapping[str, Any] = {}
-        self.tokenizer: Tokenizer | None = load_tokenizer(tokenizer) if tokenizer else None
-        if isinstance(model, LoadedModel):
-            loaded = model
-        else:
-            source = open_checkpoint(TINY if model is None else model)
-            loaded = load_checkpoint(source, dtype=DTYPES[dtype], mtp=draft > 0, weights=weights)
-            self._generation_config = source.generation_config
-            stops |= _stop_ids(source.generation_config.get("eos_token_id"))
-            if self.tokenizer is None and source.tokenizer_file is not None:
-                self.tokenizer = load_tokenizer(source.tokenizer_file)
-            elif self.tokenizer is None and isinstance(source, GgufFile):
-                self.tokenizer = tokenizer_from_gguf(source.metadata, str(source.path))
-        self.cfg = loaded.cfg
-        if draft and not self.cfg.mtp_layers:
-            if drafter is mtp_drafter:
-                warnings.warn(
-                    f"{model}: the checkpoint has no MTP head; decoding goes on without drafts (draft=0)", stacklevel=2
-                )
-                self.draft = 0
-        vocab = min(self.cfg.vocab_size, self.tokenizer.size) if self.tokenizer else self.cfg.vocab_size
-        stops |= set(self.cfg.stop_tokens) | {t for t in STOP_TOKENS if t < vocab}
-        self.stop_token_ids = tuple(sorted(t for t in stops if 0 <= t < self.cfg.vocab_size))
-        if max_len > self.cfg.max_position:
-            raise ValueError(
-                f"max_len is {max_len}; this checkpoint was made for at most {self.cfg.max_position} positions"
+        check_int("num_speculative_tokens", num_speculative_tokens, 0, MAX_SPECULATIVE_TOKENS)
+        check_int("max_model_len", max_model_len, 2)
+        check_int("max_num_seqs", max_num_seqs, 1)
+        check_int("max_prefill_seqs", max_prefill_seqs, 1, max_num_seqs, optional=True)
+        check_int("mtp_prompt_tokens", mtp_prompt_tokens, 1, optional=True)
+        check_int("seed", seed, None)
+        for rows in prefill_buckets:
+            check_int("prefill_buckets", rows, 1)
+        if not prefill_buckets:
+            raise ValueError("prefill_buckets is empty; give at least one length")
+        opened = open_model(
+            model, dtype=dtype, quantization=quantization, mtp=num_speculative_tokens > 0, tokenizer=tokenizer
+        )
+        self.cfg, self.tokenizer, self._generation_config = opened.model.cfg, opened.tokenizer, opened.generation_config
+        if num_speculative_tokens and not self.cfg.mtp_layers and drafter is mtp_drafter:
+            num_speculative_tokens = 0
+            warnings.warn(
+                f"{model}: the checkpoint has no MTP head; decoding goes on without drafts (num_speculative_tokens=0)",
+                stacklevel=2,
             )
-        self.engine = Engine(
-            loaded, draft=self.draft, max_len=max_len, vocab=vocab, cache_dtype=cache_dtype(DTYPES[dtype]),
-            buckets=prefill_chunks, mtp_prompt=mtp_prompt, admit=admit, drafter=drafter,
-            accept=acceptance.first(self.draft) if acceptance and self.draft else exact_match,
-        )  # fmt: skip
+        if max_model_len > self.cfg.max_position:
+            raise ValueError(
+                f"max_model_len is {max_model_len}; this checkpoint was made for at most {self.cfg.max_position} positions"
+            )
+        self.num_speculative_tokens, self.max_model_len = num_speculative_tokens, max_model_len
+        self.max_num_seqs, self.seed = max_num_seqs, seed
+        vocab_size = min(self.cfg.vocab_size, self.tokenizer.size) if self.tokenizer else self.cfg.vocab_size
+        self.stop_token_ids = eos_token_ids(self.cfg, self._generation_config, vocab_size)
+        simulated = acceptance is not None and num_speculative_tokens > 0
+        self._acceptance = "simulated" if simulated else "real"
+        runner = ModelRunner(
+            opened.model,
+            num_speculative_tokens=num_speculative_tokens,
+            max_model_len=max_model_len,
+            cache_dtype=cache_dtype(opened.dtype),
+            vocab_size=vocab_size,
+            prefill_buckets=prefill_buckets,
+            mtp_prompt_tokens=mtp_prompt_tokens,
+            drafter=drafter,
+            acceptance=acceptance.first(num_speculative_tokens) if acceptance and simulated else exact_match,
+            compile_fn=compile_fn,
+        )
+        self.engine = Engine(runner, max_prefill_seqs=max_prefill_seqs)
 
-    def get_default_sampling_params(self, **changes: Any) -> SamplingParams:
-        """What the checkpoint's `generation_config.json` advises (temperature, top_k, top_p, min_p, penalties), with `changes`.
+    def get_default_sampling_params(self, **overrides: Any) -> SamplingParams:
+        """Return what the checkpoint's `generation_config.json` recommends: temperature, top_k, top_p, min_p, penalties.
 
-        Advice only: `generate` without parameters is greedy.
+        `overrides` go before it. `generate` without parameters ignores the recommendation and is greedy.
         """
-        return recommended(self._generation_config, **changes)
+        return SamplingParams.from_generation_config(self._generation_config, **overrides)
 
     def generate(
         self,
@@ -136,38 +160,47 @@ class LLM:
         *,
         on_tokens: Callable[[int, list[int]], None] | None = None,
     ) -> list[RequestOutput]:
-        """Generate for every prompt (texts or lists of token ids), in batches; results in the order of the prompts.
+        """Generate for every prompt, in batches. Returns the results in the order of the prompts.
 
         Args:
-            sampling_params: one for all prompts or one each.
-            on_tokens: called with (index of the prompt, its new token ids) as the device hands them over.
+            prompts: texts or lists of token ids; one alone need not be in a list.
+            sampling_params: one for all prompts, or one for each; None: `SamplingParams()`.
+            on_tokens: called with the index of a prompt and its new token ids, whenever the device hands some over.
 
         Raises:
             ValueError: names the prompt by its index: empty, too long, ids outside the vocabulary, text without a tokenizer.
         """
-        many = _as_list(prompts)
+        prompts = as_list(prompts)
         params = SamplingParams() if sampling_params is None else sampling_params
-        each = [params] * len(many) if isinstance(params, SamplingParams) else list(params)
-        if len(each) != len(many):
+        params = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        if len(params) != len(prompts):
             raise ValueError(
-                f"{len(many)} prompts but {len(each)} sampling parameters; give one, or one for each prompt"
+                f"{len(prompts)} prompts but {len(params)} sampling parameters; give one, or one for each prompt"
             )
-        requests = [self._request(i, p, s, f"prompt {i}") for i, (p, s) in enumerate(zip(many, each, strict=True))]
-        results = self.engine.run(requests, min(self.max_batch, max(len(requests), 1)), _by_index(on_tokens))
-        return [self._output(p, r) for p, r in zip(many, results, strict=True)]
+        requests = [
+            self._request(i, prompt, p, f"prompt {i}")
+            for i, (prompt, p) in enumerate(zip(prompts, params, strict=True))
+        ]
+        num_slots = min(self.max_num_seqs, max(len(requests), 1))
+        states = self.engine.run(requests, num_slots, _by_index(on_tokens))
+        return [self._output(prompt, state) for prompt, state in zip(prompts, states, strict=True)]
 
-    def as_completed(
+    def generate_iter(
         self,
         jobs: Iterable[tuple[Prompt, SamplingParams]],
         *,
         on_tokens: Callable[[int, list[int]], None] | None = None,
     ) -> Iterator[tuple[int, RequestOutput]]:
-        """Generate for any number of (prompt, parameters), read as they are needed: (index, output) as each is done.
+        """Generate for any number of jobs. Yields the index of a job and its output when it is finished, in any order.
 
-        Some batches are read ahead and sorted by length; `max_batch` sequences are generated side by side.
+        Some batches of jobs are taken ahead and sorted by length; `max_num_seqs` sequences are generated at the same time.
+
+        Args:
+            jobs: pairs of a prompt and its parameters, taken as they are needed.
+            on_tokens: as for `generate`.
 
         Raises:
-            ValueError: as `generate`, when the prompt is read.
+            ValueError: as `generate`, when the prompt is taken.
         """
         prompts: dict[int, Prompt] = {}
 
@@ -176,121 +209,123 @@ class LLM:
                 prompts[index] = prompt
                 yield self._request(index, prompt, params, f"prompt {index}")
 
-        for result in self.engine.stream(requests(), self.max_batch, _by_index(on_tokens)):
-            yield result.request.index, self._output(prompts.pop(result.request.index), result)
+        for state in self.engine.stream(requests(), self.max_num_seqs, _by_index(on_tokens)):
+            index = state.request.index
+            yield index, self._output(prompts.pop(index), state)
 
     def chat(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        **template: Any,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = True,
+        on_tokens: Callable[[int, list[int]], None] | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation, a list of messages `{"role": "user", "content": "..."}`, or each of several.
 
         Args:
-            template: handed to the checkpoint's chat template, as `enable_thinking=False` or `tools=[...]`.
+            messages: one conversation or several.
+            sampling_params, on_tokens: as for `generate`.
+            tools, chat_template_kwargs, add_generation_prompt: as for `chat_prompt`.
 
         Raises:
-            ValueError: as `generate`; or the checkpoint has no chat template, or the template refuses a conversation.
+            ValueError: as `generate` and `chat_prompt`.
         """
-        many: Any = [messages] if messages and isinstance(messages[0], Mapping) else messages
-        return self.generate([self.chat_prompt(one, **template) for one in many], sampling_params)
+        conversations: Any = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        prompts = [
+            self.chat_prompt(
+                conversation,
+                tools=tools,
+                chat_template_kwargs=chat_template_kwargs,
+                add_generation_prompt=add_generation_prompt,
+            )
+            for conversation in conversations
+        ]
+        return self.generate(prompts, sampling_params, on_tokens=on_tokens)
 
-    def chat_prompt(self, messages: Sequence[Message], **template: Any) -> str:
-        """The prompt that `chat` makes of one conversation. Raises ValueError where it would."""
+    def chat_prompt(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> str:
+        """Return the prompt that `chat` makes of one conversation, with the checkpoint's own chat template.
+
+        Args:
+            messages: of the conversation.
+            tools: descriptions of functions that the model may call.
+            chat_template_kwargs: other variables of the template, for example `{"enable_thinking": False}`.
+            add_generation_prompt: end with the opening of the assistant's next message.
+
+        Raises:
+            ValueError: the checkpoint has no chat template, or the template refuses the conversation.
+        """
         if self.tokenizer is None or self.tokenizer.chat_template is None:
             raise ValueError(
                 "the checkpoint has no chat template (chat_template.jinja, or in tokenizer_config.json); use generate"
             )
-        return self.tokenizer.chat_template.render(messages, **template)
+        return self.tokenizer.chat_template.render(
+            messages,
+            tools=tools,
+            chat_template_kwargs=chat_template_kwargs,
+            add_generation_prompt=add_generation_prompt,
+        )
 
-    def check(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> list[int]:
-        """Token ids of a prompt that `generate` would accept. Raises ValueError where it would."""
-        return list(self._request(0, prompt, sampling_params or SamplingParams(), "the prompt").prompt)
+    def encode(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> list[int]:
+        """Return the token ids of a prompt that `generate` accepts. Raises ValueError if `generate` would."""
+        request = self._request(0, prompt, sampling_params or SamplingParams(), "the prompt")
+        return list(request.prompt_token_ids)
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
-        """Logits of every position of one sequence, float32 `[T, V]` (all rows are output rows)."""
-        ids = self._ids("token_ids", token_ids, self.max_len)
-        _, _, kept = self.engine.read([ids], OutputRows.all(), keep=True)
-        return np.concatenate(kept, axis=1)[0, -len(ids) :]
+        """Return the logits after every token of one sequence, float32 `[T, V]`."""
+        ids = self._token_ids("token_ids", token_ids, self.max_model_len)
+        _, _, chunks = self.engine.runner.prefill([ids], OutputRows.all(), return_logits=True)
+        return np.concatenate(chunks, axis=1)[0, -len(ids) :]
 
-    def hidden(self, token_ids: Sequence[int]) -> np.ndarray:
-        """Hidden states after the final norm, in the compute dtype, `[T, D]`: what the LM head and the MTP head read."""
-        return self.engine.hidden(self._ids("token_ids", token_ids, self.max_len))
+    def hidden_states(self, token_ids: Sequence[int]) -> np.ndarray:
+        """Return the hidden states after the final norm, which the LM head and the MTP head read: `[T, D]`, compute dtype."""
+        return self.engine.runner.hidden_states(self._token_ids("token_ids", token_ids, self.max_model_len))
 
-    def _ids(self, what: str, prompt: Prompt, longest: int) -> tuple[int, ...]:
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise ValueError(
-                    f"{what} is a text, but the checkpoint has no tokenizer.json; give token ids or tokenizer="
-                )
-            ids: tuple[int, ...] = tuple(self.tokenizer.encode(prompt))
-        else:
-            try:
-                ids = tuple(
-                    int(t) if isinstance(t, int | np.integer) and not isinstance(t, bool) else _not_id(t)
-                    for t in prompt
-                )
-            except TypeError as error:
-                raise ValueError(f"{what} must be a text or a list of token ids: {error}") from None
-        if not ids:
-            raise ValueError(f"{what} is empty; give at least one token")
-        for at, token in enumerate(ids):
-            if not 0 <= token < self.cfg.vocab_size:
-                raise ValueError(
-                    f"{what}: id {token} at position {at} is outside the vocabulary 0...{self.cfg.vocab_size - 1}"
-                )
-        if len(ids) > longest:
+    def _token_ids(self, name: str, prompt: Prompt, max_length: int) -> tuple[int, ...]:
+        ids = encode_prompt(name, prompt, self.tokenizer, self.cfg.vocab_size)
+        if len(ids) > max_length:
             raise ValueError(
-                f"{what} has {len(ids)} tokens, more than the {longest} that max_len = {self.max_len} allows; "
-                "shorten it or raise max_len"
+                f"{name} has {len(ids)} tokens, more than the {max_length} that max_model_len = {self.max_model_len} "
+                "allows; shorten it or raise max_model_len"
             )
         return ids
 
-    def _request(self, index: int, prompt: Prompt, params: SamplingParams, what: str) -> Request:
-        ids = self._ids(what, prompt, self.max_len - 1)
-        room = self.max_len - len(ids)
-        stops = tuple(dict.fromkeys(params.stop_token_ids + (() if params.ignore_eos else self.stop_token_ids)))
-        if len(stops) > MAX_STOP_TOKENS:
-            raise ValueError(f"{what}: {len(stops)} stop tokens (the checkpoint's included); at most {MAX_STOP_TOKENS}")
-        for token in stops:
-            if token >= self.cfg.vocab_size:
-                raise ValueError(f"{what}: stop token {token} is outside the vocabulary 0...{self.cfg.vocab_size - 1}")
-        return Request(
+    def _request(self, index: int, prompt: Prompt, params: SamplingParams, name: str) -> Request:
+        ids = self._token_ids(name, prompt, self.max_model_len - 1)
+        max_new_tokens = self.max_model_len - len(ids)
+        request = Request(
             index=index,
-            prompt=ids,
-            max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
+            prompt_token_ids=ids,
+            max_tokens=max_new_tokens if params.max_tokens is None else min(params.max_tokens, max_new_tokens),
             temperature=float(params.temperature),
             seed=self.seed + index if params.seed is None else params.seed,
-            stops=stops,
+            stop_token_ids=params.stop_token_ids,
+            eos_token_ids=() if params.ignore_eos else self.stop_token_ids,
             top_k=max(params.top_k, 0),
             top_p=float(params.top_p),
             min_p=float(params.min_p),
-            **{name: float(getattr(params, name)) for name in PENALTIES},
+            **{penalty: float(getattr(params, penalty)) for penalty in PENALTIES},
         )
+        stops = request.all_stop_token_ids
+        if len(stops) > MAX_STOP_TOKENS:
+            raise ValueError(f"{name}: {len(stops)} stop tokens (the checkpoint's included); at most {MAX_STOP_TOKENS}")
+        for token in stops:
+            if token >= self.cfg.vocab_size:
+                raise ValueError(f"{name}: stop token {token} is outside the vocabulary 0...{self.cfg.vocab_size - 1}")
+        return request
 
-    def _output(self, prompt: Prompt, result: Result) -> RequestOutput:
-        acceptance = "real" if self.engine.accept is exact_match else "simulated"
-        return output_of(prompt, result, self.tokenizer, acceptance)
+    def _output(self, prompt: Prompt, state: RequestState) -> RequestOutput:
+        return make_output(prompt, state, self.tokenizer, self._acceptance)
 
 
 def _by_index(on_tokens: Callable[[int, list[int]], None] | None) -> TokenCallback | None:
-    return on_tokens and (lambda result, new: on_tokens(result.request.index, new))
-
-
-def _not_id(value: object) -> int:
-    raise TypeError(f"{value!r} is not a token id")
-
-
-def _stop_ids(raw: Any) -> set[int]:
-    return set() if raw is None else {raw} if isinstance(raw, int) else set(raw)
-
-
-def _as_list(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
-    """One text or one list of ids is one prompt; anything else is a collection of prompts."""
-    if isinstance(prompts, str):
-        return [prompts]
-    many: list[Any] = list(prompts)
-    if many and all(isinstance(p, int | np.integer) for p in many):
-        return [many]
-    return many
+    return on_tokens and (lambda state, tokens: on_tokens(state.request.index, tokens))

@@ -1,4 +1,7 @@
-"""Reading the head of a GGUF file: metadata and where each tensor lies. Every length is checked before it is used."""
+"""Read the head of a GGUF file: metadata and the location of every tensor.
+
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Every length is checked before it is used.
+"""
 
 from __future__ import annotations
 
@@ -7,25 +10,37 @@ import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from checkpoints.errors import CheckpointError
-from checkpoints.folder import unreadable
-from checkpoints.gguf.block_types import BLOCKS, BlockType
-from checkpoints.gguf.codebooks import POINTS, points
+from checkpoints.errors import REDOWNLOAD, CheckpointError
+from checkpoints.folder import read_error
+from checkpoints.gguf.block_types import BLOCK_TYPES, BlockType
+from checkpoints.gguf.codebooks import CODEBOOK_TYPES, load_grid
 
-_AGAIN = "Download the file again."
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_STRING, _ARRAY = 8, 9
-_MOST_DIMENSIONS = 4
-TYPES = BLOCKS | POINTS
+TENSOR_TYPES = BLOCK_TYPES | CODEBOOK_TYPES
 # Types that this program does not read, by number, for the message.
 _OTHER_TYPES = {
-    9: "Q8_1", 15: "Q8_K", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 34: "TQ1_0", 35: "TQ2_0", 40: "NVFP4",
+    9: "Q8_1",
+    15: "Q8_K",
+    24: "I8",
+    25: "I16",
+    26: "I32",
+    27: "I64",
+    28: "F64",
+    34: "TQ1_0",
+    35: "TQ2_0",
+    40: "NVFP4",
     41: "Q1_0",
-}  # fmt: skip
+}
+# Value types of metadata, by number: format letters of `struct`, and the two types without one.
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+_MAX_DIMENSIONS = 4
+# The smallest entries: a name's length, the number of dimensions, type and offset; a key's length, a value type and
+# one byte.
+_MIN_TENSOR_BYTES, _MIN_METADATA_BYTES = 24, 13
 
 
 @dataclass(frozen=True)
@@ -40,150 +55,180 @@ class GgufTensor:
     nbytes: int
 
 
-class _Cursor:
-    """A place in the head of a file of `size` bytes; reads no further than its end."""
+class _Reader:
+    """Reads the head of a file of `size` bytes from front to back, never past its end.
 
-    def __init__(self, file: Path, size: int):
-        self.file, self.size, self.at = file, size, 0
-        self.stream = open(file, "rb")  # noqa: SIM115  # closed by `read_gguf_header`
+    Every method takes a `description` of the value that it reads, for the error message.
+    """
 
-    def take(self, count: int, what: str) -> bytes:
-        if count > self.size - self.at:
+    def __init__(self, file: Path, size: int, stream: BinaryIO) -> None:
+        self.file, self.size, self.stream, self.position = file, size, stream, 0
+
+    def read_bytes(self, count: int, description: str) -> bytes:
+        if count > self.size - self.position:
             raise CheckpointError(
-                f"{self.file}: {what} needs {count:,} bytes at byte {self.at:,}, but the file has only {self.size:,}. {_AGAIN}"
+                f"{self.file}: {description} needs {count:,} bytes at byte {self.position:,}, but the file has only "
+                f"{self.size:,}. {REDOWNLOAD}"
             )
         raw = self.stream.read(count)
         if len(raw) != count:
-            raise CheckpointError(f"{self.file}: ends inside {what}; it was longer when it was opened. {_AGAIN}")
-        self.at += count
+            raise CheckpointError(
+                f"{self.file}: ends inside {description}; it was longer when it was opened. {REDOWNLOAD}"
+            )
+        self.position += count
         return raw
 
-    def number(self, code: str, what: str) -> Any:
-        return struct.unpack("<" + code, self.take(struct.calcsize("<" + code), what))[0]
+    def read_number(self, code: str, description: str) -> Any:
+        """Read one number; `code` is its format letter in `struct`."""
+        return struct.unpack("<" + code, self.read_bytes(struct.calcsize("<" + code), description))[0]
 
-    def string(self, what: str) -> str:
-        raw = self.take(self.number("Q", what), what)
+    def read_string(self, description: str) -> str:
+        raw = self.read_bytes(self.read_number("Q", description), description)
         try:
             return raw.decode("utf-8")
         except UnicodeDecodeError:
-            return raw.decode("utf-8", "surrogateescape")  # a key or token that is no UTF-8 harms nobody
+            return raw.decode("utf-8", "surrogateescape")  # a key or token that is not UTF-8 is harmless
 
-    def value(self, what: str) -> Any:
-        return self._of_type(self.number("I", what), what, nested=False)
+    def read_value(self, description: str) -> Any:
+        """Read the type number and the value of a metadata entry."""
+        return self._read_typed(self.read_number("I", description), description, nested=False)
 
-    def _of_type(self, kind: int, what: str, nested: bool) -> Any:
-        if kind in _SCALARS:
-            return self.number(_SCALARS[kind], what)
-        if kind == _STRING:
-            return self.string(what)
-        if kind != _ARRAY or nested:
-            raise CheckpointError(f"{self.file}: {what} has the value type {kind}, expected 0 to 12. {_AGAIN}")
-        inner, count = self.number("I", what), self.number("Q", what)
-        if inner in _SCALARS:
-            code = _SCALARS[inner]
-            raw = self.take(count * struct.calcsize("<" + code), what)
+    def _read_typed(self, value_type: int, description: str, nested: bool) -> Any:
+        if value_type in _SCALARS:
+            return self.read_number(_SCALARS[value_type], description)
+        if value_type == _STRING:
+            return self.read_string(description)
+        if value_type != _ARRAY or nested:
+            raise CheckpointError(
+                f"{self.file}: {description} has the value type {value_type}, expected 0 to 12. {REDOWNLOAD}"
+            )
+        item_type, count = self.read_number("I", description), self.read_number("Q", description)
+        if item_type in _SCALARS:
+            code = _SCALARS[item_type]
+            raw = self.read_bytes(count * struct.calcsize("<" + code), description)
             return np.frombuffer(raw, "<" + code if code != "?" else "?").tolist()
-        if count > (self.size - self.at) // 8:
-            raise CheckpointError(f"{self.file}: {what} lists {count:,} items, more than fit into the file. {_AGAIN}")
-        return [self._of_type(inner, what, nested=True) for _ in range(count)]
+        if count > (self.size - self.position) // 8:  # a string takes at least the 8 bytes of its length
+            raise CheckpointError(
+                f"{self.file}: {description} lists {count:,} items, more than fit into the file. {REDOWNLOAD}"
+            )
+        return [self._read_typed(item_type, description, nested=True) for _ in range(count)]
 
 
 def read_gguf_header(file: Path) -> tuple[dict[str, Any], list[GgufTensor]]:
-    """Metadata by key, and all tensors in the order of the file; reads no weights.
+    """Return metadata by key, and all tensors in the order of the file; reads no weights.
 
-    Raises CheckpointError that names the file and what is wrong with it: another format or version, another byte order,
-    an end inside the head or a tensor, tensors that overlap, occur twice or are of a type that is not supported.
+    Raises:
+        CheckpointError: the file cannot be read, has another format, version or byte order, or ends early; or
+            tensors overlap, occur twice or have a type that is not supported. The message names the file.
     """
     try:
-        cursor = _Cursor(file, os.path.getsize(file))
-        with cursor.stream:
-            return _read(cursor)
+        size = os.path.getsize(file)
+        with open(file, "rb") as stream:
+            return _read_header(_Reader(file, size, stream))
     except OSError as error:
-        raise unreadable(file, error) from error
+        raise read_error(file, error) from error
 
 
-def _read(cursor: _Cursor) -> tuple[dict[str, Any], list[GgufTensor]]:
-    file = cursor.file
-    magic = cursor.take(4, "the magic")
+def _read_header(reader: _Reader) -> tuple[dict[str, Any], list[GgufTensor]]:
+    file = reader.file
+    magic = reader.read_bytes(4, "the magic")
     if magic != b"GGUF":
-        raise CheckpointError(f"{file}: begins with {magic!r}, expected b'GGUF'. Is this a GGUF file? {_AGAIN}")
-    version = cursor.number("I", "the version")
+        raise CheckpointError(f"{file}: begins with {magic!r}, expected b'GGUF'. Is this a GGUF file? {REDOWNLOAD}")
+    version = reader.read_number("I", "the version")
+    if version == 3 << 24:
+        raise CheckpointError(
+            f"{file}: is big-endian, expected little-endian. Use the little-endian file of this model."
+        )
     if version != 3:
-        if version == 3 << 24:
-            raise CheckpointError(
-                f"{file}: is big-endian, expected little-endian. Use the little-endian file of this model."
-            )
         raise CheckpointError(
             f"{file}: has GGUF version {version}, supported: 3. Use a file made by a newer converter."
         )
-    tensors, pairs = cursor.number("Q", "the tensor count"), cursor.number("Q", "the metadata count")
-    for count, least, what in ((tensors, 24, "tensors"), (pairs, 13, "metadata entries")):
-        if count > cursor.size // least:
+    num_tensors = reader.read_number("Q", "the tensor count")
+    num_metadata = reader.read_number("Q", "the metadata count")
+    for count, min_bytes, label in (
+        (num_tensors, _MIN_TENSOR_BYTES, "tensors"),
+        (num_metadata, _MIN_METADATA_BYTES, "metadata entries"),
+    ):
+        if count > reader.size // min_bytes:
             raise CheckpointError(
-                f"{file}: says it has {count:,} {what}, more than fit into its {cursor.size:,} bytes. {_AGAIN}"
+                f"{file}: claims {count:,} {label}, more than fit into its {reader.size:,} bytes. {REDOWNLOAD}"
             )
     metadata: dict[str, Any] = {}
-    for i in range(pairs):
-        key = cursor.string(f"metadata key {i}")
+    for i in range(num_metadata):
+        key = reader.read_string(f"metadata key {i}")
         if key in metadata:
-            raise CheckpointError(f"{file}: has the metadata key {key!r} twice. {_AGAIN}")
-        metadata[key] = cursor.value(f"metadata {key!r}")
-    raw = [_tensor_info(cursor, i) for i in range(tensors)]
+            raise CheckpointError(f"{file}: has the metadata key {key!r} twice. {REDOWNLOAD}")
+        metadata[key] = reader.read_value(f"metadata {key!r}")
+    entries = [_read_tensor_entry(reader, i) for i in range(num_tensors)]
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or isinstance(alignment, bool) or not 1 <= alignment <= 1 << 20:
-        raise CheckpointError(f"{file}: general.alignment is {alignment!r}, expected a number of bytes. {_AGAIN}")
-    start = -(-cursor.at // alignment) * alignment
-    return metadata, _placed(file, cursor.size, start, alignment, raw)
+        raise CheckpointError(f"{file}: general.alignment is {alignment!r}, expected a number of bytes. {REDOWNLOAD}")
+    data_start = -(-reader.position // alignment) * alignment
+    tensors = [_check_entry(file, reader.size, data_start, alignment, entry) for entry in entries]
+    _check_layout(file, tensors)
+    return metadata, tensors
 
 
-def _tensor_info(cursor: _Cursor, number: int) -> tuple[str, tuple[int, ...], int, int]:
-    name = cursor.string(f"the name of tensor {number}")
-    dimensions = cursor.number("I", f"tensor {name!r}")
-    if not 1 <= dimensions <= _MOST_DIMENSIONS:
+@dataclass(frozen=True)
+class _TensorEntry:
+    """One entry of the table of tensors, as read: `offset` counts from the start of the data."""
+
+    name: str
+    shape: tuple[int, ...]
+    type_number: int
+    offset: int
+
+
+def _read_tensor_entry(reader: _Reader, number: int) -> _TensorEntry:
+    name = reader.read_string(f"the name of tensor {number}")
+    label = f"tensor {name!r}"
+    num_dimensions = reader.read_number("I", label)
+    if not 1 <= num_dimensions <= _MAX_DIMENSIONS:
         raise CheckpointError(
-            f"{cursor.file}: tensor {name!r} has {dimensions} dimensions, expected 1 to {_MOST_DIMENSIONS}. {_AGAIN}"
+            f"{reader.file}: {label} has {num_dimensions} dimensions, expected 1 to {_MAX_DIMENSIONS}. {REDOWNLOAD}"
         )
-    shape = tuple(cursor.number("Q", f"tensor {name!r}") for _ in range(dimensions))[::-1]
-    return name, shape, cursor.number("I", f"tensor {name!r}"), cursor.number("Q", f"tensor {name!r}")
+    shape = tuple(reader.read_number("Q", label) for _ in range(num_dimensions))[::-1]
+    return _TensorEntry(name, shape, reader.read_number("I", label), reader.read_number("Q", label))
 
 
-def _placed(
-    file: Path, size: int, start: int, alignment: int, raw: list[tuple[str, tuple[int, ...], int, int]]
-) -> list[GgufTensor]:
-    """The tensors with absolute offsets, all inside the file, none twice, none over another."""
-    placed, seen = [], set()
-    for name, shape, number, offset in raw:
-        if name in seen:
-            raise CheckpointError(f"{file}: has the tensor {name!r} twice. {_AGAIN}")
-        seen.add(name)
-        kind = TYPES.get(number)
-        if kind is None:
-            supported = ", ".join(t.name for t in TYPES.values())
-            called = _OTHER_TYPES.get(number, f"number {number}")
+def _check_entry(file: Path, size: int, data_start: int, alignment: int, entry: _TensorEntry) -> GgufTensor:
+    """Check that the type is supported and that the tensor is aligned and inside the file."""
+    label, shape = f"{file}: tensor {entry.name!r}", entry.shape
+    tensor_type = TENSOR_TYPES.get(entry.type_number)
+    if tensor_type is None:
+        supported = ", ".join(t.name for t in TENSOR_TYPES.values())
+        type_name = _OTHER_TYPES.get(entry.type_number, f"number {entry.type_number}")
+        raise CheckpointError(f"{label} has the type {type_name}, supported: {supported}. Use another file.")
+    if tensor_type.codebook:
+        try:
+            load_grid(tensor_type.codebook)
+        except ImportError:
             raise CheckpointError(
-                f"{file}: tensor {name!r} has the type {called}, supported: {supported}. Use another file."
-            )
-        if kind.points:
-            try:
-                points(kind.points)
-            except ImportError:
-                raise CheckpointError(
-                    f"{file}: tensor {name!r} has the type {kind.name}, which needs the package gguf: pip install 'mtpjax[gguf]'"
-                ) from None
-        if shape[-1] % kind.elements:
-            raise CheckpointError(
-                f"{file}: tensor {name!r} has rows of {shape[-1]:,} elements, "
-                f"expected whole blocks of {kind.elements} for {kind.name}. {_AGAIN}"
-            )
-        nbytes = math.prod(shape) // kind.elements * kind.size
-        if offset % alignment or min(shape) < 1 or start + offset + nbytes > size:
-            raise CheckpointError(
-                f"{file}: tensor {name!r} {list(shape)} {kind.name} would lie at bytes {start + offset:,} to "
-                f"{start + offset + nbytes:,}, the file has {size:,}. {_AGAIN}"
-            )
-        placed.append(GgufTensor(file, name, shape, kind, start + offset, nbytes))
-    by_offset = sorted(placed, key=lambda t: t.offset)
-    for one, other in zip(by_offset, by_offset[1:], strict=False):
-        if one.offset + one.nbytes > other.offset:
-            raise CheckpointError(f"{file}: the tensors {one.name!r} and {other.name!r} overlap. {_AGAIN}")
-    return placed
+                f"{label} has the type {tensor_type.name}, which needs the package gguf: pip install 'mtpjax[gguf]'"
+            ) from None
+    if shape[-1] % tensor_type.elements_per_block:
+        raise CheckpointError(
+            f"{label} has rows of {shape[-1]:,} elements, expected whole blocks of {tensor_type.elements_per_block} "
+            f"for {tensor_type.name}. {REDOWNLOAD}"
+        )
+    nbytes = math.prod(shape) // tensor_type.elements_per_block * tensor_type.bytes_per_block
+    start = data_start + entry.offset
+    if entry.offset % alignment or min(shape) < 1 or start + nbytes > size:
+        raise CheckpointError(
+            f"{label} {list(shape)} {tensor_type.name} would occupy the bytes {start:,} to {start + nbytes:,}; "
+            f"expected a multiple of {alignment} and an end within the file's {size:,} bytes. {REDOWNLOAD}"
+        )
+    return GgufTensor(file, entry.name, shape, tensor_type, start, nbytes)
+
+
+def _check_layout(file: Path, tensors: list[GgufTensor]) -> None:
+    """Check that no tensor occurs twice and that none overlaps another one."""
+    names: set[str] = set()
+    for tensor in tensors:
+        if tensor.name in names:
+            raise CheckpointError(f"{file}: has the tensor {tensor.name!r} twice. {REDOWNLOAD}")
+        names.add(tensor.name)
+    by_offset = sorted(tensors, key=lambda tensor: tensor.offset)
+    for tensor, following in zip(by_offset, by_offset[1:], strict=False):
+        if tensor.offset + tensor.nbytes > following.offset:
+            raise CheckpointError(f"{file}: the tensors {tensor.name!r} and {following.name!r} overlap. {REDOWNLOAD}")

@@ -1,0 +1,1 @@
+"""Folders of safetensors files: header, reader and writer."""

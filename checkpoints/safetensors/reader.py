@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from checkpoints.errors import CheckpointError
+from checkpoints.errors import REDOWNLOAD, CheckpointError
 from checkpoints.folder import CONFIG, find_tokenizer, list_names, read_generation_config, read_json_file
 from checkpoints.names import by_canonical_name
-from checkpoints.reading import read_tensor_into
+from checkpoints.read_tensor import read_tensor_into
 from checkpoints.safetensors.header import read_header
 from checkpoints.source import TensorInfo
 
@@ -27,12 +27,10 @@ _SHARD = re.compile(r"(.*)-\d{5,6}-of-(\d{5,6})\.safetensors", re.ASCII | re.DOT
 class SafetensorsDirectory:
     """A `TensorSource` over all `*.safetensors` of a folder: one file, shards with an index, or loose files.
 
-    Opening reads and checks every header and no data. Files that the index does not know
-    (`model_extra_tensors.safetensors`) are read too. Raises CheckpointError for any file that is missing,
-    damaged or contradicts the index.
+    Opening reads and checks every header, but no data. Files that the index does not mention
+    (`model_extra_tensors.safetensors`) are read too. Raises CheckpointError if a file is missing, damaged or
+    contradicts the index.
     """
-
-    kind = "safetensors"
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -49,22 +47,22 @@ class SafetensorsDirectory:
         _check_no_shard_missing(self.path, files, weight_map)
         headers = {file.name: read_header(file) for file in files}
         _check_index(index, weight_map, headers)
-        table = by_canonical_name(info for infos in headers.values() for info in infos)
-        if not table:
+        tensors = by_canonical_name(info for infos in headers.values() for info in infos)
+        if not tensors:
             raise CheckpointError(
                 f"{self.path}: no weights of a text model in {', '.join(headers)}. Is this a Qwen3.5/3.6 checkpoint?"
             )
-        self.tensors: Mapping[str, TensorInfo] = MappingProxyType(table)
+        self.tensors: Mapping[str, TensorInfo] = MappingProxyType(tensors)
 
     def read_into(self, name: str, out: NDArray[Any], check_finite: bool = True) -> None:
         """Read tensor `name` (canonical) into `out`: same shape, C-contiguous, any float dtype for floats.
 
-        Raises CheckpointError, see `checkpoints.reading.read_tensor_into`; also when there is no such tensor.
+        Raises CheckpointError, see `checkpoints.read_tensor.read_tensor_into`; also if there is no such tensor.
         """
         read_tensor_into(self._info(name), out, check_finite)
 
     def read(self, name: str) -> NDArray[Any]:
-        """Tensor `name` (canonical) as a new array of the file's shape and dtype; raises as `read_into`."""
+        """Return tensor `name` (canonical) as a new array of the file's shape and dtype; raises as `read_into`."""
         info = self._info(name)
         out = np.empty(info.shape, info.dtype)
         read_tensor_into(info, out)
@@ -73,22 +71,22 @@ class SafetensorsDirectory:
     def _info(self, name: str) -> TensorInfo:
         info = self.tensors.get(name)
         if info is None:
-            close = difflib.get_close_matches(name, self.tensors, n=3)
-            hint = f"The nearest are {', '.join(close)}." if close else "Is this a Qwen3.5/3.6 checkpoint?"
+            similar = difflib.get_close_matches(name, self.tensors, n=3)
+            hint = f"The nearest are {', '.join(similar)}." if similar else "Is this a Qwen3.5/3.6 checkpoint?"
             raise CheckpointError(f"{self.path}: has no tensor {name!r} among its {len(self.tensors):,}. {hint}")
         return info
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """All `*.safetensors` of `folder` by name, without hidden ones (macOS makes `._model.safetensors`)."""
+    """Return all `*.safetensors` of `folder`, sorted, without hidden ones (macOS makes `._model.safetensors`)."""
     return sorted(file for file in folder.glob("*.safetensors") if not file.name.startswith("."))
 
 
 def _read_index(index: Path) -> dict[str, str]:
-    """`weight_map` of an index: raw tensor name → file name inside the same folder."""
+    """Return the `weight_map` of an index: raw tensor name -> file name inside the same folder."""
     weight_map = read_json_file(index).get("weight_map")
     if not isinstance(weight_map, dict):
-        raise CheckpointError(f"{index}: has no table 'weight_map'. Download the file again.")
+        raise CheckpointError(f"{index}: has no table 'weight_map'. {REDOWNLOAD}")
     for name, file in weight_map.items():
         if not isinstance(file, str):
             raise CheckpointError(f"{index}: places {name!r} in {file!r}, expected a file name. Download it again.")
@@ -96,28 +94,28 @@ def _read_index(index: Path) -> dict[str, str]:
 
 
 def _check_no_shard_missing(folder: Path, files: Iterable[Path], weight_map: Mapping[str, str]) -> None:
-    """Every shard named by the index, or by the numbering of the others (`-00002-of-00003`), is there."""
+    """Check that every shard exists that the index or the numbering of the others (`-00002-of-00003`) implies."""
     present = {file.name for file in files}
     missing = sorted(set(weight_map.values()) - present)
     if missing:
         raise CheckpointError(
-            f"{folder / INDEX}: names {missing[0]!r}, which is not there ({len(missing)} of "
-            f"{len(set(weight_map.values()))} shards are missing). Download what is missing."
+            f"{folder / INDEX}: names {missing[0]!r}, which does not exist ({len(missing)} of "
+            f"{len(set(weight_map.values()))} shards are missing). Download the missing ones."
         )
-    series = Counter(match.group(1, 2) for match in map(_SHARD.fullmatch, present) if match)
-    for (stem, count), found in sorted(series.items()):
-        if found != int(count):
+    shard_counts = Counter(match.group(1, 2) for match in map(_SHARD.fullmatch, present) if match)
+    for (stem, count), num_present in sorted(shard_counts.items()):
+        if num_present != int(count):
             raise CheckpointError(
-                f"{folder}: has {found} files {stem}-*-of-{count}.safetensors, expected {int(count)}. "
+                f"{folder}: has {num_present} files {stem}-*-of-{count}.safetensors, expected {int(count)}. "
                 "Download the others too."
             )
 
 
 def _check_index(index: Path, weight_map: Mapping[str, str], headers: Mapping[str, list[TensorInfo]]) -> None:
-    """Every tensor of the index lies in the shard that the index names."""
-    names = {file: {info.name for info in infos} for file, infos in headers.items()}
+    """Check that every tensor of the index is in the shard that the index names."""
+    names_in_file = {file: {info.name for info in infos} for file, infos in headers.items()}
     for name, file in weight_map.items():
-        if name not in names[file]:
+        if name not in names_in_file[file]:
             raise CheckpointError(
                 f"{index.parent / file}: lacks {name!r}, which {index.name} places there. "
                 "Do index and shards come from the same download?"

@@ -1,4 +1,4 @@
-"""Writing a folder of safetensors files, one tensor in memory at a time."""
+"""Write a folder of safetensors files with one tensor in memory at a time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from checkpoints.safetensors.reader import INDEX
 
 
 class _Entry(NamedTuple):
-    """A tensor to be written; `make` is called once, when its turn comes."""
+    """A tensor to write. `make` returns its array and is called once, just before the array is written."""
 
     name: str
     shape: tuple[int, ...]
@@ -44,22 +44,33 @@ def write_safetensors_directory(
     extra_files: Iterable[str | os.PathLike[str]] = (),
     max_shard_bytes: int = 4 << 30,
 ) -> None:
-    """Write config.json, `tensors` (name, shape, dtype, function that makes the array), copies of files.
+    """Write a checkpoint folder: config.json, weights, and copies of files.
 
-    `model.safetensors` when the data fits in `max_shard_bytes`, else `model-00001-of-0000N.safetensors` and
-    an index; shards are filled in the given order, and a tensor larger than a shard gets one of its own.
-    Within a shard wide types come first, so that every tensor is aligned: the functions are called in that
-    order, each result dropped before the next. `tokenizer_file` is copied as tokenizer.json, `extra_files`
-    under their own names.
+    The weights are in `model.safetensors` if they fit into `max_shard_bytes`, else in
+    `model-00001-of-0000N.safetensors` and so on, with an index. Shards are filled in the given order; a tensor
+    larger than `max_shard_bytes` gets its own shard. Within a shard, wide types come first, which aligns every
+    tensor. Arrays are made in that order, and each one is dropped before the next one is made.
 
-    Everything is written to a temporary folder beside `path` and renamed at the end: `path` is the whole
-    checkpoint or is as it was. Raises CheckpointError when `path` exists and is not an empty folder, a name
-    or dtype cannot be stored, or an array is not what was announced; OSError when the disk is full or a file
-    cannot be copied.
+    Everything is written to a temporary folder beside `path`, which is renamed at the end: `path` either becomes
+    the whole checkpoint or stays as it was.
+
+    Args:
+        path: the folder to make; it may exist if it is empty.
+        config: the content of config.json.
+        tensors: name, shape and dtype of every tensor, and the function that makes its array.
+        generation_config: the content of generation_config.json. None: no such file.
+        tokenizer_file: copied as tokenizer.json.
+        extra_files: copied under their own names.
+        max_shard_bytes: the largest number of data bytes in a file.
+
+    Raises:
+        CheckpointError: `path` exists and is not an empty folder, a name or dtype cannot be stored, or an array
+            has another shape or dtype than announced.
+        OSError: the disk is full or a file cannot be copied.
     """
     target = Path(path).resolve()
-    _check_free(target)
-    shards = _split(_check_entries(target, tensors), max_shard_bytes)
+    _check_unused(target)
+    shards = _split_into_shards(_check_entries(target, tensors), max_shard_bytes)
     copies = _plan_copies(target, tokenizer_file, extra_files)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
@@ -70,19 +81,19 @@ def write_safetensors_directory(
             _write_json(partial / GENERATION_CONFIG, generation_config)
         for name, source in copies.items():
             shutil.copyfile(source, partial / name)
-        files = _shard_names(len(shards))
-        for file, shard in zip(files, shards, strict=True):
-            _write_shard(partial / file, shard)
+        shard_names = _shard_names(len(shards))
+        for shard_name, shard in zip(shard_names, shards, strict=True):
+            _write_shard(partial / shard_name, shard)
         if len(shards) > 1:
-            _write_json(partial / INDEX, _index(files, shards))
-        _check_free(target)  # again: writing may have taken an hour
+            _write_json(partial / INDEX, _make_index(shard_names, shards))
+        _check_unused(target)  # again: writing may have taken an hour
         partial.replace(target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
-def _check_free(target: Path) -> None:
+def _check_unused(target: Path) -> None:
     if target.is_dir():
         if any(target.iterdir()):
             raise CheckpointError(f"{target}: already exists and is not empty. Choose another folder or empty it.")
@@ -96,12 +107,13 @@ def _check_entries(
     entries = [
         _Entry(name, tuple(int(size) for size in shape), np.dtype(dtype), make) for name, shape, dtype, make in tensors
     ]
-    seen: set[str] = set()
+    names: set[str] = set()
     for entry in entries:
-        if entry.name in seen or entry.name == "__metadata__":
-            why = "twice" if entry.name in seen else "but safetensors keeps that name for itself"
-            raise CheckpointError(f"{target}: {entry.name!r} is to be written {why}. Rename the tensor.")
-        seen.add(entry.name)
+        if entry.name in names:
+            raise CheckpointError(f"{target}: two tensors are named {entry.name!r}. Rename one of them.")
+        if entry.name == "__metadata__":
+            raise CheckpointError(f"{target}: safetensors reserves the name {entry.name!r}. Rename the tensor.")
+        names.add(entry.name)
         if entry.dtype not in DTYPE_NAMES:
             raise CheckpointError(
                 f"{target}: {entry.name!r} has dtype {entry.dtype}, expected one of "
@@ -113,23 +125,23 @@ def _check_entries(
     return entries
 
 
-def _split(entries: list[_Entry], max_shard_bytes: int) -> list[list[_Entry]]:
-    """Runs of `entries` of at most `max_shard_bytes` but at least one tensor; wide types first in each."""
+def _split_into_shards(entries: list[_Entry], max_shard_bytes: int) -> list[list[_Entry]]:
+    """Split `entries` into runs of at most `max_shard_bytes` but at least one tensor; sort each, wide types first."""
     shards: list[list[_Entry]] = [[]]
-    room = max_shard_bytes
+    bytes_left = max_shard_bytes
     for entry in entries:
-        if entry.nbytes > room and shards[-1]:
+        if entry.nbytes > bytes_left and shards[-1]:
             shards.append([])
-            room = max_shard_bytes
+            bytes_left = max_shard_bytes
         shards[-1].append(entry)
-        room -= entry.nbytes
+        bytes_left -= entry.nbytes
     return [sorted(shard, key=lambda entry: -entry.dtype.itemsize) for shard in shards]
 
 
 def _plan_copies(
     target: Path, tokenizer_file: str | os.PathLike[str] | None, extra_files: Iterable[str | os.PathLike[str]]
 ) -> dict[str, Path]:
-    """Name in the new folder → file to copy, checked before an hour of writing rather than after it."""
+    """Return name in the new folder -> file to copy. The check comes before the writing, which may take an hour."""
     pairs = [(Path(file).name, Path(file)) for file in extra_files]
     if tokenizer_file is not None:
         pairs.insert(0, (TOKENIZER, Path(tokenizer_file)))
@@ -138,7 +150,7 @@ def _plan_copies(
         if name in copies or name in (CONFIG, GENERATION_CONFIG, INDEX) or name.endswith(".safetensors"):
             raise CheckpointError(f"{target}: {source} would be a second {name}. Leave it out of extra_files.")
         if not source.is_file():
-            raise CheckpointError(f"{source}: is to be copied to {target} but is no file. Check the path.")
+            raise CheckpointError(f"{source}: cannot be copied to {target}, as it is not a file. Check the path.")
         copies[name] = source
     return copies
 
@@ -149,9 +161,9 @@ def _shard_names(count: int) -> list[str]:
     return [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
 
 
-def _index(files: Sequence[str], shards: Sequence[Sequence[_Entry]]) -> dict[str, Any]:
+def _make_index(shard_names: Sequence[str], shards: Sequence[Sequence[_Entry]]) -> dict[str, Any]:
     total = sum(entry.nbytes for shard in shards for entry in shard)
-    weight_map = {entry.name: file for file, shard in zip(files, shards, strict=True) for entry in shard}
+    weight_map = {entry.name: name for name, shard in zip(shard_names, shards, strict=True) for entry in shard}
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
 
@@ -159,17 +171,17 @@ def _write_shard(file: Path, shard: Sequence[_Entry]) -> None:
     with open(file, "xb") as stream:
         stream.write(encode_header([(entry.name, entry.shape, entry.dtype) for entry in shard]))
         for entry in shard:
-            stream.write(_bytes_of(entry, file))
+            stream.write(_make_bytes(entry, file))
         stream.flush()
         os.fsync(stream.fileno())  # the rename must not reach the disk before the data
 
 
-def _bytes_of(entry: _Entry, file: Path) -> memoryview:
-    """The array of `entry` as bytes. A function of its own, so that no name keeps the array alive."""
+def _make_bytes(entry: _Entry, file: Path) -> memoryview:
+    """Make the array of `entry` and return its bytes. In the caller a local variable would keep the array alive."""
     array = np.asarray(entry.make())
     if array.shape != entry.shape or array.dtype != entry.dtype:
         raise CheckpointError(
-            f"{file.name}: {entry.name!r} was made with shape {list(array.shape)} and dtype "
+            f"{file.name}: {entry.name!r} has shape {list(array.shape)} and dtype "
             f"{array.dtype.name}, expected {list(entry.shape)} and {entry.dtype.name} as announced."
         )
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data

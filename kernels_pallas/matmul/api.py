@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 
 from kernels_pallas.matmul import triton
 from kernels_pallas.matmul.reference import dot_first, dot_last
+from kernels_pallas.partial_sums import PartialSums
 from kernels_pallas.platform import platform
 from kernels_pallas.weights.layer_view import LayerView
 from kernels_pallas.weights.quantized import QuantizedTensor
@@ -21,8 +22,8 @@ from kernels_pallas.weights.transposed import TransposedWeight
 
 Packed = QuantizedTensor | LayerView
 
-# Platform -> kernel for packed weights, (rows [M, D], [(weight, layer | None)], out_dtypes) -> parts [[S, M, O]].
-KERNELS: dict[str, Callable[..., list[Array]]] = {"cuda": triton.matmul_parts}  # elsewhere: `lax`
+# Platform -> kernel for packed weights, (rows [M, D], [(weight, layer | None)], out_dtypes) -> partial sums of each product.
+KERNELS: dict[str, Callable[..., list[PartialSums]]] = {"cuda": triton.matmul_parts}  # elsewhere: `lax`
 
 
 def linear(
@@ -78,29 +79,29 @@ def fused_linears(
         others = weights[len(each) :]
         return beside + (fused_linears(x, *others, out_dtypes=dtypes[len(each) :]) if others else [])
     if any(isinstance(w, Packed) for w in weights) and KERNELS.get(platform()):
-        parts = linears_split_k(x, *weights, out_dtypes=dtypes)
-        return [added(x, each, dtype) for each, dtype in zip(parts, dtypes, strict=True)]
+        products = linears_split_k(x, *weights, out_dtypes=dtypes)
+        return [
+            y.sum(dtype).reshape(*x.shape[:-1], y.parts.shape[-1]) for y, dtype in zip(products, dtypes, strict=True)
+        ]
     return [linear(x, w, out_dtype=dtype) for w, dtype in zip(weights, dtypes, strict=True)]
 
 
 def linears_split_k(
     x: Float[Array, "*rows D"], *weights: Any, out_dtypes: Sequence[jnp.dtype | None] | None = None
-) -> list[Float[Array, "S M O"]]:
-    """`fused_linears`, each result as S parts that a kernel adds as it reads them, or `added`: float32, or a single one of its own
-    dtype. Rows are counted through."""
+) -> list[PartialSums]:
+    """Multiply the same rows with each weight, as `fused_linears` does, and return the split-K partial sums of each product.
+
+    Leading axes of `x` are flattened: the partial sums are `[P, M, O]`, M the product of those axes. They are float32, or, where
+    P = 1, in the dtype of the result.
+    """
     dtypes = [dtype or x.dtype for dtype in out_dtypes or [None] * len(weights)]
     kernel = KERNELS.get(platform())
     if kernel is None or not any(isinstance(w, Packed) for w in weights):
-        return [y.reshape(1, -1, y.shape[-1]) for y in fused_linears(x, *weights, out_dtypes=dtypes)]
+        return [PartialSums(y.reshape(1, -1, y.shape[-1])) for y in fused_linears(x, *weights, out_dtypes=dtypes)]
     if x.size == 0:
-        return [jnp.zeros((1, 0, w.shape[-2]), dtype) for w, dtype in zip(weights, dtypes, strict=True)]
+        return [PartialSums(jnp.zeros((1, 0, w.shape[-2]), dtype)) for w, dtype in zip(weights, dtypes, strict=True)]
     operands = [(w.stack, w.layer) if isinstance(w, LayerView) else (w, None) for w in weights]
     return kernel(x.reshape(-1, x.shape[-1]), operands, dtypes)
-
-
-def added(x: Float[Array, "*rows D"], parts: Float[Array, "S M O"], dtype: jnp.dtype) -> Float[Array, "*rows O"]:
-    """The parts of a product of the rows x, in their order."""
-    return triton.added(parts, dtype).reshape(*x.shape[:-1], parts.shape[-1])
 
 
 def embedding_lookup(w: Array | QuantizedTensor, rows: Int[Array, "*B"], dtype: jnp.dtype) -> Float[Array, "*B D"]:

@@ -22,6 +22,7 @@ from jaxtyping import Float
 
 from kernels_pallas.packed.dequantize import Form, few_rows, load_rows, load_tile, most_rows, tile_rows, words
 from kernels_pallas.packed.ptx_ops import ARITHMETIC, MACHINE
+from kernels_pallas.partial_sums import PartialSums
 from kernels_pallas.tiles import dot, index_grid, next_power_of_2
 from kernels_pallas.weights.quantized import QuantizedTensor
 
@@ -125,8 +126,8 @@ def matmul(
         w: `[O, D]`, or with `layer` (int32 scalar) a stack `[L, O, D]` of which that one is read in place.
         interpret: run as plain `jnp`, on any device.
     """
-    [parts] = matmul_parts(x, [(w, layer)], [out_dtype], interpret=interpret)
-    return added(parts, out_dtype)
+    [product] = matmul_parts(x, [(w, layer)], [out_dtype], interpret=interpret)
+    return product.sum(out_dtype)
 
 
 def matmul_parts(
@@ -135,9 +136,11 @@ def matmul_parts(
     out_dtypes: Sequence[Any],
     *,
     interpret: bool = False,
-) -> list[Float[Array, "S M O"]]:
-    """`matmul` of the same rows with each (weight, layer), in one launch: the parts of each result, to be `added` in their
-    order; of its dtype if there is one, else float32."""
+) -> list[PartialSums]:
+    """Multiply the same rows with each (weight, layer) in one launch, as `matmul` does, and leave the partial sums unadded.
+
+    The partial sums of a product are float32, or in its `out_dtype` where there is only one.
+    """
     rows = x.shape[0]
     few = rows <= FEW
     row_tile = max(few_rows(), min(next_power_of_2(rows), most_rows(x.dtype)))
@@ -158,7 +161,7 @@ def matmul_parts(
     kernel = partial(
         _kernel, products=tuple(products), out_tile=out_tile, row_tile=row_tile, apart=few, asm=not interpret
     )
-    return pl.pallas_call(
+    results = pl.pallas_call(
         kernel,
         grid=(-(-rows // row_tile), tiles, max(shape.shape[0] for shape in shapes)),
         out_shape=shapes,
@@ -168,11 +171,4 @@ def matmul_parts(
         interpret=interpret,
         name="matmul_" + "_".join(dict.fromkeys(product.form.layout for product in products)),
     )(index, x, *operands)
-
-
-def added(parts: Float[Array, "S M O"], dtype: Any) -> Float[Array, "M O"]:
-    """The parts of a product in their order."""
-    total = parts[0]
-    for part in range(1, len(parts)):
-        total = total + parts[part]
-    return total.astype(dtype)
+    return [PartialSums(parts) for parts in results]

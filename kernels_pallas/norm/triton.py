@@ -18,8 +18,7 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Bool, Float
 
 from kernels_pallas.grouped_matmul.triton import mixed
-from kernels_pallas.matmul.triton import added
-from kernels_pallas.partial_sums import load_partial_sum
+from kernels_pallas.partial_sums import PartialSums, load_partial_sum
 from kernels_pallas.tiles import next_power_of_2
 
 
@@ -35,7 +34,8 @@ class MoeOutput(NamedTuple):
     def whole(self, dtype: Any) -> Float[Array, "N D"]:
         """The sum in plain `lax`, rounded to `dtype` after every operation."""
         routed = mixed(self.each, self.live, dtype)
-        return routed + jax.nn.sigmoid(added(self.gate, jnp.float32)).astype(dtype) * added(self.shared, dtype)
+        gate, shared = PartialSums(self.gate).sum(jnp.float32), PartialSums(self.shared).sum(dtype)
+        return routed + jax.nn.sigmoid(gate).astype(dtype) * shared
 
 
 def _add_kernel(x_ref: Any, w_ref: Any, *refs: Any, eps: float) -> None:

@@ -29,9 +29,10 @@ from checkpoints import (
     write_gguf,
     write_safetensors_directory,
 )
-from checkpoints.gguf.writer import TYPES
+from checkpoints.gguf.writer import WRITABLE_TYPES
 from checkpoints.safetensors.header import read_header
 from checkpoints.safetensors.reader import INDEX, weight_files
+from mtpjax.hf_config import config_to_hf
 from mtpjax.loading.load import ORIGIN, Tensor, load_checkpoint, orbax_tensors, save_orbax
 from mtpjax.loading.weight_map import export_tensors
 from mtpjax.text.tokenizer import load_tokenizer, tokenizer_to_gguf
@@ -80,8 +81,8 @@ def to_gguf(source: Any, target: Path, kind: str) -> int:
     model = load_checkpoint(source, dtype=None)
     cfg = model.cfg
     words = load_tokenizer(source.tokenizer_file) if source.tokenizer_file else None
-    tokenizer = tokenizer_to_gguf(words, cfg.vocab_size, cfg.stop_tokens) if words else {}
-    tensors = [(name.removeprefix("model."), read) for name, _, _, read in export_tensors(model, 1)]
+    tokenizer = tokenizer_to_gguf(words, cfg.vocab_size, cfg.stop_token_ids) if words else {}
+    tensors = [(name.removeprefix("model."), read) for name, _, _, read in export_tensors(model)]
     with _bar(len(tensors)) as bar:
 
         def counted(read: Callable[[], np.ndarray]) -> np.ndarray:
@@ -89,7 +90,7 @@ def to_gguf(source: Any, target: Path, kind: str) -> int:
             return read()
 
         return write_gguf(
-            target, cfg.to_hf(), ((name, partial(counted, read)) for name, read in tensors), kind, tokenizer
+            target, config_to_hf(cfg), ((name, partial(counted, read)) for name, read in tensors), kind, tokenizer
         )
 
 
@@ -121,7 +122,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--to", choices=("orbax", "hf", "gguf"), help="format of DST (default: by its name, or what SRC is not)"
     )
-    parser.add_argument("--type", choices=TYPES, default="q8_0", help="of the matrices in a GGUF file")
+    parser.add_argument("--type", choices=WRITABLE_TYPES, default="q8_0", help="of the matrices in a GGUF file")
     parser.add_argument("--max-shard-bytes", type=int, metavar="N", help="size of a safetensors file (default: 4 GiB)")
     args = parser.parse_args(argv)
     if args.max_shard_bytes is not None and args.max_shard_bytes < 1:

@@ -29,7 +29,8 @@ from checkpoints import TINY
 from mtpjax import LLM, RequestOutput, SamplingParams
 from mtpjax.cli.jsonl import OPTIONS, Job, LineError, count_lines, read_jobs
 from mtpjax.cli.resumable_output import Answers, ResumeError
-from mtpjax.llm import DTYPES, MAX_DRAFT
+from mtpjax.llm import MAX_SPECULATIVE_TOKENS
+from mtpjax.loading.open_model import DTYPES
 from mtpjax.loading.quantized_leaves import WEIGHTS
 
 # What the texts do not depend on, so that a run may go on with another: where they stand, and how they are computed.
@@ -54,12 +55,12 @@ class Totals:
     def add(self, output: RequestOutput) -> None:
         metrics = output.metrics
         self.prompts += 1
-        self.prompt_tokens += metrics.prompt_tokens
+        self.prompt_tokens += metrics.num_prompt_tokens
         self.new_tokens += len(output.token_ids)
-        self.rounds += metrics.rounds
-        self.drafted += metrics.drafted
-        old = self.per_position or [0] * len(metrics.accepted_per_position)
-        self.per_position = [a + b for a, b in zip(old, metrics.accepted_per_position, strict=True)]
+        self.rounds += metrics.num_steps
+        self.drafted += metrics.num_draft_tokens
+        old = self.per_position or [0] * len(metrics.num_accepted_tokens_per_pos)
+        self.per_position = [a + b for a, b in zip(old, metrics.num_accepted_tokens_per_pos, strict=True)]
 
     def summary(self, engine: Any, wall: float) -> str:
         """The figures of a job that took `wall` seconds, in a few lines. Rates are those of the device, without compilation."""
@@ -73,7 +74,7 @@ class Totals:
             drafts = f"{self.accepted / self.drafted:.1%} of {self.drafted:,} accepted; by position {position}"
         return "\n".join([
             f"prompts  {self.prompts:>9,} with {self.prompt_tokens:,} tokens",
-            f"prefill  {rate(engine.prompt_tokens, engine.prefill_seconds)}",
+            f"prefill  {rate(engine.num_prompt_tokens, engine.prefill_seconds)}",
             f"decode   {rate(self.new_tokens, engine.decode_seconds)}: {self.new_tokens:,} tokens in {self.rounds:,} rounds, "
             f"{self.new_tokens / max(self.rounds, 1):.2f} a round",
             f"drafts   {drafts}",
@@ -100,7 +101,7 @@ def check(llm: LLM, job: Job, args: argparse.Namespace) -> Ready:
         if job.messages is not None:
             job = replace(job, prompt=llm.chat_prompt(job.messages))
         params = llm.get_default_sampling_params(**given) if args.advised else SamplingParams(**given)
-        return Ready(job, llm.check(job.prompt, params), params)
+        return Ready(job, llm.encode(job.prompt, params), params)
     except ValueError as error:
         raise LineError(f"{job.where}: {error}") from None
 
@@ -118,10 +119,10 @@ def readable(job: Job, output: RequestOutput) -> str:
     prompt = job.prompt if isinstance(job.prompt, str) else f"{len(job.prompt)} token ids"
     text = output.text if output.text is not None else f"{output.token_ids}"
     metrics, tokens = output.metrics, len(output.token_ids)
-    said = f"{tokens} new tokens in {metrics.rounds} rounds"
-    if metrics.drafted:
-        ours = max(tokens - metrics.rounds, 0)  # every round adds one token of the trunk to the accepted drafts
-        said += f": {ours} were drafted and accepted ({metrics.accepted / metrics.drafted:.0%} of the drafts)"
+    said = f"{tokens} new tokens in {metrics.num_steps} rounds"
+    if metrics.num_draft_tokens:
+        ours = max(tokens - metrics.num_steps, 0)  # every round adds one token of the trunk to the accepted drafts
+        said += f": {ours} were drafted and accepted ({metrics.num_accepted_tokens / metrics.num_draft_tokens:.0%} of the drafts)"
 
     def wrapped(text: str, first: str, others: str) -> str:
         lines = text.strip().splitlines() or [""]
@@ -137,7 +138,7 @@ def run(
     llm: LLM, jobs: Iterable[Job | LineError], args: argparse.Namespace, answers: Answers | None, bar: tqdm
 ) -> tuple[Totals, int]:
     """Answer all jobs. Returns the sums and how many lines could not be used."""
-    totals, bad, new, began = Totals(), 0, 0, llm.engine.clock()
+    totals, bad, new, began = Totals(), 0, 0, llm.engine.seconds_without_compile()
     waiting: dict[int, Job] = {}  # jobs that are read and not answered
     ready_text: dict[int, str] = {}  # answers for the terminal that an earlier one stands before
     shown = 0
@@ -166,9 +167,9 @@ def run(
         nonlocal new
         new += len(tokens)
         share = f", {totals.accepted / totals.drafted:.0%} of drafts accepted" if totals.drafted else ""
-        bar.set_postfix_str(f"{new / (llm.engine.clock() - began):,.0f} tokens/s{share}")
+        bar.set_postfix_str(f"{new / (llm.engine.seconds_without_compile() - began):,.0f} tokens/s{share}")
 
-    for number, output in llm.as_completed(usable(), on_tokens=on_tokens):
+    for number, output in llm.generate_iter(usable(), on_tokens=on_tokens):
         job = waiting.pop(number)
         totals.add(output)
         if answers is not None:
@@ -191,7 +192,13 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--output", type=Path, metavar="FILE", help="JSON lines (default: readable text on the terminal)")
     add("--overwrite", action="store_true", help="replace --output if it exists")
     add("--resume", action="store_true", help="go on with the answers that an interrupted run left in OUTPUT.part")
-    add("--draft", type=int, default=3, metavar="K", help=f"tokens drafted a round, 0...{MAX_DRAFT}; the text stays")
+    add(
+        "--draft",
+        type=int,
+        default=3,
+        metavar="K",
+        help=f"tokens drafted a round, 0...{MAX_SPECULATIVE_TOKENS}; the text stays",
+    )
     add("--mtp-prompt", type=int, metavar="N", help="let the MTP head read the last N tokens of a prompt only")
     add("--max-tokens", type=int, default=128, metavar="N", help="new tokens of a prompt at most, unless its line says")
     add(
@@ -244,13 +251,13 @@ def main(argv: list[str] | None = None) -> int:
         batch = args.batch if lines is None else max(1, min(args.batch, lines))
         llm = LLM(
             args.model,
-            draft=args.draft,
-            mtp_prompt=args.mtp_prompt,
+            num_speculative_tokens=args.draft,
+            mtp_prompt_tokens=args.mtp_prompt,
             dtype=args.dtype,
-            weights=args.weights,
-            max_len=args.max_len,
-            max_batch=batch,
-            admit=args.admit and min(args.admit, batch),
+            quantization=args.weights,
+            max_model_len=args.max_len,
+            max_num_seqs=batch,
+            max_prefill_seqs=args.admit and min(args.admit, batch),
         )
     except (ValueError, OSError) as error:  # CheckpointError and ConfigError are ValueErrors
         if answers is not None:

@@ -1,67 +1,106 @@
-"""`Engine`: any number of requests through the slots of one loop. The host sees tokens in chunks, never per step."""
+"""`Engine`: any number of requests through the slots of one decode loop. The host sees tokens in chunks, never per step."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from mtpjax.engine.decode_batch import DecodeBatch
 from mtpjax.engine.model_runner import ModelRunner
-from mtpjax.engine.request import Request, Result
-from mtpjax.engine.scheduler import Slots, TokenCallback
+from mtpjax.engine.request import Request, RequestState
+from mtpjax.engine.scheduler import Scheduler
 
-WINDOW = 64  # batches of requests that are read ahead and sorted by length
+TokenCallback = Callable[[RequestState, list[int]], None]
+"""Called with the state of a request and its new tokens."""
 
 
-class Engine(ModelRunner):
-    """Slots that fall free are filled again while the others go on. Requests with one prompt have it read once, if together.
+class Engine:
+    """A `ModelRunner`, and for each run a `Scheduler` and a `DecodeBatch`; so runs may be interleaved or left in the middle.
 
-    A job uses one program per prompt-chunk bucket, one that makes an empty cache, and one loop; with more requests than slots, or
-    shared prompts, one more that makes a cache and one that puts what was read into the slots.
+    A run uses one program for each prompt-chunk bucket, one that makes an empty cache, and one decode loop. With more requests
+    than slots, or with shared prompts, it needs one more that makes a cache and one that copies prompts into their slots.
+
+    Args:
+        runner: the model.
+        max_prefill_seqs: prompts that are read together when slots become free; None: a quarter of the slots.
+
+    Attributes:
+        num_prompt_tokens: prompt tokens read so far; those of a prompt that requests share count once.
+        prefill_seconds, decode_seconds: spent so far in prefills and in the decode loop, without compilation.
+        slot_steps: steps of the decode loop times its slots, whether or not a slot had a request.
     """
 
-    def run(self, requests: Sequence[Request], batch: int, on_tokens: TokenCallback | None = None) -> list[Result]:
-        """Generate for all requests, `batch` side by side. Results in the order given."""
-        results = {r.request.index: r for r in self.stream(requests, batch, on_tokens, window=len(requests))}
-        return [results[r.index] for r in requests]
+    def __init__(self, runner: ModelRunner, *, max_prefill_seqs: int | None = None):
+        self.runner, self.max_prefill_seqs = runner, max_prefill_seqs
+        self.num_prompt_tokens = self.slot_steps = 0
+        self.prefill_seconds = self.decode_seconds = 0.0
+
+    @property
+    def compile_seconds(self) -> float:
+        """Seconds spent compiling so far."""
+        return self.runner.compile_seconds
+
+    @property
+    def num_programs(self) -> int:
+        """Programs compiled so far."""
+        return self.runner.num_programs
+
+    def seconds_without_compile(self) -> float:
+        """Seconds of a clock that stands still while something compiles."""
+        return self.runner.seconds_without_compile()
+
+    def run(
+        self, requests: Sequence[Request], num_slots: int, on_tokens: TokenCallback | None = None
+    ) -> list[RequestState]:
+        """Generate for all requests, `num_slots` at the same time. Returns their states in the order of the requests."""
+        states = {s.request.index: s for s in self.stream(requests, num_slots, on_tokens, lookahead=len(requests))}
+        return [states[r.index] for r in requests]
 
     def stream(
         self,
         requests: Iterable[Request],
-        batch: int,
+        num_slots: int,
         on_tokens: TokenCallback | None = None,
         *,
-        window: int | None = None,
-    ) -> Iterator[Result]:
-        """Generate for all requests, `batch` side by side, longest prompts first. Results as they are done.
+        lookahead: int | None = None,
+    ) -> Iterator[RequestState]:
+        """Generate for all requests, `num_slots` at the same time. Yields the state of each request when it is finished.
 
         Args:
-            on_tokens: called with a result and its new tokens after each chunk of the loop.
-            window: requests that are read ahead and sorted by the length of their prompts.
+            requests: taken from as they are needed; their indices differ.
+            num_slots: requests that run at the same time.
+            on_tokens: called after each call of the decode loop, for each request that has a slot.
+            lookahead: requests that are taken together and started in the order of their prompts' lengths; see `Scheduler`.
         """
-        source = iter(requests)
-
-        def ahead() -> deque[Request]:
-            """Longest prompts first, and equal ones together."""
-            some = islice(source, max(window or WINDOW * batch, batch + 1))
-            return deque(sorted(some, key=lambda r: (-len(r.prompt), r.prompt)))
-
-        queue = ahead()
-        prompts, admit = len({r.prompt for r in queue}), self.admit or max(1, batch // 4)
-        one_batch = prompts == len(queue) <= batch or admit >= batch
-        width = batch if one_batch else min(prompts, admit)
-        slots = Slots(self, batch, width)
+        scheduler = Scheduler(requests, num_slots, max_prefill_seqs=self.max_prefill_seqs, lookahead=lookahead)
+        batch = DecodeBatch(self.runner, num_slots, scheduler.prefill_batch)
         while True:
-            # All slots are one batch, or as many are filled together as prompts are read together.
-            while (queue := queue or ahead()) and slots.idle >= slots.needed(len(queue)):
-                group: list[Request] = []
-                different = 0  # equal prompts stand together in the queue
-                while queue and len(group) < slots.idle:
-                    different += not group or queue[0].prompt != group[-1].prompt
-                    if different > width:
-                        break
-                    group.append(queue.popleft())
-                yield from slots.admit(group)
-            if slots.idle == batch:
+            while group := scheduler.admit():
+                seconds = batch.prefill(group, scheduler.requests_by_slot)
+                self.prefill_seconds += seconds
+                self.num_prompt_tokens += sum(map(len, group.prompts))
+                for state in group.states:
+                    state.prefill_seconds = seconds
+                yield from _finished(scheduler, batch)
+            if scheduler.num_free_slots == num_slots:
                 return
-            yield from slots.decode(slots.needed(len(queue)) if queue else batch, on_tokens)
+            decoded = batch.decode(scheduler.return_when_finished)
+            self.decode_seconds += decoded.seconds
+            self.slot_steps += num_slots * decoded.num_steps
+            for running, tokens in zip(scheduler.running, decoded.tokens, strict=True):
+                if running is not None:
+                    running.tokens += tokens
+                    running.decode_seconds += decoded.seconds
+                    if on_tokens is not None:
+                        on_tokens(running, tokens)
+            yield from _finished(scheduler, batch)
+
+
+def _finished(scheduler: Scheduler, batch: DecodeBatch) -> Iterator[RequestState]:
+    """Free the slots whose requests are finished, and yield their states."""
+    figures = batch.figures()
+    for slot, running in enumerate(scheduler.running):
+        if running is not None and figures.finished[slot]:
+            state = scheduler.finish(slot)
+            state.stopped, state.num_steps = bool(figures.stopped[slot]), int(figures.num_steps[slot])
+            state.num_accepted_tokens_per_pos = figures.accepted[slot].tolist()
+            yield state

@@ -1,15 +1,15 @@
-"""`ModelRunner`: the programs of one model, compiled when first needed, and what they read and write."""
+"""`ModelRunner`: one model and its programs, each compiled when it is first needed."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
+from jax import Array
 
 from kernels_pallas.platform import compile_options
 from mtpjax.decoding.acceptance import Acceptance, exact_match
@@ -17,199 +17,211 @@ from mtpjax.decoding.output_rows import NO_ROWS, OutputRows
 from mtpjax.decoding.sampling import BatchSamplingParams
 from mtpjax.decoding.speculative import DecodeState, Drafter, decode, insert, mtp_drafter
 from mtpjax.decoding.steps import forward_hidden, prefill
-from mtpjax.engine.request import as_host_array
+from mtpjax.engine.prompt_chunks import PREFILL_BUCKETS, split_prompts, usable_buckets
 from mtpjax.loading.cpu_layout import optimize_for_cpu
+from mtpjax.loading.open_model import compute_dtype_of
 from mtpjax.loading.weight_map import LoadedModel
 from mtpjax.model.cache import Cache, new_cache, padded_kv_length
 
-BUCKETS = (16, 64, 256, 512)  # rows of a prompt chunk
-MAX_STEPS_PER_CALL = 32  # of the loop, before the host looks
+MAX_STEPS_PER_CALL = 32  # of the decode loop, before the host looks at the tokens
+
+CompileFn = Callable[[Any, tuple[Any, ...]], Callable[..., Any]]
+"""Makes a program: from a jitted function and arguments like those that it will get, to a callable for such arguments."""
+
+# The argument whose memory the result of a step takes over.
+_DONATED: dict[Callable[..., Any], str] = {
+    prefill: "cache",
+    forward_hidden: "cache",
+    decode: "state",
+    insert: "state",
+}
 
 
-def plan_chunks(rows: int, buckets: Sequence[int]) -> list[int]:
-    """Chunk lengths that cover `rows` prompt rows: whole largest chunks behind one bucket for the rest.
+def jit_step(fn: Callable[..., Any], /, *args: Any, **static: Any) -> Any:
+    """Jit one step of `mtpjax.decoding`, with its static arguments bound and the memory of its cache or state donated.
 
-    The surplus of the first chunk is padding in front, so the last row of the last chunk is the last prompt row.
+    The function is wrapped anew each time, because JAX keeps what it compiles for as long as the function lives: the programs
+    of an engine go when the engine goes.
     """
-    whole, rest = divmod(rows, max(buckets))
-    first = [min(b for b in buckets if b >= rest)] if rest else []
-    return first + [max(buckets)] * whole
+    plain = getattr(fn, "__wrapped__", fn)  # TODO: remove when the steps are plain functions
+    return jax.jit(partial(plain, *args, **static), donate_argnames=_DONATED.get(fn))
 
 
-@partial(jax.jit, static_argnames=("cfg", "batch", "slots", "dtype"))
-def _empty(cfg: Any, batch: int, slots: int, dtype: Any) -> Cache:
-    return new_cache(cfg, batch, slots, dtype=dtype)
-
-
-def compiled(fn: Any, args: tuple[Any, ...]) -> Callable[..., Any]:
-    """A jitted function, compiled ahead of time for arguments like these. The one place that makes programs of an engine."""
+def compile_ahead(fn: Any, args: tuple[Any, ...]) -> Callable[..., Any]:
+    """Compile a jitted function ahead of time for arguments like these; the default `CompileFn`."""
     return fn.lower(*args).compile(**compile_options())
 
 
+def as_host_array(value: np.ndarray) -> Array:
+    """Return a host array as an argument of a compiled program, which takes it as it is: nothing is compiled to move it."""
+    return value  # type: ignore[return-value]
+
+
 class ModelRunner:
-    """Compiled programs for one model, `max_len` and draft length, and sums over all that they did.
+    """Compiled programs for one model, one maximal length and one number of draft tokens.
 
     Args:
-        draft: tokens drafted a round; 0 turns the MTP head off.
-        mtp_prompt: how many of the last prompt tokens the MTP head reads; all unless told.
-        max_len: prompt and generated tokens of one sequence at most.
-        vocab: ids below this exist.
-        buckets: lengths of prompt chunks that get a program each.
-        admit: prompts that are read together when slots fall free; None: a quarter of the slots.
+        model: weights; on a CPU they are brought into the layout that suits its matrix products.
+        num_speculative_tokens: tokens drafted in a step; 0 turns the MTP head off.
+        max_model_len: prompt and generated tokens of one sequence at most.
+        vocab_size: ids below this exist; None: all of the model's. (The matrices of published checkpoints are padded.)
+        cache_dtype: of keys, values and convolution inputs.
+        prefill_buckets: lengths of prompt chunks; each gets a program when it is first needed.
+        max_steps_per_call: steps of the decode loop before the host looks at the tokens.
+        mtp_prompt_tokens: how many of the last prompt tokens the MTP head reads; None: all.
+        drafter: makes the draft tokens.
+        acceptance: decides which of them are accepted; any but `exact_match` changes the text.
+        compile_fn: makes each program. One that runs programs elsewhere, as an emulator does, takes its place here.
+
+    Attributes:
+        model: the weights in the layout of the device.
+        compute_dtype: dtype of hidden states.
+        kv_len: positions of keys and values in a cache.
+        prefill_buckets: lengths of prompt chunks in use, ascending.
+        compile_seconds: seconds spent compiling.
     """
 
     def __init__(
         self,
         model: LoadedModel,
         *,
-        draft: int,
-        max_len: int,
-        vocab: int,
+        num_speculative_tokens: int,
+        max_model_len: int,
         cache_dtype: Any,
-        buckets: Sequence[int] = BUCKETS,
-        rounds: int = MAX_STEPS_PER_CALL,
-        mtp_prompt: int | None = None,
-        admit: int | None = None,
+        vocab_size: int | None = None,
+        prefill_buckets: Sequence[int] = PREFILL_BUCKETS,
+        max_steps_per_call: int = MAX_STEPS_PER_CALL,
+        mtp_prompt_tokens: int | None = None,
         drafter: Drafter = mtp_drafter,
-        accept: Acceptance = exact_match,
+        acceptance: Acceptance = exact_match,
+        compile_fn: CompileFn = compile_ahead,
     ):
-        self.model, self.draft, self.max_len, self.vocab = optimize_for_cpu(model), draft, max_len, vocab
-        self.compute_dtype = nnx.merge(model.graph, model.params).compute_dtype
-        self.slots, self.mtp_prompt = padded_kv_length(max_len, draft + 1), mtp_prompt
-        self.cache_dtype, self.rounds, self.drafter, self.accept = cache_dtype, rounds, drafter, accept
-        fitting = sorted(b for b in set(buckets) if b < max_len)
-        self.buckets = tuple(fitting) or (min(buckets),)
-        self.admit = admit
-        self.compile_seconds = self.prefill_seconds = self.decode_seconds = 0.0
-        self.prompt_tokens = 0  # read, those of a prompt that requests share once
-        self.slot_steps = 0  # rounds of the loop times its slots: those of requests, and those of idle slots
-        self._programs: dict[tuple, Any] = {}
+        self.model = optimize_for_cpu(model)
+        self.num_speculative_tokens, self.max_model_len = num_speculative_tokens, max_model_len
+        self.vocab_size = model.cfg.vocab_size if vocab_size is None else vocab_size
+        self.compute_dtype = compute_dtype_of(model)
+        self.cache_dtype, self.kv_len = cache_dtype, padded_kv_length(max_model_len, num_speculative_tokens + 1)
+        self.prefill_buckets = usable_buckets(prefill_buckets, max_model_len)
+        self.max_steps_per_call, self.mtp_prompt_tokens = max_steps_per_call, mtp_prompt_tokens
+        self.drafter, self.acceptance, self.compile_fn = drafter, acceptance, compile_fn
+        self.compile_seconds = 0.0
+        self._programs: dict[tuple[Any, ...], Callable[..., Any]] = {}
 
     @property
-    def programs(self) -> int:
+    def num_programs(self) -> int:
         """Programs compiled so far."""
         return len(self._programs)
 
-    def clock(self) -> float:
-        """Seconds by the clock, which stands still while something compiles."""
+    def seconds_without_compile(self) -> float:
+        """Seconds of a clock that stands still while something compiles."""
         return time.perf_counter() - self.compile_seconds
 
-    def _run(self, key: tuple, fn: Any, *args: Any, static: dict[str, Any], donate: str | None = None) -> Any:
-        """Call a jitted function through an ahead-of-time compiled program, so that compile time is known apart.
+    def new_cache(self, batch: int) -> Cache:
+        """Make an empty cache for `batch` sequences."""
+        step = partial(jit_step, new_cache, self.model.cfg, batch, self.kv_len, dtype=self.cache_dtype)
+        return self._run(("new_cache", batch), step)
 
-        `donate` repeats the donated argument: the function is wrapped anew, because JAX keeps what it compiles for as long
-        as the function lives. Wrapped here, the programs go when the engine goes.
-        """
-        if key not in self._programs:
-            start = time.perf_counter()
-            own: Any = jax.jit(partial(fn.__wrapped__, **static), donate_argnames=donate)
-            self._programs[key] = compiled(own, args)
-            self.compile_seconds += time.perf_counter() - start
-        return self._programs[key](*args)
+    def zero_hidden(self, batch: int) -> Array:
+        """Return the hidden states `[B, D]` of sequences that nothing has been read of."""
+        return as_host_array(np.zeros((batch, self.model.cfg.hidden_size), self.compute_dtype))
 
-    def empty_cache(self, batch: int) -> Cache:
-        """A new cache for `batch` sequences."""
-        static = {"cfg": self.model.cfg, "batch": batch, "slots": self.slots, "dtype": self.cache_dtype}
-        return self._run(("empty", batch), _empty, static=static)
-
-    def read(
+    def prefill(
         self,
         prompts: Sequence[Sequence[int]],
         rows: OutputRows = NO_ROWS,
-        keep: bool = False,
+        *,
+        return_logits: bool = False,
         cache: Cache | None = None,
-        mtp_prompt: int | None = None,
-    ) -> tuple[Cache, Any, list[np.ndarray]]:
-        """Prefill equal or unequal prompts as one batch.
+        mtp_prompt_tokens: int | None = None,
+    ) -> tuple[Cache, Array, list[np.ndarray]]:
+        """Read prompts of equal or unequal lengths as one batch, chunk by chunk.
 
         Args:
+            prompts: token ids of B sequences; a sequence may be empty.
             rows: output rows of every chunk.
-            keep: collect the logits of each chunk `[B, R, V]` on the host.
-            cache: to continue from (it is consumed); a new one unless told.
-            mtp_prompt: how many of the last rows leave keys and values for the MTP head; all unless told. Only into an empty
-                cache: what the head reads has no gaps.
+            return_logits: whether to collect the logits of each chunk on the host.
+            cache: the cache to continue from, which is consumed; None: a new one.
+            mtp_prompt_tokens: how many of the last rows leave keys and values for the MTP head; None: all. A number needs an
+                empty cache, because what the head reads must have no gaps.
 
         Returns:
-            cache, hidden state of the last rows `[B, D]`, collected logits.
+            the cache, the hidden states of the last rows `[B, D]`, and for each chunk its logits, float32 `[B, R, V]`.
         """
-        batch, total = len(prompts), max((len(p) for p in prompts), default=0)
-        cache = self.empty_cache(batch) if cache is None else cache
-        hidden: Any = np.zeros((batch, self.model.cfg.hidden_size), self.compute_dtype)
-        if mtp_prompt is not None:
-            skipped = [max(0, len(p) - mtp_prompt) for p in prompts]
-            cache = cache.replace(mtp_start_pos=as_host_array(np.array(skipped, np.int32)))
-        kept = []
-        for tokens, following, pad, behind in self._chunks(prompts, total):
-            tapped = None if mtp_prompt is None else max(0, min(mtp_prompt - behind, tokens.shape[1]))
-            static = {"graph": self.model.graph, "rows": rows, "mtp_rows": tapped}
-            key = ("prefill", batch, tokens.shape[1], rows, tapped)
-            logits, hidden, cache = self._run(
-                key, prefill, self.model.params, tokens, following, pad, cache, static=static, donate="cache"
-            )
-            if keep:
-                kept.append(np.asarray(logits))
-        return cache, hidden, kept
+        batch = len(prompts)
+        cache = self.new_cache(batch) if cache is None else cache
+        if mtp_prompt_tokens is not None:
+            num_skipped = [max(0, len(p) - mtp_prompt_tokens) for p in prompts]
+            cache = cache.replace(mtp_start_pos=as_host_array(np.array(num_skipped, np.int32)))
+        hidden, all_logits = self.zero_hidden(batch), []
+        for chunk in split_prompts(prompts, self.prefill_buckets):
+            length = chunk.tokens.shape[1]
+            mtp_rows = None
+            if mtp_prompt_tokens is not None:
+                mtp_rows = max(0, min(mtp_prompt_tokens - chunk.num_rows_after, length))
+            step = partial(jit_step, prefill, graph=self.model.graph, rows=rows, mtp_rows=mtp_rows)
+            args = (self.model.params, chunk.tokens, chunk.next_tokens, chunk.pad, cache)
+            logits, hidden, cache = self._run(("prefill", batch, length, rows, mtp_rows), step, *args)
+            if return_logits:
+                all_logits.append(np.asarray(logits))
+        return cache, hidden, all_logits
 
-    def hidden(self, prompt: Sequence[int]) -> np.ndarray:
-        """Hidden states after the final norm of every row of one prompt, `[T, D]`."""
-        cache, out = self.empty_cache(1), []
-        for tokens, _, pad, _ in self._chunks([prompt], len(prompt)):
-            key = ("hidden", tokens.shape[1])
-            rows, cache = self._run(
-                key,
-                forward_hidden,
-                self.model.params,
-                tokens,
-                pad,
-                cache,
-                static={"graph": self.model.graph},
-                donate="cache",
-            )
-            out.append(np.asarray(rows[0]))
-        return np.concatenate(out)[-len(prompt) :]
-
-    def _chunks(
-        self, prompts: Sequence[Sequence[int]], total: int
-    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, int]]:
-        """Of each chunk: ids, the ids that follow them, rows of padding, and how many rows of the prompts come behind it."""
-        plan = plan_chunks(total, self.buckets)
-        width = sum(plan)
-        ids = np.zeros((len(prompts), width + 1), np.int32)
-        for row, prompt in zip(ids, prompts, strict=True):
-            row[width - len(prompt) : width] = prompt
-        pads = np.array([width - len(p) for p in prompts], np.int32)
-        start = 0
-        for rows in plan:
-            end = start + rows
-            pad = np.clip(pads - start, 0, rows).astype(np.int32)
-            yield ids[:, start:end], ids[:, start + 1 : end + 1], pad, width - end
-            start = end
+    def hidden_states(self, prompt: Sequence[int]) -> np.ndarray:
+        """Return the hidden states after the final norm of every row of one prompt, `[T, D]`."""
+        cache, chunks = self.new_cache(1), []
+        for chunk in split_prompts([prompt], self.prefill_buckets):
+            step = partial(jit_step, forward_hidden, graph=self.model.graph)
+            args = (self.model.params, chunk.tokens, chunk.pad, cache)
+            hidden, cache = self._run(("hidden_states", chunk.tokens.shape[1]), step, *args)
+            chunks.append(np.asarray(hidden[0]))
+        return np.concatenate(chunks)[-len(prompt) :]
 
     def decode(
-        self, state: DecodeState, requests: BatchSamplingParams, enough: int
+        self, state: DecodeState, params: BatchSamplingParams, return_when_finished: int
     ) -> tuple[DecodeState, np.ndarray, np.ndarray]:
-        """Rounds of the loop until `enough` slots are idle, `MAX_STEPS_PER_CALL` at most: the state, new tokens, how many there are."""
-        static = {
-            "graph": self.model.graph, "k": self.draft, "rounds": self.rounds, "vocab": self.vocab, "drafter": self.drafter,
-            "accept": self.accept,
-        }  # fmt: skip
-        key = ("decode", len(state.token), state.seen is None)
-        wanted = as_host_array(np.array(enough, np.int32))
-        state, out, used = self._run(
-            key, decode, self.model.params, state, requests, wanted, static=static, donate="state"
-        )
-        return state, np.asarray(out), np.asarray(used)
+        """Run the decode loop until `return_when_finished` slots are done, for at most `max_steps_per_call` steps.
 
-    def insert(self, state: DecodeState, fresh: DecodeState, rows: Sequence[int], places: Sequence[int]) -> DecodeState:
-        """The first requests of `fresh`, whose prompts are in these rows, in these slots of `state`, which is consumed."""
-        rows_slots = np.zeros((2, len(fresh.token)), np.int32)
-        rows_slots[:, : len(places)] = rows, places
-        args = (
-            state,
-            fresh,
-            as_host_array(rows_slots[0]),
-            as_host_array(rows_slots[1]),
-            as_host_array(np.array(len(places), np.int32)),
+        Args:
+            state: of B slots; consumed.
+            params: settings of the requests in the slots.
+            return_when_finished: number of slots that are done, free ones included, at which the loop returns.
+
+        Returns:
+            the state, the new tokens `[B, max_steps_per_call * (k + 1)]`, and how many there are of each slot `[B]`.
+        """
+        step = partial(
+            jit_step,
+            decode,
+            graph=self.model.graph,
+            k=self.num_speculative_tokens,
+            rounds=self.max_steps_per_call,
+            vocab=self.vocab_size,
+            drafter=self.drafter,
+            accept=self.acceptance,
         )
-        key = ("insert", len(state.token), len(fresh.token), state.seen is None)
-        return self._run(key, insert, *args, static={}, donate="state")
+        limit = as_host_array(np.array(return_when_finished, np.int32))
+        key = ("decode", len(state.token), state.seen is None)
+        state, out, counts = self._run(key, step, self.model.params, state, params, limit)
+        return state, np.asarray(out), np.asarray(counts)
+
+    def insert(self, state: DecodeState, new: DecodeState, rows: Sequence[int], slots: Sequence[int]) -> DecodeState:
+        """Start the first requests of `new` in slots of `state`, which is consumed.
+
+        Args:
+            state: of all slots.
+            new: of the batch that prompts are read in; request w of it starts now.
+            rows: for each request to start, the row of `new` that has the cache of its prompt.
+            slots: for each request to start, its slot in `state`.
+        """
+        rows_and_slots = np.zeros((2, len(new.token)), np.int32)
+        rows_and_slots[:, : len(slots)] = rows, slots
+        count = np.array(len(slots), np.int32)
+        key = ("insert", len(state.token), len(new.token), state.seen is None)
+        return self._run(key, partial(jit_step, insert), state, new, *map(as_host_array, (*rows_and_slots, count)))
+
+    def _run(self, key: tuple[Any, ...], make_step: Callable[[], Any], *args: Any) -> Any:
+        """Call the program `key`, which is compiled from the jitted function `make_step()` if there is none yet."""
+        if key not in self._programs:
+            start = time.perf_counter()
+            self._programs[key] = self.compile_fn(make_step(), args)
+            self.compile_seconds += time.perf_counter() - start
+        return self._programs[key](*args)

@@ -1,138 +1,137 @@
-"""`Slots`: which request each slot of the loop serves, and where they stand."""
+"""`Scheduler`: which requests wait, which run, and in which slot of the batch. It knows nothing of models and devices."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import islice
 
-import jax
-import numpy as np
-from jax import Array
+from mtpjax.engine.request import Request, RequestState
 
-from mtpjax.decoding.penalties import TokenCounts
-from mtpjax.decoding.speculative import DecodeState
-from mtpjax.engine.model_runner import ModelRunner
-from mtpjax.engine.request import Request, Result, as_host_array, prompts_seen, stack_requests
-from mtpjax.model.cache import Cache
-
-TokenCallback = Callable[[Result, list[int]], None]
+LOOKAHEAD_BATCHES = 64  # batches of requests that are taken from the source together and sorted by length
 
 
-class Slots:
-    """B slots, filled `width` at a time.
+@dataclass(frozen=True)
+class PrefillGroup:
+    """Requests that start together.
 
-    With `width` = B there is one cache: the slots are filled when all are idle. Otherwise prompts are read into a cache of
-    their own, of `width` sequences, while the state of the slots waits; requests with one prompt share its reading.
+    Attributes:
+        states: one for each request, in the order of `slots`.
+        slots: slot of the batch that each request gets.
+        prompts: the prompts to read, at most `Scheduler.prefill_batch`.
+        prompt_rows: for each request the index of its prompt in `prompts`.
     """
 
-    def __init__(self, compiled: ModelRunner, batch: int, width: int):
-        self.compiled, self.batch, self.width = compiled, batch, width
-        self.results: list[Result | None] = [None] * batch
-        self._state: Any = None
-        self._asked = stack_requests([None] * batch)
+    states: list[RequestState]
+    slots: list[int]
+    prompts: list[tuple[int, ...]]
+    prompt_rows: list[int]
+
+
+class Scheduler:
+    """Continuous batching: freed slots are refilled while other requests keep decoding. One scheduler serves one run.
+
+    There are two ways to fill the slots:
+
+    * static batch: all slots are filled when all are free, and the prompts are read into the cache of the batch itself. This
+      is the way if all requests fit into the batch at once, or if `max_prefill_seqs` is as large as the batch.
+    * otherwise up to `prefill_batch` different prompts are read together, into a cache of their own, whenever that many
+      slots are free. Requests of one group with the same prompt share its prefill.
+
+    Requests are taken from the source only when none waits. Those taken together start with the longest prompt, and equal
+    prompts stand next to each other.
+
+    Args:
+        requests: the source; taken from as needed.
+        num_slots: requests that run at the same time.
+        max_prefill_seqs: prompts that are read together when slots become free; None: a quarter of the slots.
+        lookahead: requests that are taken from the source together; None: `LOOKAHEAD_BATCHES` batches. At least one more
+            than there are slots.
+
+    Attributes:
+        waiting: requests without a slot, in the order in which they will start.
+        running: for each slot the state of its request, or None if the slot is free.
+        static_batch: whether all slots are filled at once.
+        prefill_batch: sequences in the batch that prompts are read in.
+    """
+
+    def __init__(
+        self,
+        requests: Iterable[Request],
+        num_slots: int,
+        *,
+        max_prefill_seqs: int | None = None,
+        lookahead: int | None = None,
+    ):
+        self._source = iter(requests)
+        self._lookahead = max(lookahead or LOOKAHEAD_BATCHES * num_slots, num_slots + 1)
+        self.num_slots = num_slots
+        self.running: list[RequestState | None] = [None] * num_slots
+        self.waiting: deque[Request] = deque()
+        self._refill_queue()
+        num_prompts = len({r.prompt_token_ids for r in self.waiting})
+        limit = max_prefill_seqs or max(1, num_slots // 4)
+        self.static_batch = num_prompts == len(self.waiting) <= num_slots or limit >= num_slots
+        self.prefill_batch = num_slots if self.static_batch else min(num_prompts, limit)
 
     @property
-    def idle(self) -> int:
-        return self.results.count(None)
+    def num_free_slots(self) -> int:
+        """Slots without a request."""
+        return self.running.count(None)
 
-    def needed(self, waiting: int) -> int:
-        """Idle slots that the next of `waiting` requests wait for."""
-        return self.batch if self.width == self.batch else min(self.width, waiting)
+    @property
+    def requests_by_slot(self) -> list[Request | None]:
+        """For each slot its request, or None."""
+        return [None if state is None else state.request for state in self.running]
 
-    def admit(self, group: Sequence[Request]) -> Iterator[Result]:
-        """Give each request an idle slot, having read their prompts, `width` different ones at most.
+    @property
+    def min_free_slots(self) -> int:
+        """Slots that must be free before the next requests start."""
+        return self.num_slots if self.static_batch else min(self.prefill_batch, len(self.waiting))
 
-        Yields those that want no token.
-        """
-        places = [place for place, result in enumerate(self.results) if result is None][: len(group)]
-        results = [Result(request, accepted_per_position=[0] * self.compiled.draft) for request in group]
-        for place, result in zip(places, results, strict=True):
-            self.results[place] = result
-        self._asked = stack_requests([None if result is None else result.request for result in self.results])
-        one_batch = self.width == self.batch
-        if one_batch:
-            self._state = None  # its cache goes before the next one is made
-        elif self._state is None:
-            self._state = self._at_rest([None] * self.batch, self.compiled.empty_cache(self.batch))
-        cache = jax.block_until_ready(self.compiled.empty_cache(self.width))
+    @property
+    def return_when_finished(self) -> int:
+        """Number of free slots at which the decode loop should return: enough for the next group, or all of them."""
+        return self.min_free_slots if self.waiting else self.num_slots
 
-        began = self.compiled.clock()
-        prompts = [r.prompt for r in group] if one_batch else list(dict.fromkeys(r.prompt for r in group))
-        # The last prompt token is the loop's first input: a prompt program never needs the LM head.
-        rows = [prompt[:-1] for prompt in prompts] + [()] * (self.width - len(prompts))
-        mtp_prompt = self.compiled.mtp_prompt if self.compiled.draft else None
-        cache, hidden, _ = self.compiled.read(rows, cache=cache, mtp_prompt=mtp_prompt)
-        if one_batch:
-            self._state = self._at_rest(self._padded(group), cache, hidden)
-        else:
-            self._insert(group, places, cache, hidden, [prompts.index(r.prompt) for r in group])
-        jax.block_until_ready(self._state)
-        seconds = self.compiled.clock() - began
-        self.compiled.prefill_seconds += seconds
-        self.compiled.prompt_tokens += sum(map(len, prompts))
-        for result in results:
-            result.prefill_seconds = seconds
-        yield from self._finished()
+    def admit(self) -> PrefillGroup | None:
+        """Give the next waiting requests a slot. Returns None if none waits or too few slots are free."""
+        if not self.waiting:
+            self._refill_queue()
+        if not self.waiting or self.num_free_slots < self.min_free_slots:
+            return None
+        requests = self._next_requests()
+        free = [slot for slot, state in enumerate(self.running) if state is None]
+        states, slots = [RequestState(request) for request in requests], free[: len(requests)]
+        for slot, state in zip(slots, states, strict=True):
+            self.running[slot] = state
+        prompts = [r.prompt_token_ids for r in requests]
+        if self.static_batch:  # the cache of the batch has one row for each slot
+            return PrefillGroup(states, slots, prompts, list(range(len(prompts))))
+        different = list(dict.fromkeys(prompts))
+        return PrefillGroup(states, slots, different, [different.index(p) for p in prompts])
 
-    def _insert(
-        self, group: Sequence[Request], places: list[int], cache: Cache, hidden: Array, rows: list[int]
-    ) -> None:
-        """Each request begins in its place behind the prompt in its row, `width` of them at a time."""
-        state = self._state
-        if (state.seen is None) == (self._asked.penalties is not None):
-            state = state.replace(seen=self._seen([None] * self.batch))
-        for start in range(0, len(group), self.width):
-            part = slice(start, start + self.width)
-            fresh = self._at_rest(self._padded(group[part]), cache, hidden)
-            state = self.compiled.insert(state, fresh, rows[part], places[part])
-        self._state = state
+    def finish(self, slot: int) -> RequestState:
+        """Free a slot. Returns the state of the request that it had."""
+        state = self.running[slot]
+        assert state is not None, f"slot {slot} is free"
+        state.finished = True
+        self.running[slot] = None
+        return state
 
-    def _padded(self, group: Sequence[Request]) -> list[Request | None]:
-        return [*group, *[None] * (self.width - len(group))]
+    def _next_requests(self) -> list[Request]:
+        """Take as many requests as there are free slots, with at most `prefill_batch` different prompts, from the queue."""
+        requests: list[Request] = []
+        num_prompts, num_free_slots = 0, self.num_free_slots
+        while self.waiting and len(requests) < num_free_slots:
+            if not requests or self.waiting[0].prompt_token_ids != requests[-1].prompt_token_ids:
+                num_prompts += 1  # equal prompts stand together in the queue
+            if num_prompts > self.prefill_batch:
+                break
+            requests.append(self.waiting.popleft())
+        return requests
 
-    def decode(self, enough: int, on_tokens: TokenCallback | None = None) -> Iterator[Result]:
-        """Some rounds of the loop, fewer once `enough` slots are idle. Yields the results that are done."""
-        before, began = np.array(self._state.rounds), self.compiled.clock()
-        self._state, out, used = self.compiled.decode(self._state, self._asked, enough)
-        seconds = self.compiled.clock() - began
-        self.compiled.decode_seconds += seconds
-        self.compiled.slot_steps += self.batch * int(np.max(np.asarray(self._state.rounds) - before))
-        for place, result in enumerate(self.results):
-            if result is not None:
-                new = out[place, : used[place]].tolist()
-                result.tokens += new
-                result.decode_seconds += seconds
-                if on_tokens:
-                    on_tokens(result, new)
-        yield from self._finished()
-
-    def _finished(self) -> Iterator[Result]:
-        state = self._state
-        done, stopped, rounds, accepted = map(np.asarray, (state.done, state.stopped, state.rounds, state.accepted))
-        for place, result in enumerate(self.results):
-            if result is not None and done[place]:
-                result.done, result.stopped, result.rounds = True, bool(stopped[place]), int(rounds[place])
-                result.accepted_per_position = accepted[place].tolist()
-                self.results[place] = None
-                yield result
-
-    def _at_rest(self, slots: Sequence[Request | None], cache: Cache, hidden: Array | None = None) -> DecodeState:
-        """Before the first round; empty slots are done."""
-        batch, compiled = len(slots), self.compiled
-        if hidden is None:
-            hidden = as_host_array(np.zeros((batch, compiled.model.cfg.hidden_size), compiled.compute_dtype))
-        return DecodeState(
-            cache=cache,
-            hidden=hidden,
-            token=as_host_array(np.array([r.prompt[-1] if r else 0 for r in slots], np.int32)),
-            count=as_host_array(np.zeros(batch, np.int32)),
-            done=as_host_array(np.array([r is None or r.max_tokens == 0 for r in slots])),
-            stopped=as_host_array(np.zeros(batch, bool)),
-            rounds=as_host_array(np.zeros(batch, np.int32)),
-            accepted=as_host_array(np.zeros((batch, compiled.draft), np.int32)),
-            seen=self._seen(slots),
-        )
-
-    def _seen(self, slots: Sequence[Request | None]) -> TokenCounts | None:
-        """What penalties count, where somebody who has a slot has any."""
-        return prompts_seen(slots, self.compiled.model.cfg.vocab_size) if self._asked.penalties else None
+    def _refill_queue(self) -> None:
+        taken = islice(self._source, self._lookahead)
+        self.waiting = deque(sorted(taken, key=lambda r: (-len(r.prompt_token_ids), r.prompt_token_ids)))

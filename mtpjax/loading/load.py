@@ -20,9 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from checkpoints import CheckpointError, OrbaxDirectory, TensorSource, quantisation
+from checkpoints import CheckpointError, OrbaxDirectory, TensorSource, quantization_config
 from kernels_pallas.platform import platform
 from mtpjax.config import ModelConfig
+from mtpjax.hf_config import config_from_hf
 from mtpjax.loading.orbax_io import LazyLeaf, OrbaxReader, ParamPath, write_tree
 from mtpjax.loading.quantized_leaves import KEEP, MODES, PACKED, WEIGHTS
 from mtpjax.loading.weight_map import LoadedModel, Location, _check, config_of, fill, flat, load_model, weight_map
@@ -37,10 +38,9 @@ Tensor = tuple[str, tuple[int, ...], np.dtype, Callable[[], np.ndarray]]  # name
 def load_options(dtype: jnp.dtype) -> dict[str, Any]:
     """How to hold weights for a compute dtype: arguments of `load_model` and `restore_orbax`.
 
-    Matrices are converted to the compute dtype once. Layers are unrolled: a CPU then slices no weight, a GPU launches
-    fewer kernels a round than with one scan over the layers, and no two layers have to be of one type.
+    Matrices are converted to the compute dtype once.
     """
-    return {"dtype": dtype, "compute_dtype": dtype, "stack": 1}
+    return {"dtype": dtype, "compute_dtype": dtype}
 
 
 def cache_dtype(dtype: jnp.dtype) -> jnp.dtype:
@@ -85,11 +85,11 @@ def load_checkpoint(
 
 
 def _config(source: TensorSource | OrbaxDirectory) -> ModelConfig:
-    return ModelConfig.from_hf(source.config, where=str(source.path / "config.json"))
+    return config_from_hf(source.config, source=str(source.path / "config.json"))
 
 
 def _refuse_quantised(source: TensorSource) -> None:
-    if settings := quantisation(source.config):
+    if settings := quantization_config(source.config):
         method = settings.get("quant_method") if isinstance(settings, Mapping) else settings
         raise CheckpointError(
             f"{source.path}: is quantised (quant_method {method!r}); converting that to Orbax is not supported yet in this "
@@ -160,7 +160,7 @@ def _leaves(
             + (", ..." if len(odd) > 5 else "")
         )
     cfg = config_of(source)
-    table = weight_map(cfg, 1, source.tensors.__contains__)
+    table = weight_map(cfg, source.tensors.__contains__)
     _check(source, table, cfg)
     parts: dict[ParamPath, list[tuple[str, Location]]] = {}
     for name, where in table.items():
@@ -213,7 +213,6 @@ def restore_orbax(
     *,
     dtype: jnp.dtype,
     compute_dtype: jnp.dtype | None = None,
-    stack: int = 1,
     mtp: bool = True,
 ) -> LoadedModel:
     """The model in an Orbax directory; arguments as those of `load_model`.
@@ -223,23 +222,9 @@ def restore_orbax(
     """
     tree, cfg = _open(source)
     cfg = cfg if mtp else cfg.without_mtp()
-    graph, params = nnx.split(abstract_model(cfg, dtype, compute_dtype=compute_dtype, stack=stack))
-    stored = {path: _stored_paths(path, stack) for path in flat(params)}
-    read = tree.reader({p: leaf.dtype for path, leaf in flat(params).items() for p in stored[path]})
-
-    def join(path: ParamPath, leaf: Any) -> jax.Array:
-        parts = [read(p) for p in stored[path]]
-        return jax.device_put(parts[0] if len(parts) == 1 else np.concatenate(parts))
-
-    return LoadedModel(cfg, graph, fill(params, join))
-
-
-def _stored_paths(path: ParamPath, stack: int) -> list[ParamPath]:
-    """The stored leaves that one leaf of a model with `stack` consists of."""
-    if path[:2] != ("decoder", "blocks"):
-        return [path]
-    first = int(path[2]) * stack
-    return [(*path[:2], first + i, *path[3:]) for i in range(stack)]
+    graph, params = nnx.split(abstract_model(cfg, dtype, compute_dtype=compute_dtype))
+    read = tree.reader({path: leaf.dtype for path, leaf in flat(params).items()})
+    return LoadedModel(cfg, graph, fill(params, lambda path, leaf: jax.device_put(read(path))))
 
 
 def orbax_tensors(source: OrbaxDirectory) -> Iterator[Tensor]:
@@ -250,7 +235,7 @@ def orbax_tensors(source: OrbaxDirectory) -> Iterator[Tensor]:
     """
     origin = _origin(source)
     tree, cfg = _open(source)
-    table = weight_map(cfg, 1, origin.__contains__)
+    table = weight_map(cfg, origin.__contains__)
     odd = sorted(table.keys() ^ origin.keys())
     if odd:
         raise CheckpointError(

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from checkpoints import GgufFile, QuantisedDirectory, TensorSource
-from checkpoints.packed_array import FP8_BLOCK, PackedArray, alike
+from checkpoints import GgufFile, QuantizedDirectory, TensorSource
+from checkpoints.packed_array import FP8_BLOCK, PackedArray, to_common_layout
 from checkpoints.quantize import GROUP, MODES, TABLES, quantize
 from kernels_pallas.weights.quantized import QuantizedTensor
 
-PACKED = (GgufFile, QuantisedDirectory)  # files whose weights can be kept as they are
+PACKED = (GgufFile, QuantizedDirectory)  # files whose weights can be kept as they are
 KEEP = "packed"  # as the file has it
 WEIGHTS = (KEEP, *MODES)
 # Small, and sensitive: never packed. Vectors are not either, though a stack of them looks like a matrix.
@@ -42,7 +42,7 @@ def is_block_aligned(index: tuple[int | slice, ...], packed: PackedArray) -> boo
 
 
 def can_share_layout(path: Sequence[str | int], weights: Sequence[PackedArray]) -> bool:
-    """Whether weights can lie in the leaf at `path`: `alike` widens all forms but fp8 to one; fp8 has no single rows."""
+    """Whether weights can share the leaf at `path`: all layouts but fp8 can be widened to one; fp8 has no single rows."""
     fp8 = {weight.layout == "fp8" for weight in weights}
     return len(fp8) == 1 and not (True in fp8 and path[-1] in _TABLES)
 
@@ -91,7 +91,7 @@ def stack_quantized(shape: tuple[int, ...], parts: Sequence[tuple[tuple[Any, ...
 
     `index` may slice rows, for fp8 by whole blocks only.
     """
-    same = alike([part for _, part in parts])
+    same = to_common_layout([part for _, part in parts])
     first = same[0]
 
     def whole(pieces: list[np.ndarray], block: int = 1) -> jax.Array:

@@ -15,6 +15,7 @@ from flax import nnx
 from checkpoints import CheckpointError, TensorSource
 from kernels_pallas.weights.quantized import QuantizedTensor
 from mtpjax.config import FULL, ModelConfig
+from mtpjax.hf_config import config_from_hf
 from mtpjax.loading.quantized_leaves import (
     can_quantize,
     can_share_layout,
@@ -24,6 +25,7 @@ from mtpjax.loading.quantized_leaves import (
     stack_quantized,
 )
 from mtpjax.model import abstract_model
+from mtpjax.model.params import ONLY_LAYER
 
 Path = tuple[str | int, ...]
 
@@ -65,14 +67,13 @@ def flat(params: Any) -> dict[Path, Any]:
     return dict(state)
 
 
-def weight_map(cfg: ModelConfig, stack: int, has: Callable[[str], bool] = lambda name: False) -> dict[str, Location]:
+def weight_map(cfg: ModelConfig, has: Callable[[str], bool] = lambda name: False) -> dict[str, Location]:
     """Every tensor of the model by canonical name.
 
     Args:
-        stack: repeats of the layer pattern in one leaf.
         has: whether the checkpoint holds a name; decides between fused experts (the default) and one tensor an expert.
     """
-    shapes = {path: leaf.shape for path, leaf in flat(nnx.split(abstract_model(cfg, stack=stack))[1]).items()}
+    shapes = {path: leaf.shape for path, leaf in flat(nnx.split(abstract_model(cfg))[1]).items()}
     found: dict[str, Location] = {}
 
     def put(name: str, path: Path, index: tuple[int | slice, ...] = (), shape: tuple[int, ...] | None = None) -> None:
@@ -84,7 +85,7 @@ def weight_map(cfg: ModelConfig, stack: int, has: Callable[[str], bool] = lambda
             put(f"{prefix}.experts.gate_up_proj", (*path, "gate_up"), (at,))
             put(f"{prefix}.experts.down_proj", (*path, "down"), (at,))
             return
-        for e in range(cfg.experts):
+        for e in range(cfg.num_experts):
             each, half = f"{prefix}.experts.{e}", (size, cfg.hidden_size)
             put(f"{each}.gate_proj.weight", (*path, "gate_up"), (at, e, slice(0, size)), half)
             put(f"{each}.up_proj.weight", (*path, "gate_up"), (at, e, slice(size, 2 * size)), half)
@@ -96,15 +97,15 @@ def weight_map(cfg: ModelConfig, stack: int, has: Callable[[str], bool] = lambda
             put(f"{prefix}.{name}.weight", (*path, ours), lead)
         names, where = (_ATTENTION, "self_attn") if kind == FULL else (_DELTANET, "linear_attn")
         for ours, name in names.items():
-            shape = (cfg.conv_size, 1, cfg.conv_width) if ours == "conv" else None
+            shape = (cfg.conv_channels, 1, cfg.conv_width) if ours == "conv" else None
             put(f"{prefix}.{where}.{name}", (*path, "mixer", ours), lead, shape)
         mlp, shared = (*path, "mlp"), f"{prefix}.mlp.shared_expert"
-        if cfg.experts:
+        if cfg.num_experts:
             put(f"{prefix}.mlp.gate.weight", (*mlp, "router"), lead)
             put(f"{shared}_gate.weight", (*mlp, "shared_gate"), lead)
             experts(f"{prefix}.mlp", mlp, at or 0)
         for ours, name in _MLP.items():
-            if cfg.experts:
+            if cfg.num_experts:
                 put(f"{shared}.{name}", (*mlp, "shared", ours), lead)
             else:
                 put(f"{prefix}.mlp.{name}", (*mlp, ours), lead)
@@ -113,10 +114,10 @@ def weight_map(cfg: ModelConfig, stack: int, has: Callable[[str], bool] = lambda
     put("norm.weight", ("norm",))
     if not cfg.tied_embeddings:
         put("lm_head.weight", ("lm_head",))
-    for number in range(cfg.layers):
-        repeat, inside = divmod(number, len(cfg.pattern))
-        path = ("decoder", "blocks", repeat // stack, "layers", inside)
-        layer(f"layers.{number}", path, cfg.pattern[inside], repeat % stack)
+    for number in range(cfg.num_layers):
+        repeat, inside = divmod(number, len(cfg.layer_pattern))
+        path = ("decoder", "blocks", repeat, "layers", inside)
+        layer(f"layers.{number}", path, cfg.layer_pattern[inside], ONLY_LAYER)
     if cfg.mtp_layers:
         for ours, name in _MTP.items():
             put(f"mtp.{name}", ("mtp", ours))
@@ -126,7 +127,7 @@ def weight_map(cfg: ModelConfig, stack: int, has: Callable[[str], bool] = lambda
 
 def config_of(source: TensorSource) -> ModelConfig:
     """The checkpoint's config; whether there is an MTP head is decided by its tensors, not by its config."""
-    cfg = ModelConfig.from_hf(source.config, where=str(source.path / "config.json"))
+    cfg = config_from_hf(source.config, source=str(source.path / "config.json"))
     return replace(cfg, mtp_layers=int(any(name.startswith("mtp.") for name in source.tensors)))
 
 
@@ -153,7 +154,7 @@ def _check(source: TensorSource, table: Mapping[str, Location], cfg: ModelConfig
 def check_source(source: TensorSource) -> ModelConfig:
     """The config of a checkpoint whose tensors fit it. Raises CheckpointError or ConfigError as `load_model` would."""
     cfg = config_of(source)
-    _check(source, weight_map(cfg, 1, source.tensors.__contains__), cfg)
+    _check(source, weight_map(cfg, source.tensors.__contains__), cfg)
     return cfg
 
 
@@ -169,7 +170,6 @@ def load_model(
     *,
     dtype: jnp.dtype | None = jnp.float32,
     compute_dtype: jnp.dtype | None = None,
-    stack: int = 1,
     mtp: bool = True,
     weights: str | None = None,
 ) -> LoadedModel:
@@ -177,7 +177,6 @@ def load_model(
 
     Args:
         dtype: of the matrices in memory; None keeps what the file holds, for every tensor (conversion).
-        stack: repeats of the layer pattern in one leaf; see `mtpjax.model.decoder.Decoder`.
         mtp: False leaves an MTP head unread.
         weights: None for plain arrays, or one of `mtpjax.loading.quantized_leaves.WEIGHTS`: matrices become `QuantizedTensor`s.
 
@@ -185,9 +184,9 @@ def load_model(
         CheckpointError: missing, unexpected or mis-shaped tensors (all of them in one error), or NaN/Inf (names the tensor).
     """
     cfg = config_of(source) if mtp else config_of(source).without_mtp()
-    table = weight_map(cfg, stack, source.tensors.__contains__)
+    table = weight_map(cfg, source.tensors.__contains__)
     _check(source, table, cfg)
-    graph, params = nnx.split(abstract_model(cfg, dtype or jnp.float32, compute_dtype=compute_dtype, stack=stack))
+    graph, params = nnx.split(abstract_model(cfg, dtype or jnp.float32, compute_dtype=compute_dtype))
     parts: dict[Path, list[tuple[str, Location]]] = {}
     for name, where in table.items():
         parts.setdefault(where.path, []).append((name, where))
@@ -231,7 +230,6 @@ def random_model(
     seed: int = 0,
     dtype: jnp.dtype = jnp.float32,
     compute_dtype: jnp.dtype | None = None,
-    stack: int = 1,
     scale: float = 0.02,
     weights: str | None = None,
 ) -> LoadedModel:
@@ -243,7 +241,7 @@ def random_model(
         weights: "int4", "int8", "iq4nl" or "fp8" makes the matrices that are packed in that form of random codes; they never
             exist unpacked.
     """
-    graph, params = nnx.split(abstract_model(cfg, dtype, compute_dtype=compute_dtype, stack=stack))
+    graph, params = nnx.split(abstract_model(cfg, dtype, compute_dtype=compute_dtype))
 
     def make(path: Path, leaf: Any) -> jax.Array | QuantizedTensor:
         key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(repr(path).encode()))
@@ -270,7 +268,7 @@ def _random_leaf(path: Path, key: jax.Array, shape: tuple[int, ...], dtype: jnp.
 
 
 def export_tensors(
-    model: LoadedModel, stack: int, names: Mapping[str, tuple[str, np.dtype]] | None = None
+    model: LoadedModel, names: Mapping[str, tuple[str, np.dtype]] | None = None
 ) -> Iterator[tuple[str, tuple[int, ...], np.dtype, Callable[[], np.ndarray]]]:
     """The model's tensors as `(name, shape, dtype, read)`, in the published layout, for a streaming writer.
 
@@ -278,7 +276,7 @@ def export_tensors(
         names: canonical name -> (name to write, dtype), e.g. those of the checkpoint the model came from. Without it:
             text-only names, fused experts, and the dtypes that the parameters have.
     """
-    table = weight_map(model.cfg, stack, names.__contains__ if names else lambda name: False)
+    table = weight_map(model.cfg, names.__contains__ if names else lambda name: False)
     leaves = flat(model.params)
     for canonical, where in table.items():
         leaf = leaves[where.path][...]

@@ -13,7 +13,8 @@ from jax import Array, lax
 from jaxtyping import Float
 
 from kernels_pallas.attention import Entering, pick
-from kernels_pallas.matmul import added, linears_split_k
+from kernels_pallas.matmul import linears_split_k
+from kernels_pallas.partial_sums import PartialSums
 from kernels_pallas.platform import platform
 from mtpjax.config import ModelConfig
 from mtpjax.model.cache import KV_BLOCK
@@ -93,17 +94,22 @@ class Attention(nnx.Module):
 
     def __call__(
         self, x: Float[Array, "B T D"], cache: KV, layer: Array | int, where: Positions, keep: int
-    ) -> tuple[Float[Array, "S B*keep D"], KV]:
+    ) -> tuple[PartialSums, KV]:
         """Keys and values of all rows go to the cache; queries, attention and output are those of the last `keep`. The output
-        is in parts, to be added in their order."""
+        is the partial sums of the last product, `[P, B*keep, D]`."""
         cfg, rows, size = self.cfg, x.shape[1], self.cfg.head_dim
-        k, v, *queries = linears_split_k(x, self.k[...], self.v[...], *([self.q[...]] if keep == rows else []))
+        k_sums, v_sums, *queries = linears_split_k(
+            x, self.k[...], self.v[...], *([self.q[...]] if keep == rows else [])
+        )
         last, seen = x[:, rows - keep :], where.last(keep)
         if 0 < keep < rows:
             queries = linears_split_k(last, self.q[...])
         kernels = None if where.differentiable else pick(platform(), size, cache[0].shape[3])
         if kernels is not None:
-            entering, norms = Entering(k, v, queries[0] if keep else None), (self.k_norm[...], self.q_norm[...])
+            entering, norms = (
+                Entering(k_sums.parts, v_sums.parts, queries[0].parts if keep else None),
+                (self.k_norm[...], self.q_norm[...]),
+            )
             q, cache = kernels.enter(
                 entering,
                 *norms,
@@ -116,15 +122,15 @@ class Attention(nnx.Module):
                 dtype=x.dtype,
             )
         else:
-            k, v = (added(x, part, x.dtype).reshape(*x.shape[:2], cfg.kv_heads, size) for part in (k, v))
+            k, v = (y.sum(x.dtype).reshape(*x.shape[:2], cfg.kv_heads, size) for y in (k_sums, v_sums))
             k = rotate(rms_norm(k, self.k_norm[...], cfg.norm_eps), where.turn)
             cache = write_kv(cache, layer, k, v, where)
         if keep == 0:
-            return last.reshape(1, -1, x.shape[-1]), cache
+            return PartialSums(last.reshape(1, -1, x.shape[-1])), cache
         if kernels is not None:
-            out = kernels.attend(q, *cache, layer, seen.positions, seen.live, queries[0])
+            out = kernels.attend(q, *cache, layer, seen.positions, seen.live, queries[0].parts)
         else:
-            heads = added(last, queries[0], x.dtype).reshape(*last.shape[:2], cfg.q_heads, 2 * size)
+            heads = queries[0].sum(x.dtype).reshape(*last.shape[:2], cfg.q_heads, 2 * size)
             q, gate = jnp.split(heads, 2, axis=-1)
             out = attend(rotate(rms_norm(q, self.q_norm[...], cfg.norm_eps), seen.turn), cache, layer, seen)
             out = (out.astype(jnp.float32) * jax.nn.sigmoid(gate.astype(jnp.float32))).astype(x.dtype)

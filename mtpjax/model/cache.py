@@ -57,7 +57,7 @@ def new_cache(cfg: ModelConfig, batch: int, kv_len: int, *, dtype: jnp.dtype = j
         k=jnp.zeros((cfg.full_layers, *kv), dtype),
         v=jnp.zeros((cfg.full_layers, *kv), dtype),
         state=jnp.zeros((*linear, cfg.linear_v_heads, cfg.linear_k_dim, cfg.linear_v_dim), jnp.float32),
-        conv=jnp.zeros((*linear, cfg.conv_width - 1, cfg.conv_size), dtype),
+        conv=jnp.zeros((*linear, cfg.conv_width - 1, cfg.conv_channels), dtype),
         mtp_k=jnp.zeros((cfg.mtp_layers, *kv), dtype),
         mtp_v=jnp.zeros((cfg.mtp_layers, *kv), dtype),
         length=jnp.zeros(batch, jnp.int32),
@@ -69,7 +69,7 @@ def new_pending(cfg: ModelConfig, batch: int, window: int, *, dtype: jnp.dtype =
     """Make room for one verify window of `window` rows in each of `batch` sequences; `dtype` as in `new_cache`."""
     linear, f32 = (cfg.linear_layers, batch), jnp.float32
     return PendingDeltaUpdates(
-        conv=jnp.zeros((*linear, cfg.conv_width - 1 + window, cfg.conv_size), dtype),
+        conv=jnp.zeros((*linear, cfg.conv_width - 1 + window, cfg.conv_channels), dtype),
         k=jnp.zeros((*linear, window, cfg.linear_k_heads, cfg.linear_k_dim), f32),
         delta=jnp.zeros((*linear, window, cfg.linear_v_heads, cfg.linear_v_dim), f32),
         decay=jnp.zeros((*linear, window, cfg.linear_v_heads), f32),

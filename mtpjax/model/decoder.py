@@ -1,4 +1,4 @@
-"""Decoder layers and the stack of super-blocks (one super-block = one repeat of the config's layer pattern)."""
+"""Decoder layers and the super-blocks that they form (one super-block = one repeat of the config's layer pattern)."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import Array, lax
+from jax import Array
 from jaxtyping import Float
 
+from kernels_pallas.partial_sums import PartialSums
 from kernels_pallas.weights.layer_view import LayerView
 from kernels_pallas.weights.quantized import QuantizedTensor
 from mtpjax.config import FULL, ModelConfig
@@ -18,7 +19,7 @@ from mtpjax.model.cache import Cache, PendingDeltaUpdates
 from mtpjax.model.gated_deltanet import DeltaNet
 from mtpjax.model.moe import Mlp, Moe
 from mtpjax.model.norm import add_norm
-from mtpjax.model.params import Expert, ParamFactory
+from mtpjax.model.params import ONLY_LAYER, Expert, ParamFactory
 from mtpjax.model.positions import Positions
 
 Memory = tuple[Cache, PendingDeltaUpdates | None]
@@ -32,39 +33,38 @@ class Layer(nnx.Module):
         self.input_norm = new.vector(cfg.hidden_size)
         self.post_norm = new.vector(cfg.hidden_size)
         self.mixer: Any = Attention(cfg, new) if kind == FULL else DeltaNet(cfg, new)
-        self.mlp: Any = Moe(cfg, new) if cfg.experts else Mlp(cfg, new, cfg.mlp_size)
+        self.mlp: Any = Moe(cfg, new) if cfg.num_experts else Mlp(cfg, new, cfg.mlp_size)
 
-    def feed_forward(
-        self, x: Array, parts: Array, expert_layer: Array | int, where: Positions, next_norm: Array | None
-    ) -> tuple[Array, Array]:
+    def feed_forward(self, x: Array, parts: PartialSums, where: Positions, next_norm: Array) -> tuple[Array, Array]:
         """What follows the mixer, which gave `parts`: the rows, and these normalised for what comes next."""
         if x.shape[1] == 0:
             return x, x
         eps, plain = self.cfg.norm_eps, where.differentiable
         h, normed = add_norm(x, parts, self.post_norm[...], eps, plain)
-        more = self.mlp(normed, expert_layer, where.live)
-        return add_norm(h, more, self.post_norm[...] if next_norm is None else next_norm, eps, plain)
+        more = self.mlp(normed, ONLY_LAYER, where.live)
+        return add_norm(h, more, next_norm, eps, plain)
 
     def attention(  # type: ignore[no-untyped-def]
-        self, x: Array, normed: Array, kv: KV, layer: Array | int, expert_layer: Array | int, where: Positions,
-        next_norm: Array | None, keep: int | None = None,
+        self, x: Array, normed: Array, kv: KV, layer: Array | int, where: Positions,
+        next_norm: Array, keep: int | None = None,
     ):  # fmt: skip
         """A full-attention layer over key/value stacks, on rows that are given normalised, too. Returns the rows, the last
         `keep` of them, these normalised by `next_norm`, and the stacks."""
         keep = x.shape[1] if keep is None else keep
         parts, kv = self.mixer(normed, kv, layer, where, keep)
-        return *self.feed_forward(_last(x, keep), parts, expert_layer, where.last(keep), next_norm), kv
+        return *self.feed_forward(_last(x, keep), parts, where.last(keep), next_norm), kv
 
     def linear(  # type: ignore[no-untyped-def]
-        self, x: Array, normed: Array, memory: Memory, layer: Array | int, expert_layer: Array | int, where: Positions,
-        next_norm: Array | None, keep: int | None = None,
+        self, x: Array, normed: Array, memory: Memory, layer: Array | int, where: Positions,
+        next_norm: Array, keep: int | None = None,
     ):  # fmt: skip
         """A DeltaNet layer, as `attention`; its memory is that which all rows enter."""
         batch, rows, size = x.shape
         keep = rows if keep is None else keep
         parts, *after = self.mixer(normed, *memory, layer, where)
-        parts = parts.reshape(-1, batch, rows, size)[:, :, rows - keep :].reshape(len(parts), -1, size)
-        return *self.feed_forward(_last(x, keep), parts, expert_layer, where.last(keep), next_norm), tuple(after)
+        sums = parts.parts.reshape(-1, batch, rows, size)[:, :, rows - keep :]
+        kept = PartialSums(sums.reshape(len(sums), -1, size))
+        return *self.feed_forward(_last(x, keep), kept, where.last(keep), next_norm), tuple(after)
 
 
 def _last(x: Float[Array, "B T D"], keep: int) -> Float[Array, "B keep D"]:
@@ -72,55 +72,50 @@ def _last(x: Float[Array, "B T D"], keep: int) -> Float[Array, "B keep D"]:
 
 
 class SuperBlock(nnx.Module):
-    """The layers of one repeat of the pattern, every weight with a leading axis of `new.stack` repeats."""
+    """The layers of one repeat of the pattern, every weight with a leading layer axis of size 1."""
 
     def __init__(self, cfg: ModelConfig, new: ParamFactory):
         self.cfg = cfg
-        self.layers = nnx.List([Layer(cfg, new, kind) for kind in cfg.pattern])
-
-    def first_norm(self, x: Array, where: Positions) -> Array:
-        return add_norm(x, None, self.layers[0].input_norm[...], self.cfg.norm_eps, where.differentiable)[1]
+        self.layers = nnx.List([Layer(cfg, new, kind) for kind in cfg.layer_pattern])
 
     def __call__(  # type: ignore[no-untyped-def]
-        self, x: Array, normed: Array, memory: Memory, repeat: Array | int, inside: Array | int, where: Positions,
-        next_norm: Array | None, keep: int | None = None,
+        self, x: Array, normed: Array, memory: Memory, repeat: Array | int, where: Positions,
+        next_norm: Array, keep: int | None = None,
     ):  # fmt: skip
-        """Run repeat number `repeat` of the model, which is number `inside` of this stack (for its experts).
+        """Run repeat number `repeat` of the model.
 
         Args:
-            normed: the rows after `first_norm`.
-            next_norm: norm of what follows; without it no normalised rows are returned.
+            normed: the rows after the input norm of the first layer.
+            next_norm: norm of what follows; its rows are returned, too.
             keep: rows that the last layer returns, the last ones; all unless told.
         """
         norms = [layer.input_norm[...] for layer in self.layers[1:]] + [next_norm]
         full, lin = repeat * self.cfg.full_per_block, repeat * self.cfg.linear_per_block
-        for number, (layer, kind, norm) in enumerate(zip(self.layers, self.cfg.pattern, norms, strict=True), 1):
-            wanted = keep if number == len(self.cfg.pattern) else None
+        for number, (layer, kind, norm) in enumerate(zip(self.layers, self.cfg.layer_pattern, norms, strict=True), 1):
+            wanted = keep if number == len(self.cfg.layer_pattern) else None
             if kind == FULL:
                 cache, pending = memory
-                x, normed, (k, v) = layer.attention(x, normed, (cache.k, cache.v), full, inside, where, norm, wanted)
+                x, normed, (k, v) = layer.attention(x, normed, (cache.k, cache.v), full, where, norm, wanted)
                 memory, full = (cache.replace(k=k, v=v), pending), full + 1
             else:
-                x, normed, memory = layer.linear(x, normed, memory, lin, inside, where, norm, wanted)
+                x, normed, memory = layer.linear(x, normed, memory, lin, where, norm, wanted)
                 lin = lin + 1
         return x, normed, memory
 
 
 class Decoder(nnx.Module):
-    """All layers, as `repeats / stack` stacks of super-blocks.
+    """All layers, one super-block after another.
 
-    With `stack = 1` they are unrolled: no weight is ever sliced, and each may be stored in its own form. They are traced
-    once all the same, as one function that the program calls for every block. With `stack = repeats` one `lax.scan` runs
-    them all; that is the smaller program to look at. Either way the cache is carried whole and updated in place. Experts
-    and packed weights are handed on whole, with the number of the repeat: slicing a stack for a kernel would copy what is
-    sliced, for experts all of a layer.
+    The super-blocks are unrolled: no weight is ever sliced, and each may be stored in its own form. They are traced once
+    all the same, as one function that the program calls for every block. The cache is carried whole and updated in
+    place. Experts and packed weights are handed on whole, with their layer axis (see `mtpjax.model.params`): slicing a
+    stack for a kernel would copy what is sliced, for experts all of a layer.
     """
 
-    def __init__(self, cfg: ModelConfig, dtype: jnp.dtype, stack: int):
-        if cfg.repeats % stack:
-            raise ValueError(f"stack {stack} does not divide the {cfg.repeats} repeats of the layer pattern")
-        self.stack = stack
-        self.blocks = nnx.List([SuperBlock(cfg, ParamFactory(dtype, stack)) for _ in range(cfg.repeats // stack)])
+    def __init__(self, cfg: ModelConfig, dtype: jnp.dtype) -> None:
+        self.blocks = nnx.List(
+            [SuperBlock(cfg, ParamFactory(dtype, layer_axis=True)) for _ in range(cfg.num_superblocks)]
+        )
 
     def __call__(
         self,
@@ -132,52 +127,31 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "B keep D"], Float[Array, "B keep D"], Memory]:
         """All layers on all rows; returns the last `keep` rows (all unless told), these after the final norm, and the memory.
 
-        Unrolled layers do no more than these need: of the last layer, the others leave their keys and values or their part
-        of the state. In a scan all layers are alike, so there the rows are only cut off.
+        Layers do no more than these need: of the last layer, the others leave their keys and values or their part of the
+        state.
         """
         keep = x.shape[1] if keep is None else keep
-        if self.stack > 1:
-            x, memory = self._scanned(x, memory, where)
-            x = _last(x, keep)
-            return x, add_norm(x, None, final_norm, self.blocks[0].cfg.norm_eps, where.differentiable)[1], memory
-        norms = [block.layers[0].input_norm[...][0] for block in self.blocks] + [final_norm]
+        norms = [block.layers[0].input_norm[...][ONLY_LAYER] for block in self.blocks] + [final_norm]
         normed = add_norm(x, None, norms[0], self.blocks[0].cfg.norm_eps, where.differentiable)[1]
         for number, block in enumerate(self.blocks):
             split: Any = nnx.split(block, Expert, _packed, ...)
             graph, experts, packed, dense = split
             rows = keep if number == len(self.blocks) - 1 else None
-            weights = experts, packed, jax.tree.map(lambda w: w[0], dense)
+            weights = experts, packed, jax.tree.map(lambda w: w[ONLY_LAYER], dense)
             # With a plain number of blocks attention's loop is differentiable, which inside a call it would not be.
             run = _run if where.differentiable else _shared
             told = memory, jnp.int32(number), where, norms[number + 1]
             x, normed, memory = run(weights, x, normed, *told, graph=graph, rows=rows)
         return x, normed, memory
 
-    def _scanned(
-        self, x: Float[Array, "B T D"], memory: Memory, where: Positions
-    ) -> tuple[Float[Array, "B T D"], Memory]:
-        for number, block in enumerate(self.blocks):
-            split: Any = nnx.split(block, Expert, _packed, ...)
-            graph, experts, packed, dense = split
-            first = number * self.stack
-
-            def body(carry: tuple[Array, Memory], at: Any, first=first, g=graph, e=experts, p=packed):  # type: ignore[no-untyped-def]
-                (x, memory), (inside, weights) = carry, at
-                run = nnx.merge(g, e, _layer_of(p, inside), weights)
-                x, _, memory = run(x, run.first_norm(x, where), memory, first + inside, inside, where, None)
-                return (x, memory), None
-
-            (x, memory), _ = lax.scan(body, (x, memory), (jnp.arange(self.stack), dense))
-        return x, memory
-
 
 def _run(  # type: ignore[no-untyped-def]
     weights: Any, x: Array, normed: Array, memory: Memory, repeat: Array, where: Positions, next_norm: Array, *, graph: Any,
     rows: int | None,
 ):  # fmt: skip
-    """One unrolled super-block."""
+    """One super-block."""
     experts, packed, dense = weights
-    return nnx.merge(graph, experts, _layer_of(packed, 0), dense)(x, normed, memory, repeat, 0, where, next_norm, rows)
+    return nnx.merge(graph, experts, _layer_views(packed), dense)(x, normed, memory, repeat, where, next_norm, rows)
 
 
 # Blocks of one shape share a trace, and their kernels are lowered once.
@@ -189,9 +163,9 @@ def _packed(path: Any, variable: Any) -> bool:
     return isinstance(variable.get_value() if hasattr(variable, "get_value") else variable.value, QuantizedTensor)
 
 
-def _layer_of(state: Any, layer: Array | int) -> Any:
+def _layer_views(state: Any) -> Any:
     """The packed stacks of a state, each as its one layer, not sliced."""
-    index = jnp.asarray(layer, jnp.int32)
+    index = jnp.asarray(ONLY_LAYER, jnp.int32)
 
     def view(leaf: Any) -> Any:
         return LayerView(leaf, index) if isinstance(leaf, QuantizedTensor) else leaf

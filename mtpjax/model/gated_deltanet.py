@@ -32,11 +32,11 @@ class DeltaNet(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, new: ParamFactory):
         self.cfg = cfg
-        self.in_qkv = new.matrix(cfg.conv_size, cfg.hidden_size)
+        self.in_qkv = new.matrix(cfg.conv_channels, cfg.hidden_size)
         self.in_z = new.matrix(cfg.value_size, cfg.hidden_size)
         self.in_b = new.matrix(cfg.linear_v_heads, cfg.hidden_size)
         self.in_a = new.matrix(cfg.linear_v_heads, cfg.hidden_size)
-        self.conv = new.vector(cfg.conv_size, cfg.conv_width)  # tap `width - 1` belongs to the row itself
+        self.conv = new.vector(cfg.conv_channels, cfg.conv_width)  # tap `width - 1` belongs to the row itself
         self.a_log = new.vector(cfg.linear_v_heads)
         self.dt_bias = new.vector(cfg.linear_v_heads)
         self.norm = new.vector(cfg.linear_v_dim)  # plain weight, not zero-centred
@@ -49,7 +49,7 @@ class DeltaNet(nnx.Module):
         pending: PendingDeltaUpdates | None,
         layer: Int[Array, ""] | int,
         where: Positions,
-    ) -> tuple[Float[Array, "P B*T D"], Cache, PendingDeltaUpdates | None]:
+    ) -> tuple[PartialSums, Cache, PendingDeltaUpdates | None]:
         """Run one layer on normalised rows.
 
         Args:
@@ -60,14 +60,13 @@ class DeltaNet(nnx.Module):
             where: positions of the rows.
 
         Returns:
-            partial sums of the output, to be added to the residual stream; the cache; and the pending rows.
+            partial sums `[P, B * T, D]` of the output, to be added to the residual stream; the cache; and the pending rows.
         """
         cfg, f32 = self.cfg, jnp.float32
         implementation = "xla" if where.differentiable else None
         projections = (self.in_qkv, self.in_z, self.in_b, self.in_a)
         dtypes = (x.dtype, x.dtype, f32, f32)
-        split_k = linears_split_k(x, *(w[...] for w in projections), out_dtypes=dtypes)
-        qkv, z, b, a = (PartialSums(parts) for parts in split_k)
+        qkv, z, b, a = linears_split_k(x, *(w[...] for w in projections), out_dtypes=dtypes)
         weights = DeltaWeights(self.conv[...], self.a_log[...], self.dt_bias[...])
         args = DeltaProjections(qkv, b, a), weights, DeltaState(cache.conv, cache.state), layer, where.pad, where.live
         if pending is None:
@@ -80,7 +79,7 @@ class DeltaNet(nnx.Module):
             pending = jax.tree.map(lambda stack, update: stack.at[layer].set(update), pending, updates)
         norms = None if where.differentiable else pick_norms(platform())
         if norms is None:
-            y = gated_rms_norm(o, z.sum(x.dtype).reshape(o.shape), self.norm[...], cfg.norm_eps, cfg.z_gate)
+            y = gated_rms_norm(o, z.sum(x.dtype).reshape(o.shape), self.norm[...], cfg.norm_eps, cfg.output_gate_act)
         else:
-            y = norms.gated(o.reshape(-1, *o.shape[2:]), z.parts, self.norm[...], cfg.norm_eps, cfg.z_gate)
+            y = norms.gated(o.reshape(-1, *o.shape[2:]), z.parts, self.norm[...], cfg.norm_eps, cfg.output_gate_act)
         return linears_split_k(y.reshape(*x.shape[:2], -1), self.out[...])[0], cache, pending

@@ -25,22 +25,16 @@ class Model(nnx.Module):
     Args:
         dtype: of the matrices (norms and other vectors are float32).
         compute_dtype: of activations; `dtype` unless told.
-        stack: repeats of the layer pattern that are scanned together; see `Decoder`.
     """
 
     def __init__(
-        self,
-        cfg: ModelConfig,
-        dtype: jnp.dtype = jnp.float32,
-        *,
-        compute_dtype: jnp.dtype | None = None,
-        stack: int = 1,
-    ):
+        self, cfg: ModelConfig, dtype: jnp.dtype = jnp.float32, *, compute_dtype: jnp.dtype | None = None
+    ) -> None:
         self.cfg = cfg
         self.compute_dtype = jnp.dtype(compute_dtype or dtype)
         new = ParamFactory(dtype)
         self.embedding = new.matrix(cfg.vocab_size, cfg.hidden_size)
-        self.decoder = Decoder(cfg, dtype, stack)
+        self.decoder = Decoder(cfg, dtype)
         self.norm = new.vector(cfg.hidden_size)
         self.lm_head = None if cfg.tied_embeddings else new.matrix(cfg.vocab_size, cfg.hidden_size)
         self.mtp: Any = Mtp(cfg, dtype) if cfg.mtp_layers else None
@@ -95,7 +89,7 @@ class Model(nnx.Module):
 
 
 def abstract_model(
-    cfg: ModelConfig, dtype: jnp.dtype = jnp.float32, *, compute_dtype: jnp.dtype | None = None, stack: int = 1
+    cfg: ModelConfig, dtype: jnp.dtype = jnp.float32, *, compute_dtype: jnp.dtype | None = None
 ) -> Model:
     """A `Model` of shapes only; nothing is allocated."""
-    return nnx.eval_shape(lambda: Model(cfg, dtype, compute_dtype=compute_dtype, stack=stack))
+    return nnx.eval_shape(lambda: Model(cfg, dtype, compute_dtype=compute_dtype))

@@ -57,5 +57,5 @@ class Mtp(nnx.Module):
         kv = (cache.mtp_k, cache.mtp_v)
         x = self._join(embedded, hidden)
         _, normed = add_norm(x, None, self.layer.input_norm[...], self.cfg.norm_eps, where.differentiable)
-        _, y, (k, v) = self.layer.attention(x, normed, kv, 0, 0, where, self.norm[...])
+        _, y, (k, v) = self.layer.attention(x, normed, kv, 0, where, self.norm[...])
         return y, cache.replace(mtp_k=k, mtp_v=v)

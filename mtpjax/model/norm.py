@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float
 
-from kernels_pallas.matmul import added
 from kernels_pallas.norm import MoeOutput, pick
+from kernels_pallas.partial_sums import PartialSums
 from kernels_pallas.platform import platform
 
 
@@ -20,16 +20,16 @@ def rms_norm(x: Float[Array, "*rows D"], w: Float[Array, " D"], eps: float) -> F
 
 
 def add_norm(
-    x: Float[Array, "B T D"], more: Float[Array, "S B*T D"] | MoeOutput | None, w: Float[Array, " D"], eps: float,
+    x: Float[Array, "B T D"], more: PartialSums | MoeOutput | None, w: Float[Array, " D"], eps: float,
     differentiable: bool,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:  # fmt: skip
-    """`h = x + more` and `rms_norm(h)`; `more` is in pieces, which a kernel adds up as it reads them."""
+    """Return `h = x + more` and `rms_norm(h)`. A kernel adds the partial sums of `more` while it reads them."""
     flat, kernels = x.reshape(-1, x.shape[-1]), None if differentiable else pick(platform())
     if kernels is not None:
-        h, y = kernels.add(flat, more, w, eps)
+        h, y = kernels.add(flat, more.parts if isinstance(more, PartialSums) else more, w, eps)
         return h.reshape(x.shape), y.reshape(x.shape)
     if more is not None:
-        x = x + (more.whole(x.dtype).reshape(x.shape) if isinstance(more, MoeOutput) else added(x, more, x.dtype))
+        x = x + (more.whole(x.dtype) if isinstance(more, MoeOutput) else more.sum(x.dtype)).reshape(x.shape)
     return x, rms_norm(x, w, eps)
 
 

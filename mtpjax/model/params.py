@@ -1,4 +1,9 @@
-"""Variable types of the model's weights and the maker of (abstract) parameters."""
+"""Variable types of the model's weights and the maker of (abstract) parameters.
+
+The layer axis: every weight inside the trunk's layers has a leading axis of size 1. Kernels take whole stacks
+`[layer, ...]` with the index of a layer, because a slice that goes to a kernel is a copy. Each super-block holds stacks of
+its own, so that no weight is ever sliced and each may be stored in its own form; `ONLY_LAYER` is the index into them.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +12,11 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from flax import nnx
 
+ONLY_LAYER = 0
+
 
 class Dense(nnx.Param):
-    """A weight that is read whole by every row; sliced by layer when layers are scanned."""
+    """A weight that is read whole by every row."""
 
 
 class Vector(nnx.Param):
@@ -17,21 +24,21 @@ class Vector(nnx.Param):
 
 
 class Expert(nnx.Param):
-    """A stack `[layer, expert, ...]` of routed experts; always handed on whole, never sliced by layer."""
+    """A stack `[layer, expert, ...]` of routed experts; always handed on whole, with the index of the layer."""
 
 
 @dataclass(frozen=True)
 class ParamFactory:
     """Makes zero parameters of a given shape. Modules are built under `nnx.eval_shape`, so nothing is allocated.
 
-    `stack` is the leading layer axis of every weight; None for weights outside the layers.
+    `layer_axis` adds the layer axis (see above) to every weight; experts have one in any case.
     """
 
     dtype: jnp.dtype
-    stack: int | None = None
+    layer_axis: bool = False
 
     def _lead(self) -> tuple[int, ...]:
-        return () if self.stack is None else (self.stack,)
+        return (1,) if self.layer_axis else ()
 
     def matrix(self, rows: int, columns: int) -> Dense:
         """A linear weight, `[out, in]` as published."""
@@ -42,4 +49,4 @@ class ParamFactory:
         return Vector(jnp.zeros((*self._lead(), *shape), jnp.float32))
 
     def experts(self, experts: int, rows: int, columns: int) -> Expert:
-        return Expert(jnp.zeros((self.stack or 1, experts, rows, columns), self.dtype))
+        return Expert(jnp.zeros((1, experts, rows, columns), self.dtype))

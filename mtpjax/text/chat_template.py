@@ -1,4 +1,4 @@
-"""Conversations -> prompt text, through the checkpoint's own chat template (Jinja, as Hugging Face stores it)."""
+"""From a conversation to the text of a prompt, by the checkpoint's own chat template (Jinja, as Hugging Face stores it)."""
 
 from __future__ import annotations
 
@@ -12,49 +12,67 @@ from typing import Any
 from checkpoints.folder import read_json_file
 
 TEMPLATE, TOKENIZER_CONFIG = "chat_template.jinja", "tokenizer_config.json"
-Message = Mapping[str, Any]  # {"role": "user", "content": "..."} and what else the template reads
+Message = Mapping[str, Any]
+"""`{"role": "user", "content": "..."}`, with other keys if the template reads them."""
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A Jinja template and the special tokens that it may name. `where` is its file, for messages."""
+    """A Jinja template.
+
+    Attributes:
+        text: the template.
+        source: the file that it comes from, for errors.
+        special_tokens: texts of special tokens that the template may name, for example `eos_token`.
+    """
 
     text: str
-    where: str
-    tokens: Mapping[str, str]
+    source: str
+    special_tokens: Mapping[str, str]
 
     def render(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool = True, tools: Any = None, **options: Any
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = True,
     ) -> str:
-        """The prompt of one conversation.
+        """Return the prompt of one conversation.
 
         Args:
+            messages: of the conversation.
+            tools: descriptions of functions that the model may call.
+            chat_template_kwargs: other variables of the template, for example `{"enable_thinking": False}`.
             add_generation_prompt: end with the opening of the assistant's next message.
-            tools, options: handed to the template, as `enable_thinking=False`.
 
         Raises:
-            ValueError: the messages have another form, or the template refuses them.
+            ValueError: the messages have another form, the template refuses them, or `chat_template_kwargs` has a variable that
+                is an argument of its own.
         """
         import jinja2
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         check_messages(messages)
+        variables = {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
+        others = dict(chat_template_kwargs or {})
+        if twice := sorted(variables.keys() & others.keys()):
+            raise ValueError(f"chat_template_kwargs has {twice[0]!r}, which is an argument of its own; give it there")
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
         environment.filters["tojson"] = _to_json
-        environment.globals |= {"raise_exception": _refuse, "strftime_now": lambda how: datetime.now().strftime(how)}
-        given = {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
+        environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
         try:
-            return environment.from_string(self.text).render(**self.tokens, **options, **given)
+            return environment.from_string(self.text).render({**self.special_tokens, **others, **variables})
         except jinja2.TemplateError as error:
-            raise ValueError(f"{self.where}: the chat template refuses the conversation: {error}") from None
+            raise ValueError(f"{self.source}: the chat template refuses the conversation: {error}") from None
         except (TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{self.where}: the chat template cannot read the conversation: {error!r}") from None
+            raise ValueError(f"{self.source}: the chat template cannot read the conversation: {error!r}") from None
 
 
 def check_messages(messages: Any) -> None:
-    """Raises ValueError that names the first message which has no role, or neither content nor tool calls."""
+    """Raise ValueError that names the first message which has no role, or neither content nor tool calls."""
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or not messages:
         raise ValueError(
             'a conversation is a list of messages like {"role": "user", "content": "Hello"}, and not empty'
@@ -70,32 +88,40 @@ def check_messages(messages: Any) -> None:
 
 
 def find_chat_template(folder: Path) -> ChatTemplate | None:
-    """The template of a checkpoint folder: chat_template.jinja, or the one in tokenizer_config.json; None without any.
+    """Return the template of a checkpoint folder: chat_template.jinja, or the one in tokenizer_config.json, or None.
 
-    Raises checkpoints.CheckpointError that names a file which cannot be read.
+    Raises:
+        checkpoints.CheckpointError: names a file that cannot be read.
     """
-    config = folder / TOKENIZER_CONFIG
-    names = read_json_file(config) if config.is_file() else {}
-    tokens = {name: text for name in ("bos_token", "eos_token", "pad_token") if (text := _token(names.get(name)))}
+    config_file = folder / TOKENIZER_CONFIG
+    config = read_json_file(config_file) if config_file.is_file() else {}
+    names = ("bos_token", "eos_token", "pad_token")
+    special_tokens = {name: text for name in names if (text := _token_text(config.get(name)))}
     if (file := folder / TEMPLATE).is_file():
-        return ChatTemplate(file.read_text(encoding="utf-8"), str(file), tokens)
-    text = names.get("chat_template")
-    if isinstance(text, list):  # several, by name
-        text = {each.get("name"): each.get("template") for each in text if isinstance(each, dict)}.get("default")
-    return ChatTemplate(text, str(config), tokens) if isinstance(text, str) else None
+        return ChatTemplate(file.read_text(encoding="utf-8"), str(file), special_tokens)
+    text = config.get("chat_template")
+    if isinstance(text, list):  # several templates, each with a name
+        by_name = {entry.get("name"): entry.get("template") for entry in text if isinstance(entry, dict)}
+        text = by_name.get("default")
+    return ChatTemplate(text, str(config_file), special_tokens) if isinstance(text, str) else None
 
 
-def _token(given: Any) -> str | None:
-    given = given.get("content") if isinstance(given, dict) else given
-    return given if isinstance(given, str) else None
+def _token_text(token: Any) -> str | None:
+    """The text of a token in tokenizer_config.json, which is a string or an object with "content"."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
 
 
-def _refuse(message: str) -> None:
+def _raise_exception(message: str) -> None:
     import jinja2
 
     raise jinja2.TemplateError(message)
 
 
-def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **others: Any) -> str:
-    """Jinja's own escapes HTML, which a prompt is not."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **others)
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
+    """Jinja's built-in `tojson` escapes HTML; prompts must not be escaped."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)

@@ -19,8 +19,8 @@ from scripts.benchmarks.results import describe, write_json
 def measure(llm: LLM, prompts: list[list[int]], new: int) -> dict[str, object]:
     """Rounds, tokens a round, and acceptance per position: of all rounds, and of those that accepted all before."""
     outputs = llm.generate(prompts, SamplingParams(max_tokens=new, ignore_eos=True))
-    rounds = sum(o.metrics.rounds for o in outputs)
-    taken = [sum(o.metrics.accepted_per_position[i] for o in outputs) for i in range(llm.draft)]
+    rounds = sum(o.metrics.num_steps for o in outputs)
+    taken = [sum(o.metrics.num_accepted_tokens_per_pos[i] for o in outputs) for i in range(llm.num_speculative_tokens)]
     before = [rounds, *taken[:-1]]
     return {
         "prompts": len(prompts),
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--json", help="write the figures to this file")
     args = parser.parse_args()
 
-    llm = LLM(args.model, draft=args.draft, max_len=args.prompt + args.new)
+    llm = LLM(args.model, num_speculative_tokens=args.draft, dtype="float32", max_model_len=args.prompt + args.new)
     if llm.tokenizer is None:
         raise SystemExit(f"{args.model}: no tokenizer.json, so text cannot be read")
     prompts = []
@@ -58,8 +58,10 @@ def main() -> None:
         from mtpjax.loading.load import load_checkpoint
         from scripts.experiments.pre_norm import pre_norm
 
-        loaded = load_checkpoint(open_checkpoint(args.model), dtype=llm.engine.compute_dtype)
-        variants["pre-norm"] = LLM(pre_norm(loaded), draft=args.draft, max_len=args.prompt + args.new)
+        loaded = load_checkpoint(open_checkpoint(args.model), dtype=llm.engine.runner.compute_dtype)
+        variants["pre-norm"] = LLM(
+            pre_norm(loaded), num_speculative_tokens=args.draft, max_model_len=args.prompt + args.new
+        )
     figures = {name: measure(variant, prompts, args.new) for name, variant in variants.items()}
     for name, row in figures.items():
         each = ", ".join(f"{x:.3f}" for x in row["accepted"])  # type: ignore[attr-defined]

@@ -25,12 +25,17 @@ def run(llm: LLM, lengths: list[int]) -> tuple[dict[str, float], list[list[int]]
     prompts = [llm.chat_prompt([{"role": "user", "content": STORIES[i % len(STORIES)]}]) for i in range(len(lengths))]
     params = [llm.get_default_sampling_params(max_tokens=n, seed=i, ignore_eos=True) for i, n in enumerate(lengths)]
     engine = llm.engine
-    began, prefill, decode, slots = engine.clock(), engine.prefill_seconds, engine.decode_seconds, engine.slot_steps
+    began, prefill, decode, slots = (
+        engine.seconds_without_compile(),
+        engine.prefill_seconds,
+        engine.decode_seconds,
+        engine.slot_steps,
+    )
     outputs = llm.generate(prompts, params)
-    seconds = engine.clock() - began
+    seconds = engine.seconds_without_compile() - began
     figures = {
         "tokens_per_second": sum(len(o.token_ids) for o in outputs) / seconds,
-        "busy": sum(o.metrics.rounds for o in outputs) / (engine.slot_steps - slots),
+        "busy": sum(o.metrics.num_steps for o in outputs) / (engine.slot_steps - slots),
         "prefill_seconds": engine.prefill_seconds - prefill,
         "decode_seconds": engine.decode_seconds - decode,
     }
@@ -55,7 +60,12 @@ def main() -> None:
         ways = {"formed once": batch, "admit a quarter": max(1, batch // 4), "admit one": 1}
         sides = {
             name: LLM(
-                args.model, draft=args.draft, dtype=dtype, max_len=args.longest + 64, max_batch=batch, admit=admit
+                args.model,
+                num_speculative_tokens=args.draft,
+                dtype=dtype,
+                max_model_len=args.longest + 64,
+                max_num_seqs=batch,
+                max_prefill_seqs=admit,
             )
             for name, admit in ways.items()
         }

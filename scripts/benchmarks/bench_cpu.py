@@ -16,12 +16,13 @@ import time
 from collections.abc import Callable
 
 from mtpjax.config import FULL, LINEAR, ModelConfig
+from mtpjax.hf_config import config_to_hf
 from scripts.benchmarks.results import describe, ratio_table, write_json
 
 CONFIG = ModelConfig(
-    hidden_size=1024, layers=12, pattern=(LINEAR, LINEAR, LINEAR, FULL), q_heads=8, kv_heads=2, head_dim=256,
+    hidden_size=1024, num_layers=12, layer_pattern=(LINEAR, LINEAR, LINEAR, FULL), q_heads=8, kv_heads=2, head_dim=256,
     rotary_dim=64, rope_theta=1e7, linear_k_heads=8, linear_v_heads=16, linear_k_dim=128, linear_v_dim=128, conv_width=4,
-    vocab_size=32768, experts=64, experts_per_token=8, expert_size=256, shared_expert_size=256, mtp_layers=1,
+    vocab_size=32768, num_experts=64, experts_per_token=8, expert_size=256, shared_expert_size=256, mtp_layers=1,
 )  # fmt: skip
 
 OURS_AND_THEIRS = ("mtpjax", "transformers")
@@ -36,7 +37,14 @@ def ours(max_len: int, dtype: str, draft: int = 0) -> Side:
     from mtpjax.loading.weight_map import random_model
 
     model = random_model(CONFIG if draft else CONFIG.without_mtp(), dtype=getattr(jnp, dtype))
-    llm = LLM(model, draft=draft, dtype=dtype, max_len=max_len, max_batch=1, prefill_chunks=(512, 2048))
+    llm = LLM(
+        model,
+        num_speculative_tokens=draft,
+        dtype=dtype,
+        max_model_len=max_len,
+        max_num_seqs=1,
+        prefill_buckets=(512, 2048),
+    )
 
     def run(prompt: list[int], new: int) -> tuple[float, float]:
         metrics = llm.generate([prompt], SamplingParams(max_tokens=new, ignore_eos=True))[0].metrics
@@ -49,7 +57,7 @@ def transformers_side(dtype: str) -> Side:
     import torch
     from transformers import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
 
-    config = Qwen3_5MoeTextConfig(**CONFIG.without_mtp().to_hf(), dtype=dtype)
+    config = Qwen3_5MoeTextConfig(**config_to_hf(CONFIG.without_mtp()), dtype=dtype)
     model = Qwen3_5MoeForCausalLM(config).to(getattr(torch, dtype)).eval()
 
     @torch.inference_mode()

@@ -35,7 +35,7 @@ def run(llm: LLM, prompts: list[list[int]], batch: int, params: SamplingParams) 
         outputs = llm.generate(prompts[first : first + batch], params)
         seconds += max(o.metrics.decode_seconds for o in outputs)
         tokens += sum(len(o.token_ids) for o in outputs)
-        rounds += sum(o.metrics.rounds for o in outputs)
+        rounds += sum(o.metrics.num_steps for o in outputs)
     return {"tokens_per_second": tokens / seconds, "tokens_per_round": tokens / rounds}
 
 
@@ -55,7 +55,10 @@ def main() -> None:
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for dtype, batch in itertools.product(args.dtype, args.batch):
-        sides = {k: LLM(args.model, draft=k, dtype=dtype, max_len=512, max_batch=batch) for k in (0, *args.drafts)}
+        sides = {
+            k: LLM(args.model, num_speculative_tokens=k, dtype=dtype, max_model_len=512, max_num_seqs=batch)
+            for k in (0, *args.drafts)
+        }
         domains = (
             windows_of(sides[0], args.text, args.prompts, args.prompt)
             if args.text

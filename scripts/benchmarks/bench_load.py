@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 from mtpjax.config import FULL, LINEAR, ModelConfig
+from mtpjax.hf_config import config_to_hf
 from scripts.benchmarks.results import describe, write_json
 
 
@@ -26,9 +27,9 @@ def config(gigabytes: float) -> ModelConfig:
     """A model of about this many bytes in BF16: the number of layers is what grows."""
     repeats = max(1, round(gigabytes * 1e9 / 2 / 82e6))
     return ModelConfig(
-        hidden_size=1024, layers=4 * repeats, pattern=(LINEAR, LINEAR, LINEAR, FULL), q_heads=8, kv_heads=2, head_dim=256,
-        rotary_dim=64, rope_theta=1e7, linear_k_heads=8, linear_v_heads=16, linear_k_dim=128, linear_v_dim=128,
-        conv_width=4, vocab_size=8192, experts=16, experts_per_token=4, expert_size=256, shared_expert_size=256,
+        hidden_size=1024, num_layers=4 * repeats, layer_pattern=(LINEAR, LINEAR, LINEAR, FULL), q_heads=8, kv_heads=2,
+        head_dim=256, rotary_dim=64, rope_theta=1e7, linear_k_heads=8, linear_v_heads=16, linear_k_dim=128, linear_v_dim=128,
+        conv_width=4, vocab_size=8192, num_experts=16, experts_per_token=4, expert_size=256, shared_expert_size=256,
     )  # fmt: skip
 
 
@@ -44,10 +45,10 @@ def make(path: Path, gigabytes: float, gguf: str | None) -> None:
 
     model = random_model(config(gigabytes), dtype=jnp.bfloat16)
     if gguf:
-        tensors = [(name.removeprefix("model."), read) for name, _, _, read in export_tensors(model, 1)]
-        write_gguf(path, model.cfg.to_hf(), tensors, gguf)
+        tensors = [(name.removeprefix("model."), read) for name, _, _, read in export_tensors(model)]
+        write_gguf(path, config_to_hf(model.cfg), tensors, gguf)
         return
-    write_safetensors_directory(path, model.cfg.to_hf(), export_tensors(model, 1), max_shard_bytes=1 << 28)
+    write_safetensors_directory(path, config_to_hf(model.cfg), export_tensors(model), max_shard_bytes=1 << 28)
 
 
 def load(path: Path, form: str) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 
 from checkpoints import open_checkpoint, write_safetensors_directory
 from mtpjax import LLM, SamplingParams
+from mtpjax.hf_config import config_to_hf
 from mtpjax.loading.load import load_checkpoint
 from mtpjax.loading.weight_map import export_tensors, random_model
 from scripts.benchmarks.bench_cpu import CONFIG
@@ -38,15 +39,18 @@ def main() -> None:
     gigabytes = {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model"
-        write_safetensors_directory(
-            path, cfg.to_hf(), export_tensors(random_model(cfg, dtype=jnp.bfloat16), cfg.repeats)
-        )
+        write_safetensors_directory(path, config_to_hf(cfg), export_tensors(random_model(cfg, dtype=jnp.bfloat16)))
         for name, weights in FORMS.items():
             model = load_checkpoint(open_checkpoint(path), dtype=jnp.bfloat16, mtp=False, weights=weights)
             gigabytes[name] = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)) / 1e9
             length = args.prompt + args.new + 8
             sides[name] = LLM(
-                model, draft=0, dtype="bfloat16", max_len=length, max_batch=1, prefill_chunks=(args.prompt,)
+                model,
+                num_speculative_tokens=0,
+                dtype="bfloat16",
+                max_model_len=length,
+                max_num_seqs=1,
+                prefill_buckets=(args.prompt,),
             )
     prompt = np.random.default_rng(0).integers(0, cfg.vocab_size, args.prompt + 1).tolist()
     figures: dict[str, dict[str, list[float]]] = {"prefill tok/s": {}, "decode tok/s": {}}

@@ -6,7 +6,7 @@
 out: queries, attention and experts of the last layer, 1 / layers of the work. "Whole layers" keeps them, as
 engines do that run every layer for every row. What the MTP head itself does is the difference to the latter.
 
-"MTP on" is measured twice as well: with a head that reads the whole prompt, and with `LLM(mtp_prompt=64)`, whose chunks but the
+"MTP on" is measured twice as well: with a head that reads the whole prompt, and with `LLM(mtp_prompt_tokens=64)`, whose chunks but the
 last are those of MTP off.
 
 A random Mixture-of-Experts of about 50 M active parameters with a 32k vocabulary, batch 1. The sides take
@@ -36,12 +36,12 @@ from mtpjax.model.cache import new_cache, padded_kv_length
 from scripts.benchmarks.results import describe, ratio_table, write_json
 
 CONFIG = ModelConfig(
-    hidden_size=384, layers=12, pattern=(LINEAR, LINEAR, LINEAR, FULL), q_heads=6, kv_heads=2, head_dim=64, rotary_dim=16,
-    rope_theta=1e7, linear_k_heads=8, linear_v_heads=16, linear_k_dim=64, linear_v_dim=64, conv_width=4, vocab_size=32768,
-    experts=16, experts_per_token=4, expert_size=512, shared_expert_size=512, mtp_layers=1,
+    hidden_size=384, num_layers=12, layer_pattern=(LINEAR, LINEAR, LINEAR, FULL), q_heads=6, kv_heads=2, head_dim=64,
+    rotary_dim=16, rope_theta=1e7, linear_k_heads=8, linear_v_heads=16, linear_k_dim=64, linear_v_dim=64, conv_width=4, vocab_size=32768,
+    num_experts=16, experts_per_token=4, expert_size=512, shared_expert_size=512, mtp_layers=1,
 )  # fmt: skip
 DEEP = replace(  # as deep as the 35B-A3B, and as narrow as that takes
-    CONFIG, layers=40, hidden_size=256, linear_k_heads=4, linear_v_heads=8, expert_size=192, shared_expert_size=192
+    CONFIG, num_layers=40, hidden_size=256, linear_k_heads=4, linear_v_heads=8, expert_size=192, shared_expert_size=192
 )
 READ = 64
 OFF, WHOLE, ON, ALL = "MTP off", "MTP off, whole layers", "MTP on", "MTP on, rows = all"
@@ -130,7 +130,7 @@ def main() -> None:
         print(f"{length} tokens: " + ", ".join(f"{n} = {r:.3f}" for n, r in ratios[str(length)].items()), flush=True)
     print(ratio_table(figures))
     if args.json:
-        what = {"what": "prefill, MTP on / off", "layers": cfg.layers}
+        what = {"what": "prefill, MTP on / off", "layers": cfg.num_layers}
         write_json(args.json, what | describe() | {"figures": figures, "ratios": ratios})
 
 

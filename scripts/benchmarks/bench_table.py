@@ -10,7 +10,7 @@ time) and run by run while decoding; the first run is a warm-up; programs are
 compiled before anything is timed. Beside the drafts stand ablations of the prefill: every row an output row, the whole MTP layer
 on every row, and both. Draft 0 is measured as it runs (nothing reads the trunk's last rows, so most of the
 last layer is left out) and, as "whole", with every layer on every row: what other engines call MTP off. The best draft length
-for most texts, 3, is measured with a head that reads the last tokens of the prompt only as well (`LLM(mtp_prompt=64)`).
+for most texts, 3, is measured with a head that reads the last tokens of the prompt only as well (`LLM(mtp_prompt_tokens=64)`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from flax import nnx
 
 from checkpoints import TINY, open_checkpoint
 from kernels_pallas.platform import compile_options, platform
-from mtpjax.config import PRESETS, preset
 from mtpjax.decoding.acceptance import exact_match, simulated
 from mtpjax.decoding.output_rows import NO_ROWS, OutputRows
 from mtpjax.decoding.sampling import MAX_STOP_TOKENS, BatchSamplingParams
@@ -41,6 +40,7 @@ from mtpjax.loading.cpu_layout import optimize_for_cpu
 from mtpjax.loading.load import cache_dtype, load_checkpoint, load_options
 from mtpjax.loading.weight_map import LoadedModel, random_model
 from mtpjax.model.cache import new_cache, padded_kv_length
+from mtpjax.presets import PRESETS, preset
 from mtpjax.text.tokenizer import load_tokenizer
 from scripts.benchmarks.bench_prefill import CONFIG
 from scripts.benchmarks.count_flops import whole_layer

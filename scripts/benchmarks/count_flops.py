@@ -1,10 +1,12 @@
 """Floating-point operations of one prompt chunk, without and with the MTP head, for README.
 
-    python -m scripts.benchmarks.count_flops [--model 35b-a3b ...] [--chunk 2048] [--context 8192] [--unrolled]
+    python -m scripts.benchmarks.count_flops [--model 35b-a3b ...] [--chunk 2048] [--context 8192] [--mtp-prompt-tokens 64 ...]
 
-Rows are the output rows of the chunk: none (inner chunks), last, or all. `off` has no MTP head, `sync` leaves the
+Rows are the output rows of the chunk: none (inner chunks), last, first, or all. `off` has no MTP head, `sync` leaves the
 head's keys and values and nothing else (`mtpjax.decoding.steps.prefill`), `layer` runs the whole MTP layer on every row and the
-LM head on the output rows of both. Nothing is allocated or run.
+LM head on the output rows of both. The last layer of the trunk runs on the rows from the first one that is an output row
+or that the MTP head reads. So `first` compares programs that run it on all rows: it shows the head's own share.
+Nothing is allocated or run.
 """
 
 from __future__ import annotations
@@ -20,14 +22,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from mtpjax.config import PRESETS, ConfigError, ModelConfig, preset
+from mtpjax.config import ConfigError, ModelConfig
 from mtpjax.decoding.output_rows import OutputRows
 from mtpjax.decoding.steps import prefill
+from mtpjax.hf_config import config_from_hf
 from mtpjax.model import abstract_model, place
 from mtpjax.model.cache import Cache, new_cache, padded_kv_length
+from mtpjax.presets import PRESETS, preset
 from scripts.benchmarks.flops import Flops, count_flops, expected_trips
 
-ROWS = {"none": OutputRows.none(), "last": OutputRows.last(), "all": OutputRows.all()}
+FIRST = OutputRows.at(0)
+ROWS = {"none": OutputRows.none(), "last": OutputRows.last(), "first": FIRST, "all": OutputRows.all()}
 VARIANTS = ("off", "sync", "layer")
 
 
@@ -57,18 +62,16 @@ def trace(
     *,
     chunk: int,
     slots: int,
-    stack: int,
     dtype: Any = jnp.bfloat16,
     mtp_rows: int | None = None,
 ) -> Any:
     """The program of one chunk of one sequence (`jax.stages.Traced`).
 
     Args:
-        stack: see `mtpjax.model.decoder.Decoder`.
         mtp_rows: see `mtpjax.decoding.steps.prefill`.
     """
     cfg = cfg.without_mtp() if variant == "off" else cfg
-    graph, params = nnx.split(abstract_model(cfg, dtype, stack=stack))
+    graph, params = nnx.split(abstract_model(cfg, dtype))
     cache = jax.eval_shape(lambda: new_cache(cfg, 1, slots, dtype=dtype))
     ids, pad = jax.ShapeDtypeStruct((1, chunk), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
     if variant == "layer":
@@ -83,48 +86,44 @@ def flops(
     *,
     chunk: int,
     context: int,
-    stack: int,
     mtp_rows: int | None = None,
     max_len: int = 0,
 ) -> Flops:
     """Operations of one chunk that ends at `context` committed tokens, in a cache that holds `max_len` if these are more."""
     slots = padded_kv_length(max(context, max_len), 1)
-    program = trace(cfg, variant, rows, chunk=chunk, slots=slots, stack=stack, mtp_rows=mtp_rows).jaxpr
+    program = trace(cfg, variant, rows, chunk=chunk, slots=slots, mtp_rows=mtp_rows).jaxpr
     kept = max(rows.reach(chunk), mtp_rows or 0 if variant == "sync" else 0)
     return count_flops(program, expected_trips(cfg, rows=chunk, context=context, kept=kept))
 
 
-def prompt_flops(
-    cfg: ModelConfig, *, prompt: int, chunk: int, stack: int, mtp_prompt: int | None
-) -> tuple[float, float]:
-    """Operations of reading a whole prompt in chunks: without the head, and with one that reads the last `mtp_prompt`
-    tokens (all: None). No row is an output row, as in the engine."""
+def prompt_flops(cfg: ModelConfig, *, prompt: int, chunk: int, mtp_prompt_tokens: int | None) -> tuple[float, float]:
+    """Operations of reading a whole prompt in chunks: without the head, and with one that reads the last
+    `mtp_prompt_tokens` tokens (all: None). No row is an output row, as in the engine."""
     off = on = 0.0
     for end in range(chunk, prompt + 1, chunk):
-        tapped = None if mtp_prompt is None else max(0, min(mtp_prompt - (prompt - end), chunk))
-        count = partial(flops, cfg, rows=OutputRows.none(), chunk=chunk, context=end, stack=stack, max_len=prompt)
+        tapped = None if mtp_prompt_tokens is None else max(0, min(mtp_prompt_tokens - (prompt - end), chunk))
+        count = partial(flops, cfg, rows=OutputRows.none(), chunk=chunk, context=end, max_len=prompt)
         off += count("off").total
         on += count("sync", mtp_rows=tapped).total
     return off, on
 
 
-def table(cfg: ModelConfig, *, chunk: int, context: int, stack: int) -> list[tuple[str, str, float, float, float]]:
-    """(rows, variant, operations, ratio to off with the same rows, ratio to off without output rows) for each case."""
-    lines, least = [], 0.0
+def table(cfg: ModelConfig, *, chunk: int, context: int) -> list[tuple[str, str, float, float, float]]:
+    """(rows, variant, operations, ratio to off with the same rows, ratio to off with the first row) for each case."""
+    lines, base = [], flops(cfg, "off", FIRST, chunk=chunk, context=context).total
     for name, rows in ROWS.items():
         off = 0.0
         for variant in VARIANTS:
-            total = flops(cfg, variant, rows, chunk=chunk, context=context, stack=stack).total
+            total = flops(cfg, variant, rows, chunk=chunk, context=context).total
             off = off or total
-            least = least or total
-            lines.append((name, variant, total, total / off, total / least))
+            lines.append((name, variant, total, total / off, total / base))
     return lines
 
 
 def config(name: str) -> ModelConfig:
     """A published size by name, or the config.json in a folder."""
     file = Path(name) / "config.json"
-    return ModelConfig.from_hf(json.loads(file.read_text()), where=str(file)) if file.is_file() else preset(name)
+    return config_from_hf(json.loads(file.read_text()), source=str(file)) if file.is_file() else preset(name)
 
 
 def main() -> None:
@@ -133,17 +132,14 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=2048, help="rows of the prompt chunk (%(default)s)")
     parser.add_argument("--context", type=int, default=8192, help="tokens read when the chunk ends (%(default)s)")
     parser.add_argument(
-        "--mtp-prompt", type=int, nargs="+", metavar="N",
+        "--mtp-prompt-tokens", type=int, nargs="+", metavar="N",
         help="also: a whole prompt of --context tokens, of which the head reads all or the last N",
     )  # fmt: skip
-    parser.add_argument(
-        "--unrolled", action="store_true", help="layers one by one, as the engine runs them, instead of one scan"
-    )
     args = parser.parse_args()
     if not 1 <= args.chunk <= args.context:
         parser.error(f"--chunk is {args.chunk}; expected 1 ... --context = {args.context}")
     print(
-        "| model | output rows | MTP | Tflop a chunk | / off, same rows | / off, no rows |\n|---|---|---|---|---|---|"
+        "| model | output rows | MTP | Tflop a chunk | / off, same rows | / off, first row |\n|---|---|---|---|---|---|"
     )
     for name in args.model:
         try:
@@ -152,11 +148,10 @@ def main() -> None:
             parser.error(str(error))
         if not cfg.mtp_layers:
             parser.error(f"{name} has no MTP head; there is nothing to compare")
-        stack = 1 if args.unrolled else cfg.repeats
-        for rows, variant, total, same, least in table(cfg, chunk=args.chunk, context=args.context, stack=stack):
+        for rows, variant, total, same, least in table(cfg, chunk=args.chunk, context=args.context):
             print(f"| {name} | {rows} | {variant} | {total / 1e12:.4g} | {same:.4f} | {least:.4f} |")
-        for read in (None, *args.mtp_prompt) if args.mtp_prompt else ():
-            off, on = prompt_flops(cfg, prompt=args.context, chunk=args.chunk, stack=stack, mtp_prompt=read)
+        for read in (None, *args.mtp_prompt_tokens) if args.mtp_prompt_tokens else ():
+            off, on = prompt_flops(cfg, prompt=args.context, chunk=args.chunk, mtp_prompt_tokens=read)
             what = "all" if read is None else f"the last {read}"
             print(f"{name}, a prompt of {args.context} tokens, the head reads {what}: {on / off:.4f} of MTP off")
 

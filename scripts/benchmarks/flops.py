@@ -9,6 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -97,7 +98,7 @@ def _arrays(jaxpr: Jaxpr, where: tuple[str, ...]) -> Iterator[Held]:
 def inputs_read(program: Jaxpr | ClosedJaxpr) -> list[bool]:
     """For each input, whether any (non-empty) output depends on it. What XLA drops is found out without compiling."""
     jaxpr = _open(program)
-    return _live(jaxpr, _nonempty(jaxpr.outvars))[1]
+    return list(_live(jaxpr, _nonempty(jaxpr.outvars))[1])
 
 
 def count_flops(program: Jaxpr | ClosedJaxpr, while_trips: WhileTrips | None = None) -> Flops:
@@ -115,7 +116,7 @@ def count_flops(program: Jaxpr | ClosedJaxpr, while_trips: WhileTrips | None = N
         ValueError: a `while` without `while_trips`, or a primitive whose operations are not known here.
     """
     jaxpr = _open(program)
-    counts = _count(jaxpr, _nonempty(jaxpr.outvars), while_trips)
+    counts = _count(jaxpr, _nonempty(jaxpr.outvars), while_trips, {})
     return Flops(sum(counts.values()), dict(counts.most_common()))
 
 
@@ -139,12 +140,16 @@ def expected_trips(cfg: ModelConfig, *, rows: int, context: int, kept: int = 0) 
         carried = [v.aval.shape for v in eqn.outvars if any(jnp.issubdtype(v.aval.dtype, kind) for kind in kinds)]
         if [len(s) for s in carried] == [5, 5, 5] and carried[0][-1] == carried[1][-1] == 1:
             return -(-context // KV_BLOCK)
-        if cfg.experts and [s[1:] for s in carried] == [(cfg.hidden_size,)]:
+        if cfg.num_experts and [s[1:] for s in carried] == [(cfg.hidden_size,)]:
             for live in filter(None, (rows, kept)):
-                sizes = choose_windows(live, cfg.experts_per_token, cfg.experts)
+                sizes = choose_windows(live, cfg.experts_per_token, cfg.num_experts)
                 size = _rows_written(eqn)
-                if size in sizes and carried[0][0] == window_places(live * cfg.experts_per_token, cfg.experts, sizes):
-                    return cfg.experts * _expected_windows(live, cfg.experts_per_token / cfg.experts, sizes, size)
+                if size in sizes and carried[0][0] == window_places(
+                    live * cfg.experts_per_token, cfg.num_experts, sizes
+                ):
+                    return cfg.num_experts * _expected_windows(
+                        live, cfg.experts_per_token / cfg.num_experts, sizes, size
+                    )
         raise ValueError(
             f"a loop that carries {carried} is neither attention nor the experts of {rows} rows of this model"
         )
@@ -177,7 +182,7 @@ class _Body(NamedTuple):
     """A program inside an equation: which outputs count, and the equation's operand behind each of its inputs."""
 
     jaxpr: Jaxpr
-    wanted: list[bool]
+    wanted: tuple[bool, ...]
     operands: range | list[int]
 
 
@@ -185,24 +190,27 @@ def _open(program: Jaxpr | ClosedJaxpr) -> Jaxpr:
     return getattr(program, "jaxpr", program)
 
 
-def _nonempty(variables: Sequence[Any]) -> list[bool]:
-    return [math.prod(getattr(v.aval, "shape", ())) > 0 for v in variables]
+def _nonempty(variables: Sequence[Any]) -> tuple[bool, ...]:
+    return tuple(math.prod(getattr(v.aval, "shape", ())) > 0 for v in variables)
 
 
-def _live(jaxpr: Jaxpr, wanted: Sequence[bool]) -> tuple[list[tuple[JaxprEqn, list[bool]]], list[bool]]:
+@lru_cache(maxsize=4096)  # super-blocks share one jaxpr, and one program is counted for many contexts
+def _live(
+    jaxpr: Jaxpr, wanted: tuple[bool, ...]
+) -> tuple[tuple[tuple[JaxprEqn, tuple[bool, ...]], ...], tuple[bool, ...]]:
     """The equations that wanted outputs depend on, each with its own wanted outputs, and which inputs are read."""
     needed = {v for v, want in zip(jaxpr.outvars, wanted, strict=True) if want and not isinstance(v, Literal)}
     kept = []
     for eqn in reversed(jaxpr.eqns):
-        want = [v in needed and full for v, full in zip(eqn.outvars, _nonempty(eqn.outvars), strict=True)]
+        want = tuple(v in needed and full for v, full in zip(eqn.outvars, _nonempty(eqn.outvars), strict=True))
         if any(want) or eqn.effects:
             kept.append((eqn, want))
             read = _operands_read(eqn, want)
             needed |= {v for v, r in zip(eqn.invars, read, strict=True) if r and not isinstance(v, Literal)}
-    return kept[::-1], [v in needed for v in jaxpr.invars]
+    return tuple(kept[::-1]), tuple(v in needed for v in jaxpr.invars)
 
 
-def _operands_read(eqn: JaxprEqn, wanted: list[bool]) -> list[bool]:
+def _operands_read(eqn: JaxprEqn, wanted: tuple[bool, ...]) -> list[bool]:
     bodies = _bodies(eqn, wanted)
     read = [not bodies or (eqn.primitive.name == "cond" and i == 0) for i in range(len(eqn.invars))]
     for jaxpr, inner, operands in bodies:
@@ -211,7 +219,7 @@ def _operands_read(eqn: JaxprEqn, wanted: list[bool]) -> list[bool]:
     return read
 
 
-def _bodies(eqn: JaxprEqn, wanted: list[bool]) -> list[_Body]:
+def _bodies(eqn: JaxprEqn, wanted: tuple[bool, ...]) -> list[_Body]:
     """The programs that an equation runs; none for one that computes by itself."""
     name, p, operands = eqn.primitive.name, eqn.params, range(len(eqn.invars))
     if name == "scan":
@@ -223,9 +231,9 @@ def _bodies(eqn: JaxprEqn, wanted: list[bool]) -> list[_Body]:
         test, body = _open(p["cond_jaxpr"]), _open(p["body_jaxpr"])
         before, consts = p["cond_nconsts"], p["body_nconsts"]
         carry = list(operands[before + consts :])
-        tested = _live(test, [True])[1][before:]
-        loop = _carried(body, [w or t for w, t in zip(wanted, tested, strict=True)], consts, len(wanted))
-        return [_Body(test, [True], [*range(before), *carry]), _Body(body, loop, operands[before:])]
+        tested = _live(test, (True,))[1][before:]
+        loop = _carried(body, tuple(w or t for w, t in zip(wanted, tested, strict=True)), consts, len(wanted))
+        return [_Body(test, (True,), [*range(before), *carry]), _Body(body, loop, operands[before:])]
     if name == "cond":
         return [_Body(_open(branch), wanted, operands[1:]) for branch in p["branches"]]
     if name in _CALLS:
@@ -237,20 +245,28 @@ def _same_rank(outside: Sequence[Any], inside: Sequence[Any]) -> int:
     return sum(len(a.aval.shape) == len(b.aval.shape) for a, b in zip(outside, inside, strict=True))
 
 
-def _carried(body: Jaxpr, wanted: list[bool], consts: int, carries: int) -> list[bool]:
+def _carried(body: Jaxpr, wanted: tuple[bool, ...], consts: int, carries: int) -> tuple[bool, ...]:
     """Outputs of a loop's body that count: a carried value also counts when a later turn reads it."""
     while True:
         read = _live(body, wanted)[1][consts : consts + carries]
-        grown = [w or r for w, r in zip(wanted[:carries], read, strict=True)] + wanted[carries:]
+        grown = tuple(w or r for w, r in zip(wanted[:carries], read, strict=True)) + wanted[carries:]
         if grown == wanted:
             return wanted
         wanted = grown
 
 
-def _count(jaxpr: Jaxpr, wanted: list[bool], while_trips: WhileTrips | None) -> Counter[str]:
+def _count(
+    jaxpr: Jaxpr,
+    wanted: tuple[bool, ...],
+    while_trips: WhileTrips | None,
+    counted: dict[tuple[Jaxpr, tuple[bool, ...]], Counter[str]],
+) -> Counter[str]:
+    """Operations by primitive. `counted` remembers the programs inside: the super-blocks of a model share one."""
+    if (jaxpr, wanted) in counted:
+        return counted[jaxpr, wanted]
     total: Counter[str] = Counter()
     for eqn, want in _live(jaxpr, wanted)[0]:
-        inner = [_count(body.jaxpr, body.wanted, while_trips) for body in _bodies(eqn, want)]
+        inner = [_count(body.jaxpr, body.wanted, while_trips, counted) for body in _bodies(eqn, want)]
         if not inner:
             total[eqn.primitive.name] += _own(eqn)
             continue
@@ -259,7 +275,8 @@ def _count(jaxpr: Jaxpr, wanted: list[bool], while_trips: WhileTrips | None) -> 
         times = _trips(eqn, while_trips)
         for counts in inner:
             total.update({name: times * flops for name, flops in counts.items()})  # type: ignore[arg-type]
-    return +total
+    counted[jaxpr, wanted] = +total
+    return counted[jaxpr, wanted]
 
 
 def _trips(eqn: JaxprEqn, while_trips: WhileTrips | None) -> float:

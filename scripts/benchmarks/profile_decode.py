@@ -50,7 +50,7 @@ def profile(llm: LLM, prompt: list[int], new: int) -> dict[str, Any]:
     plain = [llm.generate([prompt], params)[0].metrics for _ in range(3)]
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
-            rounds = llm.generate([prompt], params)[0].metrics.rounds
+            rounds = llm.generate([prompt], params)[0].metrics.num_steps
         seen = events(Path(folder))
     kinds: dict[str, list[float]] = collections.defaultdict(lambda: [0.0, 0.0])
     for name, (count, seconds) in seen.items():
@@ -59,7 +59,7 @@ def profile(llm: LLM, prompt: list[int], new: int) -> dict[str, Any]:
     longest = sorted(kinds.items(), key=lambda item: -item[1][1])
     return {
         "rounds": rounds,
-        "milliseconds_per_round": sorted(m.decode_seconds / m.rounds * 1e3 for m in plain)[1],
+        "milliseconds_per_round": sorted(m.decode_seconds / m.num_steps * 1e3 for m in plain)[1],
         "events_per_round": sum(count for count, _ in seen.values()) / rounds,
         "kinds": [{"kind": k, "events": round(n, 1), "microseconds": round(t, 1)} for k, (n, t) in longest],
     }
@@ -76,7 +76,7 @@ def main() -> None:
     text = json.loads((TINY / "prompts.jsonl").read_text(encoding="utf-8").splitlines()[0])["prompt"]
     found = {}
     for k in args.drafts:
-        llm = LLM(args.model, draft=k, dtype="float32", max_len=512, max_batch=1)
+        llm = LLM(args.model, num_speculative_tokens=k, dtype="float32", max_model_len=512, max_num_seqs=1)
         if llm.tokenizer is None:
             raise SystemExit(f"{args.model}: no tokenizer.json, so the prompt cannot be read")
         found[k] = profile(llm, llm.tokenizer.encode(text), args.new)

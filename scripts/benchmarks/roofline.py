@@ -69,7 +69,7 @@ def measure_ceilings(dtype: Any, *, megabytes: int, size: int, runs: int = 9) ->
 
 def distinct(cfg: ModelConfig, rows: float) -> float:
     """Experts that `rows` rows of evenly spread routing touch in one layer, on average."""
-    return cfg.experts * (1 - (1 - cfg.experts_per_token / cfg.experts) ** rows)
+    return cfg.num_experts * (1 - (1 - cfg.experts_per_token / cfg.num_experts) ** rows)
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,8 @@ def weights_work(cfg: ModelConfig, params: Any, rows: int, *, mtp: bool, head_ro
         elif (path[0] == "mtp") != mtp or len(leaf.shape) < 2:
             continue
         elif name in ("gate_up", "down") and len(leaf.shape) == 4:
-            share = distinct(cfg, rows) / cfg.experts
-            total += Work(size * share, 2.0 * elements / cfg.experts * cfg.experts_per_token * rows)
+            share = distinct(cfg, rows) / cfg.num_experts
+            total += Work(size * share, 2.0 * elements / cfg.num_experts * cfg.experts_per_token * rows)
         else:
             total += Work(size, 2.0 * elements * rows)
     return total

@@ -56,7 +56,7 @@ def own_texts(count: int, length: int) -> np.ndarray:
     """`[count, length]` token ids: the embedded excerpts, continued by the embedded model at T = 0.7 with as many seeds."""
     from mtpjax import LLM, SamplingParams
 
-    llm = LLM(draft=0, max_len=length + 1, max_batch=min(count, 32))
+    llm = LLM(num_speculative_tokens=0, dtype="float32", max_model_len=length + 1, max_num_seqs=min(count, 32))
     prompts = held_out_prompts()
     asked = [prompts[i % len(prompts)][: length - 1] for i in range(count)]
     params = [

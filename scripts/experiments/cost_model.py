@@ -83,7 +83,7 @@ def pieces(model: LoadedModel, k: int, batch: int) -> dict[str, Any]:
 def experiment(smoke: bool) -> dict[str, Any]:
     """A row for each batch and draft length: measured and modelled milliseconds of each part, break-even tokens a round."""
     drafts, batches, runs = ((0, 1), (1,), 2) if smoke else ((0, 1, 2, 4, 8), (1, 4, 16), 15)
-    cfg = replace(CONFIG, layers=4 if smoke else 8)
+    cfg = replace(CONFIG, num_layers=4 if smoke else 8)
     model = random_model(cfg, **load_options(jnp.float32))
     quick = optimize_for_cpu(model)
     ceilings = measure_ceilings(jnp.float32, megabytes=64 if smoke else 256, size=512 if smoke else 2048)

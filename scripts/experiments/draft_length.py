@@ -21,7 +21,7 @@ PYTHON = (
 def experiment(smoke: bool) -> dict[str, Any]:
     """A row for each domain, temperature and draft length. A story in chat ends by itself; other text at a length."""
     drafts, new, repeats = ((0, 2), 16, 1) if smoke else (tuple(range(9)), 96, 5)
-    sides = {k: LLM(draft=k, max_len=384, max_batch=1, dtype="bfloat16") for k in drafts}
+    sides = {k: LLM(num_speculative_tokens=k, max_model_len=384, max_num_seqs=1, dtype="bfloat16") for k in drafts}
     tokenizer = sides[0].tokenizer
     assert tokenizer is not None
     domains = by_domain(sides[0], 1 if smoke else 4) | {"python": [tokenizer.encode(text) for text in PYTHON]}
@@ -34,8 +34,8 @@ def experiment(smoke: bool) -> dict[str, Any]:
                     params = SamplingParams(max_tokens=new, temperature=temperature, ignore_eos=domain != "talk")
                     outputs = [llm.generate([p], params)[0] for p in prompts]
                     metrics = [output.metrics for output in outputs]
-                    taken = [sum(m.accepted_per_position[i] for m in metrics) for i in range(k)]
-                    seconds, rounds = sum(m.decode_seconds for m in metrics), sum(m.rounds for m in metrics)
+                    taken = [sum(m.num_accepted_tokens_per_pos[i] for m in metrics) for i in range(k)]
+                    seconds, rounds = sum(m.decode_seconds for m in metrics), sum(m.num_steps for m in metrics)
                     if repeat:  # the first compiles
                         found[k].append((seconds, rounds, sum(len(output.token_ids) for output in outputs), taken))
             for k, runs in found.items():

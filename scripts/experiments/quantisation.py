@@ -92,7 +92,7 @@ def experiment(smoke: bool, args: argparse.Namespace) -> dict[str, Any]:
         nats = sum(float(loss(plain.params, g)) for g in in_batches(windows))
         taken = acceptance(plain, own)
         rows[kind] = {"type": kind, "megabytes": megabytes, "bits_per_byte": nats / math.log(2) / size, **taken}
-        sides[kind] = {k: LLM(model, draft=k, max_len=384, max_batch=1) for k in (0, DRAFT)}
+        sides[kind] = {k: LLM(model, num_speculative_tokens=k, max_model_len=384, max_num_seqs=1) for k in (0, DRAFT)}
         print(f"{kind:7} {megabytes:5.1f} MB  {rows[kind]['bits_per_byte']:.4f} bits a byte of {name}", flush=True)
     seconds: dict[tuple[str, int], list[float]] = {(t, k): [] for t in types for k in (0, DRAFT)}
     prompts = common.held_out_prompts()[: 1 if smoke else 3]

@@ -47,7 +47,7 @@ def experiment(smoke: bool) -> dict[str, Any]:
             )
             program = lowered.compile(**compile_options())
             cost, memory = program.cost_analysis() or {}, program.memory_analysis()
-            counted = flops(CONFIG, variant, which, chunk=chunk, context=context, stack=1).total
+            counted = flops(CONFIG, variant, which, chunk=chunk, context=context).total
             rows.append({
                 "rows": name, "mtp": variant, "flops": counted, "bytes": cost.get("bytes accessed"),
                 "temporary_bytes": memory.temp_size_in_bytes, "seconds": [],

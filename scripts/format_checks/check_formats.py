@@ -27,9 +27,10 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from checkpoints import TINY, CheckpointError, QuantisedDirectory, open_checkpoint
+from checkpoints import TINY, CheckpointError, QuantizedDirectory, open_checkpoint
 from mtpjax import LLM
 from mtpjax.config import FULL, LINEAR, ModelConfig
+from mtpjax.hf_config import config_to_hf
 from mtpjax.loading.weight_map import check_source, export_tensors, random_model
 from scripts.benchmarks.results import describe, write_json
 from scripts.format_checks.libraries import CASES, Case, Packed
@@ -53,10 +54,11 @@ KINDS = ("moe", "dense")
 
 def model_config(moe: bool) -> ModelConfig:
     """Two layers and an MTP head, with rows and columns that all formats can cut into groups of 128."""
-    experts: dict[str, int] = {"experts": 4, "experts_per_token": 2, "expert_size": 128, "shared_expert_size": 128}
+    experts: dict[str, int] = {"num_experts": 4, "experts_per_token": 2, "expert_size": 128, "shared_expert_size": 128}
     return ModelConfig(
-        hidden_size=256, layers=2, pattern=(LINEAR, FULL), q_heads=4, kv_heads=2, head_dim=64, rotary_dim=16, rope_theta=1e7,
-        linear_k_heads=2, linear_v_heads=4, linear_k_dim=64, linear_v_dim=64, conv_width=4, vocab_size=256, stop_tokens=(255,),
+        hidden_size=256, num_layers=2, layer_pattern=(LINEAR, FULL), q_heads=4, kv_heads=2, head_dim=64,
+        rotary_dim=16, rope_theta=1e7, linear_k_heads=2, linear_v_heads=4, linear_k_dim=64, linear_v_dim=64, conv_width=4,
+        vocab_size=256, stop_token_ids=(255,),
         **(experts if moe else {"mlp_size": 384}),
     )  # fmt: skip
 
@@ -65,7 +67,7 @@ def random_weights(cfg: ModelConfig) -> dict[str, torch.Tensor]:
     """bfloat16, by published name, one tensor a matrix of an expert. Many columns are of one sign, as zeros at the ends of
     their range need."""
     out = {}
-    for name, shape, _, read in export_tensors(random_model(cfg, scale=0.08), 1):
+    for name, shape, _, read in export_tensors(random_model(cfg, scale=0.08)):
         weight = torch.from_numpy(read().astype(np.float32).copy()).to(torch.bfloat16)
         if quantised(name) or len(shape) == 3 and "experts" in name:
             weight[..., : weight.shape[-2] // 4, :] = weight[..., : weight.shape[-2] // 4, :].abs()
@@ -91,7 +93,7 @@ def quantised(name: str) -> bool:
 def write(folder: Path, cfg: ModelConfig, tensors: dict[str, torch.Tensor], **extra: Any) -> Path:
     folder.mkdir()
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(cfg.to_hf() | extra))
+    (folder / "config.json").write_text(json.dumps(config_to_hf(cfg) | extra))
     return folder
 
 
@@ -99,7 +101,7 @@ def compare(folder: Path, cfg: ModelConfig, weights: dict[str, torch.Tensor], pa
     """Every quantised tensor, and logits, of one model."""
     plain = write(folder / "plain", cfg, {n: packed.values.get(n, w).float() for n, w in weights.items()})
     source = open_checkpoint(write(folder / "packed", cfg, packed.tensors, quantization_config=packed.config))
-    assert isinstance(source, QuantisedDirectory)
+    assert isinstance(source, QuantizedDirectory)
     equal, kept, worst, layouts = 0, 0, 0.0, set()
     for raw, value in packed.values.items():
         name, want = raw.removeprefix("model."), value.numpy()
@@ -109,7 +111,7 @@ def compare(folder: Path, cfg: ModelConfig, weights: dict[str, torch.Tensor], pa
         if (form := source.read_packed(name)) is not None:
             kept += 1
             layouts.add(form.layout)
-    theirs = LLM(plain, max_len=64).logits(IDS)
+    theirs = LLM(plain, dtype="float32", max_model_len=64).logits(IDS)
     return {
         "tensors": len(packed.values),
         "equal": int(equal),
@@ -122,7 +124,10 @@ def compare(folder: Path, cfg: ModelConfig, weights: dict[str, torch.Tensor], pa
 
 def logits_difference(folder: Path, wanted: np.ndarray) -> float:
     """Of this program with packed weights, relative to the largest logit."""
-    return float(np.abs(LLM(folder, max_len=64, weights="packed").logits(IDS) - wanted).max() / np.abs(wanted).max())
+    return float(
+        np.abs(LLM(folder, dtype="float32", max_model_len=64, quantization="packed").logits(IDS) - wanted).max()
+        / np.abs(wanted).max()
+    )
 
 
 def installed(library: str) -> str | None:
@@ -160,7 +165,7 @@ def check_whole(pipeline: Pipeline) -> dict[str, Any]:
         cfg = model_config(kind == "moe")
         weights = {
             name: torch.from_numpy(read().astype(np.float32).copy())
-            for name, _, _, read in export_tensors(random_model(cfg, scale=0.08), 1)
+            for name, _, _, read in export_tensors(random_model(cfg, scale=0.08))
         }
         with tempfile.TemporaryDirectory() as folder:
             plain, target = write(Path(folder, "plain"), cfg, weights), Path(folder, "packed")
@@ -176,7 +181,7 @@ def check_whole(pipeline: Pipeline) -> dict[str, Any]:
                 check_source(source)
             except CheckpointError as error:
                 return row | {"refused": str(error).replace(folder, "").lstrip("/")}
-            assert isinstance(source, QuantisedDirectory)
+            assert isinstance(source, QuantizedDirectory)
             row[kind] = {
                 "kept_packed": sum(source.read_packed(name) is not None for name in source.tensors),
                 "logits_difference": None if wanted is None else logits_difference(target, wanted.numpy()),

@@ -26,8 +26,8 @@ import numpy as np
 from flax import nnx
 
 from checkpoints import TINY, open_checkpoint
-from checkpoints.gguf.names import converted
-from checkpoints.gguf.writer import TYPES
+from checkpoints.gguf.names import Convention, convert_tensor
+from checkpoints.gguf.writer import WRITABLE_TYPES
 from mtpjax import LLM, SamplingParams
 from mtpjax.cli.convert import main as convert
 from mtpjax.loading.load import load_checkpoint
@@ -237,28 +237,31 @@ def unequal_tensors(file: Path) -> tuple[dict[str, int], list[str]]:
     raw = {t.name: t for t in gguf.GGUFReader(file).tensors}
     wanted = {name: gguf.quants.dequantize(t.data, t.tensor_type) for name, t in raw.items()}
     bad = []
-    for name, (parts, how) in source._parts.items():
+    for name, (parts, convention) in source.stored.items():
         values = [wanted[p.name] for p in parts]
-        if how == "gate and up":
+        if convention is Convention.GATE_UP:
             want = np.concatenate(values, axis=1)
         else:
-            want = converted(values[0].reshape(parts[0].shape), how, source._heads, to_gguf=False)
+            want = convert_tensor(values[0].reshape(parts[0].shape), convention, source.heads, to_gguf=False)
         got = source.read(name)
         if not np.array_equal(got.astype(np.float32), want.astype(np.float32)):
             bad.append(name)
         if (packed := source.read_packed(name)) is not None and not np.array_equal(packed.dequantize(), got):
             bad.append(f"{name} (packed)")
-    missing = set(wanted) - {p.name for parts, _ in source._parts.values() for p in parts}
+    missing = set(wanted) - {p.name for parts, _ in source.stored.values() for p in parts}
     return dict(Counter(t.tensor_type.name for t in raw.values())), bad + sorted(missing)
 
 
 def compare(llama: Llama, file: Path, new_tokens: int) -> dict[str, Any]:
     """Both programs on one file."""
     llama.load(file)
-    llm, loaded = LLM(file, max_len=512), load_checkpoint(open_checkpoint(file), dtype=jnp.dtype(jnp.float32))
+    llm, loaded = (
+        LLM(file, dtype="float32", max_model_len=512),
+        load_checkpoint(open_checkpoint(file), dtype=jnp.dtype(jnp.float32)),
+    )
     ids = llm.tokenizer.encode(PASSAGE)  # type: ignore[union-attr]
     ours, (theirs, _) = llm.logits(ids), llama.logits(ids)
-    hidden = np.asarray(llm.hidden(ids), np.float32)[:-1]
+    hidden = np.asarray(llm.hidden_states(ids), np.float32)[:-1]
     mtp_theirs = llama.mtp_logits(ids[1:], hidden)
     mtp = np.asarray(mtp_logits(loaded.params, jnp.array(ids[1:]), jnp.array(hidden), graph=loaded.graph))
     wide = (x.astype(np.float64) for x in (theirs, ours))
@@ -304,7 +307,9 @@ def find_library(given: Path | None) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--libllama", type=Path, help="default: that of an installed llama-cpp-python")
-    parser.add_argument("--written", nargs="*", choices=TYPES, default=list(TYPES), help="by convert.py; f32 always")
+    parser.add_argument(
+        "--written", nargs="*", choices=WRITABLE_TYPES, default=list(WRITABLE_TYPES), help="by convert.py; f32 always"
+    )
     parser.add_argument("--types", nargs="*", choices=FTYPES, default=list(FTYPES), help="of llama.cpp's quantiser")
     parser.add_argument("--new-tokens", type=int, default=64, help="greedy tokens of each of the four starts")
     parser.add_argument("--out", default="docs/benchmarks/llama_cpp.json")

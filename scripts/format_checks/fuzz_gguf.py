@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoints import CheckpointError, open_checkpoint
+from checkpoints import CheckpointError, GgufFile
 from mtpjax.config import ConfigError
 from mtpjax.loading.weight_map import check_source
 
@@ -37,7 +37,7 @@ def outcome(raw: bytes, file: Path, limit: float | None = None) -> str:
     file.write_bytes(raw)
     began = time.process_time()
     try:
-        source = open_checkpoint(file)
+        source = GgufFile(file)
         check_source(source)
         for name in source.tensors:
             source.read(name)

@@ -23,7 +23,6 @@ from kernels_pallas.norm.triton import add_norm, gated_norm
 from kernels_pallas.top_k_top_p.triton import top_k_top_p_threshold
 from kernels_pallas.topk_softmax.triton import choose_experts
 from kernels_pallas.weights.quantized import QuantizedTensor
-from mtpjax.config import preset
 from mtpjax.decoding.output_rows import NO_ROWS
 from mtpjax.decoding.penalties import Penalties, TokenCounts
 from mtpjax.decoding.sampling import MAX_STOP_TOKENS, BatchSamplingParams, TruncationParams
@@ -33,6 +32,7 @@ from mtpjax.loading.load import load_options
 from mtpjax.loading.weight_map import fill
 from mtpjax.model import abstract_model
 from mtpjax.model.cache import new_cache, padded_kv_length
+from mtpjax.presets import preset
 
 Case = Callable[[], tuple[Any, tuple[Any, ...]]]  # a jitted function and its arguments
 
@@ -258,9 +258,9 @@ def program_case(
 
     def store(path: tuple[Any, ...], leaf: Any) -> Any:
         plain = leaf.dtype != jnp.bfloat16 or path[-1] in UNPACKED
-        return spec(leaf.shape, leaf.dtype) if plain else packed(leaf.shape, type_of(path, cfg.layers, mixed))
+        return spec(leaf.shape, leaf.dtype) if plain else packed(leaf.shape, type_of(path, cfg.num_layers, mixed))
 
-    graph, params = nnx.split(abstract_model(cfg, jnp.bfloat16, stack=load_options(jnp.bfloat16)["stack"]))
+    graph, params = nnx.split(abstract_model(cfg, **load_options(jnp.bfloat16)))
     graph, params = nnx.split(nnx.merge(graph, fill(params, store)))
 
     def ints(*shape: int) -> Any:

@@ -1,4 +1,4 @@
-"""`mtpjax` on a card that is not here: its programs are compiled for it, and run by emulation."""
+"""`mtpjax` on a card that this machine lacks: programs are compiled for the card, and the PTX emulator runs them."""
 
 from __future__ import annotations
 
@@ -13,55 +13,50 @@ import jax
 import numpy as np
 
 from kernels_pallas.platform import override_platform
-from mtpjax.engine import model_runner
-from scripts.gpu.cuda_target import Card, Target
-from scripts.ptx_emulator.program import Program
+from scripts.gpu.cuda_target import Card, CompileTarget
+from scripts.ptx_emulator.program import EmulatedProgram
 
 
-class EmulatedCard:
-    """Make it before jax is first used.
+class EmulatedDevice:
+    """A card whose programs the emulator runs. Create it before jax is first used.
 
     Attributes:
-        launched: kernels that it has run.
+        num_launched: kernels run so far.
     """
 
     def __init__(self, card: Card):
         self._folder = tempfile.TemporaryDirectory()
-        self.card, self.target = card, Target(card, Path(self._folder.name))
-        self.launched = 0
+        self.card, self.target = card, CompileTarget(card, Path(self._folder.name))
+        self.num_launched = 0
 
     def compile(self, fn: Any, args: tuple[Any, ...]) -> Callable[..., Any]:
-        """A jitted function as one that computes, on numpy arrays, what the card would.
+        """Compile a jitted function for arguments like these; the result computes on numpy arrays what the card would.
 
-        A function without arguments has nothing to compute on: its result comes from the host.
+        A function without arguments is returned as it is, and runs on the host.
         """
         leaves, tree = jax.tree.flatten(args)
         if not leaves:
             return fn
-        shapes = jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(np.shape(x), x.dtype) for x in leaves])
+        shapes = jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype) for leaf in leaves])
         folder = Path(self._folder.name)
         shutil.rmtree(folder)
         folder.mkdir()
-        made = self.target.compile(fn, *shapes)
-        program, results = Program(folder), jax.tree.structure(made.out_info)
-        # jax leaves out the arrays that the program does not read, and tells nobody else of it.
-        kept = sorted(made._executable._kept_var_idx)
+        compiled = self.target.compile(fn, *shapes)
+        program, results = EmulatedProgram(folder), jax.tree.structure(compiled.out_info)
+        # jax drops the arguments that a program does not read: it reports None as their sharding.
+        is_used = jax.tree.map(lambda _, sharding: sharding is not None, compiled.args_info, compiled.input_shardings)
+        used = [number for number, read in enumerate(jax.tree.leaves(is_used)) if read]
 
         def run(*args: Any) -> Any:
-            before = program.launched
-            leaves = jax.tree.leaves(args)
-            out = program.run([np.asarray(leaves[n]) for n in kept])
-            self.launched += program.launched - before
-            return jax.tree.unflatten(results, out)
+            before, leaves = program.num_launched, jax.tree.leaves(args)
+            outputs = program.run([np.asarray(leaves[number]) for number in used])
+            self.num_launched += program.num_launched - before
+            return jax.tree.unflatten(results, outputs)
 
         return run
 
     @contextmanager
-    def in_use(self) -> Iterator[None]:
-        """Inside, engines of `mtpjax` run on this card."""
-        before, model_runner.compiled = model_runner.compiled, self.compile
-        try:
-            with override_platform("cuda", self.card.capability):
-                yield
-        finally:
-            model_runner.compiled = before
+    def active(self) -> Iterator[None]:
+        """Trace programs for this card. Inside, `LLM(compile_fn=device.compile)` runs on it."""
+        with override_platform("cuda", self.card.capability):
+            yield

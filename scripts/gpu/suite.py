@@ -27,13 +27,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas.platform import platform
-from mtpjax.config import PRESETS, preset
 from mtpjax.decoding.acceptance import SimulatedAcceptance, exact_match
 from mtpjax.decoding.output_rows import NO_ROWS
 from mtpjax.decoding.steps import prefill
 from mtpjax.loading.load import cache_dtype, load_options
 from mtpjax.loading.weight_map import LoadedModel, random_model
 from mtpjax.model.cache import padded_kv_length
+from mtpjax.presets import PRESETS, preset
 from scripts.benchmarks import bench_table
 from scripts.benchmarks.bench_prefill import CONFIG
 from scripts.benchmarks.bench_table import GOLDEN_LENGTH, Decoder, Side, without_mtp
@@ -43,7 +43,9 @@ from scripts.benchmarks.roofline import CEILINGS, Ceilings, chunk_work, measure_
 from scripts.gpu import experts as gpu_experts
 from scripts.gpu import kernels as gpu_kernels
 
-TOY = replace(CONFIG, layers=4, hidden_size=128, vocab_size=1024, experts=8, expert_size=64, shared_expert_size=64)
+TOY = replace(
+    CONFIG, num_layers=4, hidden_size=128, vocab_size=1024, num_experts=8, expert_size=64, shared_expert_size=64
+)
 HOLDERS = ("while", "call", "conditional")  # their time is that of what they hold, which is counted itself
 PARTS = ("kernels", "experts", "prefill", "decode", "table", "profile")
 

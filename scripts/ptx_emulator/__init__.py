@@ -1,8 +1,6 @@
-"""Runs compiled CUDA programs without a GPU: reads the PTX that XLA made and does what each instruction says, in numpy.
+"""An emulator of PTX: runs CUDA programs that XLA compiled, without a GPU.
 
-`card.py` lets `mtpjax` run on a card that is not here. `program.py` runs a program, kernel after kernel, as `dump.py` reads it
-from what XLA wrote down; `machine.py` runs a kernel. `arithmetic.py`, `conversion.py`, `movement.py`, `tensor_cores.py` and
-`blackwell.py` are the instructions, `ptx.py` reads them, `memory.py` is what they load from and store to. Semantics are those
-of NVIDIA's "PTX ISA" manual, version 8.8. It computes what a kernel computes, not how long that takes, and an instruction that
-it does not know is an error.
+It reads XLA's dump of a program and executes each PTX instruction with numpy, as NVIDIA's "PTX ISA" manual, version
+8.8, defines it. It computes what a kernel computes, not how long that takes, and refuses instructions that it does not
+support. The package imports numpy and ml_dtypes only. README.md lists its modules and the supported instructions.
 """

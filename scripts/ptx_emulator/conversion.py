@@ -1,126 +1,123 @@
-"""Instructions that turn numbers of one type into another, and how numbers are rounded."""
+"""Rounding of floating-point numbers, and the instruction that converts between types."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from scripts.ptx_emulator.machine import TYPES, Lanes, Mask, Step, opcode
-from scripts.ptx_emulator.ptx import EmulationError, Instruction
+from .ptx import DTYPES, PtxInstruction, unsupported
+from .thread_group import Executor, Mask, ThreadGroup, handles
 
-PAIRS = {"bf16x2": "bf16", "f16x2": "f16", "f32x2": "f32"}
-LEAST = np.finfo(np.float32).tiny
-ROUNDINGS = ("rn", "rz", "rm", "rp", "rna", "rni", "rzi", "rmi", "rpi")
-
-
-def rounding(i: Instruction) -> str:
-    return next((word for word in i.words if word in ROUNDINGS), "rn")
+PACKED_TYPES = {"bf16x2": "bf16", "f16x2": "f16", "f32x2": "f32"}  # types of two elements, and the type of an element
+ROUNDING_MODES = ("rn", "rz", "rm", "rp", "rna", "rni", "rzi", "rmi", "rpi")  # PTX ISA, "Rounding Modifiers"
+ROUND_TO_INTEGER = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
 
 
-def sum_to_odd(a: Any, b: Any) -> Any:
-    """a + b in float64, towards zero and with the last bit set where that is not exact: rounded once more to fewer bits, it comes
-    out as if rounded once."""
-    near = a + b
-    part = near - a
-    rest = (a - (near - part)) + (b - part)  # what `near` lacks, exactly
-    inexact = (rest != 0) & np.isfinite(near)
+def rounding_mode(inst: PtxInstruction) -> str:
+    return next((token for token in inst.tokens if token in ROUNDING_MODES), "rn")
+
+
+def add_round_to_odd(a: Any, b: Any) -> Any:
+    """Return a + b in float64, rounded to odd: if inexact, truncated and with the last bit set.
+
+    A second rounding to a shorter type then gives the correctly rounded sum (Boldo and Melquiond, "Emulation of a FMA
+    and correctly rounded sums: proved algorithms using rounding to odd", 2008). The error term is Knuth's TwoSum.
+    """
+    total = a + b
+    b_part = total - a
+    error = (a - (total - b_part)) + (b - b_part)  # exactly a + b - total
+    inexact = (error != 0) & np.isfinite(total)
     if not np.any(inexact):
-        return near
-    toward = np.where(rest * near < 0, np.nextafter(near, 0), near)
-    return np.where(inexact, (toward.view(np.uint64) | np.uint64(1)).view(np.float64), near)
+        return total
+    truncated = np.where(error * total < 0, np.nextafter(total, 0), total)
+    return np.where(inexact, (truncated.view(np.uint64) | np.uint64(1)).view(np.float64), total)
 
 
-def to_odd(x: Any) -> Any:
-    """float64 -> float32, rounded as `sum_to_odd` is."""
-    near = x.astype(np.float32)
-    toward = np.where(np.abs(near.astype(np.float64)) > np.abs(x), np.nextafter(near, np.float32(0)), near)
-    inexact = (toward.astype(np.float64) != x) & np.isfinite(x)
-    return (toward.view(np.uint32) | inexact.astype(np.uint32)).view(np.float32)
+def float32_round_to_odd(x: Any) -> Any:
+    """Convert float64 to float32, rounded as `add_round_to_odd` does."""
+    nearest = x.astype(np.float32)
+    too_large = np.abs(nearest.astype(np.float64)) > np.abs(x)
+    truncated = np.where(too_large, np.nextafter(nearest, np.float32(0)), nearest)
+    inexact = (truncated.astype(np.float64) != x) & np.isfinite(x)
+    return (truncated.view(np.uint32) | inexact.astype(np.uint32)).view(np.float32)
 
 
-def rounded(x: Any, dtype: Any, way: str = "rn") -> Any:
-    """float64 -> a shorter one; `way` as PTX names it."""
-    x = np.asarray(x)
+def round_float64(inst: PtxInstruction, x: Any, dtype: Any) -> Any:
+    """Convert float64 to a floating-point dtype, rounded as the instruction says."""
+    x, mode = np.asarray(x), rounding_mode(inst)
     if dtype == np.float64:
         return x
     if dtype in (ml_dtypes.bfloat16, np.float16):
-        if way != "rn":
-            raise EmulationError(f"rounding '{way}' to 16 bits is not known here")
-        return to_odd(x).astype(dtype)
-    near = x.astype(np.float32)
-    exact = near.astype(np.float64)
-    limit = {"rm": np.float32(-np.inf), "rp": np.float32(np.inf), "rz": np.float32(0)}.get(way)
-    if limit is None:
-        return near
-    too_far = {"rm": exact > x, "rp": exact < x, "rz": np.abs(exact) > np.abs(x)}[way]
-    return np.where(too_far, np.nextafter(near, limit), near)
+        if mode != "rn":
+            raise unsupported(inst)
+        return float32_round_to_odd(x).astype(dtype)
+    nearest = x.astype(np.float32)
+    if mode not in ("rm", "rp", "rz"):
+        return nearest
+    exact = nearest.astype(np.float64)
+    if mode == "rz":
+        return np.where(np.abs(exact) > np.abs(x), np.nextafter(nearest, np.float32(0)), nearest)
+    wrong_side, limit = (exact > x, -np.inf) if mode == "rm" else (exact < x, np.inf)
+    return np.where(wrong_side, np.nextafter(nearest, np.float32(limit)), nearest)
 
 
-def flushed(x: Any) -> Any:
-    """Numbers below the least normal one as zeros."""
-    return np.where(np.abs(x) < LEAST, np.copysign(np.float32(0), x), x) if x.dtype == np.float32 else x
+def flush_subnormals(x: Any) -> Any:
+    """Replace subnormal float32 numbers by zeros of the same sign (the modifier `.ftz`)."""
+    if x.dtype != np.float32:
+        return x
+    return np.where(np.abs(x) < np.finfo(np.float32).tiny, np.copysign(np.float32(0), x), x)
 
 
-def computes(i: Instruction, kind: str, fn: Callable[..., Any], operands: int | None = None) -> Step:
-    """A step that gives `fn` the sources as arrays of a type, and writes what comes back."""
-    target, sources = i.operands[0], i.operands[1 : None if operands is None else 1 + operands]
-    dtype, ftz = TYPES[kind], "ftz" in i.words
+def elementwise(inst: PtxInstruction, types: Sequence[str], fn: Callable[..., Any]) -> Executor:
+    """Return an executor that passes the sources, read as these PTX types, to `fn` and writes the result."""
+    target, dtypes, flush = inst.operands[0], [DTYPES[kind] for kind in types], "ftz" in inst.tokens
 
-    def run(lanes: Lanes, mask: Mask) -> None:
-        values = [lanes.read(source, dtype) for source in sources]
-        if ftz:
-            values = [flushed(v) for v in values]
-        out = np.asarray(fn(*values))
-        lanes.write(target, flushed(out) if ftz else out, mask)
+    def execute(group: ThreadGroup, mask: Mask) -> None:
+        values = [group.read(*source) for source in zip(inst.operands[1:], dtypes, strict=False)]
+        if flush:
+            values = [flush_subnormals(value) for value in values]
+        result = np.asarray(fn(*values))
+        group.write(target, flush_subnormals(result) if flush else result, mask)
 
-    return run
+    return execute
 
 
-@opcode("cvt")
-def _convert(i: Instruction) -> Step:
-    target, *sources = i.operands
-    to, source = i.words[-2], i.words[-1]
-    way = rounding(i)
-    if to in PAIRS and source == "f32":  # the first source becomes the high half
-        half = TYPES[PAIRS[to]]
+@handles("cvt")
+def _convert(inst: PtxInstruction) -> Executor:
+    """PTX ISA, "Data Movement and Conversion Instructions: cvt"."""
+    to, source = inst.tokens[-2:]
+    mode, saturate = rounding_mode(inst), "sat" in inst.tokens
+    if to in PACKED_TYPES and source == "f32":  # the first source becomes the high half
+        half = DTYPES[PACKED_TYPES[to]]
 
-        def pair(high: Any, low: Any) -> Any:
-            high, low = (
-                rounded(x.astype(np.float64), half, way).view(np.uint16).astype(np.uint32) for x in (high, low)
-            )
+        def pack(high: Any, low: Any) -> Any:
+            halves = (round_float64(inst, x.astype(np.float64), half) for x in (high, low))
+            high, low = (x.view(np.uint16).astype(np.uint32) for x in halves)
             return high << np.uint32(16) | low
 
-        return computes(i, "f32", pair, 2)
-    if to == "tf32" and way == "rna":  # to 10 bits behind the first one, halves away from zero
-        return computes(i, "b32", lambda x: (x + np.uint32(0x1000)) & np.uint32(0xFFFFE000), 1)
-    if to not in TYPES or source not in TYPES:
-        raise EmulationError(f"the instruction '{i.text}' is not known here")
-    dtype = TYPES[to]
-    ints = [np.issubdtype(TYPES[kind], np.integer) for kind in (to, source)]
+        return elementwise(inst, ("f32", "f32"), pack)
+    if to == "tf32" and mode == "rna":  # 10 bits of mantissa; halves are rounded away from zero
+        return elementwise(inst, ["b32"], lambda x: (x + np.uint32(0x1000)) & np.uint32(0xFFFFE000))
+    if to not in DTYPES or source not in DTYPES:
+        raise unsupported(inst)
+    dtype = DTYPES[to]
+    to_integer, from_integer = (np.issubdtype(DTYPES[kind], np.integer) for kind in (to, source))
 
-    def one(x: Any) -> Any:
-        if all(ints):
-            if "sat" in i.words:
-                limits = np.iinfo(dtype)
-                x = np.clip(x.astype(object), limits.min, limits.max)
-            return np.asarray(x).astype(dtype)
-        if ints[0]:  # a number outside the type becomes the nearest in it
-            whole = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}[way](x.astype(np.float64))
-            limits = np.iinfo(dtype)
-            inside = np.clip(
-                np.nan_to_num(whole, posinf=float(limits.max), neginf=float(limits.min)), limits.min, limits.max
-            )
-            return np.where(whole >= limits.max, dtype(limits.max), inside.astype(dtype))
-        if ints[1]:
-            return rounded(x.astype(np.float64), dtype, way)
-        wide = x.astype(np.float64)
-        if way.endswith("i"):
-            wide = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}[way](wide)
-        if "sat" in i.words:
-            wide = np.where(wide > 0, np.minimum(wide, 1), 0)
-        return rounded(wide, dtype, way)
+    def convert(x: Any) -> Any:
+        if not to_integer:
+            value = x.astype(np.float64)
+            if mode.endswith("i"):
+                value = ROUND_TO_INTEGER[mode](value)
+            if saturate and not from_integer:
+                value = np.where(value > 0, np.minimum(value, 1), 0)
+            return round_float64(inst, value, dtype)
+        limits = np.iinfo(dtype)
+        if from_integer:
+            return np.asarray(np.clip(x.astype(object), limits.min, limits.max) if saturate else x).astype(dtype)
+        rounded = ROUND_TO_INTEGER[mode](x.astype(np.float64))  # out of range: the nearest number in it; NaN: 0
+        finite = np.nan_to_num(rounded, posinf=float(limits.max), neginf=float(limits.min))
+        clipped = np.clip(finite, limits.min, limits.max).astype(dtype)
+        return np.where(rounded >= limits.max, dtype(limits.max), clipped)
 
-    return computes(i, source, one, len(sources))
+    return elementwise(inst, [source], convert)

@@ -1,165 +1,157 @@
-"""Bytes that kernels load and store, each access checked: aligned, inside a buffer that the kernel was given, and not racing with
-those of others."""
-
-from __future__ import annotations
+"""Memory of a kernel. Every access is checked: aligned, inside a buffer of the kernel, and without a race."""
 
 from typing import Any
 
 import numpy as np
 
-from scripts.ptx_emulator.ptx import EmulationError
+from .ptx import EmulationError
 
-GUARD = 256  # bytes between buffers, which nobody may touch; buffers begin at multiples of it
-UNSET = 0xFF  # what a byte holds that nobody wrote: NaN as float32, bfloat16 and float8
-NOBODY = -1
+GUARD_BYTES = 256  # between buffers, where no access is allowed; buffers begin at multiples of it
+UNSET_BYTE = 0xFF  # value of a byte before the first write: NaN as float32, bfloat16 and float8
+NO_OWNER = -1
 
 
 class Memory:
     """A range of addresses from 0.
 
-    Accesses come with numbers that say who they are by: `span * epoch + n`, where n, below `span - 1`, tells apart those that do
-    not wait for one another within an epoch. Of two by different n in one epoch none may write what the other touches, unless it
-    writes what is there already.
+    Accesses carry the number of their owner: `num_owners * epoch + n`. Here n < num_owners - 1 identifies a warp or a
+    block, and an epoch is a period within which owners do not wait for one another. Within an epoch an owner must not
+    write a byte that another owner reads or writes, unless it writes the value that the byte already has.
 
+    Args:
+        size: bytes.
+        name: for error messages.
+        num_owners: None turns the search for races off.
     Attributes:
-        bytes: uint8; `allowed` and `writable`, of the same length, tell which of them may be read, and written.
+        bytes: uint8 `[size]`, rounded up to a multiple of 16.
+        readable, writable: bool, of the same length.
     """
 
-    def __init__(self, size: int, what: str, span: int | None = None):
-        self.bytes = np.full(-(-size // 16) * 16, UNSET, np.uint8)
-        self.allowed, self.writable = (np.zeros(len(self.bytes), bool) for _ in range(2))
-        self.what, self.span = what, span
-        if span:
-            self._reader, self._writer = (np.full(len(self.bytes), NOBODY, np.int64) for _ in range(2))
-            self._coming = np.zeros(len(self.bytes), bool)  # bytes that a copy will write
-            self._kept = np.zeros(len(self.bytes), bool)  # bytes that are read until somebody says that they are not
+    def __init__(self, size: int, name: str, num_owners: int | None = None):
+        self.bytes = np.full(-(-size // 16) * 16, UNSET_BYTE, np.uint8)
+        self.readable, self.writable = (np.zeros(len(self.bytes), bool) for _ in range(2))
+        self.name, self.num_owners = name, num_owners or 0
+        if num_owners:
+            self._last_reader, self._last_writer = (np.full(len(self.bytes), NO_OWNER, np.int64) for _ in range(2))
+            self._awaits_copy = np.zeros(len(self.bytes), bool)  # bytes that an asynchronous copy will write
+            self._held = np.zeros(len(self.bytes), bool)  # bytes that an asynchronous product reads until `release`
 
-    def _places(self, addresses: Any, size: int, times: int, used: int | None = None, writes: bool = False) -> Any:
-        """Checked addresses of accesses of `size * times` bytes each; only the first `used` bytes count."""
-        addresses, whole = np.asarray(addresses), size * times
-        last = (used or whole) - 1
+    def _check_addresses(self, addresses: Any, size: int, used: int | None = None, writes: bool = False) -> Any:
+        """Return addresses of accesses of `size` bytes as int64. Only the first `used` bytes must be in a buffer."""
+        addresses = np.asarray(addresses)
         if not addresses.size:
             return addresses.astype(np.int64)
         low, high = int(addresses.min()), int(addresses.max())
-        if np.any(addresses & np.asarray(whole - 1, addresses.dtype)):
-            raise EmulationError(
-                f"an access of {whole} bytes of {self.what} is not aligned: address {low:#x} or another"
-            )
-        if low < 0 or high + whole > len(self.bytes):
-            raise EmulationError(
-                f"{whole} bytes at {low:#x} to {high:#x} of {self.what}, which has {len(self.bytes)} bytes"
-            )
-        places = addresses.astype(np.int64)
-        may = self.writable if writes else self.allowed
-        good = may[places] & may[places + last]
-        if not good.all():
-            wrong = int(places[~good].min()) if places.ndim else int(places)
-            kind = "result" if writes and self.allowed[wrong] else "buffer"
-            raise EmulationError(f"{whole} bytes at address {wrong:#x} of {self.what} are in no {kind} of this kernel")
-        return places
+        if np.any(addresses & np.asarray(size - 1, addresses.dtype)):
+            raise EmulationError(f"access of {size} bytes of {self.name} is not aligned: address {low:#x} or another")
+        if low < 0 or high + size > len(self.bytes):
+            raise EmulationError(f"{size} bytes at {low:#x} to {high:#x} of {self.name}, which has {len(self.bytes)}")
+        addresses = addresses.astype(np.int64)
+        allowed = self.writable if writes else self.readable
+        valid = allowed[addresses] & allowed[addresses + (used or size) - 1]
+        if not valid.all():
+            first = int(addresses[~valid].min()) if addresses.ndim else int(addresses)
+            kind = "result" if writes and self.readable[first] else "buffer"
+            raise EmulationError(f"{size} bytes at address {first:#x} of {self.name} are in no {kind} of this kernel")
+        return addresses
 
     def load(
-        self,
-        addresses: Any,
-        size: int,
-        times: int = 1,
-        used: int | None = None,
-        by: Any = None,
-        until_released: bool = False,
+        self, addresses: Any, size: int, count: int = 1, used: int | None = None, owner: Any = None, hold: bool = False
     ) -> list[Any]:
-        """`times` unsigned numbers of `size` bytes that follow one another, at each address; nobody may write there until
-        `release`, if told so."""
-        places = self._places(addresses, size, times, used)
-        self._reads(places, size * times, by, until_released)
-        view, units = self.bytes.view(f"u{size}"), places // size
-        return [view[units + i] for i in range(times)]
+        """Return `count` consecutive unsigned integers of `size` bytes at each address.
 
-    def store(self, addresses: Any, values: list[Any], size: int, by: Any = None) -> None:
-        """The opposite of `load`."""
-        places = self._places(addresses, size, len(values), writes=True)
-        view, units = self.bytes.view(f"u{size}"), places // size
+        `hold`: no owner may change these bytes until `release`.
+        """
+        addresses = self._check_addresses(addresses, size * count, used)
+        self._record_reads(addresses, size * count, owner, hold)
+        view, index = self.bytes.view(f"u{size}"), addresses // size
+        return [view[index + i] for i in range(count)]
+
+    def store(self, addresses: Any, values: list[Any], size: int, owner: Any = None) -> None:
+        """Write consecutive unsigned integers of `size` bytes at each address."""
+        addresses = self._check_addresses(addresses, size * len(values), writes=True)
+        view, index = self.bytes.view(f"u{size}"), addresses // size
         for i, value in enumerate(values):
-            if self.span and by is not None:
-                self._writes(places + i * size, size, by, view[units + i] != value)
-            view[units + i] = value
-            if self.span and by is not None:  # of several that write one place at a time, one was the last
-                lost = view[units + i] != value
-                if np.any(lost) and (self._writer[places + i * size] != by)[lost].any():
-                    raise EmulationError(f"a race: {self.what} is written at once with different values, by others")
+            if self.num_owners and owner is not None:
+                self._record_writes(addresses + i * size, size, owner, view[index + i] != value)
+            view[index + i] = value
+            if self.num_owners and owner is not None:  # if several threads write to one address, the last one wins
+                lost = view[index + i] != value
+                if np.any(lost) and (self._last_writer[addresses + i * size] != owner)[lost].any():
+                    raise EmulationError(f"a race: {self.name} is written at once with different values by others")
 
-    def lines(self, addresses: Any, size: int, by: Any = None) -> Any:
-        """uint8 `[n, size]`: what lies at n addresses."""
-        places = self._places(addresses, size, 1)
-        self._reads(places, size, by)
-        return self.bytes[places[:, None] + np.arange(size)]
+    def load_bytes(self, addresses: Any, size: int, owner: Any = None) -> Any:
+        """Return uint8 `[n, size]`, the bytes at n addresses."""
+        addresses = self._check_addresses(addresses, size)
+        self._record_reads(addresses, size, owner)
+        return self.bytes[addresses[:, None] + np.arange(size)]
 
-    def store_lines(self, addresses: Any, lines: Any, by: Any = None) -> None:
-        """The opposite of `lines`; what `expect` announced has come."""
-        size = lines.shape[1]
-        places = self._places(addresses, size, 1, writes=True)
-        at = places[:, None] + np.arange(size)
-        if self.span and by is not None:
-            self._coming[at] = False
-            self._writes(places, size, by, (self.bytes[at] != lines).any(1))
-        self.bytes[at] = lines
+    def store_bytes(self, addresses: Any, values: Any, owner: Any = None) -> None:
+        """Write uint8 `[n, size]` to n addresses; ends the copies that `begin_copy` announced there."""
+        size = values.shape[1]
+        addresses = self._check_addresses(addresses, size, writes=True)
+        index = addresses[:, None] + np.arange(size)
+        if self.num_owners and owner is not None:
+            self._awaits_copy[index] = False
+            self._record_writes(addresses, size, owner, (self.bytes[index] != values).any(1))
+        self.bytes[index] = values
 
-    def expect(self, addresses: Any, size: int, by: Any) -> None:
-        """A copy to these addresses has begun and ends at some time before `store_lines`."""
-        if self.span:
-            places = self._places(addresses, size, 1, writes=True)
-            self._writes(places, size, by, True)
-            self._coming[places[:, None] + np.arange(size)] = True
+    def begin_copy(self, addresses: Any, size: int, owner: Any) -> None:
+        """Announce a copy to these addresses, which may write at any time until `store_bytes`."""
+        if self.num_owners:
+            addresses = self._check_addresses(addresses, size, writes=True)
+            self._record_writes(addresses, size, owner, True)
+            self._awaits_copy[addresses[:, None] + np.arange(size)] = True
 
     def release(self, addresses: Any, size: int) -> None:
-        """What was loaded there with `until_released` is not read any more."""
-        if self.span:
-            self._kept[addresses[..., None] + np.arange(size)] = False
+        """End reads that `load` began with `hold`."""
+        if self.num_owners:
+            self._held[addresses[..., None] + np.arange(size)] = False
 
-    def _reads(self, places: Any, size: int, by: Any, until_released: bool = False) -> None:
-        if not self.span or by is None:
+    def _record_reads(self, addresses: Any, size: int, owner: Any, hold: bool = False) -> None:
+        if not self.num_owners or owner is None:
             return
-        changing = self.writable[places]
-        if not changing.any():  # nobody writes there
+        writable = self.writable[addresses]
+        if not writable.any():  # bytes that no owner may write have no races
             return
-        if np.ndim(places) and not changing.all():
-            places, by = places[changing], np.broadcast_to(by, places.shape)[changing]
-        if not np.ndim(places) and np.ndim(by):  # all read one place
-            several = self.span - 1 + by[0] // self.span * self.span
-            by = by[0] if (by == by[0]).all() else several
-        at, who = _each_byte(places, size, by)
-        if self._coming[at].any():
-            raise EmulationError(
-                f"{self.what} is read at {int(at[self._coming[at]].min()):#x} before a copy to it has come"
-            )
-        self._check(at, self._writer[at], who, "read", "written")
-        if until_released:
-            self._kept[at] = True
+        if np.ndim(addresses) and not writable.all():
+            addresses, owner = addresses[writable], np.broadcast_to(owner, addresses.shape)[writable]
+        if not np.ndim(addresses) and np.ndim(owner):  # all owners read one address
+            several = self.num_owners - 1 + owner[0] // self.num_owners * self.num_owners
+            owner = owner[0] if (owner == owner[0]).all() else several
+        index, owners = _each_byte(addresses, size, owner)
+        awaited = index[self._awaits_copy[index]]
+        if awaited.size:
+            raise EmulationError(f"{self.name} is read at {int(awaited.min()):#x} before a copy to it has arrived")
+        self._check_races(index, self._last_writer[index], owners, "read", "written")
+        if hold:
+            self._held[index] = True
             return
-        before, now = self._reader[at], who // self.span * self.span
-        several = now + self.span - 1  # in an epoch in which different ones read
-        self._reader[at] = np.where((before >= now) & (before != who), several, who)
-        again = self._reader[at]  # those of this call may be different ones, too
-        self._reader[at[again != who]] = several[again != who]
+        before, epoch_start = self._last_reader[index], owners // self.num_owners * self.num_owners
+        several = epoch_start + self.num_owners - 1  # owner number of bytes that several owners read in this epoch
+        self._last_reader[index] = np.where((before >= epoch_start) & (before != owners), several, owners)
+        conflict = self._last_reader[index] != owners  # two owners of this very call may read one byte
+        self._last_reader[index[conflict]] = several[conflict]
 
-    def _writes(self, places: Any, size: int, by: Any, changed: Any) -> None:
-        at, who = _each_byte(places, size, by)
-        changed = np.broadcast_to(np.asarray(changed)[..., None], (*np.shape(places), size)).reshape(-1)
-        if self._kept[at[changed]].any():
-            raise EmulationError(f"{self.what} is written at {int(at[changed].min()):#x} while a product reads it")
-        self._check(at[changed], self._reader[at[changed]], who[changed], "written", "read")
-        self._check(at[changed], self._writer[at[changed]], who[changed], "written", "written")
-        self._writer[at] = who
+    def _record_writes(self, addresses: Any, size: int, owner: Any, changed: Any) -> None:
+        """`changed`: whether each access changes the value. Bytes that keep theirs cannot take part in a race."""
+        index, owners = _each_byte(addresses, size, owner)
+        changed = np.broadcast_to(np.asarray(changed)[..., None], (*np.shape(addresses), size)).reshape(-1)
+        new, writers = index[changed], owners[changed]
+        if self._held[new].any():
+            raise EmulationError(f"{self.name} is written at {int(new.min()):#x} while a product reads it")
+        self._check_races(new, self._last_reader[new], writers, "written", "read")
+        self._check_races(new, self._last_writer[new], writers, "written", "written")
+        self._last_writer[index] = owners
 
-    def _check(self, at: Any, before: Any, who: Any, now: str, earlier: str) -> None:
-        wrong = (before >= who // self.span * self.span) & (before != who)
-        if wrong.any():
-            place = int(at[wrong].min())
-            raise EmulationError(
-                f"a race: {self.what} is {now} at {place:#x}, where others have {earlier} since they last met"
-            )
+    def _check_races(self, index: Any, before: Any, owners: Any, access: str, earlier: str) -> None:
+        conflict = index[(before >= owners // self.num_owners * self.num_owners) & (before != owners)]
+        if conflict.size:
+            where = f"{access} at {int(conflict.min()):#x}, which others have {earlier} since the last barrier"
+            raise EmulationError(f"a race: {self.name} is {where}")
 
 
-def _each_byte(places: Any, size: int, by: Any) -> tuple[Any, Any]:
-    """Each byte of accesses, and who accesses it."""
-    at = places[..., None] + np.arange(size)
-    return at.reshape(-1), np.broadcast_to(np.asarray(by)[..., None], at.shape).reshape(-1)
+def _each_byte(addresses: Any, size: int, owner: Any) -> tuple[Any, Any]:
+    """Return the index and the owner of each byte of accesses of `size` bytes."""
+    index = addresses[..., None] + np.arange(size)
+    return index.reshape(-1), np.broadcast_to(np.asarray(owner)[..., None], index.shape).reshape(-1)

@@ -1,146 +1,143 @@
-"""A compiled CUDA program, run without a GPU: its kernels in their order, on its buffers."""
-
-from __future__ import annotations
+"""Execution of a compiled CUDA program without a GPU: its thunks in order, on its buffers."""
 
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
-from scripts.ptx_emulator import arithmetic, blackwell, conversion, movement, tensor_cores  # noqa: F401  (they register instructions)
-from scripts.ptx_emulator.dump import (
-    Array,
-    Branches,
-    Buffer,
-    Copy,
-    Dump,
-    Finish,
-    Instruction,
-    Launch,
-    Loop,
-    Start,
-    Thunk,
-)
-from scripts.ptx_emulator.machine import launch
-from scripts.ptx_emulator.memory import GUARD, UNSET, Memory
-from scripts.ptx_emulator.ptx import EmulationError, Kernel
+from .hlo import HloInstruction
+from .machine import launch
+from .memory import GUARD_BYTES, UNSET_BYTE, Memory
+from .ptx import EmulationError, Kernel
+from .xla_dump import AsyncDone, AsyncStart, Branches, Buffer, BufferArray, Copy, Launch, Loop, Slice, Thunk, XlaDump
+
+MAX_BLOCKS = 1 << 40  # of a grid, as owners of global memory
+Allocations = dict[int, Any]  # uint8 arrays by number
 
 
-class Program:
-    """Args:
-        folder: what XLA dumped when it compiled the program, as a `cuda_target.Target` makes it do.
+class EmulatedProgram:
+    """A program that XLA compiled for CUDA.
+
+    Args:
+        folder: what XLA dumped when it compiled the program, with its PTX and all constants
+            (`--xla_dump_to=FOLDER --xla_dump_emitter_re=ptx --xla_dump_large_constants=true`).
     Raises:
-        EmulationError: as `Dump`.
-
+        EmulationError: as `XlaDump`.
     Attributes:
-        launched: kernels run so far.
+        num_launched: kernels run so far.
     """
 
     def __init__(self, folder: Path):
-        self.dump, self.launched = Dump(folder), 0
-        self._started: dict[int, list[Thunk]] = {}
-        self._watched: set[int] = set()  # launches in which races were looked for, as they are the first time
-        self._constants = {
-            number: _constant(self.dump.instructions[name]) for name, number in self.dump.constants.items()
-        }
+        self.dump, self.num_launched = XlaDump(folder), 0
+        self._async_thunks: dict[int, list[Thunk]] = {}
+        self._checked_launches: set[int] = set()  # races are looked for in the first run of each launch
+        instructions, constants = self.dump.module.instructions, self.dump.constants
+        self._constants = {number: _constant_bytes(instructions[name]) for name, number in constants.items()}
 
     def run(self, args: Sequence[Any]) -> list[Any]:
-        """The arrays that the program gives for the arrays it takes (as numpy holds them), in their order."""
-        held = {number: np.full(size, UNSET, np.uint8) for number, size in self.dump.sizes.items()}
+        """Return the results of the program as numpy arrays. `args`: an array for each parameter, in order."""
         if len(args) != len(self.dump.parameters):
             raise EmulationError(f"the program takes {len(self.dump.parameters)} arrays, not {len(args)}")
+        allocations = {n: np.full(size, UNSET_BYTE, np.uint8) for n, size in self.dump.allocation_sizes.items()}
         for number, arg in enumerate(args):
-            held[self.dump.parameters[number]][:] = np.ascontiguousarray(arg).reshape(-1).view(np.uint8)
+            allocations[self.dump.parameters[number]][:] = np.ascontiguousarray(arg).reshape(-1).view(np.uint8)
         for number, constant in self._constants.items():
-            held[number][: len(constant)] = constant
-        self._run(self.dump.thunks, held)
-        return [_array(held, result).copy() for result in self.dump.results]
+            allocations[number][: len(constant)] = constant
+        self._run(self.dump.thunks, allocations)
+        return [_view(allocations, result).copy() for result in self.dump.results]
 
-    def _run(self, thunks: list[Thunk], held: dict[int, Any]) -> None:
+    def _run(self, thunks: list[Thunk], allocations: Allocations) -> None:
         for thunk in thunks:
-            if isinstance(thunk, Launch):
-                run_kernel(self.dump.kernels[thunk.kernel], thunk, held, races=id(thunk) not in self._watched)
-                self._watched.add(id(thunk))
-                self.launched += 1
-            elif isinstance(thunk, Start):
-                self._started[thunk.number] = thunk.thunks
-            elif isinstance(thunk, Finish):  # as late as it may
-                self._run(self._started.pop(thunk.number), held)
-            elif isinstance(thunk, Copy):
-                _bytes(held, thunk.target)[:] = _bytes(held, thunk.source)
-            elif isinstance(thunk, Loop):
-                self._run(thunk.condition, held)
-                while _bytes(held, thunk.test)[0]:
-                    self._run(thunk.body, held)
-                    self._run(thunk.condition, held)
-            elif isinstance(thunk, Branches):
-                value = _array(held, thunk.which)[()]
-                last = len(thunk.branches) - 1
-                number = int(not value) if value.dtype == bool else int(value) if 0 <= value <= last else last
-                self._run(thunk.branches[number], held)
-            else:
-                whole, part = _array(held, thunk.whole), _array(held, thunk.part)
-                starts = [s if isinstance(s, int) else int(_array(held, s).reshape(())) for s in thunk.starts]
-                room = [size - some for size, some in zip(whole.shape, part.shape, strict=True)]
-                begins = [min(max(start, 0), most) for start, most in zip(starts, room, strict=True)]
-                at = tuple(slice(begin, begin + some) for begin, some in zip(begins, part.shape, strict=True))
-                if thunk.update:
-                    whole[at] = part
-                else:
-                    part[...] = whole[at]
+            match thunk:
+                case Launch():
+                    find_races = id(thunk) not in self._checked_launches
+                    run_kernel(self.dump.kernels[thunk.kernel], thunk, allocations, find_races)
+                    self._checked_launches.add(id(thunk))
+                    self.num_launched += 1
+                case AsyncStart(number, inner):
+                    self._async_thunks[number] = inner
+                case AsyncDone(number):  # run the thunks as late as allowed
+                    self._run(self._async_thunks.pop(number), allocations)
+                case Copy(source, target):
+                    _bytes(allocations, target)[:] = _bytes(allocations, source)
+                case Loop(condition, predicate, body):
+                    self._run(condition, allocations)
+                    while _bytes(allocations, predicate)[0]:
+                        self._run(body, allocations)
+                        self._run(condition, allocations)
+                case Branches(selector, branches):
+                    value, last = _view(allocations, selector)[()], len(branches) - 1
+                    in_range = int(value) if 0 <= value <= last else last
+                    self._run(branches[int(not value) if value.dtype == bool else in_range], allocations)
+                case Slice():
+                    _copy_slice(thunk, allocations)
 
 
-def _bytes(held: dict[int, Any], buffer: Buffer) -> Any:
-    return held[buffer.allocation][buffer.offset : buffer.offset + buffer.size]
+def _copy_slice(copy: Slice, allocations: Allocations) -> None:
+    array, part = _view(allocations, copy.array), _view(allocations, copy.part)
+    starts = [s if isinstance(s, int) else int(_view(allocations, s).reshape(())) for s in copy.starts]
+    sizes = zip(starts, array.shape, part.shape, strict=True)
+    clamped = [(min(max(start, 0), size - part_size), part_size) for start, size, part_size in sizes]
+    window = tuple(slice(start, start + size) for start, size in clamped)
+    if copy.update:
+        array[window] = part
+    else:
+        part[...] = array[window]
 
 
-def _array(held: dict[int, Any], array: Array) -> Any:
-    return _bytes(held, array.buffer).view(jnp.dtype(array.dtype)).reshape(array.shape)
+def _bytes(allocations: Allocations, buffer: Buffer) -> Any:
+    return allocations[buffer.allocation][buffer.offset : buffer.offset + buffer.size]
 
 
-def _constant(i: Instruction) -> Any:
-    """The bytes of a constant, from the text of its instruction."""
-    [(dtype, shape)] = i.arrays()
-    written = i.text[i.text.index("constant(") + 9 :].split(")")[0]
-    if "..." in written:
-        raise EmulationError(f"the constant '{i.name}' was not written out")
-    words = {"true": 1.0, "false": 0.0}
-    numbers = [
-        words[n] if n in words else float(n) for n in re.findall(r"-?[\w.+\-]+", re.sub(r"/\*.*?\*/", "", written))
-    ]
-    if dtype.startswith(("int", "uint")):
-        numbers = [int(n) for n in re.findall(r"-?\d+", re.sub(r"/\*.*?\*/", "", written))]
-    return np.array(numbers).astype(jnp.dtype(dtype)).reshape(shape).reshape(-1).view(np.uint8)
+def _view(allocations: Allocations, array: BufferArray) -> Any:
+    return _bytes(allocations, array.buffer).view(array.dtype).reshape(array.shape)
 
 
-def run_kernel(kernel: Kernel, launched: Launch, held: dict[int, Any], races: bool = True) -> None:
-    """One launch, in a memory that holds its buffers and nothing else; those that overlap lie together. `races`: look for them,
-    which takes as much time again."""
-    spans: list[list[int]] = []
-    for allocation, offset, size in sorted(set(launched.buffers)):
+def _constant_bytes(inst: HloInstruction) -> Any:
+    """Return the bytes of a constant from the text of its instruction."""
+    [(_, dtype, _)] = inst.arrays()
+    literal = inst.text[inst.text.index("constant(") + 9 :].split(")")[0]
+    if "..." in literal:
+        raise EmulationError(f"the constant '{inst.name}' was not written out")
+    literal = re.sub(r"/\*.*?\*/", "", literal)
+    values: list[Any]
+    if np.issubdtype(dtype, np.integer):
+        values = [int(n) for n in re.findall(r"-?\d+", literal)]
+    else:
+        booleans = {"true": 1.0, "false": 0.0}
+        values = [booleans[n] if n in booleans else float(n) for n in re.findall(r"-?[\w.+\-]+", literal)]
+    return np.array(values).astype(dtype).view(np.uint8)
+
+
+def run_kernel(kernel: Kernel, launched: Launch, allocations: Allocations, find_races: bool = True) -> None:
+    """Run one launch in a memory that holds its buffers and nothing else; overlapping buffers share their bytes.
+
+    `find_races` doubles the time.
+    """
+    spans: list[list[int]] = []  # allocation, first byte, last byte + 1
+    span_of: dict[Buffer, int] = {}
+    for buffer in sorted(set(launched.buffers)):
+        allocation, offset, size = buffer
         if spans and spans[-1][0] == allocation and offset < spans[-1][2]:
             spans[-1][2] = max(spans[-1][2], offset + size)
         else:
             spans.append([allocation, offset, offset + size])
-    begins, end = [], GUARD
+        span_of[buffer] = len(spans) - 1
+    bases, end = [], GUARD_BYTES
     for _, low, high in spans:
-        begins.append(end)
-        end += -(-(high - low) // GUARD) * GUARD + GUARD
-    memory = Memory(end, "global memory", span=1 << 40 if races else None)
-    for (allocation, low, high), begin in zip(spans, begins, strict=True):
-        memory.bytes[begin : begin + high - low] = held[allocation][low:high]
-        memory.allowed[begin : begin + high - low] = True
+        bases.append(end)
+        end += -(-(high - low) // GUARD_BYTES) * GUARD_BYTES + GUARD_BYTES
+    memory = Memory(end, "global memory", MAX_BLOCKS if find_races else None)
+    for (allocation, low, high), base in zip(spans, bases, strict=True):
+        memory.bytes[base : base + high - low] = allocations[allocation][low:high]
+        memory.readable[base : base + high - low] = True
 
-    def address(buffer: Buffer) -> int:
-        in_span = (a == buffer.allocation and low <= buffer.offset < max(high, low + 1) for a, low, high in spans)
-        at = list(in_span).index(True)
-        return begins[at] + buffer.offset - spans[at][1]
-
+    addresses = {buffer: bases[span] + buffer.offset - spans[span][1] for buffer, span in span_of.items()}
     for buffer in launched.written:
-        memory.writable[address(buffer) : address(buffer) + buffer.size] = True
-    launch(kernel, launched.grid, launched.threads, launched.shared, memory, [address(b) for b in launched.buffers])
-    for (allocation, low, high), begin in zip(spans, begins, strict=True):
-        held[allocation][low:high] = memory.bytes[begin : begin + high - low]
+        memory.writable[addresses[buffer] : addresses[buffer] + buffer.size] = True
+    params = [addresses[buffer] for buffer in launched.buffers]
+    launch(kernel, launched.grid, launched.threads, launched.shared_bytes, memory, params)
+    for (allocation, low, high), base in zip(spans, bases, strict=True):
+        allocations[allocation][low:high] = memory.bytes[base : base + high - low]

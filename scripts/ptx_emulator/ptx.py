@@ -1,16 +1,25 @@
-"""The text of a PTX module as kernels of basic blocks of instructions."""
+"""Parser of PTX modules: text becomes kernels made of basic blocks of instructions (PTX ISA, "Syntax")."""
 
 from __future__ import annotations
 
 import re
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import ml_dtypes
+import numpy as np
+
+DTYPES: dict[str, Any] = {  # PTX ISA, "Fundamental Types" and "Alternate Floating-Point Data Formats"
+    "b8": np.uint8, "u8": np.uint8, "s8": np.int8, "b16": np.uint16, "u16": np.uint16, "s16": np.int16,
+    "b32": np.uint32, "u32": np.uint32, "s32": np.int32, "b64": np.uint64, "u64": np.uint64, "s64": np.int64,
+    "f16": np.float16, "bf16": ml_dtypes.bfloat16, "f32": np.float32, "f64": np.float64, "pred": np.bool_,
+}  # fmt: skip
 
 
 class EmulationError(Exception):
-    """A kernel does what no GPU would do right, or holds an instruction that is not known here."""
+    """A kernel does something that is wrong on every GPU, or needs something that the emulator does not support."""
 
 
 class Reg(NamedTuple):
@@ -19,13 +28,11 @@ class Reg(NamedTuple):
 
 
 class Imm(NamedTuple):
-    value: int | float  # the bits, except of a decimal floating-point number
+    value: int  # the bits of a floating-point number
 
 
 class Name(NamedTuple):
-    """A special register, a symbol in memory, or a parameter."""
-
-    text: str
+    text: str  # of a special register, a symbol in memory, a label or a parameter
 
 
 class Address(NamedTuple):
@@ -34,198 +41,196 @@ class Address(NamedTuple):
 
 
 class Vector(NamedTuple):
-    parts: list[Operand]
+    elements: list[Operand]
 
 
-class Both(NamedTuple):
-    """Two results: `%p1|%p2`."""
-
+class DestPair(NamedTuple):  # two destinations: `%p1|%p2`
     first: Operand
     second: Operand
 
 
-Operand = Reg | Imm | Name | Address | Vector | Both
+Operand = Reg | Imm | Name | Address | Vector | DestPair
 
 
 @dataclass(frozen=True)
-class Instruction:
-    words: tuple[str, ...]  # the opcode and its modifiers, parted at dots
+class PtxInstruction:
+    """One instruction.
+
+    Attributes:
+        tokens: the opcode and its modifiers, split at dots.
+        guard: predicate; the instruction runs in the threads where it equals `guard_value`. None: in all threads.
+        used_bytes: of a load, the number of leading bytes that matter, if a `used_bytes_mask` pragma says so.
+    """
+
+    tokens: tuple[str, ...]
     operands: tuple[Operand, ...]
-    guard: Reg | None  # runs where this predicate is `wanted`
-    wanted: bool
+    guard: Reg | None
+    guard_value: bool
     text: str
-    used: int | None = None  # of a load: the bytes that count, where the compiler says that only some do
+    used_bytes: int | None = None
 
     @property
-    def op(self) -> str:
-        return self.words[0]
+    def opcode(self) -> str:
+        return self.tokens[0]
+
+    @property
+    def type(self) -> str:
+        """The last modifier, which most instructions use for the type of their operands."""
+        return self.tokens[-1]
 
 
-@dataclass
-class Block:
-    """Instructions that run one after the other; a branch, a barrier or a return only at the end."""
+def registers_of(operand: Operand) -> list[Operand]:
+    """Return the elements of a vector operand, or the operand itself in a list."""
+    return operand.elements if isinstance(operand, Vector) else [operand]
 
-    instructions: list[Instruction] = field(default_factory=list)
+
+def unsupported(inst: PtxInstruction) -> EmulationError:
+    return EmulationError(f"the instruction '{inst.text}' is not supported")
+
+
+def immediate(operand: Operand) -> int:
+    """Return the value of an operand that must be an immediate."""
+    assert isinstance(operand, Imm), operand
+    return operand.value
+
+
+BasicBlock = list[PtxInstruction]  # only the last one may be a branch, a barrier or a return
 
 
 @dataclass(eq=False)
 class Kernel:
+    """One entry point."""
+
     name: str
     params: list[str]
-    blocks: list[Block]
-    labels: dict[str, int]  # number of the block that begins there
-    tables: dict[str, list[str]]  # labels among which a branch picks by number
-    shared: dict[str, int]  # symbols of shared memory, and where they begin
-    shared_bytes: int  # of those with a size; a symbol without one begins behind them
-    local: dict[str, int]  # symbols of the memory that a thread has for itself, and where they begin
+    basic_blocks: list[BasicBlock]
+    labels: dict[str, int]  # number of the basic block at each label
+    branch_tables: dict[str, list[str]]  # the labels that each `.branchtargets` declaration lists
+    shared: dict[str, int]  # byte offsets of the symbols in shared memory
+    shared_bytes: int  # total size of these symbols; a symbol without a size begins here
+    local: dict[str, int]  # byte offsets of the symbols in a thread's local memory
     local_bytes: int
 
 
+_Symbols = list[tuple[str, str, str]]  # alignment, name, bytes ("": unsized)
+_Scope = dict[str, Operand]
 _PARAM = re.compile(r"\.param\s+[.\w]+(?:\s+\.ptr(?:\s+\.\w+)*?(?:\s+\.align\s+\d+)?)?\s+([\w$]+)")
-_SYMBOLS = {
-    space: re.compile(rf"\.{space}\s+\.align\s+(\d+)\s+\.b8\s+([\w$]+)\[(\d*)\]") for space in ("shared", "local")
-}
+_SHARED, _LOCAL = (re.compile(rf"\.{x}\s+\.align\s+(\d+)\s+\.b8\s+([\w$]+)\[(\d*)\]") for x in ("shared", "local"))
 _REGISTERS = re.compile(r"\.reg\s+\.(\w+)\s+(.*)", re.DOTALL)
+_REGISTER_NAME = re.compile(r"(%?[\w$]+)(?:<(\d+)>)?")
 _GUARDED = re.compile(r"@(!?)(%?[\w$]+)\s+(.*)", re.DOTALL)
-_USED = re.compile(r'\.pragma "used_bytes_mask (0x[0-9a-f]+)"')
-_WIDTH = {
-    "pred": 1,
-    "b8": 8,
-    "b16": 16,
-    "b32": 32,
-    "b64": 64,
-    "f32": 32,
-    "f64": 64,
-    "u32": 32,
-    "s32": 32,
-    "u64": 64,
-    "u16": 16,
-}
-_TABLE = re.compile(r"([$\w]+):\s*\.branchtargets\s+([^;]*);")
-_ENDS = ("bra", "brx", "bar", "ret", "exit", "barrier")
+_USED_BYTES = re.compile(r'\.pragma "used_bytes_mask (0x[0-9a-f]+)"')
+_BRANCH_TABLE = re.compile(r"([$\w]+):\s*\.branchtargets\s+([^;]*);")
+_STATEMENT = re.compile(r"\s*(?:(?P<brace>[{}])|(?P<label>\$?[\w$]+):(?!:)|(?P<statement>[^;]*);)")
+_BLOCK_ENDS = ("bra", "brx", "bar", "ret", "exit", "barrier")
 
 
-def kernels(text: str) -> dict[str, Kernel]:
-    """The entry points of a module, by name."""
+def parse_kernels(text: str) -> dict[str, Kernel]:
+    """Return the entry points of a module by name."""
     text = re.sub(r"//[^\n]*|/\*.*?\*/", "", text, flags=re.DOTALL)
     head, *entries = re.split(r"\.visible\s+\.entry\s+", text)
-    return {kernel.name: kernel for kernel in (_kernel(entry, _SYMBOLS["shared"].findall(head)) for entry in entries)}
+    module_symbols = _SHARED.findall(head)
+    return {kernel.name: kernel for kernel in (_parse_kernel(entry, module_symbols) for entry in entries)}
 
 
-def _kernel(text: str, outside: list[tuple[str, str, str]]) -> Kernel:
-    name = re.match(r"[\w$]+", text)[0]  # type: ignore[index]
-    begin = text.index("{")
-    params, body = _PARAM.findall(text[:begin]), text[begin:]
-    shared, local = _placed(outside + _SYMBOLS["shared"].findall(body)), _placed(_SYMBOLS["local"].findall(body))
-    blocks, labels = [Block()], {}
-    tables = {label: [each.strip() for each in targets.split(",")] for label, targets in _TABLE.findall(body)}
-    for label, instruction in _statements(body):
-        if label is not None:
-            if blocks[-1].instructions:
-                blocks.append(Block())
-            labels[label] = len(blocks) - 1
+def _parse_kernel(text: str, module_symbols: _Symbols) -> Kernel:
+    name, head, body = re.split(r"[^\w$]", text, maxsplit=1)[0], text[: text.index("{")], text[text.index("{") :]
+    shared, local = _lay_out(module_symbols + _SHARED.findall(body)), _lay_out(_LOCAL.findall(body))
+    tables = {label: [name.strip() for name in targets.split(",")] for label, targets in _BRANCH_TABLE.findall(body)}
+    blocks: list[BasicBlock] = [[]]
+    labels: dict[str, int] = {}
+    for statement in _statements(body):
+        if isinstance(statement, str):
+            if blocks[-1]:
+                blocks.append([])
+            labels[statement] = len(blocks) - 1
         else:
-            assert instruction is not None
-            blocks[-1].instructions.append(instruction)
-            if instruction.op in _ENDS and instruction.words[:2] != ("bar", "warp"):
-                blocks.append(Block())
-    return Kernel(name, params, blocks, labels, tables, *shared, *local)
+            blocks[-1].append(statement)
+            if statement.opcode in _BLOCK_ENDS and statement.tokens[:2] != ("bar", "warp"):
+                blocks.append([])
+    return Kernel(name, _PARAM.findall(head), blocks, labels, tables, *shared, *local)
 
 
-def _placed(symbols: list[tuple[str, str, str]]) -> tuple[dict[str, int], int]:
-    """Where symbols of (alignment, name, bytes) begin, those of no size last, and where the others end."""
+def _lay_out(symbols: _Symbols) -> tuple[dict[str, int], int]:
+    """Return the offset of every symbol, unsized ones last, and the end of the sized ones."""
     end = 0
-    places: dict[str, int] = {}
-    for align, symbol, size in sorted(symbols, key=lambda found: found[2] == ""):
-        places[symbol] = -(-end // int(align)) * int(align)
-        end = places[symbol] + int(size or 0)
-    return places, end
+    offsets: dict[str, int] = {}
+    for alignment, symbol, size in sorted(symbols, key=lambda declared: declared[2] == ""):
+        offsets[symbol] = -(-end // int(alignment)) * int(alignment)
+        end = offsets[symbol] + int(size or 0)
+    return offsets, end
 
 
-def _statements(body: str) -> Iterator[tuple[str | None, Instruction | None]]:
-    """Labels and instructions in their order. A brace where a statement begins opens a scope of register names."""
-    scopes: list[dict[str, Operand]] = []
-    at, opened, used = 0, 0, None
-    blank, label = re.compile(r"\s*"), re.compile(r"(\$?[\w$]+):(?!:)")
-    while True:
-        at = blank.match(body, at).end()  # type: ignore[union-attr]
-        if at == len(body):
-            return
-        if body[at] == "{":
+def _statements(body: str) -> Iterator[str | PtxInstruction]:
+    """Yield labels (as names) and instructions in order. A brace at the start of a statement opens a register scope."""
+    scopes: list[_Scope] = []
+    num_opened, used_bytes = 0, None
+    for part in _STATEMENT.finditer(body):
+        if part["brace"] == "{":
             scopes.append({})
-            opened += 1
-            at += 1
-        elif body[at] == "}":
+            num_opened += 1
+        elif part["brace"] == "}":
             scopes.pop()
-            at += 1
             if not scopes:
                 return
-        elif body[at] == ";":
-            at += 1
-        elif found := label.match(body, at):
-            name = found[1]
-            if len(scopes) > 1:  # known in its scope alone, behind it
-                name = f"{name}@{opened}"
-                scopes[-1][found[1]] = Name(name)
-            yield name, None
-            at = found.end()
+        elif label := part["label"]:
+            if len(scopes) > 1:  # a label of an inner scope is visible there alone
+                scopes[-1][label] = Name(f"{label}@{num_opened}")
+                label = f"{label}@{num_opened}"
+            yield label
         else:
-            end = body.index(";", at)
-            statement = " ".join(body[at:end].split())
-            at = end + 1
-            if declared := _REGISTERS.match(statement):
-                _declare(declared[1], declared[2], scopes[-1], opened if len(scopes) > 1 else 0)
-            elif found := _USED.match(statement):
-                used = int(found[1], 16).bit_length()
-            elif not statement.startswith("."):
-                yield None, _instruction(statement, scopes, used)
-                used = None
+            statement = " ".join(part["statement"].split())
+            if match := _REGISTERS.match(statement):
+                _declare(match[1], match[2], scopes[-1], f"@{num_opened}" if len(scopes) > 1 else "")
+            elif match := _USED_BYTES.match(statement):
+                used_bytes = int(match[1], 16).bit_length()
+            elif statement and not statement.startswith("."):
+                yield _parse_instruction(statement, scopes, used_bytes)
+                used_bytes = None
 
 
-def _declare(kind: str, names: str, scope: dict[str, Operand], number: int) -> None:
-    for name in (name.strip() for name in names.split(",")):
-        stem, many = re.fullmatch(r"(%?[\w$]+)(?:<(\d+)>)?", name).groups()  # type: ignore[union-attr]
-        for each in [stem] if many is None else [f"{stem}{i}" for i in range(int(many))]:
-            scope[each] = Reg(f"{each}@{number}" if number else each, _WIDTH[kind])
+def _declare(kind: str, names: str, scope: _Scope, suffix: str) -> None:
+    """Add the registers of a `.reg` declaration to a scope; `suffix` tells equal names of two scopes apart."""
+    bits = 1 if kind == "pred" else int(kind[1:])
+    for stem, count in _REGISTER_NAME.findall(names):
+        for name in [f"{stem}{i}" for i in range(int(count))] if count else [stem]:
+            scope[name] = Reg(name + suffix, bits)
 
 
-def _parts(text: str) -> list[str]:
-    """Parted at the commas that no bracket holds."""
-    parts, depth, begin = [], 0, 0
-    for at, char in enumerate(text):
+def _split_operands(text: str) -> list[str]:
+    """Split at the commas that are outside of brackets."""
+    operands, depth, begin = [], 0, 0
+    for i, char in enumerate(text):
         depth += (char in "{[") - (char in "}]")
         if char == "," and depth == 0:
-            parts.append(text[begin:at].strip())
-            begin = at + 1
-    return [*parts, text[begin:].strip()] if text.strip() else []
+            operands.append(text[begin:i].strip())
+            begin = i + 1
+    return [*operands, text[begin:].strip()] if text.strip() else []
 
 
-def _instruction(text: str, scopes: list[dict[str, Operand]], used: int | None) -> Instruction:
-    guard, wanted, rest = None, True, text
-    if found := _GUARDED.match(text):
-        wanted, rest = not found[1], found[3]
-        guard = _operand(found[2], scopes)
-        assert isinstance(guard, Reg)
-    op, _, operands = rest.partition(" ")
-    read = tuple(_operand(part, scopes) for part in _parts(operands))
-    return Instruction(tuple(op.split(".")), read, guard, wanted, text, used)
+def _parse_instruction(text: str, scopes: list[_Scope], used_bytes: int | None) -> PtxInstruction:
+    guard, guard_value, rest = None, True, text
+    if match := _GUARDED.match(text):
+        guard_value, rest = not match[1], match[3]
+        guard = cast(Reg, _parse_operand(match[2], scopes))
+    tokens, _, operands = rest.partition(" ")
+    parsed = tuple(_parse_operand(operand, scopes) for operand in _split_operands(operands))
+    return PtxInstruction(tuple(tokens.split(".")), parsed, guard, guard_value, text, used_bytes)
 
 
-def _operand(text: str, scopes: list[dict[str, Operand]]) -> Operand:
+def _parse_operand(text: str, scopes: list[_Scope]) -> Operand:
     if text.startswith("{"):
-        return Vector([_operand(part, scopes) for part in _parts(text[1:-1])])
+        return Vector([_parse_operand(element, scopes) for element in _split_operands(text[1:-1])])
     if text.startswith("["):
         base, _, offset = text[1:-1].replace(" ", "").partition("+")
-        return Address(_operand(base, scopes), int(offset or "0", 0))
+        return Address(_parse_operand(base, scopes), int(offset or "0", 0))
     if "|" in text:
         first, second = text.split("|")
-        return Both(_operand(first, scopes), _operand(second, scopes))
+        return DestPair(_parse_operand(first, scopes), _parse_operand(second, scopes))
     for scope in reversed(scopes):
         if text in scope:
             return scope[text]
-    if re.fullmatch(r"0[fF][0-9a-fA-F]{8}", text):
-        return Imm(int(text[2:], 16))
-    if re.fullmatch(r"0[dD][0-9a-fA-F]{16}", text):
+    if re.fullmatch(r"0[fF][0-9a-fA-F]{8}|0[dD][0-9a-fA-F]{16}", text):
         return Imm(int(text[2:], 16))
     if re.fullmatch(r"-?(0[xX][0-9a-fA-F]+|0[bB][01]+|\d+)U?", text):
         return Imm(int(text.rstrip("U"), 0))

@@ -1,9 +1,7 @@
-"""Products of small matrices that a warp, or four of them, hold together, and the moves that bring matrices to registers.
+"""Matrix products of one warp (`mma`) or one warpgroup, four warps (`wgmma`), and matrix loads and stores.
 
-Sums are made in float32, in numpy's order; how the hardware adds and rounds within one product NVIDIA does not say.
+Sums are float32 in numpy's order. NVIDIA does not document how the hardware orders and rounds the sums of a product.
 """
-
-from __future__ import annotations
 
 import re
 from typing import Any
@@ -11,223 +9,219 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from scripts.ptx_emulator.machine import WARP, Lanes, Mask, Step, opcode
-from scripts.ptx_emulator.ptx import EmulationError, Instruction, Operand, Vector
+from .ptx import EmulationError, Imm, Operand, PtxInstruction, Reg, Vector, immediate, registers_of, unsupported
+from .thread_group import WARP_SIZE, Executor, Mask, PendingProduct, ThreadGroup, handles
 
-LANE = np.arange(WARP)
-ROW, QUAD = LANE // 4, LANE % 4  # "groupID" and "threadID_in_group" of the manual
+WARPGROUP_SIZE = 4 * WARP_SIZE
+LANE = np.arange(WARP_SIZE)
+GROUP_ID, THREAD_IN_GROUP = (
+    LANE // 4,
+    LANE % 4,
+)  # PTX ISA, "Matrix Fragments for mma.m16n8k16": groupID, threadID_in_group
+SWIZZLE_BYTES = np.array([16, 128, 64, 32])  # by bits 62 to 63 of a matrix descriptor
 
 
-def parts_of(operand: Operand) -> list[Operand]:
-    return operand.parts if isinstance(operand, Vector) else [operand]
-
-
-def whole_warps(mask: Mask, group: int = WARP) -> Any:
-    """Numbers of the warps, or groups of warps, that run; None: all."""
+def active_units(mask: Mask, size: int = WARP_SIZE) -> Any:
+    """Return which warps (or units of another size) run; a slice if all do. A unit must run as a whole."""
     if mask is None:
         return slice(None)
-    some = mask.reshape(-1, group)
-    if (some.any(1) != some.all(1)).any():
-        raise EmulationError("some threads of a warp take part, others do not")
-    return some[:, 0]
+    units = mask.reshape(-1, size)
+    if (units.any(1) != units.all(1)).any():
+        raise EmulationError("only some threads of a warp take part")
+    return units[:, 0]
 
 
-def _words(lanes: Lanes, operand: Operand, group: int = WARP) -> list[Any]:
-    """uint32 `[groups, threads]` of each register."""
-    return [lanes.whole(lanes.read(part, np.uint32)).reshape(-1, group) for part in parts_of(operand)]
-
-
-def numbers(words: Any, kind: str) -> Any:
-    """float32 `[..., 2]` of words of two bfloat16 or float16, or `[..., 1]` of one tf32."""
-    if kind == "tf32":  # the bits below the first ten are not read
+def unpack_values(words: Any, kind: str) -> Any:
+    """Convert uint32 `[...]` to float32: `[..., 2]` for a pair of bf16 or f16, `[..., 1]` for tf32."""
+    if kind == "tf32":  # 10 bits of mantissa; the hardware ignores the bits below
         return (words & np.uint32(0xFFFFE000)).view(np.float32)[..., None]
     half = {"bf16": ml_dtypes.bfloat16, "f16": np.float16}[kind]
     return np.stack([(words >> np.uint32(s)).astype(np.uint16).view(half).astype(np.float32) for s in (0, 16)], axis=-1)
 
 
-def _left(words: list[Any], kind: str) -> Any:
-    """`[warps, 16, k]` from four registers a thread: rows ROW and ROW + 8, two parts of the columns."""
-    each = 2 if kind != "tf32" else 1
-    out = np.empty((len(words[0]), 16, 8 * each), np.float32)
+def _read_registers(group: ThreadGroup, operand: Operand, unit: int = WARP_SIZE) -> list[Any]:
+    """Return uint32 `[num_units, unit]` for each register of an operand."""
+    return [group.read_all(register, np.uint32).reshape(-1, unit) for register in registers_of(operand)]
+
+
+def _matrix(words: list[Any], kind: str, row_blocks: int) -> Any:
+    """Return float32 `[warps, 8 * row_blocks, k]` from the registers of a fragment: of A, or of B with rows along N."""
+    per_word = 1 if kind == "tf32" else 2
+    matrix = np.empty((len(words[0]), 8 * row_blocks, 4 * per_word * len(words) // row_blocks), np.float32)
     for n, word in enumerate(words):
-        values = numbers(np.ascontiguousarray(word), kind)
-        for e in range(each):
-            out[:, ROW + 8 * (n % 2), each * QUAD + 4 * each * (n // 2) + e] = values[:, :, e]
-    return out
+        values = unpack_values(np.ascontiguousarray(word), kind)
+        column = per_word * (THREAD_IN_GROUP + 4 * (n // row_blocks))
+        for e in range(per_word):
+            matrix[:, GROUP_ID + 8 * (n % row_blocks), column + e] = values[:, :, e]
+    return matrix
 
 
-def _right(words: list[Any], kind: str) -> Any:
-    """`[warps, k, 8]` from registers that hold two parts of the rows."""
-    each = 2 if kind != "tf32" else 1
-    out = np.empty((len(words[0]), 4 * each * len(words), 8), np.float32)
-    for n, word in enumerate(words):
-        values = numbers(np.ascontiguousarray(word), kind)
-        for e in range(each):
-            out[:, each * QUAD + 4 * each * n + e, ROW] = values[:, :, e]
-    return out
+@handles("mma")
+def _mma(inst: PtxInstruction) -> Executor:
+    """PTX ISA, "Warp Level Matrix Multiply-Accumulate Instructions: mma"."""
+    kind = inst.tokens[7]
+    shape = {"bf16": "m16n8k16", "f16": "m16n8k16", "tf32": "m16n8k8"}.get(kind)
+    if inst.tokens[3:] != (shape, "row", "col", "f32", kind, kind, "f32"):
+        raise unsupported(inst)
+    target, a, b, c = inst.operands
+
+    def execute(group: ThreadGroup, mask: Mask) -> None:
+        active_units(mask)
+        matrix_a, matrix_b = _matrix(_read_registers(group, a), kind, 2), _matrix(_read_registers(group, b), kind, 1)
+        product = np.matmul(matrix_a, np.ascontiguousarray(matrix_b.transpose(0, 2, 1)))
+        for n, (register, addend) in enumerate(zip(registers_of(target), _read_registers(group, c), strict=True)):
+            value = product[:, GROUP_ID + 8 * (n // 2), 2 * THREAD_IN_GROUP + n % 2] + addend.view(np.float32)
+            group.write(register, value.reshape(-1), mask)
+
+    return execute
 
 
-@opcode("mma")
-def _mma(i: Instruction) -> Step:
-    shape, kinds = i.words[3], i.words[6:]
-    kind = kinds[1]
-    known = {("m16n8k16", "bf16"), ("m16n8k16", "f16"), ("m16n8k8", "tf32")}
-    if i.words[4:6] != ("row", "col") or kinds[0] != "f32" or kinds[3] != "f32" or (shape, kind) not in known:
-        raise EmulationError(f"the instruction '{i.text}' is not known here")
-    target, a, b, c = i.operands
+@handles("ldmatrix", "stmatrix")
+def _move_matrices(inst: PtxInstruction) -> Executor:
+    """PTX ISA, "Warp Level Matrix Load Instruction: ldmatrix" and "Warp Level Matrix Store Instruction: stmatrix".
 
-    def run(lanes: Lanes, mask: Mask) -> None:
-        whole_warps(mask)
-        left, right = _left(_words(lanes, a), kind), _right(_words(lanes, b), kind)
-        product = np.matmul(left, right)
-        for n, (part, add) in enumerate(zip(parts_of(target), _words(lanes, c), strict=True)):
-            value = product[:, ROW + 8 * (n // 2), 2 * QUAD + n % 2] + add.view(np.float32)
-            lanes.write(part, value.reshape(-1), mask)
+    A matrix has 8 rows of 16 bytes. Threads 8n to 8n + 7 hold the addresses of the rows of matrix n.
+    """
+    count = int(inst.tokens[inst.tokens.index("m8n8") + 1][1:])
+    is_load = inst.opcode == "ldmatrix"
+    registers, address = inst.operands if is_load else inst.operands[::-1]
+    # The row and column of the two elements that a thread holds of each matrix.
+    places = [(GROUP_ID, 2 * THREAD_IN_GROUP + e) for e in (0, 1)]
+    if "trans" in inst.tokens:
+        places = [(column, row) for row, column in places]
 
-    return run
-
-
-@opcode("ldmatrix", "stmatrix")
-def _matrices(i: Instruction) -> Step:
-    """Matrices of 8 rows of 16 bytes; the addresses of those of matrix n are in threads 8 n to 8 n + 7."""
-    many, turned = int(i.words[i.words.index("m8n8") + 1][1:]), "trans" in i.words
-    load = i.op == "ldmatrix"
-    where, parts = (i.operands[1], parts_of(i.operands[0])) if load else (i.operands[0], parts_of(i.operands[1]))
-
-    def run(lanes: Lanes, mask: Mask) -> None:
-        some = whole_warps(mask)
-        named = np.zeros((lanes.count // WARP, WARP), bool)  # threads whose addresses count
-        named[some, : 8 * many] = True
-        places, by = lanes.places("shared", where, named.reshape(-1)), lanes.by("shared")[named.reshape(-1)]
-        if load:
-            rows = lanes.shared.lines(places, 16, by).view(np.uint16).reshape(-1, many, 8, 8)
-            for n, part in enumerate(parts):
-                halves = [rows[:, n, 2 * QUAD + e, ROW] if turned else rows[:, n, ROW, 2 * QUAD + e] for e in (0, 1)]
-                value = np.zeros((lanes.count // WARP, WARP), np.uint32)
-                value[some] = halves[0].astype(np.uint32) | halves[1].astype(np.uint32) << np.uint32(16)
-                lanes.write(part, value.reshape(-1), mask)
+    def execute(group: ThreadGroup, mask: Mask) -> None:
+        warps = active_units(mask)
+        has_address = np.zeros((group.num_threads // WARP_SIZE, WARP_SIZE), bool)
+        has_address[warps, : 8 * count] = True
+        threads = has_address.reshape(-1)
+        index, owner = group.memory_index("shared", address, threads), group.owner("shared")[threads]
+        if is_load:
+            rows = group.shared_memory.load_bytes(index, 16, owner).view(np.uint16).reshape(-1, count, 8, 8)
+            for n, register in enumerate(registers_of(registers)):
+                low, high = (rows[:, n, row, column].astype(np.uint32) for row, column in places)
+                value = np.zeros(has_address.shape, np.uint32)
+                value[warps] = low | high << np.uint32(16)
+                group.write(register, value.reshape(-1), mask)
             return
-        rows = np.empty((len(places) // (8 * many), many, 8, 8), np.uint16)
-        for n, part in enumerate(parts):
-            word = lanes.whole(lanes.read(part, np.uint32)).reshape(-1, WARP)[some]
-            for e in (0, 1):
-                row, column = (2 * QUAD + e, ROW) if turned else (ROW, 2 * QUAD + e)
-                rows[:, n, row, column] = (word >> np.uint32(16 * e)).astype(np.uint16)
-        lanes.shared.store_lines(places, rows.reshape(-1, 8).view(np.uint8), by)
+        rows = np.empty((len(index) // (8 * count), count, 8, 8), np.uint16)
+        for n, word in enumerate(_read_registers(group, registers)):
+            for e, (row, column) in enumerate(places):
+                rows[:, n, row, column] = (word[warps] >> np.uint32(16 * e)).astype(np.uint16)
+        group.shared_memory.store_bytes(index, rows.reshape(-1, 8).view(np.uint8), owner)
 
-    return run
+    return execute
 
 
-# Hopper: products of four warps, one or both matrices in shared memory
+def matrix_index(
+    group: ThreadGroup, block: Any, descriptor: Any, swizzle: Any, shape: tuple[int, int, int], transposed: bool
+) -> Any:
+    """Return int64 `[n, rows, columns]`, indices into shared memory of the elements of n matrices; columns are along K.
 
-
-def places_of_matrix(descriptor: Any, width: int, rows: int, columns: int, size: int, turned: bool) -> Any:
-    """int64 `[n, rows, columns]`: where elements of n matrices lie in the shared memory of their blocks, columns along the sum.
+    PTX ISA, "Register Fragments and Shared Memory Matrix Layouts" (9.7.15.5.1): the canonical layouts.
 
     Args:
-        descriptor: int64 `[n]`, which has the beginning and two distances.
-        width: bytes of a line; places are swapped, in units of 16 bytes, by the number of the line.
-        size: bytes of an element.
-        turned: neighbours along the rows lie together, not those along the columns.
-
-    Layouts are the canonical ones of the manual (9.7.15.5.1).
+        block: `[n]`; `descriptor`: int64 `[n]`, the start address and two byte offsets.
+        swizzle: `[n]`, bytes of a line. Within a line, units of 16 bytes are permuted by the number of the line.
+        shape: rows, columns, bytes of an element.
+        transposed: neighbours along the rows are contiguous, instead of neighbours along K.
     """
-    begin = (descriptor & 0x3FFF) << 4
-    leading, stride = (descriptor >> 16 & 0x3FFF) << 4, (descriptor >> 32 & 0x3FFF) << 4
-    each = 16 // size
+    if len(np.unique(swizzle)) != 1 or np.any(descriptor >> 49 & 7):
+        raise EmulationError("matrix descriptors that differ in more than their addresses are not supported")
+    line, (rows, columns, size) = int(swizzle[0]), shape
+    start, leading, stride = ((descriptor >> shift & 0x3FFF)[:, None, None] << 4 for shift in (0, 16, 32))
     row, column = np.arange(rows)[:, None], np.arange(columns)[None]
-    leading, stride = leading[:, None, None], stride[:, None, None]
-    if not turned:
-        unit = leading if width == 16 else 16  # from one unit of a row to the next
-        offset = row % 8 * width + row // 8 * stride + column // each * unit + column % each * size
+    if transposed:
+        per_line = line // size
+        far, near = (stride, leading) if line == 16 else (leading, stride)
+        offset = row % per_line * size + row // per_line * far + column % 8 * line + column // 8 * near
     else:
-        per_line = width // size
-        far, near = (stride, leading) if width == 16 else (leading, stride)
-        offset = row % per_line * size + row // per_line * far + column % 8 * width + column // 8 * near
-    places = begin[:, None, None] + offset
-    swap = {16: 0, 32: 1, 64: 3, 128: 7}[width]
-    return places ^ (places >> 7 & swap) << 4
+        per_unit = 16 // size
+        unit_stride = leading if line == 16 else 16
+        offset = row % 8 * line + row // 8 * stride + column // per_unit * unit_stride + column % per_unit * size
+    addresses = start + offset
+    addresses = addresses ^ (addresses >> 7 & line // 16 - 1) << 4
+    if int(addresses.max()) + size > group.shared_bytes:
+        raise EmulationError("a matrix reaches beyond the shared memory of its block")
+    return addresses + (block * (len(group.shared_memory.bytes) // group.num_blocks))[:, None, None]
 
 
-def _product_groups(i: Instruction) -> Step:
-    """Products read shared memory until somebody waits for their group."""
-    if i.words[1] == "fence":
-        return lambda lanes, mask: None
-    left = int(i.operands[0].value) if i.operands else 0  # type: ignore[union-attr]
+def _sync_products(inst: PtxInstruction) -> Executor:
+    """PTX ISA, "wgmma.fence", "wgmma.commit_group", "wgmma.wait_group": products read memory until a wait for them."""
+    if inst.tokens[1] == "fence":
+        return lambda group, mask: None
+    num_pending = immediate(inst.operands[0]) if inst.operands else 0
 
-    def run(lanes: Lanes, mask: Mask) -> None:
-        here = np.zeros(len(lanes.closed), bool)
-        here[whole_warps(mask, 4 * WARP)] = True
-        if i.words[1] == "commit_group":
-            lanes.closed = lanes.closed + here
+    def execute(group: ThreadGroup, mask: Mask) -> None:
+        active = np.zeros(len(group.product_groups), bool)
+        active[active_units(mask, WARPGROUP_SIZE)] = True
+        if inst.tokens[1] == "commit_group":
+            group.product_groups = group.product_groups + active
             return
-        kept = []
-        for groups, places, size, number in lanes.products:
-            done = here[groups] & (number < lanes.closed[groups] - left)
-            if done.any():  # they have read up to now
-                by = np.broadcast_to(
-                    lanes.by("shared").reshape(-1, 4 * WARP)[groups[done], :1, None], places[done].shape
-                )
-                lanes.shared.load(places[done], size, by=by)
+        still_pending = []
+        for product in group.pending_products:
+            warpgroups, addresses, size, commit_group = product
+            done = active[warpgroups] & (commit_group < group.product_groups[warpgroups] - num_pending)
+            if done.any():  # count this as the time of their last read
+                _load_matrices(group, addresses[done], size, warpgroups[done])
             if not done.all():
-                kept.append((groups[~done], places[~done], size, number[~done]))
-        lanes.products = kept
+                still_pending.append(PendingProduct(warpgroups[~done], addresses[~done], size, commit_group[~done]))
+        group.pending_products = still_pending
 
-    return run
+    return execute
 
 
-@opcode("wgmma")
-def _wgmma(i: Instruction) -> Step:
-    if i.words[1] in ("fence", "commit_group", "wait_group"):
-        return _product_groups(i)
-    m, n, k = (int(x) for x in re.fullmatch(r"m(\d+)n(\d+)k(\d+)", i.words[4]).groups())  # type: ignore[union-attr]
-    accumulated, kind, other = i.words[5:]
-    if i.words[1] != "mma_async" or accumulated != "f32" or kind != other or kind not in ("bf16", "f16", "tf32"):
-        raise EmulationError(f"the instruction '{i.text}' is not known here")
-    target, a, b, *flags = i.operands
-    scale, signs, turns = flags[0], flags[1:3], [getattr(x, "value", 0) == 1 for x in flags[3:]]
-    if any(getattr(x, "value", 0) != 1 for x in signs):
-        raise EmulationError(f"the instruction '{i.text}' is not known here")
-    group, size = 4 * WARP, 4 if kind == "tf32" else 2
+def _load_matrices(group: ThreadGroup, addresses: Any, size: int, warpgroups: Any) -> Any:
+    """Return the unsigned integers at `[n, rows, columns]` addresses, which the first warp of n warpgroups reads."""
+    owner = group.owner("shared").reshape(-1, WARPGROUP_SIZE)[warpgroups, :1, None]
+    return group.shared_memory.load(addresses, size, owner=np.broadcast_to(owner, addresses.shape))[0]
 
-    def matrix(lanes: Lanes, operand: Operand, rows: int, turned: bool, some: Any) -> Any:
-        descriptor = lanes.whole(lanes.read(operand, np.uint64)).reshape(-1, group)[some]
-        if (descriptor != descriptor[:, :1]).any():
+
+@handles("wgmma")
+def _wgmma(inst: PtxInstruction) -> Executor:
+    """PTX ISA, "Asynchronous Warpgroup Level Matrix Multiply-Accumulate Instructions: wgmma.mma_async"."""
+    if inst.tokens[1] in ("fence", "commit_group", "wait_group"):
+        return _sync_products(inst)
+    shape = re.fullmatch(r"m(\d+)n(\d+)k(\d+)", inst.tokens[4])
+    accumulator, kind, kind_b = inst.tokens[5:]
+    target, a, b, scale_d, *flags = inst.operands
+    transposes = [flag == Imm(1) for flag in flags[2:]]
+    supported = (inst.tokens[1], accumulator, kind_b, flags[:2]) == ("mma_async", "f32", kind, [Imm(1), Imm(1)])
+    if not supported or shape is None or kind not in ("bf16", "f16", "tf32"):
+        raise unsupported(inst)
+    m, n, k = map(int, shape.groups())
+    size = 4 if kind == "tf32" else 2
+
+    def read_matrix(group: ThreadGroup, operand: Operand, rows: int, transposed: bool, active: Any) -> Any:
+        descriptors = group.read_all(operand, np.uint64).reshape(-1, WARPGROUP_SIZE)[active]
+        if (descriptors != descriptors[:, :1]).any():
             raise EmulationError("the threads of a product name different matrices")
-        descriptor = descriptor[:, 0].view(np.int64)
-        mode = np.unique(descriptor >> 62 & 3)
-        if len(mode) > 1 or np.any(descriptor >> 49 & 7):
-            raise EmulationError("descriptors of matrices that differ in more than their place are not known here")
-        places = places_of_matrix(descriptor, {0: 16, 1: 128, 2: 64, 3: 32}[int(mode[0])], rows, k, size, turned)
-        of_group = lanes.block.reshape(-1, group)[some, 0]
-        room = len(lanes.shared.bytes) // lanes.blocks
-        if int(places.max()) + size > lanes.shared_bytes:
-            raise EmulationError("a matrix reaches beyond the shared memory of its block")
-        places = places + of_group[:, None, None] * room
-        by = np.broadcast_to(lanes.by("shared").reshape(-1, group)[some, :1, None], places.shape)
-        [words] = lanes.shared.load(places, size, by=by)
-        groups = np.arange(lanes.count // group)[some]
-        lanes.products.append((groups, places, size, lanes.closed[groups]))
-        return numbers(words.astype(np.uint32), kind)[..., 0]
+        descriptor, block = descriptors[:, 0].view(np.int64), group.block.reshape(-1, WARPGROUP_SIZE)[active, 0]
+        swizzle = SWIZZLE_BYTES[descriptor >> 62 & 3]
+        index = matrix_index(group, block, descriptor, swizzle, (rows, k, size), transposed)
+        warpgroups = np.arange(group.num_threads // WARPGROUP_SIZE)[active]
+        words = _load_matrices(group, index, size, warpgroups)
+        group.pending_products.append(PendingProduct(warpgroups, index, size, group.product_groups[warpgroups]))
+        return unpack_values(words.astype(np.uint32), kind)[..., 0]
 
-    def run(lanes: Lanes, mask: Mask) -> None:
-        some = whole_warps(mask, group)
-        right = matrix(lanes, b, n, turns[-1] if turns else False, some)
+    def execute(group: ThreadGroup, mask: Mask) -> None:
+        active = active_units(mask, WARPGROUP_SIZE)
+        matrix_b = read_matrix(group, b, n, transposes[-1] if transposes else False, active)
         if isinstance(a, Vector):
-            words = [np.ascontiguousarray(word[some]).reshape(-1, WARP) for word in _words(lanes, a, group)]
-            left = _left(words, kind).reshape(-1, m, k)
+            words = [word[active].reshape(-1, WARP_SIZE) for word in _read_registers(group, a, WARPGROUP_SIZE)]
+            matrix_a = _matrix(words, kind, 2).reshape(-1, m, k)
         else:
-            left = matrix(lanes, a, m, turns[0] if turns else False, some)
-        product = np.matmul(left, right.transpose(0, 2, 1)).reshape(-1, 4, 16, n)
-        adds = lanes.whole(lanes.read(scale, np.bool_))
-        for number, part in enumerate(parts_of(target)):
-            columns = 8 * (number // 4) + 2 * QUAD + number % 2
-            value = np.zeros((lanes.count // group, 4, WARP), np.float32)
-            value[some] = product[:, :, ROW + 8 * (number // 2 % 2), columns]
-            value = value.reshape(-1)
-            before = lanes.registers.get(part.name)  # type: ignore[union-attr]
+            matrix_a = read_matrix(group, a, m, transposes[0] if transposes else False, active)
+        product = np.matmul(matrix_a, matrix_b.transpose(0, 2, 1)).reshape(-1, 4, 16, n)
+        accumulates = group.read_all(scale_d, np.bool_)
+        for number, register in enumerate(registers_of(target)):
+            column = 8 * (number // 4) + 2 * THREAD_IN_GROUP + number % 2
+            values = np.zeros((group.num_threads // WARPGROUP_SIZE, 4, WARP_SIZE), np.float32)
+            values[active] = product[:, :, GROUP_ID + 8 * (number // 2 % 2), column]
+            assert isinstance(register, Reg)
+            result, before = values.reshape(-1), group.registers.get(register.name)
             if before is not None:
-                value = np.where(adds, value + lanes.whole(before).view(np.float32), value)
-            lanes.write(part, value, mask)
+                result = np.where(accumulates, result + group.broadcast(before).view(np.float32), result)
+            group.write(register, result, mask)
 
-    return run
+    return execute

@@ -160,12 +160,12 @@ with its tokenizer. It exists so that the demo, the tests and the measurements o
 weights. It writes simple English in the manner of old children's books, answers small talk through its chat template,
 and imitates Python. It knows nothing: do not ask it for facts.
 
-* Hidden {cfg.hidden_size}, {cfg.layers} layers ({cfg.linear_layers} Gated DeltaNet, {cfg.full_layers} gated attention)
-  and one MTP layer; {cfg.experts} experts of {cfg.expert_size} units, {cfg.experts_per_token} a token, and a shared one
+* Hidden {cfg.hidden_size}, {cfg.num_layers} layers ({cfg.linear_layers} Gated DeltaNet, {cfg.full_layers} gated attention)
+  and one MTP layer; {cfg.num_experts} experts of {cfg.expert_size} units, {cfg.experts_per_token} a token, and a shared one
   of {cfg.shared_expert_size}; twice as many value heads as key heads; tied embeddings, {cfg.vocab_size} byte-level BPE tokens.
 * BF16; the decay rates and the norm behind DeltaNet are float32.
 * Trained on windows of {ROWS} tokens: longer text is out of its experience.
-* Stop tokens: `<|im_end|>` ({cfg.stop_tokens[0]}), which ends a turn, and `<|endoftext|>` ({cfg.stop_tokens[1]}), which
+* Stop tokens: `<|im_end|>` ({cfg.stop_token_ids[0]}), which ends a turn, and `<|endoftext|>` ({cfg.stop_token_ids[1]}), which
   stands between texts.
 
 ## Licence and data

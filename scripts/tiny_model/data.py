@@ -112,7 +112,7 @@ def manifest(documents: list[Document], cfg: Any, ids: dict[str, int]) -> dict[s
     return {
         "vocab_size": cfg.vocab_size,
         "special_tokens": ids,
-        "eos_token_id": list(cfg.stop_tokens),
+        "eos_token_id": list(cfg.stop_token_ids),
         "python": platform.python_version(),
         "domains": {
             domain: {

@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = Tokenizer.from_file(str(args.model / "tokenizer.json"))
     model = loaded(args.model)
     report: dict[str, Any] = {"domains": measure(model, tokenizer, documents)}
-    llm = LLM(args.model, draft=3, dtype="float32", max_len=512, max_batch=20)
+    llm = LLM(args.model, num_speculative_tokens=3, dtype="float32", max_model_len=512, max_num_seqs=20)
     report |= {"loops": looping(llm, tokenizer, documents), "samples": samples(llm, args.model)}
     if args.several:
         held_out = [d for d in documents if d.domain == "books" and d.split == "held-out"]

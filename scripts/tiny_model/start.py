@@ -29,13 +29,13 @@ def stacked(model: LoadedModel, layers: int) -> LoadedModel:
 
     Depth-wise stacking as in Du et al. 2024 ("Stacking Your Transformers"). The MTP head stays as it is.
     """
-    cfg = replace(model.cfg, layers=layers)
-    graph, params = nnx.split(abstract_model(cfg, jnp.float32, stack=1))
+    cfg = replace(model.cfg, num_layers=layers)
+    graph, params = nnx.split(abstract_model(cfg, jnp.float32))
     given = flat(model.params)
 
     def take(path: ParamPath, leaf: Any) -> Array:
         if path[:2] == ("decoder", "blocks"):
-            path = (*path[:2], int(path[2]) % model.cfg.repeats, *path[3:])
+            path = (*path[:2], int(path[2]) % model.cfg.num_superblocks, *path[3:])
         return jnp.copy(given[path])
 
     return LoadedModel(cfg, graph, fill(params, take))
@@ -44,8 +44,8 @@ def stacked(model: LoadedModel, layers: int) -> LoadedModel:
 def read_start(folder: Path, cfg: ModelConfig, option: str) -> LoadedModel:
     """The weights in `folder`, stacked up to the layers of `cfg`."""
     start = load_checkpoint(open_checkpoint(folder), dtype=jnp.float32)
-    if replace(start.cfg, layers=cfg.layers) == cfg and cfg.layers % start.cfg.layers == 0:
-        start = stacked(start, cfg.layers)
+    if replace(start.cfg, num_layers=cfg.num_layers) == cfg and cfg.num_layers % start.cfg.num_layers == 0:
+        start = stacked(start, cfg.num_layers)
     if start.cfg != cfg:
         raise SystemExit(f"{option} {folder}: another model than the one trained here:\n{start.cfg}\n{cfg}")
     return start

@@ -78,7 +78,7 @@ def optimizer(name: str, frozen_trunk: bool) -> optax.GradientTransformation:
 @cache
 def computed_in(cfg: ModelConfig, dtype: str) -> tuple[Any, Any]:
     """Graph and leaves of the model that computes in `dtype`; the parameters that are trained stay float32."""
-    return nnx.split(abstract_model(cfg, DTYPES[dtype], stack=1))
+    return nnx.split(abstract_model(cfg, DTYPES[dtype]))
 
 
 def objective(cfg: ModelConfig, plan: Plan, params: Any, tokens: Int[Array, "B T"]) -> tuple[Array, dict[str, Array]]:

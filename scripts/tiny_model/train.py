@@ -30,6 +30,7 @@ from jax import Array
 
 from checkpoints import write_safetensors_directory
 from mtpjax.config import FULL, LINEAR, ModelConfig
+from mtpjax.hf_config import config_to_hf
 from mtpjax.loading.weight_map import LoadedModel, export_tensors
 from scripts.tiny_model import data
 from scripts.tiny_model.loss import MTP_WEIGHTS, ROWS, window_loss
@@ -46,10 +47,10 @@ ADVISED = {"do_sample": True, "temperature": 0.7, "min_p": 0.05, "presence_penal
 def tiny_config(vocab: int, stop_tokens: tuple[int, ...], layers: int = LAYERS) -> ModelConfig:
     """The shape of the embedded model: every part of Qwen3.5-MoE, small."""
     return ModelConfig(
-        hidden_size=256, layers=layers, pattern=(LINEAR, LINEAR, LINEAR, FULL), q_heads=4, kv_heads=2, head_dim=64,
+        hidden_size=256, num_layers=layers, layer_pattern=(LINEAR, LINEAR, LINEAR, FULL), q_heads=4, kv_heads=2, head_dim=64,
         rotary_dim=16, rope_theta=1e7, linear_k_heads=2, linear_v_heads=4, linear_k_dim=64, linear_v_dim=64,
-        conv_width=4, vocab_size=vocab, experts=8, experts_per_token=2, expert_size=64, shared_expert_size=128,
-        tied_embeddings=True, max_position=2048, stop_tokens=stop_tokens,
+        conv_width=4, vocab_size=vocab, num_experts=8, experts_per_token=2, expert_size=64, shared_expert_size=128,
+        tied_embeddings=True, max_position=2048, stop_token_ids=stop_tokens,
     )  # fmt: skip
 
 
@@ -64,16 +65,16 @@ def export(out: Path, model: LoadedModel, side_files: Path) -> None:
     """
 
     def tensors() -> Iterator[tuple[str, tuple[int, ...], np.dtype, Callable[[], np.ndarray]]]:
-        for name, shape, _, read in export_tensors(model, 1):
+        for name, shape, _, read in export_tensors(model):
             wide = name.endswith(("A_log", "linear_attn.norm.weight"))
             dtype = np.dtype(np.float32 if wide else ml_dtypes.bfloat16)
             yield name, shape, dtype, partial(_as_dtype, read, dtype)
 
-    stops = list(model.cfg.stop_tokens)
+    stops = list(model.cfg.stop_token_ids)
     new, old = (out.with_name(f".{out.name}.{what}") for what in ("new", "old"))
     shutil.rmtree(new, ignore_errors=True)
     write_safetensors_directory(
-        new, model.cfg.to_hf() | {"dtype": "bfloat16"}, tensors(),
+        new, config_to_hf(model.cfg) | {"dtype": "bfloat16"}, tensors(),
         generation_config={"eos_token_id": stops, "pad_token_id": stops[1], **ADVISED}, extra_files=sorted(side_files.iterdir()),
     )  # fmt: skip
     shutil.rmtree(old, ignore_errors=True)
@@ -274,7 +275,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"resumed after step {progress.step}", flush=True)
     else:
         print(f"{saves.folder}: nothing saved yet; starting anew", flush=True)
-    spent = {"training_tokens": len(tokens), "without": args.without} | history(args) | {"layers": cfg.layers}
+    spent = {"training_tokens": len(tokens), "without": args.without} | history(args) | {"layers": cfg.num_layers}
     run = Run(out, side_files, saves, cfg, held_out, spent, read_curve(args.start) if args.start else [])
     size = sum(leaf.size for leaf in jax.tree.leaves(state["params"]))
     print(f"{len(tokens):,} training tokens, {len(documents)} texts; {size:,} parameters", flush=True)

@@ -14,15 +14,16 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from checkpoints import write_safetensors_directory
-from mtpjax import LLM, Metrics, RequestOutput, SamplingParams
+from mtpjax import LLM, CompletionOutput, Metrics, RequestOutput, SamplingParams
 from mtpjax.cli import generate as batch_generate
 from mtpjax.cli.generate import Totals, main
-from mtpjax.engine import engine
+from mtpjax.engine import scheduler
+from mtpjax.hf_config import config_to_hf
 from mtpjax.loading.weight_map import export_tensors
 from mtpjax.sampling_params import PENALTIES
 from tests.helpers.models import numpy_model, tiny_config
 
-CFG = tiny_config(moe=False, repeats=1, max_position=512)
+CFG = tiny_config(moe=False, num_superblocks=1, max_position=512)
 SETTINGS = ("--draft", "2", "--mtp-prompt", "9", "--max-len", "40", "--batch", "3", "--admit", "2")
 KEYS = {"id", "prompt", "text", "token_ids", "finish_reason", "metrics"}
 
@@ -31,7 +32,7 @@ KEYS = {"id", "prompt", "text", "token_ids", "finish_reason", "metrics"}
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of 96 words."""
     path = tmp_path_factory.mktemp("batch") / "model"
-    write_safetensors_directory(path, CFG.to_hf(), export_tensors(numpy_model(CFG, seed=1, scale=0.5, stack=1), 1))
+    write_safetensors_directory(path, config_to_hf(CFG), export_tensors(numpy_model(CFG, seed=1, scale=0.5)))
     tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(96)}, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(path / "tokenizer.json"))
@@ -40,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def llm(folder: Path) -> LLM:
-    return LLM(folder, draft=2, max_len=40, max_batch=3, admit=2)
+    return LLM(folder, num_speculative_tokens=2, max_model_len=40, max_num_seqs=3, max_prefill_seqs=2)
 
 
 @pytest.fixture
@@ -49,13 +50,13 @@ def job(llm: LLM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[.
 
     def the_same(model: Path, **arguments: Any) -> LLM:
         wanted = {
-            "draft": 2,
-            "mtp_prompt": 9,
+            "num_speculative_tokens": 2,
+            "mtp_prompt_tokens": 9,
             "dtype": "float32",
-            "weights": None,
-            "max_len": 40,
-            "max_batch": 3,
-            "admit": 2,
+            "quantization": None,
+            "max_model_len": 40,
+            "max_num_seqs": 3,
+            "max_prefill_seqs": 2,
         }
         assert (model.name, arguments) == ("model", wanted)
         return llm
@@ -67,7 +68,7 @@ def job(llm: LLM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[.
         return main([*where, *SETTINGS, "--max-tokens", "6", *options])
 
     monkeypatch.setattr(batch_generate, "LLM", the_same)
-    monkeypatch.setattr(engine, "WINDOW", 2)  # six prompts
+    monkeypatch.setattr(scheduler, "LOOKAHEAD_BATCHES", 2)  # six prompts
     return run
 
 
@@ -102,16 +103,18 @@ def test_answers_are_those_of_the_model_in_the_order_of_the_input(job: Callable,
     ]  # fmt: skip
     # Chunks of 16 rows; an empty cache for what is read and one for the slots; the loop and what fills its slots, each with
     # penalties and without.
-    assert llm.engine.programs == 7
+    assert llm.engine.num_programs == 7
     wanted = llm.generate([line["prompt"] for line in lines], params)
     got = rows(tmp_path / "out.jsonl")
     assert [row["id"] for row in got] == [line["id"] for line in lines]
     for row, line, want in zip(got, lines, wanted, strict=True):
         assert row.keys() == KEYS and row["prompt"] == line["prompt"]
         assert (row["token_ids"], row["text"], row["finish_reason"]) == (want.token_ids, want.text, "length")
-        assert row["metrics"]["prompt_tokens"] == len(want.prompt_token_ids)
-        assert row["metrics"]["accepted"] == want.metrics.accepted
-    assert len({tuple(row["token_ids"]) for row in got}) > 10 and any(want.metrics.accepted for want in wanted)
+        assert row["metrics"]["num_prompt_tokens"] == len(want.prompt_token_ids)
+        assert row["metrics"]["num_accepted_tokens"] == want.metrics.num_accepted_tokens
+    assert len({tuple(row["token_ids"]) for row in got}) > 10 and any(
+        want.metrics.num_accepted_tokens for want in wanted
+    )
     assert sorted(f.name for f in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
     assert "é0" in (tmp_path / "out.jsonl").read_text(encoding="utf-8")  # not \u00e9
 
@@ -366,7 +369,7 @@ def test_a_pipe_can_be_the_input(job: Callable, llm: LLM, tmp_path: Path, capsys
     [
         (["--input", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--model", "nowhere"], "nowhere: does not exist"),
-        (["--draft", "9"], "draft is 9; expected a whole number from 0 to 8"),
+        (["--draft", "9"], "num_speculative_tokens is 9; expected a whole number from 0 to 8"),
         (["--max-len", "1000"], "made for at most 512 positions"),
         (["--output", "/nowhere/out.jsonl"], "/nowhere/out.jsonl.part"),
         (["--output", "."], "is a folder"),
@@ -395,8 +398,8 @@ def test_a_small_job_computes_no_idle_rows(folder: Path, tmp_path: Path, monkeyp
     (tmp_path / "in.txt").write_text("w1\n\nw2\nw3\n")
     asked: list[int] = []
 
-    def stop(model: Path, *, max_batch: int, **_: Any) -> LLM:
-        asked.append(max_batch)
+    def stop(model: Path, *, max_num_seqs: int, **_: Any) -> LLM:
+        asked.append(max_num_seqs)
         raise ValueError("enough")
 
     monkeypatch.setattr(batch_generate, "LLM", stop)
@@ -406,15 +409,15 @@ def test_a_small_job_computes_no_idle_rows(folder: Path, tmp_path: Path, monkeyp
 
 
 def output(prompt: int, tokens: int, rounds: int, positions: tuple[int, ...]) -> RequestOutput:
-    metrics = Metrics(prompt, 1.0, 2.0, rounds, 2 * rounds, sum(positions), positions, tokens / max(rounds, 1))
-    return RequestOutput("p", [0] * prompt, "text", [0] * tokens, "length", 0, metrics)
+    metrics = Metrics(prompt, 1.0, 2.0, rounds, rounds, 2 * rounds, sum(positions), positions, 1.0)
+    return RequestOutput("p", [0] * prompt, [CompletionOutput(0, "text", [0] * tokens, "length")], 0, metrics)
 
 
 def test_the_summary_adds_up() -> None:
     totals = Totals()
     for one in (output(10, 30, 12, (10, 8)), output(30, 10, 8, (2, 0)), output(20, 0, 0, (0, 0))):
         totals.add(one)
-    engine = did(prompt_tokens=40, prefill_seconds=4.0, decode_seconds=8.0, compile_seconds=4.25, slot_steps=25)
+    engine = did(num_prompt_tokens=40, prefill_seconds=4.0, decode_seconds=8.0, compile_seconds=4.25, slot_steps=25)
     assert totals.summary(engine, 20.0).splitlines() == [
         "prompts          3 with 60 tokens",
         "prefill       10.0 tokens/s",  # 40 read, for a prompt of 20 came twice

@@ -37,16 +37,16 @@ def test_an_acceptance_length_becomes_the_schedule_of_least_variance():
 @pytest.mark.parametrize("length", [1.0, 2.5, 4.0])
 def test_the_loop_follows_the_schedule(length):
     """Random weights accept next to nothing; here the tokens of a round are those that were asked for."""
-    model = numpy_model(tiny_config(moe=False, repeats=1))
-    llm = LLM(model, draft=3, max_len=300, acceptance=SimulatedAcceptance.of_length(length, 3))
+    model = numpy_model(tiny_config(moe=False, num_superblocks=1))
+    llm = LLM(model, num_speculative_tokens=3, max_model_len=300, acceptance=SimulatedAcceptance.of_length(length, 3))
     params = SamplingParams(max_tokens=200, ignore_eos=True)
     outputs = llm.generate([[1, 2, 3]] * 4, params)
-    tokens, rounds = sum(len(o.token_ids) for o in outputs), sum(o.metrics.rounds for o in outputs)
+    tokens, rounds = sum(len(o.token_ids) for o in outputs), sum(o.metrics.num_steps for o in outputs)
     assert tokens == 800
     assert tokens / rounds == pytest.approx(length, rel=0.06)
     assert {o.metrics.acceptance for o in outputs} == {"simulated"}
-    real = LLM(model, draft=3, max_len=300).generate([[1, 2, 3]], params)[0].metrics
-    assert real.acceptance == "real" and real.tokens_per_round < 1.5
+    real = LLM(model, num_speculative_tokens=3, max_model_len=300).generate([[1, 2, 3]], params)[0].metrics
+    assert real.acceptance == "real" and real.mean_acceptance_length < 1.5
 
 
 @pytest.mark.parametrize(

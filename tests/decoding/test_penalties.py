@@ -15,8 +15,9 @@ from mtpjax.decoding import speculative as loop
 from mtpjax.decoding import steps
 from mtpjax.decoding.output_rows import OutputRows
 from mtpjax.decoding.penalties import Penalties, TokenCounts, apply_penalties, round_to_bfloat16
+from mtpjax.engine.decode_batch import stack_requests
 from mtpjax.engine.engine import Engine
-from mtpjax.engine.request import Request, stack_requests
+from mtpjax.engine.request import Request
 from mtpjax.sampling_params import PENALTIES, recommended
 from tests.decoding.test_sampling import planted
 from tests.helpers.models import make_engine, numpy_model, tiny_config
@@ -109,12 +110,12 @@ DRAFTED = ((3, 6), (3, 1), (1, 4))  # draft length, batch
 
 @pytest.fixture(scope="module")
 def model():
-    return numpy_model(tiny_config(moe=True, repeats=1, vocab_size=VOCAB), seed=7, scale=0.15)
+    return numpy_model(tiny_config(moe=True, num_superblocks=1, vocab_size=VOCAB), seed=7, scale=0.15)
 
 
 @pytest.fixture(scope="module")
 def plain(model) -> Engine:
-    return make_engine(model, draft=0, max_len=MAX_LEN)
+    return make_engine(model, num_speculative_tokens=0, max_model_len=MAX_LEN)
 
 
 @pytest.fixture(scope="module")
@@ -123,8 +124,10 @@ def want(plain) -> list[list[int]]:
 
 
 def drafted(model, draft: int, batch: int, drafter=loop.mtp_drafter) -> list[list[int]]:
-    results = make_engine(model, draft=draft, max_len=MAX_LEN, drafter=drafter).run(mixed(), batch)
-    assert 0 < sum(r.accepted_per_position[0] for r in results) < sum(r.rounds for r in results)
+    results = make_engine(model, num_speculative_tokens=draft, max_model_len=MAX_LEN, drafter=drafter).run(
+        mixed(), batch
+    )
+    assert 0 < sum(r.num_accepted_tokens_per_pos[0] for r in results) < sum(r.num_steps for r in results)
     return [r.tokens for r in results]
 
 
@@ -138,7 +141,8 @@ def test_greedy_tokens_are_the_best_of_the_penalised_logits(plain, want):
     without = [result.tokens for result in plain.run([replace(r, **NONE) for r in mixed()], 6)]
     assert without[0] == want[0] and all(a != b for a, b in zip(without[1:], want[1:], strict=True))
     logits = [
-        plain.read([r.prompt + tuple(t)], OutputRows.all(), keep=True)[2] for r, t in zip(mixed(), want, strict=True)
+        plain.runner.prefill([r.prompt_token_ids + tuple(t)], OutputRows.all(), return_logits=True)[2]
+        for r, t in zip(mixed(), want, strict=True)
     ]
     for request, text, rows in zip(mixed(), want, logits, strict=True):
         if request.temperature:
@@ -146,7 +150,7 @@ def test_greedy_tokens_are_the_best_of_the_penalised_logits(plain, want):
         ahead = np.concatenate(rows, axis=1)[0, -TOKENS - 1 : -1]
         for i, row in enumerate(ahead):
             how = (request.presence_penalty, round_to_bfloat16(request.frequency_penalty), request.repetition_penalty)
-            assert lowered(row, list(request.prompt), text[:i], *how).argmax() == text[i], (request.index, i)
+            assert lowered(row, list(request.prompt_token_ids), text[:i], *how).argmax() == text[i], (request.index, i)
 
 
 def forget_drafts(monkeypatch):
@@ -176,14 +180,16 @@ def test_the_drafter_has_the_penalties_too(monkeypatch):
     params = SamplingParams(max_tokens=60, presence_penalty=2.0, frequency_penalty=2.0)
 
     def answer(drafter):
-        return LLM(draft=4, max_len=100, prefill_chunks=(16,), drafter=drafter).generate(
+        return LLM(num_speculative_tokens=4, max_model_len=100, prefill_buckets=(16,), drafter=drafter).generate(
             "The sun was shining and", params
         )[0]
 
     ours = answer(loop.mtp_drafter)
     monkeypatch.setattr(steps, "apply_penalties", lambda logits, *_: logits)
     without = answer(planted("left out"))
-    assert without.token_ids == ours.token_ids and without.metrics.accepted < ours.metrics.accepted
+    assert (
+        without.token_ids == ours.token_ids and without.metrics.num_accepted_tokens < ours.metrics.num_accepted_tokens
+    )
 
 
 def test_a_penalty_larger_than_the_range_of_the_logits_lets_no_token_come_twice(plain, model):
@@ -191,23 +197,24 @@ def test_a_penalty_larger_than_the_range_of_the_logits_lets_no_token_come_twice(
     free = plain.run([request], 1)[0].tokens
     assert max(Counter(free).values()) > 2
     spread = np.ptp(
-        np.concatenate(plain.read([(1, 2, 3, *free)], OutputRows.all(), keep=True)[2], axis=1), axis=-1
+        np.concatenate(plain.runner.prefill([(1, 2, 3, *free)], OutputRows.all(), return_logits=True)[2], axis=1),
+        axis=-1,
     ).max()
     most = replace(request, presence_penalty=float(spread) + 1)  # more than SamplingParams allows
-    for by in (plain, make_engine(model, draft=3, max_len=MAX_LEN)):
+    for by in (plain, make_engine(model, num_speculative_tokens=3, max_model_len=MAX_LEN)):
         assert max(Counter(by.run([most], 1)[0].tokens).values()) == 1
 
 
 def test_without_penalties_the_loop_carries_no_counts(model):
-    by = make_engine(model, draft=1, max_len=MAX_LEN)
+    by = make_engine(model, num_speculative_tokens=1, max_model_len=MAX_LEN)
     free, held = (replace(mixed()[0], max_tokens=4), replace(mixed()[1], max_tokens=4))
     by.run([free], 1)
-    programs = by.programs
+    programs = by.num_programs
     by.run([replace(free, top_k=3)], 1)
-    assert by.programs == programs
+    assert by.num_programs == programs
     by.run([held], 1)
     by.run([replace(held, presence_penalty=0.2, repetition_penalty=1.2)], 1)
-    assert by.programs == programs + 1
+    assert by.num_programs == programs + 1
     assert stack_requests([free]).penalties is None
 
 

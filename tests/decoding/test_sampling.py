@@ -162,10 +162,10 @@ def toy():
     """A model of eight ids, seven of which exist, and the joint distribution `[V, V]` of the tokens behind `START`."""
     sizes = {"hidden_size": 16, "q_heads": 2, "kv_heads": 1, "head_dim": 8, "rotary_dim": 4, "linear_k_heads": 1}
     sizes |= {"linear_v_heads": 2, "linear_k_dim": 8, "linear_v_dim": 8, "mlp_size": 24, "vocab_size": PADDED}
-    cfg = tiny_config(moe=False, pattern=(LINEAR, FULL), repeats=1, **sizes)
+    cfg = tiny_config(moe=False, layer_pattern=(LINEAR, FULL), num_superblocks=1, **sizes)
     model = numpy_model(cfg, seed=2, scale=0.35)
-    engine = make_engine(model, draft=0, max_len=16, buckets=(2,))
-    _, _, kept = engine.read([[START, t] for t in range(VOCAB)], OutputRows.all(), keep=True)
+    engine = make_engine(model, num_speculative_tokens=0, max_model_len=16, prefill_buckets=(2,))
+    _, _, kept = engine.runner.prefill([[START, t] for t in range(VOCAB)], OutputRows.all(), return_logits=True)
     p = softmax(kept[0][..., :VOCAB].astype(np.float64) / TEMPERATURE)  # [V, 2, V]
     assert np.ptp(p[:, 0], axis=0).max() < 1e-6
     joint = p[0, 0][:, None] * p[:, 1]
@@ -175,13 +175,15 @@ def toy():
 
 def joint_counts(model, draft: int, drafter=mtp_drafter) -> tuple[np.ndarray, float]:
     """Counts of the first two tokens of many requests, and the share of first drafts accepted."""
-    engine = make_engine(model, draft=draft, max_len=16, buckets=(2,), vocab=VOCAB, drafter=drafter)
+    engine = make_engine(
+        model, num_speculative_tokens=draft, max_model_len=16, prefill_buckets=(2,), vocab_size=VOCAB, drafter=drafter
+    )
     requests = [Request(i, (START,), 2, TEMPERATURE, 1000 + i, ()) for i in range(SEEDS)]
     results = engine.run(requests, SEEDS)
     counts = np.zeros((VOCAB, VOCAB))
     np.add.at(counts, tuple(np.array([r.tokens for r in results]).T), 1)
-    rounds = sum(r.rounds for r in results)
-    return counts, sum(r.accepted_per_position[0] for r in results) / rounds if draft else 0.0
+    rounds = sum(r.num_steps for r in results)
+    return counts, sum(r.num_accepted_tokens_per_pos[0] for r in results) / rounds if draft else 0.0
 
 
 def test_the_loop_samples_the_model(toy):

@@ -14,8 +14,10 @@ from mtpjax import LLM, SamplingParams
 from mtpjax.decoding.output_rows import OutputRows
 from mtpjax.decoding.sampling import gumbel_noise
 from mtpjax.decoding.speculative import DecodeState, decode, mtp_drafter
+from mtpjax.engine.decode_batch import stack_requests
 from mtpjax.engine.engine import Engine
-from mtpjax.engine.request import Request, Result, stack_requests
+from mtpjax.engine.model_runner import jit_step
+from mtpjax.engine.request import Request, RequestState
 from mtpjax.loading.weight_map import LoadedModel
 from tests.helpers.models import make_engine, numpy_model, tiny_config
 
@@ -33,7 +35,7 @@ def model(kind: str) -> LoadedModel:
 
 @cache
 def engine(kind: str, draft: int) -> Engine:
-    return make_engine(model(kind), draft=draft, max_len=MAX_LEN)
+    return make_engine(model(kind), num_speculative_tokens=draft, max_model_len=MAX_LEN)
 
 
 def requests(temperature: float, **changes) -> list[Request]:
@@ -50,13 +52,13 @@ def plain(kind: str, temperature: float) -> list[list[int]]:
     return [r.tokens for r in engine(kind, 0).run(requests(temperature, max_tokens=MORE), len(LENGTHS))]
 
 
-def check_figures(result: Result, draft: int) -> None:
+def check_figures(result: RequestState, draft: int) -> None:
     """A round gives one token of the trunk and its accepted drafts; only the last round may be cut short."""
-    accepted = result.accepted_per_position
+    accepted = result.num_accepted_tokens_per_pos
     assert len(accepted) == draft and accepted == sorted(accepted, reverse=True)
-    given = result.rounds + sum(accepted)
+    given = result.num_steps + sum(accepted)
     assert len(result.tokens) <= given <= len(result.tokens) + draft
-    assert all(0 <= a <= result.rounds for a in accepted)
+    assert all(0 <= a <= result.num_steps for a in accepted)
 
 
 @pytest.mark.parametrize("kind", ["moe", "dense"])
@@ -64,13 +66,15 @@ def test_plain_decoding_is_what_reading_the_text_says(kind):
     """What all else here is measured by: each token is the best of its row's logits plus the noise of its position."""
     for temperature in (0.0, 0.8):
         asked = requests(temperature)
-        texts = [r.prompt + tuple(tokens) for r, tokens in zip(asked, plain(kind, temperature), strict=True)]
-        logits = np.concatenate(engine(kind, 0).read(texts, OutputRows.all(), keep=True)[2], axis=1)  # padded in front
+        texts = [r.prompt_token_ids + tuple(tokens) for r, tokens in zip(asked, plain(kind, temperature), strict=True)]
+        logits = np.concatenate(
+            engine(kind, 0).runner.prefill(texts, OutputRows.all(), return_logits=True)[2], axis=1
+        )  # padded in front
         for i, (request, text) in enumerate(zip(asked, texts, strict=True)):
-            places = np.arange(len(request.prompt), len(text))
+            places = np.arange(len(request.prompt_token_ids), len(text))
             noise = jax.vmap(lambda at, seed=request.seed: gumbel_noise(jnp.uint32(seed), at, VOCAB))(places)
             rows = logits[i, places - len(text) - 1]
-            assert (rows + temperature * noise).argmax(-1).tolist() == list(text[len(request.prompt) :])
+            assert (rows + temperature * noise).argmax(-1).tolist() == list(text[len(request.prompt_token_ids) :])
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
@@ -81,10 +85,10 @@ def test_draft_length_does_not_change_the_text(kind, draft, temperature):
     results = engine(kind, draft).run(requests(temperature), len(LENGTHS))
     for result, want in zip(results, plain(kind, temperature), strict=True):
         assert result.tokens == want[:TOKENS]
-        assert result.done and not result.stopped
+        assert result.finished and not result.stopped
         check_figures(result, draft)
     if temperature:  # the noise that both share makes drafts right far more often than one in 96, and not always
-        rounds, accepted = sum(r.rounds for r in results), sum(r.accepted_per_position[0] for r in results)
+        rounds, accepted = sum(r.num_steps for r in results), sum(r.num_accepted_tokens_per_pos[0] for r in results)
         assert 0.25 < accepted / rounds < 0.5
     assert len({tuple(r.tokens) for r in results}) == len(results)
 
@@ -101,19 +105,19 @@ def test_neighbours_do_not_change_the_text(kind, draft, temperature):
 def test_how_much_of_the_prompt_the_head_reads_does_not_change_the_text(read):
     """Chunks of 32: rows that the head skips end inside a chunk, at its edge, or behind it."""
     for temperature in (0.0, 0.8):
-        results = make_engine(model("moe"), draft=3, max_len=MAX_LEN, mtp_prompt=read).run(
-            requests(temperature), len(LENGTHS)
-        )
+        results = make_engine(
+            model("moe"), num_speculative_tokens=3, max_model_len=MAX_LEN, mtp_prompt_tokens=read
+        ).run(requests(temperature), len(LENGTHS))
         assert [r.tokens for r in results] == [tokens[:TOKENS] for tokens in plain("moe", temperature)]
         for result in results:
             check_figures(result, 3)
 
 
 def test_a_head_that_reads_the_last_tokens_has_their_values_and_no_others():
-    prompts = [r.prompt for r in requests(0.0)]
-    whole, _, _ = engine("moe", 3).read(prompts)
+    prompts = [r.prompt_token_ids for r in requests(0.0)]
+    whole, _, _ = engine("moe", 3).runner.prefill(prompts)
     for read in (1, 5, 33, MAX_LEN):
-        part, hidden, _ = engine("moe", 3).read(prompts, mtp_prompt=read)
+        part, hidden, _ = engine("moe", 3).runner.prefill(prompts, mtp_prompt_tokens=read)
         for i, prompt in enumerate(prompts):
             rows = min(read, len(prompt))
             assert int(part.mtp_start_pos[i]) == len(prompt) - rows
@@ -123,9 +127,11 @@ def test_a_head_that_reads_the_last_tokens_has_their_values_and_no_others():
         assert np.asarray(hidden).any()
     # Where that is the whole prompt, keys are the same as well, and so is all that follows.
     np.testing.assert_allclose(np.asarray(part.mtp_k), np.asarray(whole.mtp_k), atol=1e-5)
-    a = make_engine(model("moe"), draft=3, max_len=MAX_LEN, mtp_prompt=MAX_LEN).run(requests(0.8), len(LENGTHS))
+    a = make_engine(model("moe"), num_speculative_tokens=3, max_model_len=MAX_LEN, mtp_prompt_tokens=MAX_LEN).run(
+        requests(0.8), len(LENGTHS)
+    )
     b = engine("moe", 3).run(requests(0.8), len(LENGTHS))
-    assert [r.accepted_per_position for r in a] == [r.accepted_per_position for r in b]
+    assert [r.num_accepted_tokens_per_pos for r in a] == [r.num_accepted_tokens_per_pos for r in b]
 
 
 def test_a_half_empty_batch():
@@ -142,16 +148,16 @@ def mixed() -> list[Request]:
     return [
         replace(first, max_tokens=7),
         replace(second, temperature=0.0, max_tokens=0),
-        replace(third, temperature=0.0, stops=(VOCAB + 5, cold[2][90])),
+        replace(third, temperature=0.0, stop_token_ids=(VOCAB + 5, cold[2][90])),
         replace(fourth, max_tokens=1),
-        replace(fifth, stops=tuple(dict.fromkeys((hot[4][40], hot[4][41], hot[4][55])))),
+        replace(fifth, stop_token_ids=tuple(dict.fromkeys((hot[4][40], hot[4][41], hot[4][55])))),
     ]
 
 
 def cut(tokens: list[int], request: Request) -> tuple[list[int], bool]:
     """The text until its limit or its first stop token, which is its last."""
     tokens = tokens[: request.max_tokens]
-    at = next((i for i, token in enumerate(tokens) if token in request.stops), None)
+    at = next((i for i, token in enumerate(tokens) if token in request.stop_token_ids), None)
     return (tokens, False) if at is None else (tokens[: at + 1], True)
 
 
@@ -166,7 +172,7 @@ def test_every_request_keeps_its_own_settings(draft):
     assert [heard[r.index] for r in asked] == [tokens for tokens, _ in want]
     for result in results:
         check_figures(result, draft)
-    assert results[1].rounds == 0
+    assert results[1].num_steps == 0
     # Again, with other neighbours and other slots.
     again = engine("moe", draft).run([asked[4], asked[2]], 5)
     assert [(r.tokens, r.stopped) for r in again] == [want[4], want[2]]
@@ -178,7 +184,7 @@ def test_a_stop_token_anywhere_in_a_window():
     asked = requests(0.8)[0]
     firsts = [i for i, token in enumerate(tokens[:40]) if token not in tokens[:i]]
     assert len(firsts) >= 15
-    texts = [replace(asked, index=n, stops=(tokens[i],)) for n, i in enumerate(firsts)]
+    texts = [replace(asked, index=n, stop_token_ids=(tokens[i],)) for n, i in enumerate(firsts)]
     results = engine("moe", 3).run(texts, len(LENGTHS))
     assert [r.tokens for r in results] == [tokens[: i + 1] for i in firsts]
     assert all(r.stopped for r in results)
@@ -214,7 +220,7 @@ def forcing(kind: str, k: int) -> Engine:
         true = jnp.take_along_axis(jnp.asarray(texts), ahead, axis=1, mode="fill", fill_value=0)
         return jnp.where(jnp.arange(k) < right[:, None], true, (true + 1) % vocab), cache
 
-    return make_engine(model(kind), draft=k, max_len=MAX_LEN, drafter=drafter)
+    return make_engine(model(kind), num_speculative_tokens=k, max_model_len=MAX_LEN, drafter=drafter)
 
 
 def forced(slot: int, k: int) -> tuple[int, list[int]]:
@@ -233,23 +239,23 @@ def test_forced_acceptance(kind, k):
     """Every count 0...k in every slot, in changing order: the tokens of plain decoding and exactly these figures."""
     for slot, result in enumerate(forcing(kind, k).run(by_slot(), len(LENGTHS))):
         assert result.tokens == future(kind)[slot][:TOKENS]
-        assert (result.rounds, result.accepted_per_position) == forced(slot, k)
+        assert (result.num_steps, result.num_accepted_tokens_per_pos) == forced(slot, k)
         check_figures(result, k)
 
 
 def start(by: Engine, asked: list[Request], done: list[bool]) -> DecodeState:
     """The state behind the prompts, on the host."""
-    cache, hidden, _ = by.read([r.prompt[:-1] for r in asked])
+    cache, hidden, _ = by.runner.prefill([r.prompt_token_ids[:-1] for r in asked])
     batch = len(asked)
     state = DecodeState(
         cache=cache,
         hidden=hidden,
-        token=np.array([r.prompt[-1] for r in asked], np.int32),
+        token=np.array([r.prompt_token_ids[-1] for r in asked], np.int32),
         count=np.zeros(batch, np.int32),
         done=np.array(done),
         stopped=np.zeros(batch, bool),
         rounds=np.zeros(batch, np.int32),
-        accepted=np.zeros((batch, by.draft), np.int32),
+        accepted=np.zeros((batch, by.runner.num_speculative_tokens), np.int32),
     )
     return jax.tree.map(np.array, state)
 
@@ -257,9 +263,11 @@ def start(by: Engine, asked: list[Request], done: list[bool]) -> DecodeState:
 def go_on(by: Engine, state: DecodeState, asked: list[Request]) -> tuple[DecodeState, list[list[int]]]:
     """The loop's next `MAX_STEPS_PER_CALL` rounds, by the program that the engine uses: state and new tokens, on the host."""
     told = stack_requests(asked)
-    static = {"graph": by.model.graph, "k": by.draft, "rounds": by.rounds, "vocab": by.vocab, "drafter": by.drafter}
-    program = decode.lower(by.model.params, state, told, **static).compile()
-    state, out, used = jax.tree.map(np.array, program(by.model.params, state, told))
+    runner = by.runner
+    static = {"graph": runner.model.graph, "k": runner.num_speculative_tokens, "rounds": runner.max_steps_per_call}
+    program = jit_step(decode, **static, vocab=runner.vocab_size, drafter=runner.drafter)
+    program = program.lower(runner.model.params, state, told, None).compile()
+    state, out, used = jax.tree.map(np.array, program(runner.model.params, state, told, None))
     return state, [row[:count].tolist() for row, count in zip(out, used, strict=True)]
 
 
@@ -269,9 +277,9 @@ def test_the_cache_after_forced_acceptance_is_that_of_reading_the_text():
     state, new = go_on(by, start(by, asked, [False] * 5), asked)
     assert all(tokens == want[: len(tokens)] for tokens, want in zip(new, future("moe"), strict=True))
     # The last token is chosen but not in the cache.
-    texts = [(*request.prompt, *tokens[:-1]) for request, tokens in zip(asked, new, strict=True)]
+    texts = [(*request.prompt_token_ids, *tokens[:-1]) for request, tokens in zip(asked, new, strict=True)]
     assert not any(state.done) and len({len(tokens) for tokens in new}) > 1
-    fresh, hidden, _ = by.read(texts)
+    fresh, hidden, _ = by.runner.prefill(texts)
     assert state.cache.length.tolist() == fresh.length.tolist() == [len(text) for text in texts]
     assert float(np.abs(state.hidden - hidden).max()) <= 1e-4
     for name in ("state", "conv"):
@@ -295,27 +303,30 @@ def test_an_idle_slot_keeps_every_bit():
             assert np.array_equal(a.take(slot, axis), b.take(slot, axis)), jax.tree_util.keystr(path)
     _, new = go_on(by, after.replace(done=np.zeros(5, bool)), asked)
     for slot in (1, 3):
-        assert new[slot] == want[slot][: len(new[slot])] and len(new[slot]) >= by.rounds
+        assert new[slot] == want[slot][: len(new[slot])] and len(new[slot]) >= by.runner.max_steps_per_call
 
 
 @pytest.mark.parametrize("draft", [0, 3])
 def test_figures_of_the_api(draft):
     """`Metrics` and finish reasons, as users see them."""
-    llm = LLM(model("moe"), draft=draft, max_len=MAX_LEN, max_batch=5, prefill_chunks=(32,))
+    llm = LLM(model("moe"), num_speculative_tokens=draft, max_model_len=MAX_LEN, max_num_seqs=5, prefill_buckets=(32,))
     asked = mixed()
     params = [
         SamplingParams(max_tokens=r.max_tokens, temperature=r.temperature, seed=r.seed, ignore_eos=True,
-                       stop_token_ids=tuple(s for s in r.stops if s < VOCAB))
+                       stop_token_ids=tuple(s for s in r.stop_token_ids if s < VOCAB))
         for r in asked
     ]  # fmt: skip
-    for i, out in enumerate(llm.generate([list(r.prompt) for r in asked], params)):
+    for i, out in enumerate(llm.generate([list(r.prompt_token_ids) for r in asked], params)):
         tokens, stopped = cut(plain("moe", asked[i].temperature)[i], asked[i])
         assert out.token_ids == tokens and out.finish_reason == ("stop" if stopped else "length")
         m = out.metrics
-        assert m.prompt_tokens == len(asked[i].prompt) and m.drafted == m.rounds * draft
-        assert m.accepted == sum(m.accepted_per_position) and len(m.accepted_per_position) == draft
-        assert m.tokens_per_round == (len(tokens) / m.rounds if m.rounds else 0.0)
-        assert len(tokens) <= m.rounds + m.accepted <= len(tokens) + draft
+        assert m.num_prompt_tokens == len(asked[i].prompt_token_ids) and m.num_draft_tokens == m.num_steps * draft
+        assert (
+            m.num_accepted_tokens == sum(m.num_accepted_tokens_per_pos) and len(m.num_accepted_tokens_per_pos) == draft
+        )
+        assert m.num_drafts == (m.num_steps if draft else 0)
+        assert m.mean_acceptance_length == (1 + m.num_accepted_tokens / m.num_drafts if m.num_drafts else 1.0)
+        assert len(tokens) <= m.num_steps + m.num_accepted_tokens <= len(tokens) + draft
 
 
 def test_the_embedded_model(shipped_code):
@@ -325,10 +336,12 @@ def test_the_embedded_model(shipped_code):
     told = [SamplingParams(max_tokens=TOKENS, temperature=t, seed=5, ignore_eos=True) for t in HEAT]
     texts = {}
     for draft in (0, 3):
-        llm = LLM(draft=draft, max_len=500, max_batch=5, prefill_chunks=(64,))
+        llm = LLM(num_speculative_tokens=draft, max_model_len=500, max_num_seqs=5, prefill_buckets=(64,))
         outputs = llm.generate(prompts, told)
         texts[draft] = [out.token_ids for out in outputs]
         assert all(len(tokens) == TOKENS for tokens in texts[draft])
     assert texts[3] == texts[0]
-    accepted, rounds = (sum(getattr(out.metrics, name) for out in outputs) for name in ("accepted", "rounds"))
+    accepted, rounds = (
+        sum(getattr(out.metrics, name) for out in outputs) for name in ("num_accepted_tokens", "num_steps")
+    )
     assert accepted / rounds > 0.5

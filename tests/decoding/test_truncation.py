@@ -110,26 +110,28 @@ def mixed() -> list[Request]:
 def test_the_text_is_the_same_at_any_draft_length_and_batch():
     """One program serves requests that keep all tokens and those that do not; each token is one of those that stay."""
     model = numpy_model(tiny_config(moe=True, vocab_size=VOCAB), seed=7, scale=0.15)
-    plain = make_engine(model, draft=0, max_len=MAX_LEN)
+    plain = make_engine(model, num_speculative_tokens=0, max_model_len=MAX_LEN)
     want = [result.tokens for result in plain.run(mixed(), 5)]
     assert [r.tokens for r in plain.run([replace(r, top_k=0, top_p=1.0, min_p=0.0) for r in mixed()], 5)] != want
-    programs = plain.programs
+    programs = plain.num_programs
     assert plain.run([replace(mixed()[0], top_k=1)] + mixed()[1:], 5)[0].tokens != want[0]
-    assert plain.programs == programs
+    assert plain.num_programs == programs
     for draft, batch in ((3, 5), (3, 1), (1, 2)):
-        results = make_engine(model, draft=draft, max_len=MAX_LEN).run(mixed(), batch)
+        results = make_engine(model, num_speculative_tokens=draft, max_model_len=MAX_LEN).run(mixed(), batch)
         assert [r.tokens for r in results] == want
-        assert 0 < sum(r.accepted_per_position[0] for r in results) < sum(r.rounds for r in results)
-    texts = [r.prompt + tuple(tokens) for r, tokens in zip(mixed(), want, strict=True)]
-    logits = np.concatenate(plain.read(texts, OutputRows.all(), keep=True)[2], axis=1)  # padded in front
+        assert 0 < sum(r.num_accepted_tokens_per_pos[0] for r in results) < sum(r.num_steps for r in results)
+    texts = [r.prompt_token_ids + tuple(tokens) for r, tokens in zip(mixed(), want, strict=True)]
+    logits = np.concatenate(
+        plain.runner.prefill(texts, OutputRows.all(), return_logits=True)[2], axis=1
+    )  # padded in front
     for i, (request, text) in enumerate(zip(mixed(), texts, strict=True)):
-        for place in range(len(request.prompt), len(text)):
+        for place in range(len(request.prompt_token_ids), len(text)):
             row = logits[i, place - len(text) - 1]
             assert sorted_out(row, request.temperature, request.top_k, request.top_p, request.min_p)[text[place]]
 
 
 def test_one_token_that_stays_is_the_greedy_choice():
-    llm = LLM(draft=2, max_len=64, prefill_chunks=(16,))
+    llm = LLM(num_speculative_tokens=2, max_model_len=64, prefill_buckets=(16,))
     hot = {"max_tokens": 12, "temperature": 2.0, "seed": 4}
     one = ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0})
     ways = [SamplingParams(max_tokens=12), *(SamplingParams(**hot, **how) for how in one)]

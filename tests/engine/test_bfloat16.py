@@ -37,7 +37,7 @@ def run(x, gate_up, down, chosen, weights):  # type: ignore[no-untyped-def]
 
 def bfloat16(model: LoadedModel) -> LoadedModel:
     """The same weights, matrices rounded to bfloat16 and computed in it."""
-    graph, like = nnx.split(abstract_model(model.cfg, jnp.bfloat16, stack=model.cfg.repeats))
+    graph, like = nnx.split(abstract_model(model.cfg, jnp.bfloat16))
     return LoadedModel(model.cfg, graph, jax.tree.map(lambda leaf, new: leaf.astype(new.dtype), model.params, like))
 
 
@@ -69,10 +69,10 @@ def test_experts_as_bits_are_never_converted_whole() -> None:
 @cpu_only
 def test_the_engine_holds_experts_as_bits_without_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mtpjax.loading.cpu_layout.SMALL_WEIGHT", 0)
-    model = bfloat16(numpy_model(tiny_config(moe=True, repeats=1)))
+    model = bfloat16(numpy_model(tiny_config(moe=True, num_superblocks=1)))
     held = optimize_for_cpu(model)
     stacks = [leaf for leaf in jax.tree.leaves(held.params) if leaf.dtype == jnp.uint16]
-    layers = model.cfg.layers + model.cfg.mtp_layers
+    layers = model.cfg.num_layers + model.cfg.mtp_layers
     assert len(stacks) == 2 * layers and all(leaf.ndim == 4 for leaf in stacks)
     assert not any(leaf.dtype == jnp.uint16 for leaf in jax.tree.leaves(model.params))
     assert cache_dtype(jnp.bfloat16) == jnp.float32
@@ -80,9 +80,12 @@ def test_the_engine_holds_experts_as_bits_without_a_copy(monkeypatch: pytest.Mon
 
 def test_bfloat16_follows_float32() -> None:
     """The same weights in both dtypes: logits agree to bfloat16's rounding, prompts of one token and of many generate."""
-    cfg = tiny_config(moe=True, repeats=1)
+    cfg = tiny_config(moe=True, num_superblocks=1)
     model = numpy_model(cfg)
-    llms = [LLM(model, draft=2, max_len=96), LLM(bfloat16(model), draft=2, dtype="bfloat16", max_len=96)]
+    llms = [
+        LLM(model, num_speculative_tokens=2, max_model_len=96),
+        LLM(bfloat16(model), num_speculative_tokens=2, dtype="bfloat16", max_model_len=96),
+    ]
     prompts = [[5], np.random.default_rng(1).integers(0, cfg.vocab_size, 40).tolist()]
     exact, rounded = (llm.logits(prompts[1]) for llm in llms)
     assert np.abs(exact - rounded).max() <= 0.1 * np.abs(exact).max()

@@ -42,9 +42,16 @@ def prompts(number: int, longest: int, vocab: int) -> list[list[int]]:
 @pytest.mark.parametrize(("draft", "admit", "more"), [(2, None, 4), (0, 3, 4), (2, 8, 2)])
 def test_a_job_compiles_as_many_programs_as_chunk_lengths_and_a_few(events, draft, admit, more):
     """The loop and an empty cache; where slots are filled again, an empty cache for the slots and what fills them, too."""
-    model = numpy_model(tiny_config(moe=draft > 0, repeats=1))
+    model = numpy_model(tiny_config(moe=draft > 0, num_superblocks=1))
     before = events[COMPILED]
-    llm = LLM(model, draft=draft, max_len=240, max_batch=8, admit=admit, prefill_chunks=BUCKETS)
+    llm = LLM(
+        model,
+        num_speculative_tokens=draft,
+        max_model_len=240,
+        max_num_seqs=8,
+        max_prefill_seqs=admit,
+        prefill_buckets=BUCKETS,
+    )
     job = prompts(100, 200, model.cfg.vocab_size)
     sampling = [SamplingParams(max_tokens=n % 7, temperature=0.5 * (n % 3), seed=n) for n in range(len(job))]
     assert len({len(p) for p in job}) > 60
@@ -79,7 +86,7 @@ jax.monitoring.register_event_listener(lambda name, **_: seen.update([name]))
 from tests.helpers.models import numpy_model, tiny_config
 from mtpjax import LLM, SamplingParams
 
-model = numpy_model(tiny_config(moe=True, repeats=1))
+model = numpy_model(tiny_config(moe=True, num_superblocks=1))
 seen.clear()
 llm = LLM(model, draft=2, max_len=64, max_batch=2, prefill_chunks=(16,))
 tokens = [o.token_ids for o in llm.generate([[5, 6, 7], [8] * 20], SamplingParams(max_tokens=9))]
@@ -113,14 +120,14 @@ def test_programs_go_with_their_llm():
 
     Each holds hundreds of memory mappings, of which Linux gives a process 65,530.
     """
-    model = numpy_model(tiny_config(moe=False, repeats=1))
+    model = numpy_model(tiny_config(moe=False, num_superblocks=1))
 
     def alive() -> int:
         gc.collect()
         return len(jax.devices()[0].client.live_executables())
 
     def use(max_len: int) -> int:
-        llm = LLM(model, draft=1, max_len=max_len)
+        llm = LLM(model, num_speculative_tokens=1, max_model_len=max_len)
         llm.generate([[1, 2, 3]], SamplingParams(max_tokens=2))
         llm.hidden([1, 2, 3])
         return llm.engine.programs

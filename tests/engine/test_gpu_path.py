@@ -52,7 +52,13 @@ def packed_model(mtp: bool) -> LoadedModel:
         "linear_v_dim": 16,
         "vocab_size": 96,
     }
-    sizes |= {"pattern": (LINEAR, FULL), "layers": 2, "experts": 4, "expert_size": 32, "shared_expert_size": 32}
+    sizes |= {
+        "layer_pattern": (LINEAR, FULL),
+        "num_layers": 2,
+        "num_experts": 4,
+        "expert_size": 32,
+        "shared_expert_size": 32,
+    }
     cfg = tiny_config(moe=True, **sizes)
     return random_model(
         cfg if mtp else cfg.without_mtp(), weights="int8", scale=0.3, **load_options(jnp.dtype("bfloat16"))
@@ -91,7 +97,7 @@ def test_the_text_is_the_same_with_drafts_in_bfloat16(interpreted: None) -> None
     ]
     with override_platform("cuda"):
         model = packed_model(mtp=True)
-        runs = [make_engine(model, draft=draft, max_len=100).run(asked, 3) for draft in (1, 4)]
+        runs = [make_engine(model, num_speculative_tokens=draft, max_model_len=100).run(asked, 3) for draft in (1, 4)]
     texts = [[result.tokens for result in run] for run in runs]
     assert texts[0] == texts[1] and len({tuple(text) for text in texts[0]}) == 3
-    assert 0 < sum(r.accepted_per_position[0] for r in runs[1])
+    assert 0 < sum(r.num_accepted_tokens_per_pos[0] for r in runs[1])

@@ -17,20 +17,21 @@ from checkpoints import CheckpointError, open_checkpoint, write_safetensors_dire
 from mtpjax import LLM, SamplingParams
 from mtpjax.cli.convert import main as convert
 from mtpjax.config import ConfigError
+from mtpjax.hf_config import config_to_hf
 from mtpjax.loading.load import load_checkpoint
 from mtpjax.loading.weight_map import export_tensors, flat
 from tests.helpers.models import numpy_model, tiny_config
 
-CFG = tiny_config(moe=False, repeats=1, max_position=512)  # 96 ids, the last is its stop token
+CFG = tiny_config(moe=False, num_superblocks=1, max_position=512)  # 96 ids, the last is its stop token
 MODEL = numpy_model(CFG, seed=1, scale=0.5)
-TENSORS = {name: read() for name, _, _, read in export_tensors(MODEL, 1)}
+TENSORS = {name: read() for name, _, _, read in export_tensors(MODEL)}
 WORDS = [f"w{i}" for i in range(90)]  # fewer than ids: a published matrix is padded too
 SMALL: dict[str, Any] = {"max_len": 40, "max_batch": 2, "prefill_chunks": (16,)}
 
 
 def write(path: Path, tensors: dict[str, np.ndarray] = TENSORS, *, words: bool = False, **config: Any) -> Path:
     entries = [(name, a.shape, a.dtype, lambda a=a: a) for name, a in tensors.items()]
-    write_safetensors_directory(path, CFG.to_hf() | config, entries)
+    write_safetensors_directory(path, config_to_hf(CFG) | config, entries)
     if words:
         tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="w0"))
         tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -46,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def llm(folder: Path) -> LLM:
-    return LLM(folder, draft=2, **SMALL)
+    return LLM(folder, num_speculative_tokens=2, **SMALL)
 
 
 # Loading
@@ -54,7 +55,7 @@ def llm(folder: Path) -> LLM:
 
 def test_hf_and_orbax_folders_are_the_same_model(llm: LLM, folder: Path, tmp_path: Path) -> None:
     assert convert([str(folder), str(tmp_path / "orbax")]) == 0
-    other = LLM(tmp_path / "orbax", draft=2, **SMALL)
+    other = LLM(tmp_path / "orbax", num_speculative_tokens=2, **SMALL)
     assert np.array_equal(llm.logits([5, 6, 7]), other.logits([5, 6, 7]))
     assert (other.cfg, other.stop_token_ids) == (llm.cfg, llm.stop_token_ids)
     assert other.tokenizer is not None and other.tokenizer.encode("w3 w4") == [3, 4]
@@ -82,11 +83,11 @@ def test_without_an_mtp_head_it_warns_once_and_decodes_without_drafts(
     tensors = {name: array for name, array in TENSORS.items() if not name.startswith("mtp.")}
     path = write(tmp_path / "hf", tensors, words=True, mtp_num_hidden_layers=config_says)
     with pytest.warns(UserWarning, match="hf: the checkpoint has no MTP head.*without drafts") as caught:
-        plain = LLM(path, draft=2, **SMALL)
+        plain = LLM(path, num_speculative_tokens=2, **SMALL)
     assert len(caught) == 1 and caught[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        LLM(path, draft=0, **SMALL)
+        LLM(path, num_speculative_tokens=0, **SMALL)
     params = SamplingParams(max_tokens=6, temperature=0.7, seed=3, ignore_eos=True)
     (want,), (got,) = llm.generate([[5, 6, 7]], params), plain.generate([[5, 6, 7]], params)
     assert got.token_ids == want.token_ids
@@ -96,7 +97,7 @@ def test_without_an_mtp_head_it_warns_once_and_decodes_without_drafts(
 
 def test_the_head_is_found_by_its_tensors_whatever_the_config_says(tmp_path: Path) -> None:
     path = write(tmp_path / "hf", mtp_num_hidden_layers=0)
-    assert LLM(path, draft=1, **SMALL).draft == 1
+    assert LLM(path, num_speculative_tokens=1, **SMALL).draft == 1
 
 
 def test_one_error_lists_every_tensor_that_does_not_fit(tmp_path: Path) -> None:
@@ -133,7 +134,7 @@ def damaged(change: Callable[[Path], Any]) -> Callable[[Path], Path]:
 
 def set_config(**values: Any) -> Callable[[Path], Any]:
     def change(path: Path) -> None:
-        (path / "config.json").write_text(json.dumps(CFG.to_hf() | values))
+        (path / "config.json").write_text(json.dumps(config_to_hf(CFG) | values))
 
     return change
 
@@ -243,12 +244,12 @@ def test_check_is_what_generate_would_do(llm: LLM) -> None:
 
 
 def test_a_text_needs_a_tokenizer(folder: Path) -> None:
-    bare = LLM(MODEL, draft=0, **SMALL)
+    bare = LLM(MODEL, num_speculative_tokens=0, **SMALL)
     with pytest.raises(ValueError, match="prompt 0 is a text, but the checkpoint has no tokenizer"):
         bare.generate("w1")
     (output,) = bare.generate([[1, 2]], SamplingParams(max_tokens=0))
     assert output.text is None and output.prompt is None
-    assert LLM(MODEL, draft=0, tokenizer=folder / "tokenizer.json", **SMALL).check("w7") == [7]
+    assert LLM(MODEL, num_speculative_tokens=0, tokenizer=folder / "tokenizer.json", **SMALL).check("w7") == [7]
 
 
 @pytest.mark.parametrize(
@@ -335,7 +336,7 @@ def test_the_checkpoints_own_stop_tokens_end_the_text_unless_ignored(folder: Pat
     path = tmp_path / "hf"
     shutil.copytree(folder, path)
     (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [free.token_ids[3], 94]}))
-    other = LLM(path, draft=2, **SMALL)
+    other = LLM(path, num_speculative_tokens=2, **SMALL)
     assert set(other.stop_token_ids) == {free.token_ids[3], 94, 95}  # those of config.json too
     stopped, ignored = other.generate(
         [[5, 6, 7]] * 2, [SamplingParams(max_tokens=8, temperature=1.0, seed=5, ignore_eos=i) for i in (False, True)]
@@ -352,7 +353,7 @@ def test_seeds(llm: LLM) -> None:
     again = llm.generate([[5, 6]] * 2, [replace(hot, seed=2), replace(hot, seed=2 + (1 << 32))])
     assert [o.token_ids for o in again] == [first[2].token_ids] * 2  # 32 bits count
     assert llm.generate([[5, 6]], replace(hot, seed=-1))[0].token_ids not in [o.token_ids for o in first]
-    other = LLM(MODEL, draft=2, seed=1, **SMALL)
+    other = LLM(MODEL, num_speculative_tokens=2, seed=1, **SMALL)
     assert [o.seed for o in other.generate([[5, 6]] * 2, SamplingParams(max_tokens=0))] == [1, 2]
 
 

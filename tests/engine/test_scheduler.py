@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from mtpjax import LLM, SamplingParams
-from mtpjax.engine.request import Request, stack_requests
+from mtpjax.engine.decode_batch import stack_requests
+from mtpjax.engine.request import Request
 from mtpjax.engine.scheduler import Slots
 from tests.helpers.models import make_engine, numpy_model, tiny_config
 
@@ -18,7 +19,7 @@ LENGTHS = (40, 3, 0, 17, 1, 33, 8, 60, 2, 25, 5, 12, 50)  # of the texts
 
 @pytest.fixture(scope="module")
 def model():
-    return numpy_model(tiny_config(moe=True, repeats=1, vocab_size=VOCAB), seed=7, scale=0.15)
+    return numpy_model(tiny_config(moe=True, num_superblocks=1, vocab_size=VOCAB), seed=7, scale=0.15)
 
 
 def requests() -> list[Request]:
@@ -34,7 +35,7 @@ def requests() -> list[Request]:
 @pytest.fixture(scope="module")
 def want(model) -> list[list[int]]:
     """One after another, without drafts."""
-    tokens = [r.tokens for r in make_engine(model, draft=0, max_len=MAX_LEN).run(requests(), 1)]
+    tokens = [r.tokens for r in make_engine(model, num_speculative_tokens=0, max_model_len=MAX_LEN).run(requests(), 1)]
     assert [len(t) for t in tokens] == list(LENGTHS)
     return tokens
 
@@ -49,7 +50,9 @@ def cut(want: list[list[int]]) -> list[list[int]]:
 
 @pytest.mark.parametrize(("draft", "admit"), [(3, 1), (3, 3), (0, None), (2, BATCH)])
 def test_the_text_does_not_depend_on_when_a_slot_is_filled(model, want, draft, admit):
-    by = make_engine(model, draft=draft, max_len=MAX_LEN, admit=admit, rounds=5)
+    by = make_engine(
+        model, num_speculative_tokens=draft, max_model_len=MAX_LEN, max_prefill_seqs=admit, max_steps_per_call=5
+    )
     heard: dict[int, list[int]] = {i: [] for i in range(len(LENGTHS))}
     results = by.run(stopping(want), BATCH, lambda result, new: heard[result.request.index].extend(new))
     assert [r.tokens for r in results] == cut(want) and [heard[i] for i in range(len(LENGTHS))] == cut(want)
@@ -61,14 +64,14 @@ def test_the_text_does_not_depend_on_when_a_slot_is_filled(model, want, draft, a
 
 
 def test_an_mtp_head_that_reads_the_end_of_prompts_only(model, want):
-    by = make_engine(model, draft=3, max_len=MAX_LEN, admit=2, mtp_prompt=8)
+    by = make_engine(model, num_speculative_tokens=3, max_model_len=MAX_LEN, max_prefill_seqs=2, mtp_prompt_tokens=8)
     assert [r.tokens for r in by.run(requests(), BATCH)] == want
 
 
 @pytest.mark.parametrize(("admit", "least", "most"), [(1, 0.8, 1), (2, 0.75, 1), (BATCH, 0, 0.6)])
 def test_slots_are_busy(model, admit, least, most):
     """The share of slots that some request sits in, over all rounds: without drafts a round is a token."""
-    by = make_engine(model, draft=0, max_len=MAX_LEN, admit=admit)
+    by = make_engine(model, num_speculative_tokens=0, max_model_len=MAX_LEN, max_prefill_seqs=admit)
     rng = np.random.default_rng(0)
     texts = np.clip(rng.lognormal(2.5, 1, 40), 1, 80).astype(int).tolist()
     asked = [Request(i, tuple(rng.integers(0, VOCAB, 1 + i % 20).tolist()), n, 0.0, 0, ()) for i, n in enumerate(texts)]
@@ -79,7 +82,7 @@ def test_slots_are_busy(model, admit, least, most):
 
 
 def test_the_loop_returns_when_enough_are_done(model):
-    by = make_engine(model, draft=0, max_len=MAX_LEN)
+    by = make_engine(model, num_speculative_tokens=0, max_model_len=MAX_LEN)
     slots = Slots(by, 3, 3)
     assert list(slots.admit([replace(r, max_tokens=n) for r, n in zip(requests(), (4, 9, 20), strict=False)])) == []
     rounds = []
@@ -91,7 +94,7 @@ def test_the_loop_returns_when_enough_are_done(model):
 
 
 def test_nothing_but_the_chosen_slots_changes_and_the_state_is_not_copied(model):
-    by = make_engine(model, draft=2, max_len=MAX_LEN, rounds=3)
+    by = make_engine(model, num_speculative_tokens=2, max_model_len=MAX_LEN, max_steps_per_call=3)
     slots = Slots(by, BATCH, 2)
     asked = [replace(r, max_tokens=30) for r in requests()]
     for group in (asked[:2], asked[2:3]):
@@ -123,10 +126,10 @@ def test_a_prompt_that_requests_share_is_read_once(model):
         Request(i, (a, b)[i % 3 == 0], n, 0.8, i, (), presence_penalty=1.0 * (i == 4))
         for i, n in enumerate((9, 20, 3, 0, 12, 7, 30, 5))
     ]
-    plain = make_engine(model, draft=0, max_len=MAX_LEN, admit=1)
+    plain = make_engine(model, num_speculative_tokens=0, max_model_len=MAX_LEN, max_prefill_seqs=1)
     want = [plain.run([r], 1)[0].tokens for r in asked]
     for draft, batch, admit, reads in ((2, 8, None, 1), (2, 3, 1, 3), (2, 3, 3, 8)):
-        by = make_engine(model, draft=draft, max_len=MAX_LEN, admit=admit)
+        by = make_engine(model, num_speculative_tokens=draft, max_model_len=MAX_LEN, max_prefill_seqs=admit)
         assert [r.tokens for r in by.run(asked, batch)] == want
         # With three slots, those that come later find the prompt gone from the cache.
         assert by.prompt_tokens <= reads * (len(a) + len(b)), (batch, admit)
@@ -135,13 +138,13 @@ def test_a_prompt_that_requests_share_is_read_once(model):
 
 
 def test_a_run_that_is_left_in_the_middle_leaves_nothing_behind(model, want):
-    by = make_engine(model, draft=2, max_len=MAX_LEN, admit=1)
+    by = make_engine(model, num_speculative_tokens=2, max_model_len=MAX_LEN, max_prefill_seqs=1)
     assert next(iter(by.stream(requests(), BATCH))).done
     assert [r.tokens for r in by.run(requests(), BATCH)] == want
 
 
 def test_prompts_are_read_as_they_are_needed(model):
-    llm = LLM(model, draft=2, max_len=100, max_batch=2, prefill_chunks=(16,))
+    llm = LLM(model, num_speculative_tokens=2, max_model_len=100, max_num_seqs=2, prefill_buckets=(16,))
     seen = []
 
     def jobs(number: int) -> Iterator[tuple[list[int], SamplingParams]]:
@@ -163,7 +166,7 @@ def test_prompts_are_read_as_they_are_needed(model):
 def test_admit_is_at_most_the_batch(model):
     for bad in (0, 9):
         with pytest.raises(ValueError, match=f"admit is {bad}; expected a whole number from 1 to 8 or None"):
-            LLM(model, admit=bad)
+            LLM(model, max_prefill_seqs=bad)
 
 
 def test_empty_slots_ask_for_nothing():

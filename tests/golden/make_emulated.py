@@ -1,4 +1,4 @@
-"""Makes `emulated/`: what XLA writes about a small program that it compiles for a GPU, with a loop, branches, copies and slices.
+"""Write `emulated/`: XLA's dump of a small program compiled for a GPU, with a loop, branches, copies and slices.
 
 .venv-cuda/bin/python -m tests.golden.make_emulated           (after `make check-cuda`)
 """
@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from scripts.gpu.cuda_target import CARDS, Target
+from scripts.gpu.cuda_target import CARDS, CompileTarget
 
 HERE = Path(__file__).resolve().parent
-SIZE, MOST = 40, 5
-KEPT = (
+SIZE, SCAN_LENGTH = 40, 5
+SUFFIXES = (
     ".ptx",
     ".thunk_sequence.txt",
     ".thunk_metadata.txt",
@@ -27,30 +27,31 @@ KEPT = (
 
 
 @jax.jit
-def steps(x: Any, turns: Any, first: Any) -> tuple[Any, Any]:
-    """One of three functions `turns` times, beginning with `first`; then `MOST` times, all of whose results are kept."""
+def steps(x: Any, num_steps: Any, first: Any) -> tuple[Any, Any]:
+    """Apply one of three functions `num_steps` times, beginning with `first`; then scan over `SCAN_LENGTH` of them."""
     branches = [lambda x: x * 2 + 1, lambda x: jnp.exp(-x * x) * jnp.sum(x), lambda x: -x]
 
-    def turn(n: Any, x: Any) -> Any:
+    def loop_body(n: Any, x: Any) -> Any:
         return lax.switch(first + n, branches, x) / 2
 
-    def kept(x: Any, n: Any) -> tuple[Any, Any]:
+    def scan_body(x: Any, n: Any) -> tuple[Any, Any]:
         return x / 2, lax.switch(first - n, branches, x[None])
 
-    x = lax.while_loop(lambda c: c[0] < turns, lambda c: (c[0] + 1, turn(*c)), (jnp.int32(0), x))[1]
-    return lax.scan(kept, x, jnp.arange(MOST))
+    x = lax.while_loop(lambda c: c[0] < num_steps, lambda c: (c[0] + 1, loop_body(*c)), (jnp.int32(0), x))[1]
+    return lax.scan(scan_body, x, jnp.arange(SCAN_LENGTH))
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        target, number = Target(CARDS["rtx3090"], Path(folder)), jax.ShapeDtypeStruct((), jnp.int32)
-        target.compile(steps, jax.ShapeDtypeStruct((SIZE,), jnp.float32), number, number)
+        target, scalar = CompileTarget(CARDS["rtx3090"], Path(folder)), jax.ShapeDtypeStruct((), jnp.int32)
+        target.compile(steps, jax.ShapeDtypeStruct((SIZE,), jnp.float32), scalar, scalar)
         out = HERE / "emulated"
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir()
         for file in Path(folder).iterdir():
-            if file.name.endswith(KEPT) and file.stat().st_size:
-                shutil.copy(file, out / file.name)
+            if file.name.endswith(SUFFIXES) and file.stat().st_size:
+                text = file.read_text().replace(f"{HERE.parent.parent}/", "")  # no paths of the machine that made it
+                (out / file.name).write_text(text)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from checkpoints import open_checkpoint, write_safetensors_directory
+from checkpoints import SafetensorsDirectory, write_safetensors_directory
 from mtpjax.config import FULL, LINEAR, ModelConfig
 from mtpjax.engine.engine import Engine
+from mtpjax.engine.model_runner import ModelRunner
 from mtpjax.loading.weight_map import LoadedModel, fill, load_model
 from mtpjax.model import abstract_model
 from tests.golden.weights import golden_config, golden_tensors
@@ -39,31 +40,42 @@ class Golden:
     def __getitem__(self, name: str) -> np.ndarray:
         return self.answers[name]
 
-    def model(self, stack: int | None = None) -> LoadedModel:
-        """Stacked by all repeats of the layer pattern unless told."""
-        source = open_checkpoint(self.path)
-        return load_model(source, stack=stack or ModelConfig.from_hf(source.config).repeats)
+    def model(self) -> LoadedModel:
+        return load_model(SafetensorsDirectory(self.path))
 
 
-def tiny_config(*, moe: bool, pattern: tuple[str, ...] = (LINEAR, FULL), repeats: int = 2, **sizes: Any) -> ModelConfig:
+def tiny_config(
+    *, moe: bool, layer_pattern: tuple[str, ...] = (LINEAR, FULL), num_superblocks: int = 2, **sizes: Any
+) -> ModelConfig:
     """A config of a few thousand parameters with every part of the architecture; the last id is its stop token."""
     whole: dict[str, Any] = {
-        "hidden_size": 48, "layers": len(pattern) * repeats, "pattern": pattern, "q_heads": 4, "kv_heads": 2,
-        "head_dim": 16, "rotary_dim": 8, "rope_theta": 1e7, "linear_k_heads": 2, "linear_v_heads": 4,
-        "linear_k_dim": 16, "linear_v_dim": 16, "conv_width": 4, "vocab_size": 96,
-    }  # fmt: skip
-    experts = {"experts": 8, "experts_per_token": 2, "expert_size": 16, "shared_expert_size": 24}
+        "hidden_size": 48,
+        "num_layers": len(layer_pattern) * num_superblocks,
+        "layer_pattern": layer_pattern,
+        "q_heads": 4,
+        "kv_heads": 2,
+        "head_dim": 16,
+        "rotary_dim": 8,
+        "rope_theta": 1e7,
+        "linear_k_heads": 2,
+        "linear_v_heads": 4,
+        "linear_k_dim": 16,
+        "linear_v_dim": 16,
+        "conv_width": 4,
+        "vocab_size": 96,
+    }
+    experts = {"num_experts": 8, "experts_per_token": 2, "expert_size": 16, "shared_expert_size": 24}
     whole |= experts if moe else {"mlp_size": 64}
     whole |= sizes
-    return ModelConfig(stop_tokens=(whole["vocab_size"] - 1,), **whole)
+    return ModelConfig(stop_token_ids=(whole["vocab_size"] - 1,), **whole)
 
 
-def numpy_model(cfg: ModelConfig, *, seed: int = 0, scale: float = 0.15, stack: int | None = None) -> LoadedModel:
+def numpy_model(cfg: ModelConfig, *, seed: int = 0, scale: float = 0.15) -> LoadedModel:
     """Random weights from numpy: `random_model` compiles a program for each leaf, which takes longer than most tests.
 
     Matrices are normal with deviation `scale`, norms near neutral, decay rates as in `random_model`.
     """
-    graph, params = nnx.split(abstract_model(cfg, stack=stack or cfg.repeats))
+    graph, params = nnx.split(abstract_model(cfg))
     rng = np.random.default_rng(seed)
 
     def make(path: tuple, leaf: Any) -> jax.Array:
@@ -83,7 +95,15 @@ def numpy_model(cfg: ModelConfig, *, seed: int = 0, scale: float = 0.15, stack: 
     return LoadedModel(cfg, graph, fill(params, make))
 
 
-def make_engine(model: LoadedModel, *, max_len: int = 250, buckets: tuple[int, ...] = (32,), **kw: Any) -> Engine:
-    """A float32 engine; `vocab` is the model's unless told."""
-    settings: dict[str, Any] = {"vocab": model.cfg.vocab_size, "cache_dtype": jnp.dtype("float32")} | kw
-    return Engine(model, max_len=max_len, buckets=buckets, **settings)
+def make_engine(
+    model: LoadedModel,
+    *,
+    max_model_len: int = 250,
+    prefill_buckets: tuple[int, ...] = (32,),
+    max_prefill_seqs: int | None = None,
+    **runner: Any,
+) -> Engine:
+    """Make a float32 engine; other arguments are those of `ModelRunner`."""
+    settings: dict[str, Any] = {"cache_dtype": jnp.dtype("float32")} | runner
+    runner_of_model = ModelRunner(model, max_model_len=max_model_len, prefill_buckets=prefill_buckets, **settings)
+    return Engine(runner_of_model, max_prefill_seqs=max_prefill_seqs)

@@ -1,4 +1,4 @@
-"""PTX written by hand, run by the emulator."""
+"""Hand-written PTX, run by the emulator."""
 
 import re
 from collections.abc import Sequence
@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from scripts.ptx_emulator.dump import Buffer, Launch
 from scripts.ptx_emulator.program import run_kernel
-from scripts.ptx_emulator.ptx import kernels
+from scripts.ptx_emulator.ptx import parse_kernels
+from scripts.ptx_emulator.xla_dump import Buffer, Launch
 
-HEAD = """
+KERNEL = """
 .version 8.8
 .target sm_90a
 .address_size 64
@@ -35,23 +35,37 @@ HEAD = """
 
 
 def run_ptx(body: str, arrays: Sequence[Any], threads: int = 32, blocks: int = 1, shared: int = 0) -> list[Any]:
-    """Runs `body` and returns the arrays; the last one is the result, the others may only be read. Their addresses are in %rd0,
-    %rd1, ...; %r0 is the thread in its block, %r3 the thread among all."""
+    """Run `body` and return the arrays.
+
+    Args:
+        body: instructions. Registers %rd0, %rd1, ... hold the addresses of the arrays; %r0 holds the index of the
+            thread in its block, %r3 the index among all threads.
+        arrays: the kernel may write the last one and read all of them.
+        threads: threads of a block.
+        shared: bytes of shared memory of a block.
+    """
     names = [f"k_param_{n}" for n in range(len(arrays))]
     params = ", ".join(f".param .u64 .ptr .align 16 {name}" for name in names)
     loads = "\n".join(f"    ld.param.b64 %rd{n}, [{name}];" for n, name in enumerate(names))
-    kernel = kernels(HEAD.format(params=params, threads=threads, loads=loads, body=body))["k"]
-    held = {n: np.ascontiguousarray(a).reshape(-1).view(np.uint8).copy() for n, a in enumerate(arrays)}
-    buffers = [Buffer(n, 0, len(held[n])) for n in held]
-    run_kernel(kernel, Launch("k", (blocks, 1, 1), threads, shared, buffers, buffers[-1:]), held)
-    return [held[n].view(a.dtype).reshape(a.shape) for n, a in enumerate(arrays)]
+    kernel = parse_kernels(KERNEL.format(params=params, threads=threads, loads=loads, body=body))["k"]
+    allocations = {n: np.ascontiguousarray(a).reshape(-1).view(np.uint8).copy() for n, a in enumerate(arrays)}
+    buffers = [Buffer(n, 0, len(allocations[n])) for n in allocations]
+    run_kernel(kernel, Launch("k", (blocks, 1, 1), threads, shared, buffers, buffers[-1:]), allocations)
+    return [allocations[n].view(a.dtype).reshape(a.shape) for n, a in enumerate(arrays)]
 
 
 def each_thread(text: str, inputs: Sequence[Any], dtype: Any, kinds: str = "") -> Any:
-    """What an instruction with operands $0 (the result), $1, ... gives for each element of the inputs. `kinds`: of registers, as
-    in inline assembly, that of the result first; words of 32 bits unless told."""
+    """Return what an instruction computes from each element of the inputs.
+
+    Args:
+        text: with operands $0 (the result), $1, $2, ...
+        inputs: arrays of one shape.
+        dtype: of the result.
+        kinds: of the registers, the result's first, as in inline assembly: "r" (32 bits, the default for all),
+            "f" (float32), "h" (16 bits) or "l" (64 bits).
+    """
     kinds = kinds or "r" * (len(inputs) + 1)
-    size, out = inputs[0].size, np.zeros(inputs[0].shape, dtype)
+    size, result = inputs[0].size, np.zeros(inputs[0].shape, dtype)
     width = {"r": 4, "f": 4, "h": 2, "l": 8}
     prefix = {"r": "%r1", "f": "%f", "h": "%h", "l": "%rd1"}
     registers = [f"{prefix[kind]}{n}" for n, kind in enumerate(kinds)]
@@ -59,7 +73,7 @@ def each_thread(text: str, inputs: Sequence[Any], dtype: Any, kinds: str = "") -
     for n, kind in enumerate(kinds[1:]):
         lines.append(f"mul.wide.s32 %rd9, %r3, {width[kind]}; add.s64 %rd9, %rd9, %rd{n};")
         lines.append(f"ld.global.b{8 * width[kind]} {registers[n + 1]}, [%rd9];")
-    lines.append(re.sub(r"\$(\d)", lambda found: registers[int(found[1])], text))
+    lines.append(re.sub(r"\$(\d)", lambda operand: registers[int(operand[1])], text))
     lines.append(f"mul.wide.s32 %rd9, %r3, {width[kinds[0]]}; add.s64 %rd9, %rd9, %rd{len(inputs)};")
     lines.append(f"st.global.b{8 * width[kinds[0]]} [%rd9], {registers[0]};")
-    return run_ptx("\n".join(lines), [*inputs, out], threads=128, blocks=-(-size // 128))[-1]
+    return run_ptx("\n".join(lines), [*inputs, result], threads=128, blocks=-(-size // 128))[-1]

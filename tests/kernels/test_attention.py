@@ -28,8 +28,10 @@ KERNELS = AttentionKernels(partial(enter_cache, interpret=True), partial(attend_
 @pytest.mark.parametrize("keep", [ROWS, 2, 0])
 def test_the_model_attends_through_the_kernels(keep: int, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Queries of all rows, of the last ones and of none; padding, an idle sequence, and rows behind the end of the cache."""
-    cfg = tiny_config(moe=False, head_dim=HEAD, rotary_dim=4, q_heads=4, kv_heads=2, pattern=(FULL,), layers=1)
-    model = numpy_model(cfg, seed=3, scale=0.3, stack=1)
+    cfg = tiny_config(
+        moe=False, head_dim=HEAD, rotary_dim=4, q_heads=4, kv_heads=2, layer_pattern=(FULL,), num_layers=1
+    )
+    model = numpy_model(cfg, seed=3, scale=0.3)
     graph, weights = nnx.split(nnx.merge(model.graph, model.params).decoder.blocks[0].layers[0].mixer)
     layer = nnx.merge(graph, jax.tree.map(lambda w: w[0], weights))
     rng = np.random.default_rng(1)

@@ -117,8 +117,8 @@ def test_a_window_is_invariant_to_later_rows_and_to_the_batch_bit_for_bit() -> N
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_model_sends_verify_windows_through_the_kernel(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """And gets what the chunked form makes of them, for idle sequences and behind the end of the cache, too."""
-    cfg = tiny_config(moe=False, linear_k_dim=16, linear_v_dim=32, pattern=(LINEAR, FULL), layers=2)
-    model = numpy_model(cfg, seed=3, scale=0.2, stack=1)
+    cfg = tiny_config(moe=False, linear_k_dim=16, linear_v_dim=32, layer_pattern=(LINEAR, FULL), num_layers=2)
+    model = numpy_model(cfg, seed=3, scale=0.2)
     graph, weights = nnx.split(nnx.merge(model.graph, model.params).decoder.blocks[0].layers[0].mixer)
     layer = nnx.merge(graph, jax.tree.map(lambda w: w[0], weights))
     rng = np.random.default_rng(1)

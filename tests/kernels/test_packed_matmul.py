@@ -17,7 +17,7 @@ from kernels_pallas.grouped_matmul.plan import plan_blocks, plan_each
 from kernels_pallas.grouped_matmul.triton import grouped_mlp
 from kernels_pallas.matmul import api as linear_api
 from kernels_pallas.matmul import linear
-from kernels_pallas.matmul.triton import FEW, added, matmul, matmul_parts
+from kernels_pallas.matmul.triton import FEW, matmul, matmul_parts
 from kernels_pallas.packed import dequantize as packed_words
 from kernels_pallas.packed.dequantize import few_rows, words
 from kernels_pallas.platform import compile_options, override_platform, platform
@@ -154,8 +154,8 @@ def test_several_weights_in_one_launch_give_what_each_gives_alone(rows: int) -> 
     x = jnp.asarray(np.random.default_rng(1).normal(size=(rows, 2048)), "bfloat16")
     dtypes = [jnp.bfloat16, jnp.float32, jnp.float32, jnp.bfloat16]
     together = jax.jit(lambda x, w: matmul_parts(x, w, dtypes, interpret=True))(x, weights)
-    for parts, (w, layer), dtype in zip(together, weights, dtypes, strict=True):
-        got = added(parts, dtype)
+    for product, (w, layer), dtype in zip(together, weights, dtypes, strict=True):
+        got = product.sum(dtype)
         alone = jax.jit(partial(matmul, out_dtype=dtype, interpret=True))(x, w, layer)
         assert got.dtype == dtype and (np.asarray(got) == np.asarray(alone)).all()
 
@@ -319,12 +319,12 @@ def test_plain_experts_have_the_gradient_of_the_loop(interpreted: None, monkeypa
         assert_close(mine, np.asarray(plain), "float32")
 
 
-def test_a_scanned_model_with_packed_matrices_is_the_dequantised_one(interpreted: None) -> None:
-    """Packed stacks go round the scan, each layer reads its own part."""
+def test_a_model_with_packed_matrices_is_the_dequantised_one(interpreted: None) -> None:
+    """Packed stacks go whole into the layers, with the index of their one layer."""
     from mtpjax.decoding.steps import forward_hidden
     from mtpjax.model.cache import new_cache
 
-    cfg = tiny_config(moe=False, hidden_size=64, linear_v_dim=16, mlp_size=64)
+    cfg = tiny_config(moe=False, repeats=1, hidden_size=64, linear_v_dim=16, mlp_size=64)
     model = numpy_model(cfg)
 
     def pack(path: Any, leaf: Any) -> Any:

@@ -28,7 +28,7 @@ _choose = jax.jit(partial(choose_experts, interpret=True), static_argnames=("k",
 def choose(x: jax.Array, router: jax.Array, k: int, live: np.ndarray | None = None) -> tuple[jax.Array, jax.Array]:
     [parts] = matmul_parts(x, [(router, None)], [jnp.float32], interpret=True)
     gate, up = (jnp.zeros((1, len(x), 8)) for _ in range(2))
-    return _choose(parts, gate, up, np.ones(len(x), bool) if live is None else live, k=k, dtype="float32")[:2]
+    return _choose(parts.parts, gate, up, np.ones(len(x), bool) if live is None else live, k=k, dtype="float32")[:2]
 
 
 def rows_of(rows: int, experts: int, dtype: str) -> tuple[jax.Array, jax.Array]:
@@ -87,13 +87,13 @@ def test_a_packed_model_sends_its_rows_through_the_kernel(monkeypatch: pytest.Mo
     nnx.update(layer, jax.tree.map(lambda w: jnp.asarray(0.3 * rng.normal(size=w.shape), w.dtype), nnx.state(layer)))
     x, live = jnp.asarray(rng.normal(size=(2, 5, 64)), jnp.float32), rng.random((2, 5)) < 0.8
     monkeypatch.setitem(KERNELS, platform(), lambda *about: pytest.fail("asked"))
-    assert layer(x, 0, live).shape == (1, 10, 64)
+    assert layer(x, 0, live).parts.shape == (1, 10, 64)
     monkeypatch.undo()
     for matrix in ("gate", "up"):
         packed = quantize(np.asarray(getattr(layer.shared, matrix)[...]), "int8")
         weight = QuantizedTensor(jnp.asarray(packed.codes), jnp.asarray(packed.scale), None, "codes8", packed.group)
         setattr(layer.shared, matrix, getattr(layer.shared, matrix).replace(weight))
-    plain, asked = layer(x, 0, live)[0], []
+    plain, asked = layer(x, 0, live).sum(x.dtype), []
 
     def chosen(*given: Any) -> Any:
         asked.append([np.shape(a) for a in given[:5]])
@@ -104,5 +104,5 @@ def test_a_packed_model_sends_its_rows_through_the_kernel(monkeypatch: pytest.Mo
     monkeypatch.setitem(EACH_KERNELS, platform(), partial(each_expert, interpret=True))
     np.testing.assert_allclose(layer(x, 0, live).whole(x.dtype), plain, atol=1e-5)
     hidden = [(1, 10, cfg.shared_expert_size)] * 2
-    assert asked == [[(1, 10, cfg.experts), *hidden, (10,), ()]]
+    assert asked == [[(1, 10, cfg.num_experts), *hidden, (10,), ()]]
     assert KERNELS["cuda"] is choose_experts

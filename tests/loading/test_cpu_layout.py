@@ -25,7 +25,7 @@ def nothing_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("moe", [False, True])
 def test_every_small_matrix_is_turned(moe: bool) -> None:
     """All but the embedding, which is looked up by rows; vectors stay, weights of the same rows lie side by side."""
-    model = numpy_model(tiny_config(moe=moe, tied_embeddings=True), stack=1)
+    model = numpy_model(tiny_config(moe=moe, tied_embeddings=True))
     before, after = flat(model.params), flat(optimize_for_cpu(model).params)
     kinds = {path: type(leaf[...]) for path, leaf in after.items()}
     assert set(after) == set(before) | {("lm_head",)} and kinds["lm_head",] is TransposedWeight
@@ -41,8 +41,8 @@ def test_every_small_matrix_is_turned(moe: bool) -> None:
             assert after[path][...].shape == leaf[...].shape
     beside = sum(kind is FusedPlaceholder for kind in kinds.values())
     layers, full = (
-        model.cfg.layers + model.cfg.mtp_layers,
-        model.cfg.layers // len(model.cfg.pattern) + model.cfg.mtp_layers,
+        model.cfg.num_layers + model.cfg.mtp_layers,
+        model.cfg.num_layers // len(model.cfg.layer_pattern) + model.cfg.mtp_layers,
     )
     assert beside == 3 * (layers - full) + full + (3 if moe else 1) * layers
     numbers = sum(leaf.size for leaf in jax.tree.leaves(optimize_for_cpu(model).params))
@@ -66,8 +66,10 @@ def test_the_logits_are_the_same(moe: bool, monkeypatch: pytest.MonkeyPatch) -> 
     for limit in (SMALL_WEIGHT, 0):
         monkeypatch.setattr("mtpjax.loading.cpu_layout.SMALL_WEIGHT", limit)
         monkeypatch.setattr("mtpjax.loading.cpu_layout.SMALL_HEAD", limit)
-        engine = make_engine(model, draft=1, max_len=96)
-        found.append(np.concatenate(engine.read([prompt], OutputRows.all(), keep=True)[2], axis=1)[0, -75:])
+        engine = make_engine(model, num_speculative_tokens=1, max_model_len=96)
+        found.append(
+            np.concatenate(engine.runner.prefill([prompt], OutputRows.all(), return_logits=True)[2], axis=1)[0, -75:]
+        )
     assert np.abs(found[0] - found[1]).max() <= 2e-5 * np.abs(found[1]).max()
 
 
@@ -76,6 +78,6 @@ def test_drafts_leave_the_text_of_a_model_that_is_not_small(nothing_is_small: No
     model = numpy_model(tiny_config(moe=True, vocab_size=96), seed=7, scale=0.15)
     requests = [Request(i, tuple(range(3 + i, 9 + i)), 60, 0.7 * i, 5, ()) for i in range(2)]
     plain, drafted = (
-        [r.tokens for r in make_engine(model, draft=k, max_len=96).run(requests, 2)] for k in (0, 3)
+        [r.tokens for r in make_engine(model, num_speculative_tokens=k, max_model_len=96).run(requests, 2)] for k in (0, 3)
     )  # fmt: skip
     assert plain == drafted and jnp.asarray(plain).shape == (2, 60)

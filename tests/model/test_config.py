@@ -8,8 +8,10 @@ import jax
 import pytest
 from flax import nnx
 
-from mtpjax.config import FULL, LINEAR, PRESETS, STOP_TOKENS, ConfigError, ModelConfig, preset
+from mtpjax.config import DEFAULT_STOP_TOKEN_IDS, FULL, LINEAR, ConfigError, ModelConfig
+from mtpjax.hf_config import config_from_hf, config_to_hf
 from mtpjax.model import abstract_model
+from mtpjax.presets import PRESETS, preset
 
 ROPE = {
     "rope_type": "default", "rope_theta": 10_000_000, "partial_rotary_factor": 0.25, "mrope_section": [11, 11, 10],
@@ -47,22 +49,22 @@ def nested(text: dict, **top) -> dict:
 
 @pytest.mark.parametrize(("raw", "name"), [(MOE, "35b-a3b"), (DENSE, "0.8b")], ids=["moe", "dense"])
 def test_published_config_is_the_preset_nested_or_flat(raw, name):
-    want = replace(PRESETS[name], z_gate=raw.get("output_gate_type", "silu"), stop_tokens=(248_044,))
-    assert ModelConfig.from_hf(raw) == want
-    assert ModelConfig.from_hf(nested(raw)) == want
+    want = replace(PRESETS[name], output_gate_act=raw.get("output_gate_type", "silu"), stop_token_ids=(248_044,))
+    assert config_from_hf(raw) == want
+    assert config_from_hf(nested(raw)) == want
 
 
 def test_model_type_may_stand_only_on_the_outside():
     inner = {k: v for k, v in MOE.items() if k != "model_type"}
-    assert ModelConfig.from_hf(nested(MOE) | {"text_config": inner}) == ModelConfig.from_hf(MOE)
+    assert config_from_hf(nested(MOE) | {"text_config": inner}) == config_from_hf(MOE)
 
 
 def test_values_inside_win_over_those_outside():
-    assert ModelConfig.from_hf(nested(DENSE, tie_word_embeddings=False, eos_token_id=1)).tied_embeddings
-    assert ModelConfig.from_hf(nested(DENSE, eos_token_id=1)).stop_tokens == (248_044,)
+    assert config_from_hf(nested(DENSE, tie_word_embeddings=False, eos_token_id=1)).tied_embeddings
+    assert config_from_hf(nested(DENSE, eos_token_id=1)).stop_token_ids == (248_044,)
     outside = {k: v for k, v in DENSE.items() if k not in ("tie_word_embeddings", "eos_token_id")}
-    cfg = ModelConfig.from_hf(nested(outside, tie_word_embeddings=True, eos_token_id=[7, 8]))
-    assert cfg.tied_embeddings and cfg.stop_tokens == (7, 8)
+    cfg = config_from_hf(nested(outside, tie_word_embeddings=True, eos_token_id=[7, 8]))
+    assert cfg.tied_embeddings and cfg.stop_token_ids == (7, 8)
 
 
 def test_absent_values_have_the_published_defaults():
@@ -72,39 +74,39 @@ def test_absent_values_have_the_published_defaults():
         "tie_word_embeddings", "eos_token_id", "full_attention_interval",
     )  # fmt: skip
     bare = {k: v for k, v in MOE.items() if k not in optional}
-    assert ModelConfig.from_hf(bare) == PRESETS["35b-a3b"]
-    assert ModelConfig.from_hf(bare).stop_tokens == STOP_TOKENS
+    assert config_from_hf(bare) == PRESETS["35b-a3b"]
+    assert config_from_hf(bare).stop_token_ids == DEFAULT_STOP_TOKEN_IDS
     del bare["mtp_num_hidden_layers"]
-    assert ModelConfig.from_hf(bare) == PRESETS["35b-a3b"].without_mtp()
+    assert config_from_hf(bare) == PRESETS["35b-a3b"].without_mtp()
 
 
 def test_layer_types_follow_the_interval_or_the_list():
     raw = {k: v for k, v in DENSE.items() if k != "layer_types"}
-    three = ModelConfig.from_hf(raw | {"full_attention_interval": 3})
-    assert three.pattern == (LINEAR, LINEAR, FULL) and three.repeats == 8
-    own = ModelConfig.from_hf(raw | {"num_hidden_layers": 3, "layer_types": [FULL, LINEAR, FULL]})
-    assert own.pattern == (FULL, LINEAR, FULL) and own.repeats == 1
+    three = config_from_hf(raw | {"full_attention_interval": 3})
+    assert three.layer_pattern == (LINEAR, LINEAR, FULL) and three.num_superblocks == 8
+    own = config_from_hf(raw | {"num_hidden_layers": 3, "layer_types": [FULL, LINEAR, FULL]})
+    assert own.layer_pattern == (FULL, LINEAR, FULL) and own.num_superblocks == 1
     assert (own.linear_layers, own.full_layers) == (1, 2)
-    same = ModelConfig.from_hf(raw | {"num_hidden_layers": 5, "layer_types": [LINEAR] * 5})
-    assert same.pattern == (LINEAR,) and same.repeats == 5 and same.full_layers == 0
+    same = config_from_hf(raw | {"num_hidden_layers": 5, "layer_types": [LINEAR] * 5})
+    assert same.layer_pattern == (LINEAR,) and same.num_superblocks == 5 and same.full_layers == 0
 
 
 def test_rope_values_may_stand_flat():
     flat = {k: v for k, v in MOE.items() if k != "rope_parameters"}
-    cfg = ModelConfig.from_hf(flat | {"rope_theta": 5e6, "partial_rotary_factor": 0.5})
+    cfg = config_from_hf(flat | {"rope_theta": 5e6, "partial_rotary_factor": 0.5})
     assert (cfg.rope_theta, cfg.rotary_dim) == (5e6, 128)
-    mixed = ModelConfig.from_hf(
+    mixed = config_from_hf(
         MOE | {"rope_parameters": {"rope_theta": 3e6}, "partial_rotary_factor": 0.5, "rope_theta": 1.0}
     )
     assert (mixed.rope_theta, mixed.rotary_dim) == (3e6, 128)
-    assert ModelConfig.from_hf(MOE | {"rope_scaling": None}) == ModelConfig.from_hf(MOE)
-    assert ModelConfig.from_hf(MOE | {"rope_scaling": {"rope_type": "default"}}) == ModelConfig.from_hf(MOE)
+    assert config_from_hf(MOE | {"rope_scaling": None}) == config_from_hf(MOE)
+    assert config_from_hf(MOE | {"rope_scaling": {"rope_type": "default"}}) == config_from_hf(MOE)
 
 
 def test_derived_sizes():
     cfg = PRESETS["35b-a3b"]
-    assert (cfg.key_size, cfg.value_size, cfg.conv_size) == (2048, 4096, 8192)
-    assert (cfg.repeats, cfg.linear_per_block, cfg.full_per_block) == (10, 3, 1)
+    assert (cfg.key_size, cfg.value_size, cfg.conv_channels) == (2048, 4096, 8192)
+    assert (cfg.num_superblocks, cfg.linear_per_block, cfg.full_per_block) == (10, 3, 1)
     assert (cfg.linear_layers, cfg.full_layers) == (30, 10)
 
 
@@ -114,17 +116,19 @@ def test_derived_sizes():
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("mtp", [1, 0])
 def test_to_hf_is_read_back_equal(name, mtp):
-    cfg = replace(PRESETS[name], mtp_layers=mtp, norm_eps=1e-5, z_gate="sigmoid", max_position=99, stop_tokens=(3, 4))
+    cfg = replace(
+        PRESETS[name], mtp_layers=mtp, norm_eps=1e-5, output_gate_act="sigmoid", max_position=99, stop_token_ids=(3, 4)
+    )
     before = copy.deepcopy(cfg)
-    assert ModelConfig.from_hf(cfg.to_hf()) == cfg == before
-    assert ModelConfig.from_hf({"model_type": "qwen3_5", "text_config": cfg.to_hf()}) == cfg
+    assert config_from_hf(config_to_hf(cfg)) == cfg == before
+    assert config_from_hf({"model_type": "qwen3_5", "text_config": config_to_hf(cfg)}) == cfg
 
 
 def test_every_rotary_size_survives_the_fraction():
     for head in (24, 64, 88, 100, 256):  # 58 / 88 * 88 < 58
         for rotary in range(2, head + 1, 2):
             cfg = replace(PRESETS["0.8b"], head_dim=head, rotary_dim=rotary)
-            assert ModelConfig.from_hf(cfg.to_hf()).rotary_dim == rotary
+            assert config_from_hf(config_to_hf(cfg)).rotary_dim == rotary
 
 
 # Refusing
@@ -144,9 +148,9 @@ REQUIRED = (
 def test_missing_value_is_named(raw, key):
     less = {k: v for k, v in raw.items() if k != key}
     with pytest.raises(ConfigError, match=f"^some/config.json: '{key}' is missing; .*a whole number"):
-        ModelConfig.from_hf(less, where="some/config.json")
+        config_from_hf(less, source="some/config.json")
     with pytest.raises(ConfigError, match=f"^config.json: text_config: '{key}' is missing"):
-        ModelConfig.from_hf(nested(less) | {"model_type": raw["model_type"]})
+        config_from_hf(nested(less) | {"model_type": raw["model_type"]})
 
 
 WRONG = [
@@ -188,7 +192,7 @@ WRONG = [
 @pytest.mark.parametrize(("key", "value", "supported"), WRONG, ids=[f"{k}-{v!r:.20}" for k, v, _ in WRONG])
 def test_wrong_value_is_named_with_what_is_supported(key, value, supported):
     with pytest.raises(ConfigError, match="^here: ") as caught:
-        ModelConfig.from_hf(MOE | {key: value}, where="here")
+        config_from_hf(MOE | {key: value}, source="here")
     message = str(caught.value)
     assert key in message and "; supported: " in message
     assert repr(value) in message or f"/ {value}" in message
@@ -208,26 +212,26 @@ def test_wrong_value_is_named_with_what_is_supported(key, value, supported):
 )
 def test_unsupported_rope_is_named(rope, key, found):
     with pytest.raises(ConfigError, match=rf"^here: rope_parameters: '{key}' is {re.escape(found)}; supported: "):
-        ModelConfig.from_hf(MOE | {"rope_parameters": ROPE | rope}, where="here")
+        config_from_hf(MOE | {"rope_parameters": ROPE | rope}, source="here")
 
 
 @pytest.mark.parametrize("key", ["rope_type", "type"])
 def test_rope_scaling_of_another_type_is_named(key):
     with pytest.raises(ConfigError, match="'rope_scaling' type is 'linear'; supported: default"):
-        ModelConfig.from_hf(MOE | {"rope_scaling": {key: "linear", "factor": 2.0}})
+        config_from_hf(MOE | {"rope_scaling": {key: "linear", "factor": 2.0}})
 
 
 @pytest.mark.parametrize("raw", [[], "config", None, 3])
 def test_only_objects_are_read(raw):
     with pytest.raises(ConfigError, match=f"^here: expected a JSON object, found {type(raw).__name__}"):
-        ModelConfig.from_hf(raw, where="here")
+        config_from_hf(raw, source="here")
 
 
 def test_unknown_type_in_a_nested_config_says_where():
     with pytest.raises(ConfigError, match="^config.json: text_config: 'model_type' is 'llama'; supported: qwen3_5, "):
-        ModelConfig.from_hf(nested(MOE | {"model_type": "llama"}))
+        config_from_hf(nested(MOE | {"model_type": "llama"}))
     with pytest.raises(ConfigError, match="'model_type' is None; supported: "):
-        ModelConfig.from_hf({})
+        config_from_hf({})
 
 
 # Presets
@@ -249,12 +253,12 @@ def test_parameters_of_35b_are_those_of_the_specification():
 def layer_sizes(cfg: ModelConfig) -> tuple[int, int]:
     """Parameters of a DeltaNet and of an attention layer, added up by hand."""
     d, value, heads = cfg.hidden_size, cfg.value_size, cfg.linear_v_heads
-    if cfg.experts:
+    if cfg.num_experts:
         expert = 3 * d * cfg.expert_size
-        mlp = cfg.experts * (expert + d) + 3 * d * cfg.shared_expert_size + d
+        mlp = cfg.num_experts * (expert + d) + 3 * d * cfg.shared_expert_size + d
     else:
         mlp = 3 * d * cfg.mlp_size
-    linear = d * (cfg.conv_size + 2 * value + 2 * heads) + 4 * cfg.conv_size + 2 * heads + cfg.linear_v_dim
+    linear = d * (cfg.conv_channels + 2 * value + 2 * heads) + 4 * cfg.conv_channels + 2 * heads + cfg.linear_v_dim
     full = d * cfg.head_dim * (3 * cfg.q_heads + 2 * cfg.kv_heads) + 2 * cfg.head_dim
     return linear + 2 * d + mlp, full + 2 * d + mlp
 
@@ -298,13 +302,13 @@ def test_unknown_preset_lists_the_names():
 
 
 def test_config_is_a_value():
-    one, other = ModelConfig.from_hf(MOE), ModelConfig.from_hf(nested(MOE))
+    one, other = config_from_hf(MOE), config_from_hf(nested(MOE))
     assert hash(one) == hash(other) and len({one, other, one.without_mtp()}) == 2
     for cfg in PRESETS.values():
         hash(cfg)
     with pytest.raises(FrozenInstanceError):
-        one.layers = 1
+        one.num_layers = 1
     # A static argument of a jitted function: an equal config is the same program.
     traces = []
-    f = jax.jit(lambda x, cfg: traces.append(cfg) or x + cfg.layers, static_argnums=1)
+    f = jax.jit(lambda x, cfg: traces.append(cfg) or x + cfg.num_layers, static_argnums=1)
     assert f(1, one) == f(1, other) == 41 and len(traces) == 1

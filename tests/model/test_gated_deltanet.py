@@ -113,7 +113,7 @@ def test_commit_is_stepping_through_the_accepted_rows(window):
     assert np.array_equal(after[:, 0], state[:, 0])  # none accepted: every bit as it was
 
     cfg = tiny_config(moe=False)  # two DeltaNet layers; only its sizes of the convolution matter here
-    width, size = cfg.conv_width, cfg.conv_size
+    width, size = cfg.conv_width, cfg.conv_channels
     inputs = np.random.default_rng(0).normal(size=(2, window + 1, width - 1 + window, size)).astype(np.float32)
     before = jnp.asarray(inputs[:, :, : width - 1])
     cache = new_cache(cfg, window + 1, KV_BLOCK).replace(state=state, conv=before, length=jnp.asarray(10 * counts))
@@ -146,7 +146,7 @@ class Layers:
     """The trunk of a two-layer model (DeltaNet, attention): `read` for prompts, `wait` for verify windows."""
 
     def __init__(self) -> None:
-        self.loaded = numpy_model(tiny_config(moe=True, repeats=1), seed=3)
+        self.loaded = numpy_model(tiny_config(moe=True, num_superblocks=1), seed=3)
         self.cfg = self.loaded.cfg
 
     @partial(jax.jit, static_argnums=0)

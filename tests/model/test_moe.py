@@ -18,6 +18,7 @@ from kernels_pallas.weights.transposed import FusedExperts, TransposedWeight
 from mtpjax.model import Expert, place
 from mtpjax.model.attention import attend, write_kv
 from mtpjax.model.cache import KV_BLOCK
+from mtpjax.model.params import ONLY_LAYER
 from scripts.benchmarks.flops import arrays
 from tests.helpers.models import cpu_only, numpy_model, tiny_config
 
@@ -135,14 +136,14 @@ def test_a_row_does_not_depend_on_the_order_of_the_others():
 
 def test_the_whole_layer_against_its_formula():
     """Router: softmax over all experts, the best K, renormalised. The shared expert stands behind a gate of its own."""
-    loaded, at = numpy_model(tiny_config(moe=True), seed=5), 1  # the second of two stacked layers
+    loaded, at = numpy_model(tiny_config(moe=True, repeats=1), seed=5), ONLY_LAYER
     layer = nnx.merge(loaded.graph, loaded.params).decoder.blocks[0].layers[0]
     graph, experts, rest = nnx.split(layer.mlp, Expert, ...)
     moe = nnx.merge(graph, experts, jax.tree.map(lambda w: w[at], rest))
     x = 2 * np.random.default_rng(6).normal(size=(2, 7, loaded.cfg.hidden_size)).astype(np.float32)
     live = np.ones((2, 7), bool)
     live[0, :3] = False
-    got = jax.jit(lambda x: moe(x, at, live))(x)[0].reshape(x.shape)
+    got = jax.jit(lambda x: moe(x, at, live))(x).sum(x.dtype).reshape(x.shape)
 
     w = {name: np.asarray(getattr(moe, name)[...], np.float64) for name in ("router", "shared_gate", "gate_up", "down")}
     shared = {name: np.asarray(getattr(moe.shared, name)[...], np.float64) for name in ("gate", "up", "down")}

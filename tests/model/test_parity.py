@@ -37,11 +37,11 @@ def agree(ours: np.ndarray, theirs: np.ndarray) -> None:
 
 @pytest.fixture(scope="module", params=CASES)
 def case(request, golden):
-    """A case with its model (one scan over all repeats), read in small chunks by one program for each length."""
+    """A case with its model, read in small chunks by one program for each length."""
     gold = golden(request.param)
     loaded = gold.model()
-    llm = LLM(loaded, draft=WINDOW - 1, max_len=200, prefill_chunks=CHUNKS[request.param])
-    read = partial(llm.engine.read, rows=OutputRows.all(), keep=True)
+    llm = LLM(loaded, num_speculative_tokens=WINDOW - 1, max_model_len=200, prefill_buckets=CHUNKS[request.param])
+    read = partial(llm.engine.runner.prefill, rows=OutputRows.all(), return_logits=True)
     return SimpleNamespace(gold=gold, loaded=loaded, llm=llm, read=read)
 
 
@@ -109,25 +109,16 @@ def test_a_prompt_shorter_than_any_chunk(case):
     agree(case.llm.logits(case.gold["short_tokens"].tolist()), case.gold["short_logits"])
 
 
-@pytest.mark.parametrize("name", ["dense_r2", "moe_r2"])
-def test_unrolled_layers(name, golden):
-    """As on a CPU: every repeat of the layer pattern in a leaf of its own."""
-    gold = golden(name)
-    llm = LLM(gold.model(stack=1), prefill_chunks=CHUNKS[name])
-    assert llm.cfg.repeats == 2
-    agree(llm.logits(gold["tokens"].tolist()), gold["logits"])
-
-
 @pytest.mark.parametrize("name", ["dense_r2", "moe_r3"])
 def test_hidden_states_of_chunks(name, golden):
     gold = golden(name)
-    agree(LLM(gold.model(), prefill_chunks=CHUNKS[name]).hidden(gold["tokens"].tolist()), gold["hidden"])
+    agree(LLM(gold.model(), prefill_buckets=CHUNKS[name]).hidden_states(gold["tokens"].tolist()), gold["hidden"])
 
 
 def test_as_shipped(golden, shipped_code):
     """From the folder, with the storage and the compiler settings of this device."""
     gold = golden("moe_r3")
-    agree(LLM(gold.path, prefill_chunks=(64,)).logits(gold["tokens"].tolist()), gold["logits"])
+    agree(LLM(gold.path, prefill_buckets=(64,)).logits(gold["tokens"].tolist()), gold["logits"])
 
 
 def test_decoding_from_the_cache(case):

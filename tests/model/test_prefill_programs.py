@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,23 +13,24 @@ from jax import lax
 from jax.extend.core import Jaxpr, Literal
 
 from kernels_pallas.grouped_matmul.plan import choose_windows, window_places
-from mtpjax.config import FULL, LINEAR, PRESETS, ModelConfig
+from mtpjax.config import FULL, LINEAR, ModelConfig
 from mtpjax.decoding.output_rows import OutputRows
 from mtpjax.decoding.steps import prefill
-from mtpjax.engine.model_runner import BUCKETS
+from mtpjax.engine.prompt_chunks import PREFILL_BUCKETS
 from mtpjax.model import abstract_model, commit, place
 from mtpjax.model.cache import KV_BLOCK, new_cache, padded_kv_length
-from scripts.benchmarks.count_flops import trace
+from mtpjax.presets import PRESETS
+from scripts.benchmarks.count_flops import FIRST, trace
 from scripts.benchmarks.flops import Held, arrays, inputs_read
 from tests.helpers.models import cpu_only
 
 NONE, LAST, ALL = OutputRows.none(), OutputRows.last(), OutputRows.all()
 VOCAB = 1009  # a prime: an array of whole rows of logits has a multiple of it in elements, whatever its shape
 DENSE = ModelConfig(
-    hidden_size=48, layers=4, pattern=(LINEAR, FULL), q_heads=4, kv_heads=2, head_dim=24, rotary_dim=8, rope_theta=1e7,
-    linear_k_heads=2, linear_v_heads=4, linear_k_dim=20, linear_v_dim=28, conv_width=4, vocab_size=VOCAB, mlp_size=72,
+    hidden_size=48, num_layers=4, layer_pattern=(LINEAR, FULL), q_heads=4, kv_heads=2, head_dim=24, rotary_dim=8,
+    rope_theta=1e7, linear_k_heads=2, linear_v_heads=4, linear_k_dim=20, linear_v_dim=28, conv_width=4, vocab_size=VOCAB, mlp_size=72,
 )  # fmt: skip
-MOE = replace(DENSE, mlp_size=0, experts=6, experts_per_token=2, expert_size=36, shared_expert_size=44)
+MOE = replace(DENSE, mlp_size=0, num_experts=6, experts_per_token=2, expert_size=36, shared_expert_size=44)
 BIG, CHUNK = PRESETS["35b-a3b"], 2048
 
 
@@ -36,13 +38,21 @@ def shape(*axes: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(axes, dtype)
 
 
-def program(cfg: ModelConfig, rows: OutputRows, chunk: int, *, stack: int = 1, batch: int = 2):
-    """`prefill` of `batch` sequences, traced; and the names of its first inputs, the parameters."""
-    graph, params = nnx.split(abstract_model(cfg, stack=stack))
+def program(cfg: ModelConfig, rows: OutputRows, chunk: int, *, batch: int = 2) -> Any:
+    """`prefill` of `batch` sequences, traced."""
+    graph, params = nnx.split(abstract_model(cfg))
     cache = jax.eval_shape(lambda: new_cache(cfg, batch, padded_kv_length(600, 1)))
     ids, pad = shape(batch, chunk, dtype=jnp.int32), shape(batch, dtype=jnp.int32)
-    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in jax.tree.leaves_with_path(params)]
-    return prefill.trace(params, ids, ids, pad, cache, graph=graph, rows=rows), names
+    return prefill.trace(params, ids, ids, pad, cache, graph=graph, rows=rows)
+
+
+def parameters_read(traced: Any) -> dict[str, bool]:
+    """For each parameter, the first argument of the program, whether an output depends on it."""
+    inputs = jax.tree.leaves_with_path(traced.args_info)
+    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in inputs]
+    read = dict(zip(names, inputs_read(traced.jaxpr), strict=True))
+    first = "0.0."  # positional arguments, the first of them
+    return {n.removeprefix(first).removesuffix(".value"): r for n, r in read.items() if n.startswith(first)}
 
 
 def made(traced) -> list[Held]:
@@ -63,8 +73,8 @@ def by_rows_and_vocab(traced, chunk: int) -> list[Held]:
 @pytest.mark.parametrize("cfg", [DENSE, MOE], ids=["dense", "moe"])
 def test_prompt_chunk_holds_nothing_of_the_size_of_the_vocabulary(cfg, tied, mtp):
     cfg = replace(cfg, tied_embeddings=tied, mtp_layers=mtp)
-    for chunk, stack in [*((bucket, cfg.repeats) for bucket in BUCKETS), (37, 1)]:
-        traced, _ = program(cfg, NONE, chunk, stack=stack)
+    for chunk in (*PREFILL_BUCKETS, 37):
+        traced = program(cfg, NONE, chunk)
         assert not [a for a in made(traced) if a.size and a.size % VOCAB == 0]
         read = [a for a in arrays(traced.jaxpr) if VOCAB in a.shape and a.size]
         assert {a.shape for a in read} == {(VOCAB, cfg.hidden_size)}  # embedding and LM head, as they came
@@ -75,9 +85,9 @@ def test_prompt_chunk_holds_nothing_of_the_size_of_the_vocabulary(cfg, tied, mtp
 def test_the_walk_finds_logits_where_they_are_asked_for(cfg, mtp):
     cfg = replace(cfg, mtp_layers=mtp)
     for chunk in (37, 64):
-        whole = by_rows_and_vocab(program(cfg, ALL, chunk)[0], chunk)
+        whole = by_rows_and_vocab(program(cfg, ALL, chunk), chunk)
         assert (2, chunk, VOCAB) in {a.shape for a in whole}
-        last, _ = program(cfg, LAST, chunk)
+        last = program(cfg, LAST, chunk)
         assert not by_rows_and_vocab(last, chunk)
         logits = [a for a in made(last) if VOCAB in a.shape]
         assert (2, 1, VOCAB) in {a.shape for a in logits} and max(a.size for a in logits) == 2 * VOCAB
@@ -110,9 +120,9 @@ def test_the_walk_looks_into_programs_inside(wrap):
 
 def test_compiled_prompt_chunk_has_no_head_and_without_mtp_no_last_layer():
     """What the walk says about the program is true of what XLA makes of it."""
-    cfg, loops = replace(DENSE, layers=2), {}
+    cfg, loops = replace(DENSE, num_layers=2), {}
     for mtp in (1, 0):
-        traced, _ = program(replace(cfg, mtp_layers=mtp), NONE, 64)
+        traced = program(replace(cfg, mtp_layers=mtp), NONE, 64)
         text = traced.lower().compile().as_text()
         with_vocab = {s for s in re.findall(r"\w+\[([\d,]+)\]", text) if str(VOCAB) in s.split(",")}
         # The weights, and the empty array of logits that the program returns.
@@ -127,18 +137,16 @@ def test_compiled_prompt_chunk_has_no_head_and_without_mtp_no_last_layer():
 SYNC = {"embed_norm", "hidden_norm", "fc", "layer.input_norm", "layer.mixer.k", "layer.mixer.v", "layer.mixer.k_norm"}
 
 
-def unread(cfg: ModelConfig, rows: OutputRows, stack: int) -> tuple[set[str], set[str]]:
+def unread(cfg: ModelConfig, rows: OutputRows) -> tuple[set[str], set[str]]:
     """Parameters that the program does not read, and those that it does."""
-    traced, names = program(cfg, rows, 64, stack=stack)
-    read = dict(zip((n.removesuffix(".value") for n in names), inputs_read(traced.jaxpr), strict=False))
+    read = parameters_read(program(cfg, rows, 64))
     return {n for n, r in read.items() if not r}, {n for n, r in read.items() if r}
 
 
-@pytest.mark.parametrize("stack", [1, 2])
 @pytest.mark.parametrize("cfg", [DENSE, MOE], ids=["dense", "moe"])
-def test_mtp_share_of_an_inner_chunk_is_keys_and_values(cfg, stack):
+def test_mtp_share_of_an_inner_chunk_is_keys_and_values(cfg):
     for rows, head in ((NONE, {"lm_head"}), (LAST, set())):
-        idle, read = unread(cfg, rows, stack)
+        idle, read = unread(cfg, rows)
         mtp = {p.removeprefix("mtp.") for p in read if p.startswith("mtp.")}
         assert mtp == SYNC
         idle_mtp = {p for p in idle if p.startswith("mtp.")}
@@ -158,13 +166,12 @@ def test_mtp_share_of_an_inner_chunk_is_keys_and_values(cfg, stack):
 @pytest.mark.parametrize("cfg", [DENSE, MOE], ids=["dense", "moe"])
 def test_without_mtp_an_inner_chunk_reads_neither_the_final_norm_nor_the_head(cfg):
     cfg = cfg.without_mtp()
-    assert unread(cfg, NONE, stack=2)[0] == {"norm", "lm_head"}  # layers in one scan: all the same program
-    assert unread(cfg, LAST, stack=1)[0] == set()
-    # Layers one by one: of the last one only keys and values are needed, and XLA drops the rest.
+    assert unread(cfg, LAST)[0] == set()
+    # Of the last layer only keys and values are needed, and XLA drops the rest.
     last = "decoder.blocks.1.layers.1."
-    rest = {p for p in unread(cfg, LAST, stack=1)[1] if p.startswith(last)}
+    rest = {p for p in unread(cfg, LAST)[1] if p.startswith(last)}
     rest -= {last + name for name in ("input_norm", "mixer.k", "mixer.v", "mixer.k_norm")}
-    assert unread(cfg, NONE, stack=1)[0] == {"norm", "lm_head"} | rest
+    assert unread(cfg, NONE)[0] == {"norm", "lm_head"} | rest
 
 
 @pytest.mark.parametrize("cfg", [DENSE, MOE], ids=["dense", "moe"])
@@ -172,26 +179,23 @@ def test_mtp_adds_three_products_and_no_attention_or_expert_to_a_chunk(cfg):
     def primitives(traced) -> Counter:
         return Counter(a.made_by for a in made(traced) if a.size)
 
-    on = primitives(program(cfg, NONE, 64, stack=2)[0])
-    off = primitives(program(cfg.without_mtp(), NONE, 64, stack=2)[0])
+    inner, on = (primitives(program(cfg, rows, 64)) for rows in (NONE, FIRST))
+    off = primitives(program(cfg.without_mtp(), FIRST, 64))  # its last layer returns every row, too
     assert on["dot_general"] - off["dot_general"] == 3  # fc, k, v
+    assert on["dot_general"] - inner["dot_general"] == 1  # the LM head of the output row
     assert on["while"] > 0
     for name in ("while", "scan", "exp", "logistic", "top_k", "sort", "custom_vjp_call"):
-        assert on[name] == off[name], name
-    on = primitives(program(cfg, NONE, 64, stack=2, batch=1)[0])
-    layer = primitives(trace(cfg, "layer", NONE, chunk=64, slots=KV_BLOCK, stack=2))
-    assert layer["while"] > on["while"] and layer["exp"] > on["exp"]
+        assert inner[name] == on[name] == off[name], name
+    inner = primitives(program(cfg, NONE, 64, batch=1))
+    layer = primitives(trace(cfg, "layer", NONE, chunk=64, slots=KV_BLOCK))
+    assert layer["while"] > inner["while"] and layer["exp"] > inner["exp"]
 
 
 @pytest.mark.parametrize("cfg", [DENSE, MOE], ids=["dense", "moe"])
 def test_a_chunk_that_the_head_does_not_read_is_that_of_a_model_without_one(cfg):
     def program_of(cfg: ModelConfig, **rows) -> tuple[Counter, set[str]]:
-        traced = trace(cfg, "sync" if cfg.mtp_layers else "off", NONE, chunk=64, slots=KV_BLOCK, stack=1, **rows)
-        names = [
-            jax.tree_util.keystr(path, simple=True, separator=".")
-            for path, _ in jax.tree.leaves_with_path(nnx.split(abstract_model(cfg))[1])
-        ]
-        read = {n for n, r in zip(names, inputs_read(traced.jaxpr), strict=False) if r}
+        traced = trace(cfg, "sync" if cfg.mtp_layers else "off", NONE, chunk=64, slots=KV_BLOCK, **rows)
+        read = {n for n, r in parameters_read(traced).items() if r}
         # A call of a function, which XLA inlines, puts out what it was given: the cache, with the head's part or without it.
         return Counter(a.made_by for a in made(traced) if a.size and a.made_by != "jit"), read
 
@@ -234,7 +238,7 @@ def test_dead_values_of_loops_are_not_read():
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_committed_row_is_not_computed_anew_for_every_element_of_the_state(rows):
     """What a compiler fuses into the pass over the state is computed once an element: operands of it, no more."""
-    cfg = replace(MOE, layers=6, mtp_layers=0)
+    cfg = replace(MOE, num_layers=6, mtp_layers=0)
     graph, params = nnx.split(abstract_model(cfg))
 
     def step(params, tokens, cache):
@@ -261,7 +265,7 @@ def loops(cfg: ModelConfig, rows: int) -> list:
                 if isinstance(inner, Jaxpr):
                     walk(inner)
 
-    walk(program(replace(cfg, layers=2, mtp_layers=0), LAST, rows, batch=1)[0].jaxpr.jaxpr)
+    walk(program(replace(cfg, num_layers=2, mtp_layers=0), LAST, rows, batch=1).jaxpr.jaxpr)
     return found
 
 
@@ -270,7 +274,7 @@ def loops(cfg: ModelConfig, rows: int) -> list:
 
 def test_temporary_memory_of_35b_does_not_grow_with_the_context():
     def temporaries(slots: int) -> tuple[Counter, list[Held]]:
-        traced = trace(BIG, "sync", NONE, chunk=CHUNK, slots=slots, stack=BIG.repeats)
+        traced = trace(BIG, "sync", NONE, chunk=CHUNK, slots=slots)
         held = made(traced)
         cache = {(n, 1, BIG.kv_heads, slots, BIG.head_dim) for n in (1, BIG.full_layers)}
         whole = [a for a in held if slots in a.shape]
@@ -285,14 +289,14 @@ def test_temporary_memory_of_35b_does_not_grow_with_the_context():
     attention = [a for a in held if "while" in a.where and "custom_vjp_call" not in a.where]
     assert max(a.size for a in attention) == BIG.q_heads * CHUNK * KV_BLOCK  # scores of one block
     assigned = BIG.experts_per_token * CHUNK
-    places = window_places(assigned, BIG.experts, choose_windows(CHUNK, BIG.experts_per_token, BIG.experts))
+    places = window_places(assigned, BIG.num_experts, choose_windows(CHUNK, BIG.experts_per_token, BIG.num_experts))
     stored = [a for a in held if a.made_by != "bitcast_convert_type"]  # which only gives bits another name
     assert max(a.nbytes for a in stored) == places * BIG.hidden_size * 2  # 79 MiB: the rows of all windows
 
 
 def test_one_program_serves_every_context():
     """Attention is a loop whose end is computed: where the chunk stands is a value of the cache, not of the program."""
-    found = loops(replace(DENSE, pattern=(FULL,)), 64)
+    found = loops(replace(DENSE, layer_pattern=(FULL,)), 64)
     assert len(found) == 2
     for loop in found:
         start, end = loop.invars[loop.params["cond_nconsts"] + loop.params["body_nconsts"] :][:2]

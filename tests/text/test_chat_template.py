@@ -109,7 +109,7 @@ def test_where_templates_are_found(tmp_path: Path) -> None:
 
 def test_the_embedded_model_answers() -> None:
     """One conversation or several; the prompt is the template's text; the answer ends with <|im_end|>, which is not shown."""
-    llm = LLM(max_len=256)
+    llm = LLM(max_model_len=256)
     prompt = llm.chat_prompt(HELLO)
     assert prompt == "<|im_start|>user\nHello!<|im_end|>\n<|im_start|>assistant\n"
     one = llm.chat(HELLO, SamplingParams(max_tokens=40))
@@ -137,7 +137,7 @@ def test_conversations_in_a_file_of_json_lines(tmp_path: Path, capsys: pytest.Ca
     lines.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert main(["--input", str(lines), "--output", str(out), "--max-len", "256", "--max-tokens", "12"]) == 1
     (row,) = (json.loads(line) for line in out.read_text(encoding="utf-8").splitlines())
-    (answer,) = LLM(max_len=256).chat(HELLO, SamplingParams(max_tokens=12))
+    (answer,) = LLM(max_model_len=256).chat(HELLO, SamplingParams(max_tokens=12))
     assert row["text"] == answer.text
     errors = capsys.readouterr().err
     for said in ("has both 'prompt' and 'messages'", "has 'messages' of type str", "Unexpected role wizard"):

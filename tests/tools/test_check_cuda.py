@@ -1,12 +1,12 @@
-"""Reading compiled programs: kernels counted through loops, copies of weights found. Compiling itself is `make check-cuda`."""
+"""Analysis of compiled programs: kernels counted through loops, copies of weights found. `make check-cuda` compiles."""
 
 from pathlib import Path
 
 from mtpjax.loading.weight_map import flat
 from scripts.gpu.check_cuda import problems
-from scripts.gpu.count_instructions import bits_a_weight, instructions, weights_a_turn
-from scripts.gpu.cuda_cases import kernel_cases, program_case, weight_shapes
-from scripts.gpu.cuda_target import Program, detours, float_instructions
+from scripts.gpu.compiled_code import CompiledProgram, float_instructions, loop_overheads
+from scripts.gpu.count_instructions import bits_per_weight, loop_instructions, weights_per_iteration
+from scripts.gpu.cuda_cases import program_case, weight_shapes
 
 HLO = """HloModule jit_f, is_scheduled=true
 
@@ -40,7 +40,7 @@ HLO = """HloModule jit_f, is_scheduled=true
 
 ENTRY %main (w: u8[5,64,32]) -> f32[8] {
   %w.1 = u8[5,64,32]{2,1,0} parameter(0)
-  %loop = (s32[], u8[5,64,32]{2,1,0}) while(%w.1), condition=%test, body=%layer, backend_config={"known_trip_count":{"n":"10"}}
+  %loop = (s32[], u8[5,64,32]) while(%w.1), condition=%test, body=%layer, backend_config={"known_trip_count":{"n":"10"}}
   %copy.1 = f32[8]{0} copy(%w.1)
   ROOT %either = f32[8]{0} conditional(%copy.1, %w.1), branch_computations={%test, %attend}
 }
@@ -48,19 +48,19 @@ ENTRY %main (w: u8[5,64,32]) -> f32[8] {
 
 
 def test_kernels_are_counted_through_loops() -> None:
-    kernels, dynamic = Program(HLO).loops()
-    # the copy, the longer branch, and ten turns of one kernel and its test
+    kernels, loops = CompiledProgram(HLO).count_kernels()
+    # the copy, the longer branch, and ten iterations of one kernel and its condition
     assert kernels == 1 + 2 + 10 * (1 + 1)
-    assert dynamic == [(2 + 1, 10)]  # kernels of a turn of the inner loop with its test; entered ten times
+    assert loops == [(2 + 1, 10)]  # kernels of the inner loop's body and its condition; entered ten times
 
 
-def test_copies_are_made_buffers_of_the_type_of_a_weight() -> None:
-    program = Program(HLO)
-    assert program.copies({"u8[64,32]"}) == {"u8[64,32]": 1}  # by the fusion: what is inside of it makes no buffer
-    assert not program.copies({"u8[5,64,32]", "u32[5,64,8]"})  # parameters and bitcasts make none
+def test_copies_are_buffers_of_the_type_of_a_weight() -> None:
+    program = CompiledProgram(HLO)
+    assert program.count_buffers({"u8[64,32]"}) == {"u8[64,32]": 1}  # of the fusion; instructions inside write none
+    assert not program.count_buffers({"u8[5,64,32]", "u32[5,64,8]"})  # parameters and bitcasts write none
 
 
-def test_the_shapes_of_weights_are_those_of_stacks_and_layers() -> None:
+def test_weight_shapes_are_those_of_stacks_and_layers() -> None:
     _, args, _, params = program_case("decode")
     experts, others = weight_shapes(params)
     assert {"u8[1,256,1024,1024]", "u8[256,1024,1024]", "u32[256,1024,256]", "f16[256,1024,64]"} <= experts
@@ -69,21 +69,22 @@ def test_the_shapes_of_weights_are_those_of_stacks_and_layers() -> None:
 
 
 def test_a_mixed_file_keeps_the_type_of_every_matrix() -> None:
-    """As llama.cpp mixes them: of 41 layers with the MTP block, 22 have down projections of six bits, the others of four."""
+    """The mixture of llama.cpp: of 41 layers with the MTP block, 22 have down projections of six bits, 19 of four."""
     _, args, _, params = program_case("decode q4_k_m")
     assert args[0] is params
     down = {path: leaf[...] for path, leaf in flat(params).items() if path[-1] == "down" and "shared" not in path}
-    six = [int(path[2]) * 4 + int(path[4]) for path, w in down.items() if w.layout == "codes6" and path[0] == "decoder"]
-    assert sorted(six) == [0, 1, 2, 3, 4, 7, 10, 13, 16, 19, 22, 25, 28, 31, 34, *range(35, 40)]
-    assert {w.layout for w in down.values()} == {"codes4", "codes6"} and down[
-        "mtp", "layer", "mlp", "down"
-    ].layout == "codes6"
+    six_bits = [
+        int(path[2]) * 4 + int(path[4]) for path, w in down.items() if w.layout == "codes6" and path[0] == "decoder"
+    ]
+    assert sorted(six_bits) == [0, 1, 2, 3, 4, 7, 10, 13, 16, 19, 22, 25, 28, 31, 34, *range(35, 40)]
+    assert {w.layout for w in down.values()} == {"codes4", "codes6"}
+    assert down["mtp", "layer", "mlp", "down"].layout == "codes6"
     experts, others = weight_shapes(params)
     assert {"u16[256,2048,64]", "s8[256,2048,32]", "f16[256,2048,2]"} <= experts and "u8[8192,256]" in others
 
 
-def test_instructions_of_a_kernel(tmp_path: Path) -> None:
-    """Floating-point ones alone, predicated or not, and of our kernels alone."""
+def test_float_instructions_of_a_kernel(tmp_path: Path) -> None:
+    """Only floating-point instructions, predicated or not, and only of kernels with a given prefix."""
     ptx = """
 .visible .entry matmul_codes4(
 	add.s32 %r1, %r2, 1;
@@ -99,7 +100,7 @@ def test_instructions_of_a_kernel(tmp_path: Path) -> None:
     assert float_instructions(tmp_path, ("matmul_",)) == {"matmul_codes4": ["fma.rn.f32", "cvt.rn.bf16x2.f32", mma]}
 
 
-def test_the_detours_of_a_loop_are_found(tmp_path: Path) -> None:
+def test_overheads_of_a_loop_are_counted(tmp_path: Path) -> None:
     ptx = """
 .visible .entry matmul_codes4(
 	ld.global.b16 %rs1, [%rd1];
@@ -114,26 +115,25 @@ $L__BB0_2:
 	ret;
 """
     (tmp_path / "one.ptx").write_text(ptx)
-    assert detours(tmp_path, ("matmul_",)) == {"matmul_codes4": {"unprefetched": 1, "stored": 1, "shuffled": 0}}
-    assert detours(tmp_path, ("experts_",)) == {}
+    assert loop_overheads(tmp_path, ("matmul_",)) == {"matmul_codes4": {"unprefetched": 1, "stored": 1, "shuffled": 0}}
+    assert loop_overheads(tmp_path, ("experts_",)) == {}
 
 
-def test_what_must_not_be() -> None:
+def test_problems_of_compiled_results() -> None:
     kernel = {"card": "rtx3090", "case": "linear fp8 decode", "kernels": {}, "differ_for_one_row": []}
     assert problems(kernel) == []
-    said = "matmul_fp8: other instructions for one row than for five"
-    assert problems(kernel | {"differ_for_one_row": ["matmul_fp8"]}) == [said]
-    straight = {"unprefetched": 0, "stored": 0, "shuffled": 0}
-    four = kernel | {"case": "linear iq4_nl decode", "kernels": {"matmul_codes4": straight}}
-    assert problems(four) == []
-    waits, detour = (
-        {"kernels": {"matmul_codes4": straight | more}} for more in ({"unprefetched": 2}, {"shuffled": 32})
-    )
-    assert problems(four | waits) == ["matmul_codes4: 2 loads of its loop are not prefetched"]
-    said = "matmul_codes4: its loop passes weights on (0 stores, 32 shuffles)"
-    assert problems(four | detour) == [said] and problems(four | detour | {"card": "b200"}) == []
-    assert problems(four | detour | {"case": "linear iq4_nl prefill"}) == []
-    good = {
+    expected = "matmul_fp8: other instructions for one row than for five"
+    assert problems(kernel | {"differ_for_one_row": ["matmul_fp8"]}) == [expected]
+    none = {"unprefetched": 0, "stored": 0, "shuffled": 0}
+    four_bits = kernel | {"case": "linear iq4_nl decode", "kernels": {"matmul_codes4": none}}
+    assert problems(four_bits) == []
+    waits = {"kernels": {"matmul_codes4": none | {"unprefetched": 2}}}
+    shuffles = {"kernels": {"matmul_codes4": none | {"shuffled": 32}}}
+    assert problems(four_bits | waits) == ["matmul_codes4: 2 loads of its loop are not prefetched"]
+    expected = "matmul_codes4: its loop passes weights on (0 stores, 32 shuffles)"
+    assert problems(four_bits | shuffles) == [expected] and problems(four_bits | shuffles | {"card": "b200"}) == []
+    assert problems(four_bits | shuffles | {"case": "linear iq4_nl prefill"}) == []
+    program = {
         "card": "rtx3090",
         "case": "decode",
         "argument": 20 * 2**30,
@@ -141,12 +141,13 @@ def test_what_must_not_be() -> None:
         "expert_copies": {},
         "packed_copies": {},
     }
-    assert problems(good) == []
-    assert problems(good | {"argument": 24 * 2**30}) == ["needs 24.00 GiB of 23.0"]
-    assert problems(good | {"argument": 24 * 2**30, "card": "h200"}) == []
-    assert problems(good | {"expert_copies": {"u8[256,1024,1024]": 4}}) == ["expert copies: {'u8[256,1024,1024]': 4}"]
+    assert problems(program) == []
+    assert problems(program | {"argument": 24 * 2**30}) == ["needs 24.00 GiB of 23.0"]
+    assert problems(program | {"argument": 24 * 2**30, "card": "h200"}) == []
+    assert problems(program | {"expert_copies": {"u8[256,1024,1024]": 4}}) == [
+        "expert copies: {'u8[256,1024,1024]': 4}"
+    ]
     assert problems({"card": "b200", "case": "linear fp8 decode", "error": "no"}) == ["no"]
-    assert len(kernel_cases()) == 54
 
 
 SASS = """
@@ -162,7 +163,7 @@ SASS = """
 """
 
 
-def test_the_instructions_of_a_turn_are_those_of_the_longest_loop() -> None:
-    assert instructions(SASS) == {"HFMA2": 1, "LDS": 1, "HMMA": 1, "BRA": 1}
-    assert weights_a_turn("experts_gate_up_codes4") == 2 * weights_a_turn("matmul_codes4") == 128
-    assert bits_a_weight("iq4_nl") == 4.5 and bits_a_weight("q4_k") == 4.625 and bits_a_weight("bf16") == 16
+def test_instructions_are_counted_in_the_longest_loop() -> None:
+    assert loop_instructions(SASS) == {"HFMA2": 1, "LDS": 1, "HMMA": 1, "BRA": 1}
+    assert weights_per_iteration("experts_gate_up_codes4") == 2 * weights_per_iteration("matmul_codes4") == 128
+    assert bits_per_weight("iq4_nl") == 4.5 and bits_per_weight("q4_k") == 4.625 and bits_per_weight("bf16") == 16

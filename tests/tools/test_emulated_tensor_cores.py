@@ -1,4 +1,4 @@
-"""The emulator's tensor cores: of compute capability 8.0, of Hopper and of Blackwell, each beside a product in numpy."""
+"""The emulator's tensor cores, of Ampere, Hopper and Blackwell, each compared with a product in numpy."""
 
 import ml_dtypes
 import numpy as np
@@ -10,8 +10,8 @@ from tests.helpers.ptx import run_ptx
 BF16 = ml_dtypes.bfloat16
 
 
-def test_a_product_of_matrices_from_shared_memory() -> None:
-    """16 x 16 by 16 x 8, brought to registers by `ldmatrix` as the manual says: rows as they lie, columns by turning."""
+def test_product_of_a_warp() -> None:
+    """16 x 16 by 16 x 8. `ldmatrix` loads the first matrix from shared memory, and the second one transposed."""
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(16, 16)).astype(BF16), rng.normal(size=(16, 8)).astype(BF16)
     text = """
@@ -50,11 +50,12 @@ def test_a_product_of_matrices_from_shared_memory() -> None:
     np.testing.assert_allclose(out, a.astype(np.float32) @ b.astype(np.float32), rtol=1e-5, atol=1e-5)
 
 
-def test_a_product_in_tensor_memory() -> None:
-    """64 x 16 by 16 x 8, of capability 10.0: the first matrix is put into tensor memory, the second one lies in shared memory."""
+def test_product_in_tensor_memory() -> None:
+    """64 x 16 by 16 x 8, of capability 10.0: the first matrix is in tensor memory, the second one in shared memory."""
     rng = np.random.default_rng(2)
     a, b = rng.normal(size=(64, 16)).astype(BF16), rng.normal(size=(8, 16)).astype(BF16)
-    shape = 1 << 4 | 1 << 7 | 1 << 10 | 8 // 8 << 17 | 64 // 16 << 24  # float32 of bfloat16, 64 x 8
+    # float32 of bfloat16, 64 x 8
+    instruction_descriptor = 1 << 4 | 1 << 7 | 1 << 10 | 8 // 8 << 17 | 64 // 16 << 24
     text = f"""
     shl.b32 %r4, %r0, 4;
     cvt.u64.u32 %rd8, %r4;
@@ -89,7 +90,7 @@ def test_a_product_in_tensor_memory() -> None:
     elect.sync %r16|%p4, -1;
     and.pred %p5, %p4, %p2;
     mov.b64 %rd12, {1 << 46 | 256 >> 4 << 32 | 128 >> 4 << 16};
-    mov.b32 %r17, {shape};
+    mov.b32 %r17, {instruction_descriptor};
     mov.pred %p6, 0;
     @%p5 tcgen05.mma.cta_group::1.kind::f16 [%r8 + 16], [%r8 + 0], %rd12, %r17, %p6;
     @%p5 tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [%r7];
@@ -104,24 +105,26 @@ def test_a_product_in_tensor_memory() -> None:
     add.s64 %rd13, %rd2, %rd10;
     st.global.v4.b32 [%rd13], {{%r30, %r31, %r32, %r33}};
     """
-    image = b.reshape(8, 2, 8).transpose(1, 0, 2)  # blocks of 8 rows of 16 bytes
-    out = run_ptx(text, [a, np.ascontiguousarray(image), np.zeros((64, 8), np.float32)], threads=128, shared=528)[2]
+    core_matrices = np.ascontiguousarray(b.reshape(8, 2, 8).transpose(1, 0, 2))  # of 8 rows of 16 bytes
+    out = run_ptx(text, [a, core_matrices, np.zeros((64, 8), np.float32)], threads=128, shared=528)[2]
     np.testing.assert_allclose(out, a.astype(np.float32) @ b.astype(np.float32).T, rtol=1e-5, atol=1e-5)
-    early = text.replace(
-        "mbarrier.try_wait.parity.shared::cta.b64 complete, [%r7], 0;", "setp.eq.s32 complete, %r4, %r4;"
-    )
-    with pytest.raises(EmulationError, match="before its product was waited for"):
-        run_ptx(early, [a, np.ascontiguousarray(image), np.zeros((64, 8), np.float32)], threads=128, shared=528)
+    wait = "mbarrier.try_wait.parity.shared::cta.b64 complete, [%r7], 0;"
+    without_wait = text.replace(wait, "setp.eq.s32 complete, %r4, %r4;")
+    with pytest.raises(EmulationError, match="before the wait for its product"):
+        run_ptx(without_wait, [a, core_matrices, np.zeros((64, 8), np.float32)], threads=128, shared=528)
 
 
 @pytest.mark.parametrize("swizzled", [False, True])
-def test_a_product_of_four_warps(swizzled: bool) -> None:
-    """64 x 16 by 16 x 8, both in shared memory, their columns along the sum: in blocks of 8 rows of 16 bytes, or in lines of 128
-    bytes whose units of 16 are swapped by the number of the line."""
+def test_product_of_a_warpgroup(swizzled: bool) -> None:
+    """64 x 16 by 16 x 8, both in shared memory with columns along K.
+
+    They lie in core matrices of 8 rows of 16 bytes, or in lines of 128 bytes with units of 16 bytes that are permuted
+    by the number of the line.
+    """
     rng = np.random.default_rng(1)
     a, b = rng.normal(size=(64, 16)).astype(BF16), rng.normal(size=(8, 16)).astype(BF16)
 
-    def laid(x: np.ndarray) -> np.ndarray:
+    def lay_out(x: np.ndarray) -> np.ndarray:
         if not swizzled:
             return x.reshape(-1, 8, 2, 8).transpose(0, 2, 1, 3).reshape(-1)
         lines = np.zeros((len(x), 8, 8), BF16)
@@ -130,8 +133,8 @@ def test_a_product_of_four_warps(swizzled: bool) -> None:
                 lines[row, unit ^ row % 8] = x[row, 8 * unit : 8 * unit + 8]
         return lines.reshape(-1)
 
-    image = np.concatenate([laid(a), laid(b)])
-    begin = 2 * laid(a).size
+    image = np.concatenate([lay_out(a), lay_out(b)])
+    begin = 2 * lay_out(a).size
     leading, stride, mode = (128, 256, 0) if not swizzled else (16, 1024, 1)
     low, high = leading >> 4 << 16, stride >> 4 | mode << 30
     lines = [f"cp.async.cg.shared.global [%r4+{n}], [%rd9+{n}], 16;" for n in range(0, image.nbytes - 2047, 2048)]

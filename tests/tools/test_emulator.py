@@ -1,6 +1,8 @@
-"""The emulator of PTX: instructions, threads that part and meet, memory."""
+"""The emulator of PTX: instructions, threads that diverge and reconverge, memory."""
 
+import re
 from fractions import Fraction
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -8,7 +10,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from scripts import ptx_emulator
 from scripts.ptx_emulator.ptx import EmulationError
+from scripts.ptx_emulator.thread_group import HANDLERS
 from tests.helpers.ptx import each_thread, run_ptx
 
 WORDS = st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=40).map(lambda words: np.array(words, np.uint32))
@@ -16,10 +20,10 @@ BF16 = ml_dtypes.bfloat16
 
 
 def nearest_bfloat16(x: Fraction) -> float:
-    """By trying neighbours, in exact numbers."""
-    near = np.asarray(float(x), np.float64).astype(np.float32).astype(BF16)
-    around = [np.array((int(near.view(np.uint16)) + d) & 0xFFFF, np.uint16).view(BF16) for d in (-1, 0, 1)]
-    finite = [n for n in around if np.isfinite(float(n))]
+    """Round by trying all neighbours in exact arithmetic."""
+    close = np.asarray(float(x), np.float64).astype(np.float32).astype(BF16)
+    neighbours = [np.array((int(close.view(np.uint16)) + d) & 0xFFFF, np.uint16).view(BF16) for d in (-1, 0, 1)]
+    finite = [n for n in neighbours if np.isfinite(float(n))]
     return float(min(finite, key=lambda n: (abs(Fraction(float(n)) - x), int(n.view(np.uint16)) & 1)))
 
 
@@ -31,37 +35,37 @@ def nearest_bfloat16(x: Fraction) -> float:
 def test_bytes_are_selected(words: np.ndarray, other: int, selector: int) -> None:
     got = each_thread(f"prmt.b32 $0, $1, $2, {selector};", [words, np.full_like(words, other)], np.uint32)
     for word, out in zip(words, got, strict=True):
-        both = int(word).to_bytes(4, "little") + other.to_bytes(4, "little")
-        want = []
+        joined = int(word).to_bytes(4, "little") + other.to_bytes(4, "little")
+        expected = []
         for n in range(4):
-            byte = both[selector >> 4 * n & 7]
-            want.append((0xFF if byte & 0x80 else 0) if selector >> 4 * n & 8 else byte)
-        assert int(out).to_bytes(4, "little") == bytes(want)
+            byte = joined[selector >> 4 * n & 7]
+            expected.append((0xFF if byte & 0x80 else 0) if selector >> 4 * n & 8 else byte)
+        assert int(out).to_bytes(4, "little") == bytes(expected)
 
 
 @settings(max_examples=30, deadline=None)
 @given(WORDS, st.integers(0, 40))
-def test_shifts_by_any_amount(words: np.ndarray, by: int) -> None:
+def test_shifts_by_any_amount(words: np.ndarray, amount: int) -> None:
     signed = words.view(np.int32)
-    want = {
-        "shl.b32": [int(w) << by & 0xFFFFFFFF for w in words],
-        "shr.u32": [int(w) >> by for w in words],
-        "shr.s32": [(int(w) >> by) & 0xFFFFFFFF for w in signed],
-        "bfe.u32": [int(w) >> by & 31 for w in words],
+    expected = {
+        "shl.b32": [int(w) << amount & 0xFFFFFFFF for w in words],
+        "shr.u32": [int(w) >> amount for w in words],
+        "shr.s32": [(int(w) >> amount) & 0xFFFFFFFF for w in signed],
+        "bfe.u32": [int(w) >> amount & 31 for w in words],
     }
-    for op, result in want.items():
-        last = f"{by}, 5" if op.startswith("bfe") else str(by)
-        assert each_thread(f"{op} $0, $1, {last};", [words], np.uint32).tolist() == result, op
+    for op, result in expected.items():
+        operands = f"{amount}, 5" if op.startswith("bfe") else str(amount)
+        assert each_thread(f"{op} $0, $1, {operands};", [words], np.uint32).tolist() == result, op
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(*[st.integers(0, 2**16 - 1)] * 3), min_size=1, max_size=20))
-@example([(336, 58712, 1)])  # a tie but for the last number, which float64 cannot add
+@example([(336, 58712, 1)])  # a tie except for the last number, which is too small for a sum in float64
 def test_bfloat16_is_multiplied_and_added_with_one_rounding(bits: list[tuple[int, int, int]]) -> None:
-    """Numbers of any size, those below the least normal one included."""
+    """Numbers of any size, subnormal ones included."""
     parts = [np.array([row[n] for row in bits], np.uint16).view(BF16) for n in range(3)]
-    keep = np.all([np.isfinite(part.astype(np.float32)) for part in parts], axis=0)
-    a, b, c = (np.where(keep, part, BF16(1)) for part in parts)
+    finite = np.all([np.isfinite(part.astype(np.float32)) for part in parts], axis=0)
+    a, b, c = (np.where(finite, part, BF16(1)) for part in parts)
     words = [x.view(np.uint16).astype(np.uint32) << 16 | x.view(np.uint16) for x in (a, b, c)]
     got = each_thread("fma.rn.bf16x2 $0, $1, $2, $3;", words, np.uint32)
     for n, out in enumerate(got):
@@ -72,20 +76,20 @@ def test_bfloat16_is_multiplied_and_added_with_one_rounding(bits: list[tuple[int
             assert halves[0] == nearest_bfloat16(exact)
 
 
-def test_rounding_as_the_instruction_says() -> None:
+def test_rounding_modes() -> None:
     x = np.array([1 + 2.0**-24, -1 - 2.0**-24 - 2.0**-30, 2.0**-140, 1.5], np.float32)
     y = np.array([2.0**-30, -(2.0**-30), 2.0**-140, 0], np.float32)
-    up, down = (each_thread(f"add.{way}.f32 $0, $1, $2;", [x, y], np.float32, "fff") for way in ("rp", "rm"))
+    up, down = (each_thread(f"add.{mode}.f32 $0, $1, $2;", [x, y], np.float32, "fff") for mode in ("rp", "rm"))
     exact = x.astype(np.float64) + y
     assert (down <= exact).all() and (exact <= up).all() and (down < up).sum() == 2
     toward = each_thread("cvt.rzi.s32.f32 $0, $1;", [np.array([-2.7, 2.7, 3e9, np.nan], np.float32)], np.int32, "rf")
     assert toward.tolist() == [-2, 2, 2**31 - 1, 0]
-    pair = each_thread("cvt.rn.bf16x2.f32 $0, $1, $2;", [np.float32([1]), np.float32([2])], np.uint32, "rff")
+    pair = each_thread("cvt.rn.bf16x2.f32 $0, $1, $2;", [np.array([x], np.float32) for x in (1, 2)], np.uint32, "rff")
     assert pair.view(BF16).astype(float).tolist() == [2, 1]  # the first source is the high half
 
 
-def test_sources_of_several_kinds() -> None:
-    """Instructions that only capability 10.0 has: the largest of three, pairs of float32, bfloat16 added to float32."""
+def test_forms_of_compute_capability_10() -> None:
+    """The largest of three numbers, pairs of float32, and bfloat16 added to float32."""
     a, b, c = (np.array([x], np.float32) for x in (1.5, -2, 7))
     assert each_thread("max.f32 $0, $1, $2, $3;", [a, b, c], np.float32, "ffff") == [7]
     assert each_thread("min.f32 $0, $1, $2;", [a, b], np.float32, "fff") == [-2]
@@ -93,11 +97,11 @@ def test_sources_of_several_kinds() -> None:
     assert each_thread("add.rn.f32x2 $0, $1, $2;", pairs, np.uint64, "lll").view(np.float32).tolist() == [4.5, -2]
     small = np.array([1.5], BF16).view(np.uint16)
     assert each_thread("add.rn.f32.bf16 $0, $1, $2;", [small, c], np.float32, "fhf") == [8.5]
-    with pytest.raises(EmulationError, match="not known here"):
+    with pytest.raises(EmulationError, match="is not supported"):
         each_thread("add.rn.f32 $0, $1, $2, $3;", [a, b, c], np.float32, "ffff")
 
 
-def test_a_carry_goes_from_word_to_word() -> None:
+def test_a_carry_passes_from_word_to_word() -> None:
     a, b = np.array([2**64 - 3, 5], np.uint64), np.array([7, 2**40], np.uint64)
     words = [(x >> np.uint64(s)).astype(np.uint32) for x in (a, b) for s in (0, 32)]
     text = "add.cc.u32 %r20, $1, $3; addc.u32 $0, $2, $4;"
@@ -105,7 +109,7 @@ def test_a_carry_goes_from_word_to_word() -> None:
     assert got.tolist() == [int(x) >> 32 & 0xFFFFFFFF for x in (int(a[0]) + 7, 5 + 2**40)]
 
 
-def test_what_is_not_known_is_named() -> None:
+def test_an_unsupported_instruction_or_unset_register_is_named() -> None:
     with pytest.raises(EmulationError, match=r"'vote\.sync"):
         run_ptx("vote.sync.any.pred %p1, %p1, -1;", [np.zeros(1, np.uint32)])
     with pytest.raises(EmulationError, match="%r40 is read before"):
@@ -115,7 +119,7 @@ def test_what_is_not_known_is_named() -> None:
 # Threads
 
 
-COUNTED = """
+LOOP = """
     mov.b32 %r4, 0;
     mov.b32 %r5, 0;
 $again:
@@ -129,7 +133,7 @@ $done:
     add.s64 %rd9, %rd9, %rd0;
     st.global.b32 [%rd9], %r5;
 """
-PICKED = """
+BRANCH_TABLE = """
     and.b32 %r4, %r0, 3;
     $table: .branchtargets $two, $one, $two, $three;
     brx.idx %r4, $table;
@@ -146,13 +150,13 @@ $done:
     add.s64 %rd9, %rd9, %rd0;
     st.global.b32 [%rd9], %r5;
 """
-SHARED = """
+REVERSE = """
     mul.wide.u32 %rd8, %r3, 4;
     add.s64 %rd9, %rd8, %rd0;
     add.s64 %rd10, %rd8, %rd1;
     shl.b32 %r4, %r0, 2;
     {fill}
-    {meet}
+    {barrier}
     sub.s32 %r5, 252, %r4;
     ld.shared.b32 %r6, [%r5];
     st.global.b32 [%rd10], %r6;
@@ -162,37 +166,39 @@ COPY = "cp.async.ca.shared.global [%r4], [%rd9], 4; cp.async.commit_group;"
 NUMBERS = np.arange(128, dtype=np.uint32)
 
 
-def test_threads_part_in_a_loop_and_meet_behind_it() -> None:
-    [out] = run_ptx(COUNTED, [np.zeros(100, np.uint32)], threads=50, blocks=2)
+def test_threads_diverge_in_a_loop_and_reconverge() -> None:
+    [out] = run_ptx(LOOP, [np.zeros(100, np.uint32)], threads=50, blocks=2)
     assert out.tolist() == [n * (n - 1) // 2 for n in range(50)] * 2
 
 
-def test_a_branch_picks_among_several() -> None:
-    assert run_ptx(PICKED, [np.zeros(32, np.uint32)])[0].tolist() == [2, 1, 2, 3] * 8
+def test_a_branch_table() -> None:
+    assert run_ptx(BRANCH_TABLE, [np.zeros(32, np.uint32)])[0].tolist() == [2, 1, 2, 3] * 8
 
 
 @pytest.mark.parametrize("fill", [STORE, COPY + "cp.async.wait_group 0;"])
-def test_a_block_turns_its_numbers_around_in_shared_memory(fill: str) -> None:
-    out = run_ptx(SHARED.format(fill=fill, meet="bar.sync 0;"), [NUMBERS, np.zeros_like(NUMBERS)], 64, 2, shared=256)[1]
+def test_a_block_reverses_its_numbers_in_shared_memory(fill: str) -> None:
+    out = run_ptx(
+        REVERSE.format(fill=fill, barrier="bar.sync 0;"), [NUMBERS, np.zeros_like(NUMBERS)], 64, 2, shared=256
+    )[1]
     assert out.tolist() == [*range(63, -1, -1), *range(127, 63, -1)]
 
 
 @pytest.mark.parametrize(
-    ("fill", "meet", "said"),
+    ("fill", "barrier", "message"),
     [
         (STORE, "", "a race: shared memory is read"),
-        (COPY, "bar.sync 0;", "before a copy to it has come"),
-        (COPY + "cp.async.wait_group 1;", "bar.sync 0;", "before a copy to it has come"),
+        (COPY, "bar.sync 0;", "before a copy to it has arrived"),
+        (COPY + "cp.async.wait_group 1;", "bar.sync 0;", "before a copy to it has arrived"),
         (COPY + "cp.async.wait_group 0;", "", "a race: shared memory is read"),
         (STORE, "bar.sync 0; mov.b32 %r8, 0; st.shared.b32 [%r8], %r0;", "a race: shared memory is written"),
     ],
 )
-def test_races_are_found(fill: str, meet: str, said: str) -> None:
-    with pytest.raises(EmulationError, match=said):
-        run_ptx(SHARED.format(fill=fill, meet=meet), [NUMBERS, np.zeros_like(NUMBERS)], 64, 2, shared=256)
+def test_races_are_found(fill: str, barrier: str, message: str) -> None:
+    with pytest.raises(EmulationError, match=message):
+        run_ptx(REVERSE.format(fill=fill, barrier=barrier), [NUMBERS, np.zeros_like(NUMBERS)], 64, 2, shared=256)
 
 
-def test_blocks_may_not_touch_what_another_one_writes() -> None:
+def test_blocks_may_not_write_different_values_to_one_address() -> None:
     text = "st.global.b32 [%rd0], %r1;"
     with pytest.raises(EmulationError, match="a race: global memory is written"):
         run_ptx(text, [np.zeros(4, np.uint32)], blocks=2)
@@ -206,7 +212,7 @@ def test_threads_that_wait_at_different_barriers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("st.global.b32 [%rd1+16], %r0;", "in no buffer"),
         ("ld.global.b32 %r4, [%rd0+-4];", "in no buffer"),
@@ -217,38 +223,55 @@ def test_threads_that_wait_at_different_barriers() -> None:
         ("$loop: bra $loop;", "does not end"),
     ],
 )
-def test_wrong_accesses_are_errors(text: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("scripts.ptx_emulator.machine.LIMIT", 10_000)
-    with pytest.raises(EmulationError, match=said):
+def test_wrong_accesses_are_errors(text: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("scripts.ptx_emulator.machine.MAX_INSTRUCTIONS", 10_000)
+    with pytest.raises(EmulationError, match=message):
         run_ptx(text, [np.zeros(4, np.uint32), np.zeros(4, np.uint32)], shared=64)
 
 
-def test_what_nobody_wrote_is_no_number() -> None:
+def test_memory_that_was_never_written_holds_nan() -> None:
     text = "mov.b32 %r4, 0; ld.shared.b32 %r5, [%r4]; st.global.b32 [%rd0], %r5;"
     assert np.isnan(run_ptx(text, [np.zeros(1, np.float32)], shared=64)[0]).all()
 
 
-@pytest.mark.parametrize(("way", "by"), [("bfly", 5), ("down", 3), ("up", 2), ("idx", 7)])
-def test_values_go_from_thread_to_thread(way: str, by: int) -> None:
-    clamp = 0 if way == "up" else 31
+@pytest.mark.parametrize(("mode", "offset"), [("bfly", 5), ("down", 3), ("up", 2), ("idx", 7)])
+def test_values_go_from_thread_to_thread(mode: str, offset: int) -> None:
+    clamp = 0 if mode == "up" else 31
     text = f"""
-    shfl.sync.{way}.b32 %r4, %r0, {by}, {clamp}, -1;
+    shfl.sync.{mode}.b32 %r4, %r0, {offset}, {clamp}, -1;
     mul.wide.u32 %rd9, %r0, 4;
     add.s64 %rd9, %rd9, %rd0;
     st.global.b32 [%rd9], %r4;
     """
     lanes = np.arange(32)
-    source = {"bfly": lanes ^ by, "down": lanes + by, "up": lanes - by, "idx": np.full(32, by)}[way]
-    want = np.where((source >= 0) & (source < 32), source, lanes)
-    assert run_ptx(text, [np.zeros(32, np.uint32)])[0].tolist() == want.tolist()
+    source = {"bfly": lanes ^ offset, "down": lanes + offset, "up": lanes - offset, "idx": np.full(32, offset)}[mode]
+    expected = np.where((source >= 0) & (source < 32), source, lanes)
+    assert run_ptx(text, [np.zeros(32, np.uint32)])[0].tolist() == expected.tolist()
 
 
-@pytest.mark.parametrize(("way", "want"), [("add.s32", 16 * 31), ("max.s32", 31), ("min.u32", 0), ("or.b32", 31)])
-def test_a_warp_reduces_to_one_value(way: str, want: int) -> None:
+@pytest.mark.parametrize(
+    ("operation", "expected"), [("add.s32", 16 * 31), ("max.s32", 31), ("min.u32", 0), ("or.b32", 31)]
+)
+def test_a_warp_reduces_to_one_value(operation: str, expected: int) -> None:
     text = f"""
-    redux.sync.{way} %r4, %r0, -1;
+    redux.sync.{operation} %r4, %r0, -1;
     mul.wide.u32 %rd9, %r0, 4;
     add.s64 %rd9, %rd9, %rd0;
     st.global.b32 [%rd9], %r4;
     """
-    assert run_ptx(text, [np.zeros(32, np.uint32)])[0].tolist() == [want] * 32
+    assert run_ptx(text, [np.zeros(32, np.uint32)])[0].tolist() == [expected] * 32
+
+
+def test_the_readme_lists_every_handler_and_existing_tests() -> None:
+    readme = Path(ptx_emulator.__file__).with_name("README.md").read_text()
+    listed: dict[str, str] = {}
+    for opcodes, handler, tests in re.findall(r"^\| (`.*?) \| `([\w.]+)` \| .*? \| (.*) \|$", readme, re.MULTILINE):
+        listed |= dict.fromkeys(re.findall(r"`(\w+)`", opcodes), handler)
+        for name in re.findall(r"`(test_\w+)`", tests):
+            assert any(f"def {name}(" in file.read_text() for file in Path(__file__).parent.glob("test_emulat*.py")), (
+                name
+            )
+    handlers = {
+        opcode: f"{handler.__module__.split('.')[-1]}.{handler.__name__}" for opcode, handler in HANDLERS.items()
+    }
+    assert listed == handlers

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from checkpoints import TINY, open_checkpoint
 from kernels_pallas.grouped_matmul import expert_mlp
-from mtpjax.config import ModelConfig
+from mtpjax.hf_config import config_from_hf
 from mtpjax.loading.load import load_checkpoint
 from scripts.tiny_model import data as tiny_data
 from scripts.tiny_model import loss as tiny_loss
@@ -30,9 +30,9 @@ from tests.helpers.models import numpy_model, tiny_config
 
 def run(plan: Plan, steps: int = 3, last: int | None = None) -> tuple[list[dict[str, float]], dict[str, Any]]:
     """The parts of the loss of each of the first `last` steps of a run of `steps`, and the state that they leave."""
-    cfg = tiny_config(moe=True, repeats=1)
+    cfg = tiny_config(moe=True, num_superblocks=1)
     tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, 6000, dtype=np.int32)
-    first = tiny_steps.new_state(numpy_model(cfg, seed=plan.seed, stack=1), plan)
+    first = tiny_steps.new_state(numpy_model(cfg, seed=plan.seed), plan)
     each = list(itertools.islice(tiny_steps.train(cfg, first, tokens, plan, lambda step: step / steps), last))
     return [parts for _, parts in each], each[-1][0]
 
@@ -55,9 +55,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     saves = Saves(tmp_path / "state", plan)
     saves.save(state, Progress(2, 1.5, [{"step": 2, "lm": 3.0}]))
 
-    cfg = tiny_config(moe=True, repeats=1)
+    cfg = tiny_config(moe=True, num_superblocks=1)
     tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, 6000, dtype=np.int32)
-    like = tiny_steps.new_state(numpy_model(cfg, seed=7, stack=1), plan)
+    like = tiny_steps.new_state(numpy_model(cfg, seed=7), plan)
     found = saves.latest(like)
     assert found is not None
     restored, progress = found
@@ -106,8 +106,8 @@ def test_a_curve_goes_on_from_that_of_the_run_before(tmp_path: Path) -> None:
 def test_a_frozen_trunk_stays_to_the_last_bit_and_its_head_learns() -> None:
     """In the weights and in their moving average; without a trained trunk there is nothing to freeze."""
     plan = Plan(batch=2, mtp_steps=2, frozen_trunk=True)
-    cfg = tiny_config(moe=True, repeats=1)
-    before = jax.tree_util.tree_leaves_with_path(numpy_model(cfg, seed=plan.seed, stack=1).params)
+    cfg = tiny_config(moe=True, num_superblocks=1)
+    before = jax.tree_util.tree_leaves_with_path(numpy_model(cfg, seed=plan.seed).params)
     _, state = run(plan)
     for name in ("params", "ema"):
         after = dict(jax.tree_util.tree_leaves_with_path(state[name]))
@@ -169,7 +169,7 @@ def test_distillation_teaches_the_head_alone() -> None:
 
 
 def test_gains_are_spread_in_the_two_norms_the_head_reads() -> None:
-    model = numpy_model(tiny_config(moe=True, repeats=1), stack=1)
+    model = numpy_model(tiny_config(moe=True, num_superblocks=1))
     spread = tiny_loss.spread_gains(model, seed=0).params
     before, after = (dict(jax.tree_util.tree_leaves_with_path(tree)) for tree in (model.params, spread))
     changed = {jax.tree_util.keystr(path) for path in before if not np.array_equal(before[path], after[path])}
@@ -219,14 +219,14 @@ def test_the_embedded_files_fit_together() -> None:
     manifest = json.loads((TINY / "manifest.json").read_text())
     tokenizer = Tokenizer.from_file(str(TINY / "tokenizer.json"))
     source = open_checkpoint(TINY)
-    cfg = ModelConfig.from_hf(source.config)
+    cfg = config_from_hf(source.config)
     ids = manifest["special_tokens"]
     assert tokenizer.get_vocab_size() == manifest["vocab_size"] == cfg.vocab_size == tiny_data.VOCAB
     assert ids == {name: tokenizer.token_to_id(name) for name in tiny_data.SPECIAL}
     assert sorted(ids.values()) == list(range(cfg.vocab_size - len(ids), cfg.vocab_size))
     stops = [ids["<|im_end|>"], ids["<|endoftext|>"]]
-    assert manifest["eos_token_id"] == source.generation_config["eos_token_id"] == list(cfg.stop_tokens) == stops
-    assert cfg == train_tiny.tiny_config(cfg.vocab_size, cfg.stop_tokens)
+    assert manifest["eos_token_id"] == source.generation_config["eos_token_id"] == list(cfg.stop_token_ids) == stops
+    assert cfg == train_tiny.tiny_config(cfg.vocab_size, cfg.stop_token_ids)
     books = manifest["domains"]["books"]["documents"]
     assert {Path(b["name"]).stem for b in books if b["split"] == "held-out"} == set(tiny_data.HELD_OUT)
     assert sum(file.stat().st_size for file in TINY.iterdir()) <= 17_000_000
@@ -254,9 +254,9 @@ def test_missing_books_are_named(tmp_path: Path) -> None:
 
 
 def test_a_deeper_model_starts_with_the_layers_of_a_shallower_one() -> None:
-    small = numpy_model(tiny_config(moe=True, repeats=1), stack=1)
-    deep = tiny_start.stacked(small, 3 * small.cfg.layers)
-    assert deep.cfg == tiny_config(moe=True, repeats=3)
+    small = numpy_model(tiny_config(moe=True, num_superblocks=1))
+    deep = tiny_start.stacked(small, 3 * small.cfg.num_layers)
+    assert deep.cfg == tiny_config(moe=True, num_superblocks=3)
     before, after = (dict(jax.tree_util.tree_leaves_with_path(tree)) for tree in (small.params, deep.params))
     assert len(after) > len(before)
     for path, leaf in after.items():
@@ -269,7 +269,7 @@ def test_a_deeper_model_starts_with_the_layers_of_a_shallower_one() -> None:
 
 def test_a_run_begins_between_two_earlier_ones(tmp_path: Path) -> None:
     """The other one must be where the run in --start began: that is what training.json will say."""
-    one, other = (numpy_model(tiny_config(moe=True, repeats=1), seed=seed, stack=1) for seed in (0, 1))
+    one, other = (numpy_model(tiny_config(moe=True, num_superblocks=1), seed=seed) for seed in (0, 1))
     between = tiny_start.averaged(one, other, 0.75).params
     for a, b, found in zip(*map(jax.tree.leaves, (one.params, other.params, between)), strict=True):
         np.testing.assert_allclose(found, b + 0.75 * (a - b), atol=1e-6)

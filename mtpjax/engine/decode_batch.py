@@ -1,0 +1,181 @@
+"""`DecodeBatch`: the state of all slots on the device, filled by prefills and advanced by the decode loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax import Array
+
+from mtpjax.decoding.penalties import Penalties, TokenCounts, round_to_bfloat16
+from mtpjax.decoding.sampling import MAX_STOP_TOKENS, BatchSamplingParams, TruncationParams
+from mtpjax.decoding.speculative import DecodeState
+from mtpjax.engine.model_runner import ModelRunner, as_host_array
+from mtpjax.engine.request import Request
+from mtpjax.engine.scheduler import PrefillGroup
+from mtpjax.model.cache import Cache
+
+
+class DecodedTokens(NamedTuple):
+    """What one call of the decode loop gave.
+
+    Attributes:
+        tokens: new tokens of each slot.
+        num_steps: steps that the loop made.
+        seconds: that it took, without compilation.
+    """
+
+    tokens: list[list[int]]
+    num_steps: int
+    seconds: float
+
+
+class SlotFigures(NamedTuple):
+    """For each slot: whether its request is finished, whether a stop token ended it, its steps `[B]`, and `accepted` `[B, k]`."""
+
+    finished: np.ndarray
+    stopped: np.ndarray
+    num_steps: np.ndarray
+    accepted: np.ndarray
+
+
+class DecodeBatch:
+    """Cache, last token and counters of `num_slots` slots.
+
+    If `prefill_batch` is `num_slots`, prompts are read into the cache of the batch itself, which is made anew each time. A smaller
+    `prefill_batch` has a cache of its own, out of which the prompts are copied into their slots while the other slots keep theirs.
+    """
+
+    def __init__(self, runner: ModelRunner, num_slots: int, prefill_batch: int):
+        self.runner, self.num_slots, self.prefill_batch = runner, num_slots, prefill_batch
+        self.state: DecodeState | None = None  # made by the first prefill
+        self._params = stack_requests([None] * num_slots)
+
+    def prefill(self, group: PrefillGroup, requests_by_slot: Sequence[Request | None]) -> float:
+        """Read the prompts of a group and start its requests in their slots.
+
+        Args:
+            group: what to read, and the slots that it goes to.
+            requests_by_slot: the requests of all slots, with those of the group.
+
+        Returns:
+            seconds, synchronised with the device, without compilation.
+        """
+        runner, static_batch = self.runner, self.prefill_batch == self.num_slots
+        self._params = stack_requests(requests_by_slot)
+        if static_batch:
+            self.state = None  # frees its cache before the next one is made
+        elif self.state is None:
+            self.state = self._initial_state([None] * self.num_slots, runner.new_cache(self.num_slots))
+        cache = jax.block_until_ready(runner.new_cache(self.prefill_batch))
+
+        start = runner.seconds_without_compile()
+        # The last prompt token is the loop's first input, so a prompt program never needs the LM head.
+        prompts = [prompt[:-1] for prompt in group.prompts]
+        prompts += [()] * (self.prefill_batch - len(prompts))
+        mtp_prompt_tokens = runner.mtp_prompt_tokens if runner.num_speculative_tokens else None
+        cache, hidden, _ = runner.prefill(prompts, cache=cache, mtp_prompt_tokens=mtp_prompt_tokens)
+        requests = [state.request for state in group.states]
+        if static_batch:
+            self.state = self._initial_state(self._padded(requests), cache, hidden)
+        else:
+            self._insert(requests, group, cache, hidden)
+        jax.block_until_ready(self.state)
+        return runner.seconds_without_compile() - start
+
+    def decode(self, return_when_finished: int) -> DecodedTokens:
+        """Advance all slots by some steps of the loop, fewer if `return_when_finished` slots are free or finished before."""
+        state = self._started()
+        steps_before, start = np.array(state.rounds), self.runner.seconds_without_compile()
+        self.state, out, counts = self.runner.decode(state, self._params, return_when_finished)
+        seconds = self.runner.seconds_without_compile() - start
+        num_steps = int(np.max(np.asarray(self.state.rounds) - steps_before))
+        return DecodedTokens([row[:count].tolist() for row, count in zip(out, counts, strict=True)], num_steps, seconds)
+
+    def figures(self) -> SlotFigures:
+        """Copy what is known of each slot from the device."""
+        state = self._started()
+        return SlotFigures(*map(np.asarray, (state.done, state.stopped, state.rounds, state.accepted)))
+
+    def _started(self) -> DecodeState:
+        assert self.state is not None, "nothing has been prefilled"
+        return self.state
+
+    def _insert(self, requests: Sequence[Request], group: PrefillGroup, cache: Cache, hidden: Array) -> None:
+        """Copy the row of each prefilled prompt into the slot of every request that has it, `prefill_batch` requests a call."""
+        state = self._started()
+        if (state.seen is None) == (self._params.penalties is not None):
+            state = state.replace(seen=self._token_counts([None] * self.num_slots))
+        for start in range(0, len(requests), self.prefill_batch):
+            part = slice(start, start + self.prefill_batch)
+            new = self._initial_state(self._padded(requests[part]), cache, hidden)
+            state = self.runner.insert(state, new, group.prompt_rows[part], group.slots[part])
+        self.state = state
+
+    def _padded(self, requests: Sequence[Request]) -> list[Request | None]:
+        return [*requests, *[None] * (self.prefill_batch - len(requests))]
+
+    def _initial_state(
+        self, requests: Sequence[Request | None], cache: Cache, hidden: Array | None = None
+    ) -> DecodeState:
+        """The state before the first step; slots without a request are done."""
+        batch, runner = len(requests), self.runner
+        if hidden is None:
+            hidden = runner.zero_hidden(batch)
+        return DecodeState(
+            cache=cache,
+            hidden=hidden,
+            token=as_host_array(np.array([r.prompt_token_ids[-1] if r else 0 for r in requests], np.int32)),
+            count=as_host_array(np.zeros(batch, np.int32)),
+            done=as_host_array(np.array([r is None or r.max_tokens == 0 for r in requests])),
+            stopped=as_host_array(np.zeros(batch, bool)),
+            rounds=as_host_array(np.zeros(batch, np.int32)),
+            accepted=as_host_array(np.zeros((batch, runner.num_speculative_tokens), np.int32)),
+            seen=self._token_counts(requests),
+        )
+
+    def _token_counts(self, requests: Sequence[Request | None]) -> TokenCounts | None:
+        """Token counts for penalties, or None if no request that has a slot uses penalties."""
+        return count_prompt_tokens(requests, self.runner.vocab_size) if self._params.penalties else None
+
+
+def stack_requests(requests: Sequence[Request | None]) -> BatchSamplingParams:
+    """Put the settings of the requests in B slots side by side; penalties are None if no request has any."""
+
+    def column(get: Callable[[Request], float], dtype: Any, free: float = 0) -> Array:
+        return as_host_array(np.array([free if r is None else get(r) for r in requests], dtype))
+
+    stop_token_ids = np.full((len(requests), MAX_STOP_TOKENS), -1, np.int32)
+    for row, request in zip(stop_token_ids, requests, strict=True):
+        if request is not None:
+            row[: len(request.all_stop_token_ids)] = request.all_stop_token_ids
+    penalties = None
+    if any(r is not None and r.has_penalties for r in requests):
+        penalties = Penalties(
+            presence=column(lambda r: r.presence_penalty, np.float32),
+            frequency=column(lambda r: round_to_bfloat16(r.frequency_penalty), np.float32),
+            repetition=column(lambda r: r.repetition_penalty, np.float32, 1),
+        )
+    return BatchSamplingParams(
+        max_tokens=column(lambda r: r.max_tokens, np.int32),
+        temperature=column(lambda r: r.temperature, np.float32),
+        seed=column(lambda r: r.seed & 0xFFFFFFFF, np.uint32),
+        stops=as_host_array(stop_token_ids),
+        kept=TruncationParams(
+            top_k=column(lambda r: r.top_k, np.int32),
+            top_p=column(lambda r: r.top_p, np.float32, 1),
+            min_p=column(lambda r: r.min_p, np.float32),
+        ),
+        penalties=penalties,
+    )
+
+
+def count_prompt_tokens(requests: Sequence[Request | None], vocab_size: int) -> TokenCounts:
+    """Return what penalties count before the first new token of each slot: the tokens of its prompt."""
+    prompt = np.zeros((len(requests), vocab_size), bool)
+    for row, request in zip(prompt, requests, strict=True):
+        if request is not None:
+            row[list(request.prompt_token_ids)] = True
+    return TokenCounts(prompt=as_host_array(prompt), counts=as_host_array(np.zeros(prompt.shape, np.int32)))

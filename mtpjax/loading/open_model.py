@@ -1,0 +1,103 @@
+"""Everything of a checkpoint that `LLM` needs: weights, tokenizer, generation config, dtype and end-of-text tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from os import PathLike
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from checkpoints import TINY, GgufFile, open_checkpoint
+from kernels_pallas.platform import platform
+from mtpjax.config import DEFAULT_STOP_TOKEN_IDS, ModelConfig
+from mtpjax.loading.load import load_checkpoint
+from mtpjax.loading.quantized_leaves import WEIGHTS
+from mtpjax.loading.weight_map import LoadedModel
+from mtpjax.text.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_gguf
+
+DTYPES = ("auto", "float32", "bfloat16")
+
+
+class OpenedModel(NamedTuple):
+    """A model with what its checkpoint says of its use.
+
+    Attributes:
+        model: config and weights.
+        dtype: float32 or bfloat16, of computing and of the cache.
+        tokenizer: None if the checkpoint has none.
+        generation_config: `generation_config.json`; empty if the checkpoint has none.
+    """
+
+    model: LoadedModel
+    dtype: jnp.dtype
+    tokenizer: Tokenizer | None
+    generation_config: Mapping[str, Any]
+
+
+def open_model(
+    model: str | PathLike[str] | LoadedModel | None,
+    *,
+    dtype: str | DTypeLike,
+    quantization: str | None,
+    mtp: bool,
+    tokenizer: str | PathLike[str] | None,
+) -> OpenedModel:
+    """Load a model; the arguments are those of `mtpjax.LLM`.
+
+    Args:
+        model: a path, a loaded model, or None: the embedded tiny model.
+        dtype: "auto", "float32", "bfloat16", or one of the two dtypes.
+        quantization: how matrices are packed, or None.
+        mtp: whether to load the MTP head.
+        tokenizer: a `tokenizer.json` in place of the checkpoint's own.
+
+    Raises:
+        checkpoints.CheckpointError, mtpjax.config.ConfigError: the checkpoint cannot be read.
+        ValueError: unknown `dtype` or `quantization`, an unreadable tokenizer, or a `quantization` of a loaded model.
+    """
+    if quantization not in (None, *WEIGHTS):
+        names = ", ".join(map(repr, WEIGHTS))
+        raise ValueError(f"quantization is {quantization!r}; expected None or one of {names}")
+    resolved = _resolve_dtype(dtype, model)
+    loaded_tokenizer = load_tokenizer(tokenizer) if tokenizer else None
+    if isinstance(model, LoadedModel):
+        if quantization is not None:
+            raise ValueError(f"quantization is {quantization!r}, but the model is already loaded; give a path, or None")
+        return OpenedModel(model, resolved, loaded_tokenizer, {})
+    source = open_checkpoint(TINY if model is None else model)
+    loaded = load_checkpoint(source, dtype=resolved, mtp=mtp, weights=quantization)
+    if loaded_tokenizer is None and source.tokenizer_file is not None:
+        loaded_tokenizer = load_tokenizer(source.tokenizer_file)
+    elif loaded_tokenizer is None and isinstance(source, GgufFile):
+        loaded_tokenizer = tokenizer_from_gguf(source.metadata, str(source.path))
+    return OpenedModel(loaded, resolved, loaded_tokenizer, source.generation_config)
+
+
+def compute_dtype_of(model: LoadedModel) -> jnp.dtype:
+    """Return the dtype of a model's hidden states."""
+    return nnx.merge(model.graph, model.params).compute_dtype
+
+
+def eos_token_ids(cfg: ModelConfig, generation_config: Mapping[str, Any], vocab_size: int) -> tuple[int, ...]:
+    """Return the end-of-text tokens that config.json and generation_config.json name, and the usual ones if they exist."""
+    eos = generation_config.get("eos_token_id")
+    ids = set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
+    ids |= set(cfg.stop_token_ids) | {t for t in DEFAULT_STOP_TOKEN_IDS if t < vocab_size}
+    return tuple(sorted(t for t in ids if 0 <= t < cfg.vocab_size))
+
+
+def _resolve_dtype(dtype: str | DTypeLike, model: str | PathLike[str] | LoadedModel | None) -> jnp.dtype:
+    if isinstance(dtype, str) and dtype == "auto":
+        if isinstance(model, LoadedModel):
+            return compute_dtype_of(model)
+        return jnp.dtype(jnp.float32 if platform() == "cpu" else jnp.bfloat16)
+    try:
+        resolved = jnp.dtype(dtype)
+    except TypeError:
+        resolved = jnp.dtype(object)
+    if resolved not in (jnp.float32, jnp.bfloat16):
+        raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(map(repr, DTYPES))}")
+    return resolved
