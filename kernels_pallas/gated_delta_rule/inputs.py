@@ -10,6 +10,7 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
+from kernels_pallas.norm import l2_norm
 from kernels_pallas.partial_sums import PartialSums
 
 
@@ -94,12 +95,6 @@ def delta_inputs(
     g = -jnp.exp(weights.a_log.astype(jnp.float32)) * jax.nn.softplus(a + weights.dt_bias)
     beta, g = (jnp.where(valid[..., None], x, 0.0) for x in (jax.nn.sigmoid(b), g))
     return DeltaInputs(q * key_size**-0.5, k, v.reshape(*valid.shape, heads, value_size), beta, g)
-
-
-def l2_norm(x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
-    """Return `x / sqrt(sum(x^2) + 1e-6)` in float32: a sum, not a mean, with the epsilon inside the root."""
-    y = x.astype(jnp.float32)
-    return y * lax.rsqrt(jnp.sum(y * y, axis=-1, keepdims=True) + 1e-6)
 
 
 def _silu_conv(

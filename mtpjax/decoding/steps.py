@@ -17,13 +17,13 @@ from jaxtyping import Float, Int
 from mtpjax.decoding.output_rows import NO_ROWS, OutputRows
 from mtpjax.decoding.penalties import TokenCounts, apply_penalties
 from mtpjax.decoding.sampling import BatchSamplingParams, choose
-from mtpjax.model import Model, place
+from mtpjax.model import Model, make_positions
 from mtpjax.model.cache import Cache, PendingDeltaUpdates
 
 
 def _chunk(model: Model, tokens: Array, pad: Array, cache: Cache, keep: int | None = None) -> tuple[Array, Cache]:
     """A prompt chunk through the trunk: its last `keep` rows before the final norm; all rows enter the state."""
-    where = place(model.cfg, cache.length, tokens.shape[1], pad, slots=cache.kv_len)
+    where = make_positions(model.cfg, cache.length, tokens.shape[1], pad, kv_len=cache.kv_len)
     rows, cache = model.trunk(tokens, cache, where, keep)
     return rows, cache.replace(length=cache.length + tokens.shape[1] - pad)
 
@@ -55,7 +55,7 @@ def sync_prompt(
 ) -> Cache:
     """Keys and values of the MTP head for the last T rows in `cache`, of which the first `pad` are padding."""
     rows = hidden.shape[1]
-    where = place(model.cfg, cache.length - cache.mtp_start_pos - rows + pad, rows, pad, slots=cache.kv_len)
+    where = make_positions(model.cfg, cache.length - cache.mtp_start_pos - rows + pad, rows, pad, kv_len=cache.kv_len)
     return model.mtp_sync(hidden, following, cache, where)
 
 
@@ -111,7 +111,7 @@ def verify(
         float32 logits, hidden states after the final norm, the cache, and the rows that wait for `model.commit`.
     """
     width = tokens.shape[1]
-    where = place(model.cfg, cache.length, width, jnp.where(idle, width, 0), slots=cache.kv_len)
+    where = make_positions(model.cfg, cache.length, width, jnp.where(idle, width, 0), kv_len=cache.kv_len)
     hidden, cache, pending = model.trunk_pending(tokens, cache, where)
     return model.head(OutputRows.all().take(hidden)), hidden, cache, pending
 
@@ -137,8 +137,8 @@ def draft(
 
     def step(carry: tuple[Array, Array, Cache, TokenCounts | None], j: Array) -> tuple[tuple, Array]:
         hidden, token, cache, seen = carry
-        where = place(
-            model.cfg, cache.length - cache.mtp_start_pos - 1 + j, 1, idle.astype(jnp.int32), slots=cache.kv_len
+        where = make_positions(
+            model.cfg, cache.length - cache.mtp_start_pos - 1 + j, 1, idle.astype(jnp.int32), kv_len=cache.kv_len
         )
         rows, cache = model.mtp_step(hidden[:, None], token[:, None], cache, where)
         logits = apply_penalties(model.mtp_head(rows), requests.penalties, seen)
@@ -155,5 +155,5 @@ def sync(model: Model, hidden: Float[Array, "B W D"], drafts: Int[Array, "B k"],
     Row k is the first draft step of the next round. Rows past the accepted ones are stale and overwritten later.
     """
     k = drafts.shape[1]
-    where = place(model.cfg, cache.length - cache.mtp_start_pos, k, jnp.where(idle, k, 0), slots=cache.kv_len)
+    where = make_positions(model.cfg, cache.length - cache.mtp_start_pos, k, jnp.where(idle, k, 0), kv_len=cache.kv_len)
     return model.mtp_sync(hidden[:, :k], drafts, cache, where)

@@ -11,10 +11,9 @@ from flax import struct
 from jax import Array
 from jaxtyping import Float, Int
 
+from kernels_pallas.attention import KV_BLOCK
 from kernels_pallas.gated_delta_rule import DeltaState, PendingDeltaUpdates, replay_updates
 from mtpjax.config import ModelConfig
-
-KV_BLOCK = 256  # positions of keys and values that attention reads at a time
 
 
 class Cache(struct.PyTreeNode):

@@ -17,12 +17,10 @@ from kernels_pallas.gated_delta_rule import (
     recurrent_gated_delta_rule,
 )
 from kernels_pallas.matmul import linears_split_k
-from kernels_pallas.norm import pick as pick_norms
+from kernels_pallas.norm import gated_rms_norm
 from kernels_pallas.partial_sums import PartialSums
-from kernels_pallas.platform import platform
 from mtpjax.config import ModelConfig
 from mtpjax.model.cache import Cache
-from mtpjax.model.norm import gated_rms_norm
 from mtpjax.model.params import ParamFactory
 from mtpjax.model.positions import Positions
 
@@ -48,7 +46,7 @@ class DeltaNet(nnx.Module):
         cache: Cache,
         pending: PendingDeltaUpdates | None,
         layer: Int[Array, ""] | int,
-        where: Positions,
+        positions: Positions,
     ) -> tuple[PartialSums, Cache, PendingDeltaUpdates | None]:
         """Run one layer on normalised rows.
 
@@ -57,18 +55,17 @@ class DeltaNet(nnx.Module):
             pending: None for the rows of a prompt, which enter the state in the cache. For a verify window, its rows in the
                 layers before; the rows wait there for `commit`, and the cache stays as it is.
             layer: index of the layer among the DeltaNet layers.
-            where: positions of the rows.
+            positions: positions of the rows, which of them are padding, and the implementation of the ops.
 
         Returns:
             partial sums `[P, B * T, D]` of the output, to be added to the residual stream; the cache; and the pending rows.
         """
-        cfg, f32 = self.cfg, jnp.float32
-        implementation = "xla" if where.differentiable else None
-        projections = (self.in_qkv, self.in_z, self.in_b, self.in_a)
-        dtypes = (x.dtype, x.dtype, f32, f32)
-        qkv, z, b, a = linears_split_k(x, *(w[...] for w in projections), out_dtypes=dtypes)
+        cfg, f32, implementation = self.cfg, jnp.float32, positions.implementation
+        matrices, dtypes = (self.in_qkv, self.in_z, self.in_b, self.in_a), (x.dtype, x.dtype, f32, f32)
+        qkv, z, b, a = linears_split_k(x, *(w[...] for w in matrices), out_dtypes=dtypes)
+        projections, state = DeltaProjections(qkv, b, a), DeltaState(cache.conv, cache.state)
         weights = DeltaWeights(self.conv[...], self.a_log[...], self.dt_bias[...])
-        args = DeltaProjections(qkv, b, a), weights, DeltaState(cache.conv, cache.state), layer, where.pad, where.live
+        args = projections, weights, state, layer, positions.pad, positions.valid
         if pending is None:
             o, after = chunk_gated_delta_rule(*args, dtype=x.dtype, implementation=implementation)
             cache = cache.replace(
@@ -77,9 +74,12 @@ class DeltaNet(nnx.Module):
         else:
             o, updates = recurrent_gated_delta_rule(*args, dtype=x.dtype, implementation=implementation)
             pending = jax.tree.map(lambda stack, update: stack.at[layer].set(update), pending, updates)
-        norms = None if where.differentiable else pick_norms(platform())
-        if norms is None:
-            y = gated_rms_norm(o, z.sum(x.dtype).reshape(o.shape), self.norm[...], cfg.norm_eps, cfg.output_gate_act)
-        else:
-            y = norms.gated(o.reshape(-1, *o.shape[2:]), z.parts, self.norm[...], cfg.norm_eps, cfg.output_gate_act)
+        y = gated_rms_norm(
+            o.reshape(-1, *o.shape[2:]),
+            z,
+            self.norm[...],
+            cfg.norm_eps,
+            cfg.output_gate_act,
+            implementation=implementation,
+        )
         return linears_split_k(y.reshape(*x.shape[:2], -1), self.out[...])[0], cache, pending

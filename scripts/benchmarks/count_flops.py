@@ -26,7 +26,7 @@ from mtpjax.config import ConfigError, ModelConfig
 from mtpjax.decoding.output_rows import OutputRows
 from mtpjax.decoding.steps import prefill
 from mtpjax.hf_config import config_from_hf
-from mtpjax.model import abstract_model, place
+from mtpjax.model import abstract_model, make_positions
 from mtpjax.model.cache import Cache, new_cache, padded_kv_length
 from mtpjax.presets import PRESETS, preset
 from scripts.benchmarks.flops import Flops, count_flops, expected_trips
@@ -46,7 +46,7 @@ def whole_layer(
         logits and draft logits of the output rows, the head's hidden states of all rows, the cache.
     """
     model = nnx.merge(graph, params)
-    where = place(model.cfg, cache.length, tokens.shape[1], pad, slots=cache.kv_len)
+    where = make_positions(model.cfg, cache.length, tokens.shape[1], pad, kv_len=cache.kv_len)
     out, cache = model.trunk(tokens, cache, where)
     hidden = model.final_norm(out)
     drafted, cache = model.mtp_step(hidden, following, cache, where)

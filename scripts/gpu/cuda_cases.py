@@ -11,15 +11,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kernels_pallas.attention import Entering
-from kernels_pallas.attention.triton import attend_cache
-from kernels_pallas.attention.triton_qkv import enter_cache
+from kernels_pallas.attention import CosSin, QkvProjections
+from kernels_pallas.attention.triton import attention as attention_kernel
+from kernels_pallas.attention.triton_qkv import norm_rope_update_cache
 from kernels_pallas.gated_delta_rule.triton import DeltaProjections, Fixed, delta_window
 from kernels_pallas.gated_delta_rule.triton_chunks import delta_chunks
 from kernels_pallas.grouped_matmul.triton import grouped_mlp
 from kernels_pallas.matmul.triton import matmul
 from kernels_pallas.norm import MoeOutput
-from kernels_pallas.norm.triton import add_norm, gated_norm
+from kernels_pallas.norm.triton import add_rms_norm, gated_rms_norm
+from kernels_pallas.partial_sums import PartialSums
 from kernels_pallas.top_k_top_p.triton import top_k_top_p_threshold
 from kernels_pallas.topk_softmax.triton import choose_experts
 from kernels_pallas.weights.quantized import QuantizedTensor
@@ -139,19 +140,21 @@ def kernel_cases(
         q, kv, each = size.heads
         cache = spec((size.layers, 1, kv, size.context, each), dtype)
         where = (spec((), jnp.int32), spec((1, rows), jnp.int32), spec((1, rows), jnp.bool_))
-        gates = spec((1, rows, 2 * q * each), dtype)
-        return jax.jit(call(attend_cache)), (spec((1, rows, q, each), dtype), cache, cache, *where, gates)
+        gates = PartialSums(spec((1, rows, 2 * q * each), dtype))
+        return jax.jit(call(attention_kernel)), (spec((1, rows, q, each), dtype), cache, cache, *where, gates)
 
     def entering_case(rows: int) -> tuple[Any, tuple[Any, ...]]:
         (q, kv, each), f32 = size.heads, jnp.float32
         few = rows == dict(size.rows)["decode"]
         keys = spec((8, rows, kv * each), f32) if few else spec((1, rows, kv * each), dtype)
-        entering = Entering(keys, keys, spec((1, rows, 2 * q * each), dtype))
+        entering = QkvProjections(
+            PartialSums(keys), PartialSums(keys), PartialSums(spec((1, rows, 2 * q * each), dtype))
+        )
         norm, angles = spec((each,), dtype), spec((1, rows, each // 8), f32)
         cache = spec((size.layers, 1, kv, size.context, each), dtype)
         where = (spec((), jnp.int32), spec((1, rows), jnp.int32), spec((1, rows), jnp.bool_))
-        kernel = partial(call(enter_cache), eps=1e-6, dtype=dtype)
-        return jax.jit(kernel, donate_argnums=5), (entering, norm, norm, angles, angles, (cache, cache), *where)
+        kernel = partial(call(norm_rope_update_cache), eps=1e-6, dtype=dtype)
+        return jax.jit(kernel, donate_argnums=4), (entering, norm, norm, CosSin(angles, angles), (cache, cache), *where)
 
     def window_case() -> tuple[Any, tuple[Any, ...]]:
         (keys, values, each), rows, f32, one = (
@@ -186,15 +189,15 @@ def kernel_cases(
 
     def norm_case() -> tuple[Any, tuple[Any, ...]]:
         rows, f32 = dict(size.rows)["decode"], jnp.float32
-        each, shared = spec((rows, size.chosen, size.hidden), f32), spec((2, rows, size.hidden), f32)
-        mixture = MoeOutput(each, spec((rows,), jnp.bool_), shared, spec((16, rows, 1), f32))
+        each, shared = spec((rows, size.chosen, size.hidden), f32), PartialSums(spec((2, rows, size.hidden), f32))
+        mixture = MoeOutput(each, spec((rows,), jnp.bool_), shared, PartialSums(spec((16, rows, 1), f32)))
         x, w = spec((rows, size.hidden), dtype), spec((size.hidden,), f32)
-        return jax.jit(partial(call(add_norm), eps=1e-6)), (x, mixture, w)
+        return jax.jit(partial(call(add_rms_norm), eps=1e-6)), (x, mixture, w)
 
     def gated_case() -> tuple[Any, tuple[Any, ...]]:
         (_, values, each), rows = size.linear, dict(size.rows)["decode"]
-        x, z = spec((rows, values, each), dtype), spec((2, rows, values * each), jnp.float32)
-        return jax.jit(partial(call(gated_norm), eps=1e-6, gate="silu")), (x, z, spec((each,), jnp.float32))
+        x, z = spec((rows, values, each), dtype), PartialSums(spec((2, rows, values * each), jnp.float32))
+        return jax.jit(partial(call(gated_rms_norm), eps=1e-6, gate="silu")), (x, z, spec((each,), jnp.float32))
 
     def sampling_case() -> tuple[Any, tuple[Any, ...]]:
         rows = dict(size.rows)["decode"]

@@ -78,11 +78,11 @@ def all_layers(name: str, fn: Any, args: tuple[Any, ...], size: KernelSizes) -> 
     def enter_all(cache: Any, *others: Any) -> Any:
         rows = []
         for layer in layers:
-            q, cache = fn(*of_layer((*others[:5], cache, *others[5:]), layer))
+            q, cache = fn(*of_layer((*others[:4], cache, *others[4:]), layer))
             rows.append(q)
         return rows, cache
 
-    held, others, program = args[5], (*args[:5], *args[6:]), jax.jit(enter_all, donate_argnums=0)
+    held, others, program = args[4], (*args[:4], *args[5:]), jax.jit(enter_all, donate_argnums=0)
 
     def run() -> Any:
         nonlocal held

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from kernels_pallas import attention, grouped_matmul, matmul, norm
+from kernels_pallas import gated_delta_rule, grouped_matmul, matmul, top_k_top_p, topk_softmax
 from kernels_pallas.platform import override_platform
 from mtpjax.config import FULL, LINEAR
 from mtpjax.decoding import steps
@@ -32,11 +32,6 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
         (top_k_top_p.KERNELS, inter(top_k_top_p.triton.top_k_top_p_threshold)),
         (gated_delta_rule.api.KERNELS, inter(gated_delta_rule.triton.delta_window)),
         (gated_delta_rule.api.CHUNK_KERNELS, inter(gated_delta_rule.triton_chunks.delta_chunks)),
-        (norm.api.KERNELS, norm.NormKernels(inter(norm.triton.add_norm), inter(norm.triton.gated_norm))),
-        (
-            attention.api.KERNELS,
-            attention.AttentionKernels(inter(attention.triton_qkv.enter_cache), inter(attention.triton.attend_cache)),
-        ),
     ]
     for table, kernel in tables:
         monkeypatch.setitem(table, "cuda", kernel)
@@ -69,7 +64,7 @@ def test_rows_do_not_depend_on_the_window_bit_for_bit(interpreted: None) -> None
     """Through every kernel: logits of the first rows of a window of five, of two and of four."""
     model = packed_model(mtp=False)
     merged, rng = nnx.merge(model.graph, model.params), np.random.default_rng(2)
-    with override_platform("cuda"):
+    with override_platform("cuda", interpret=True):
         tokens, none = jnp.asarray(rng.integers(0, 96, (2, 16)), jnp.int32), jnp.zeros(2, jnp.int32)
         cache = new_cache(model.cfg, 2, 256, dtype=jnp.bfloat16)
         _, _, cache = jax.jit(lambda t, c: steps.prefill_chunk(merged, t, t, none, c, steps.NO_ROWS))(tokens, cache)
@@ -95,7 +90,7 @@ def test_the_text_is_the_same_with_drafts_in_bfloat16(interpreted: None) -> None
         Request(i, tuple(rng.integers(0, 96, 5 + 9 * i).tolist()), 24, way.pop("temperature"), 50 + i, (), **way)
         for i, way in enumerate(ways)
     ]
-    with override_platform("cuda"):
+    with override_platform("cuda", interpret=True):
         model = packed_model(mtp=True)
         runs = [make_engine(model, num_speculative_tokens=draft, max_model_len=100).run(asked, 3) for draft in (1, 4)]
     texts = [[result.tokens for result in run] for run in runs]

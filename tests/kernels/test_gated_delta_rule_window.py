@@ -14,7 +14,7 @@ from kernels_pallas.gated_delta_rule.triton import delta_window
 from kernels_pallas.platform import platform
 from mtpjax.config import FULL, LINEAR
 from mtpjax.model import gated_deltanet as deltanet
-from mtpjax.model import place
+from mtpjax.model import make_positions
 from mtpjax.model.cache import new_cache, new_pending
 from tests.helpers.models import numpy_model, tiny_config
 from tests.kernels.test_packed_matmul import assert_close
@@ -126,7 +126,7 @@ def test_the_model_sends_verify_windows_through_the_kernel(dtype: str, monkeypat
     cache = new_cache(cfg, 3, 256, dtype=x.dtype).replace(length=jnp.array([7, 253, 0]))
     state, conv = (rng.normal(size=part.shape) for part in (cache.state, cache.conv))
     cache = cache.replace(state=jnp.asarray(state, jnp.float32), conv=jnp.asarray(conv, dtype))
-    where = place(cfg, cache.length, 5, jnp.array([0, 0, 5]), slots=256)
+    where = make_positions(cfg, cache.length, 5, jnp.array([0, 0, 5]), kv_len=256)
 
     def run() -> Any:
         y, _, pending = layer(x, cache, new_pending(cfg, 3, 5, dtype=x.dtype), 0, where)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mtpjax.model import commit, place
+from mtpjax.model import commit, make_positions
 from mtpjax.model.cache import KV_BLOCK, Cache, PendingDeltaUpdates, new_cache, new_pending
 from mtpjax.model.gated_deltanet import CHUNK, Rows, conv_inputs, delta_chunk, fold, unit_lower_inverse
 from tests.helpers.models import numpy_model, tiny_config
@@ -153,14 +153,14 @@ class Layers:
     def read(self, tokens: jax.Array, pad: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         model = nnx.merge(self.loaded.graph, self.loaded.params)
         rows, cache = model.trunk(
-            tokens, cache, place(self.cfg, cache.length, tokens.shape[1], pad, slots=cache.kv_len)
+            tokens, cache, make_positions(self.cfg, cache.length, tokens.shape[1], pad, kv_len=cache.kv_len)
         )
         return rows, cache.replace(length=cache.length + tokens.shape[1] - pad)
 
     @partial(jax.jit, static_argnums=0)
     def wait(self, tokens: jax.Array, pad: jax.Array, cache: Cache) -> tuple[Cache, PendingDeltaUpdates]:
         model = nnx.merge(self.loaded.graph, self.loaded.params)
-        where = place(self.cfg, cache.length, tokens.shape[1], pad, slots=cache.kv_len)
+        where = make_positions(self.cfg, cache.length, tokens.shape[1], pad, kv_len=cache.kv_len)
         return model.trunk_pending(tokens, cache, where)[1:]
 
 

@@ -15,7 +15,7 @@ from kernels_pallas.grouped_matmul.api import ALL_EXPERTS_ROWS
 from kernels_pallas.grouped_matmul.plan import choose_block, choose_windows, plan_blocks, plan_windows, window_places
 from kernels_pallas.matmul import embedding_lookup, linear
 from kernels_pallas.weights.transposed import FusedExperts, TransposedWeight
-from mtpjax.model import Expert, place
+from mtpjax.model import Expert, make_positions
 from mtpjax.model.attention import attend, write_kv
 from mtpjax.model.cache import KV_BLOCK
 from mtpjax.model.params import ONLY_LAYER
@@ -301,7 +301,7 @@ def attention_case(q_heads: int, kv_heads: int, starts: list[int], rows: int, si
 
 @jax.jit
 def attended(q: jax.Array, kv: tuple, start: jax.Array, pad: jax.Array) -> jax.Array:
-    return attend(q, kv, 1, place(tiny_config(moe=False), start, q.shape[1], pad, slots=kv[0].shape[3]))
+    return attend(q, kv, 1, make_positions(tiny_config(moe=False), start, q.shape[1], pad, kv_len=kv[0].shape[3]))
 
 
 def softmax_attention(q: np.ndarray, kv: tuple, start: int, pad: int) -> np.ndarray:
@@ -343,7 +343,7 @@ def test_rows_are_written_at_their_positions():
     kv = tuple(jnp.full((2, 3, 1, KV_BLOCK, 4), -1.0) for _ in range(2))
     new = np.arange(3 * 4 * 4, dtype=np.float32).reshape(3, 4, 1, 4)
     start, pad = np.array([5, 5, KV_BLOCK - 2], np.int32), np.array([0, 3, 0], np.int32)
-    where = place(tiny_config(moe=False), start, 4, pad, slots=KV_BLOCK)
+    where = make_positions(tiny_config(moe=False), start, 4, pad, kv_len=KV_BLOCK)
     k, v = write_kv(kv, 1, new, new + 100, where)
     want = np.full((2, 3, 1, KV_BLOCK, 4), -1.0, np.float32)
     want[1, 0, 0, 5:9] = new[0, :, 0]

@@ -17,7 +17,7 @@ from mtpjax.config import FULL, LINEAR, ModelConfig
 from mtpjax.decoding.output_rows import OutputRows
 from mtpjax.decoding.steps import prefill
 from mtpjax.engine.prompt_chunks import PREFILL_BUCKETS
-from mtpjax.model import abstract_model, commit, place
+from mtpjax.model import abstract_model, commit, make_positions
 from mtpjax.model.cache import KV_BLOCK, new_cache, padded_kv_length
 from mtpjax.presets import PRESETS
 from scripts.benchmarks.count_flops import FIRST, trace
@@ -242,7 +242,7 @@ def test_a_committed_row_is_not_computed_anew_for_every_element_of_the_state(row
     graph, params = nnx.split(abstract_model(cfg))
 
     def step(params, tokens, cache):
-        where = place(cfg, cache.length, rows, jnp.zeros(1, jnp.int32), slots=cache.kv_len)
+        where = make_positions(cfg, cache.length, rows, jnp.zeros(1, jnp.int32), kv_len=cache.kv_len)
         _, cache, pending = nnx.merge(graph, params).trunk_pending(tokens, cache, where)
         return commit(cache, pending, jnp.ones(1, jnp.int32))
 

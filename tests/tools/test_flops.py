@@ -12,7 +12,7 @@ from jax import lax
 from checkpoints import TINY
 from kernels_pallas.grouped_matmul.plan import choose_windows, plan_windows
 from mtpjax.config import ModelConfig
-from mtpjax.model import abstract_model, place
+from mtpjax.model import abstract_model, make_positions
 from mtpjax.model.cache import KV_BLOCK
 from mtpjax.presets import PRESETS
 from scripts.benchmarks.count_flops import FIRST, config, flops, main, prompt_flops, table, trace
@@ -139,7 +139,9 @@ def test_expected_expert_windows_are_the_mean_of_random_routing(rows):
 
 
 def test_attention_turns_are_the_blocks_that_placement_asks_for():
-    at = jax.jit(lambda start: place(DENSE, start[None], 100, jnp.zeros(1, jnp.int32), slots=2048).blocks)
+    at = jax.jit(
+        lambda start: make_positions(DENSE, start[None], 100, jnp.zeros(1, jnp.int32), kv_len=2048).num_kv_blocks
+    )
     loop = next(e for e in loops(DENSE, 100) if len(e.outvars[-1].aval.shape) == 5)
     for start in (0, 155, 156, 157, 900):
         assert expected_trips(DENSE, rows=100, context=start + 100)(loop) == at(start)
