@@ -1,4 +1,4 @@
-"""The two ops of a Gated DeltaNet layer between its projections: `recurrent_gated_delta_rule` and `chunk_gated_delta_rule`."""
+"""`recurrent_gated_delta_rule` and `chunk_gated_delta_rule`: a Gated DeltaNet layer between its projections."""
 
 from __future__ import annotations
 
@@ -86,7 +86,8 @@ def chunk_gated_delta_rule(
         the outputs o in `dtype`, and the memory of layer `layer` after all rows.
 
     Raises:
-        ValueError: `implementation` is "triton" and the kernels do not support Dk or Dv, or there are fewer than 16 rows.
+        ValueError: `implementation` is "triton" and the kernels do not support Dk or Dv, or there are fewer than 16
+            rows.
     """
     heads, key_size, value_size = state.recurrent.shape[2:]
     rows = valid.shape[1]

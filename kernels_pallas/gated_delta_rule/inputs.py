@@ -47,10 +47,10 @@ def causal_conv_inputs(
     valid: Bool[Array, "B T"],
     dtype: DTypeLike,
 ) -> Float[Array, "B past+T C"]:
-    """Return the inputs of the convolution: those that precede the valid rows, then the rows; zeros replace the padding.
+    """Return the inputs of the convolution: those before the valid rows, then the rows; zeros replace the padding.
 
-    The earlier inputs move up to the first valid row. Padding in front is therefore a no-op for continued sequences, too,
-    and the last `past` entries are always the ones that the next step needs.
+    The earlier inputs move up to the first valid row. Padding in front is therefore a no-op for continued sequences,
+    too, and the last `past` entries are always the ones that the next step needs.
 
     Args:
         qkv: projections `[P, B * T, C]`; their sum is rounded to `dtype`.

@@ -4,8 +4,8 @@ Each value head has a state S `[Dk, Dv]`. A row with decay g <= 0 and step size 
 
     S <- exp(g) S;  delta = beta (v - S^T k);  S <- S + k delta^T;  o = S^T q
 
-The chunked form computes C rows at once with matrix products. With `G_c` the sum of g up to row c of the chunk, S the state
-before the chunk, and rows stacked in matrices Q, K, V and Delta,
+The chunked form computes C rows at once with matrix products. With `G_c` the sum of g up to row c of the chunk, S the
+state before the chunk, and rows stacked in matrices Q, K, V and Delta,
 
     N_cd     = beta_c exp(G_c - G_d) k_c . k_d                 for d < c, else 0
     T        = (I + N)^-1 diag(beta)                           the WY representation
@@ -47,9 +47,9 @@ def solve_tril(n: Float[Array, "*batch C C"]) -> Float[Array, "*batch C C"]:
     """Return `(I + n)^-1` for strictly lower triangular n.
 
     n is nilpotent, so the inverse is the product of `I + (-n)^(2^i)`. Large blocks are first split in two,
-    `[[A, 0], [B, D]]^-1 = [[A', 0], [-D' B A', D']]`, which needs far fewer operations. It is also more exact: where keys are
-    nearly equal (one token again and again), the powers of larger blocks would grow beyond float32's digits. For blocks of
-    16 rows the error is 1e-4.
+    `[[A, 0], [B, D]]^-1 = [[A', 0], [-D' B A', D']]`, which needs far fewer operations. It is also more exact: where
+    keys are nearly equal (one token again and again), the powers of larger blocks would grow beyond float32's digits.
+    Unsplit blocks of 16 rows have an error of 1e-4.
     """
     size = n.shape[-1]
     if n.ndim > 3:  # XLA's CPU backend aborts on the gradient of products with eight axes
@@ -109,8 +109,8 @@ def chunked_form(inputs: DeltaInputs, state: Float[Array, "B M Dk Dv"], chunk: i
         s, o, delta = step(s, jax.tree.map(lambda x: x[0], operands))
         o, delta = o[None], delta[None]
     else:
-        # As a result of the scan, o would begin as zeros, which XLA makes for all layers at once: one buffer for each. The
-        # outputs of a chunk replace its values instead.
+        # As a result of the scan, o would begin as zeros, which XLA makes for all layers at once: one buffer for each.
+        # The outputs of a chunk replace its values instead.
         def scan_step(carry: tuple[Array, Array], x: tuple[Array, ...]) -> tuple[tuple[Array, Array], Array]:
             (s, out), (i, *operands) = carry, x
             s, o, delta = step(s, tuple(operands))

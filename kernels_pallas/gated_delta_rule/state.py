@@ -1,4 +1,4 @@
-"""What a DeltaNet layer remembers (`DeltaState`), what a verify window would change (`PendingDeltaUpdates`), and the replay."""
+"""The memory of DeltaNet layers, what the rows of a verify window would change in it, and the replay of those rows."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class DeltaState(NamedTuple):
 
 
 class PendingDeltaUpdates(struct.PyTreeNode):
-    """The W rows of a verify window in one layer or a stack of layers, before it is known how many of them are accepted.
+    """The W rows of a verify window in one layer or a stack of layers, before it is known how many are accepted.
 
     A recurrent state cannot be truncated like keys and values. The rows therefore stay outside of it, as the rank-one
-    updates `k delta^T` of the recurrence. When the number of accepted rows is known, `replay_updates` adds exactly these
-    updates.
+    updates `k delta^T` of the recurrence. When the number of accepted rows is known, `replay_updates` adds exactly
+    these updates.
     """
 
     conv: Float[Array, "*layers B inputs C"]  # convolution inputs: the `past` ones before the window, then W rows
@@ -41,8 +41,8 @@ def replay_updates(state: DeltaState, pending: PendingDeltaUpdates, accepted: In
 
         S <- exp(G_n) S + sum_{i <= n} exp(G_n - G_i) k_i delta_i^T
 
-    The delta of a row does not depend on later rows, so this equals n steps of the recurrence. The convolution keeps the
-    inputs that end at the last accepted row.
+    The delta of a row does not depend on later rows, so this equals n steps of the recurrence. The convolution keeps
+    the inputs that end at the last accepted row.
 
     Args:
         state: the memory before the window, with a leading axis of layers.
@@ -51,7 +51,7 @@ def replay_updates(state: DeltaState, pending: PendingDeltaUpdates, accepted: In
     """
     past = state.conv.shape[2]
     last_inputs = jax.vmap(lambda inputs, n: lax.dynamic_slice_in_dim(inputs, n, past, axis=1), (1, 0), 1)
-    # In an idle window, which is all padding, the inputs of before stand behind the padding: row 0 is not their beginning.
+    # In an idle window, which is all padding, the earlier inputs stand behind the padding, so a cut at 0 misses them.
     is_active = (accepted > 0)[None, :, None, None]
     conv = jnp.where(is_active, last_inputs(pending.conv, accepted), state.conv)
     return DeltaState(conv, _replay_recurrent(state.recurrent, pending, accepted))
@@ -60,7 +60,7 @@ def replay_updates(state: DeltaState, pending: PendingDeltaUpdates, accepted: In
 def _replay_recurrent(
     state: Float[Array, "L B M Dk Dv"], pending: PendingDeltaUpdates, accepted: Int[Array, " B"]
 ) -> Float[Array, "L B M Dk Dv"]:
-    """Add the updates one after the other. No array of the size of the state lies between: one pass reads and writes it."""
+    """Add the updates one by one. No array of the state's size lies in between: one pass reads and writes it."""
     k, delta, decay = pending.k, pending.delta, pending.decay
     last = jnp.take_along_axis(decay, jnp.maximum(accepted - 1, 0)[None, :, None, None], axis=2)  # [L, B, 1, M]
     is_accepted = (jnp.arange(decay.shape[2]) < accepted[:, None])[None, :, :, None]
@@ -78,8 +78,8 @@ def _replay_recurrent(
     if decay.shape[2] > 1 or platform() != "cpu":
         return add(state, *updates)
 
-    # For a single row, XLA's CPU backend would fuse everything that k and delta are computed from into the pass, and compute
-    # it anew for every element of the state. The operands of a loop are computed before the loop.
+    # For a single row, XLA's CPU backend would fuse everything that k and delta are computed from into the pass, and
+    # compute it anew for every element of the state. The operands of a loop are computed before the loop.
     def add_to_layer(i: Array, state: Array) -> Array:
         new = add(*(lax.dynamic_index_in_dim(a, i, keepdims=False) for a in (state, *updates)))
         return lax.dynamic_update_index_in_dim(state, new, i, 0)

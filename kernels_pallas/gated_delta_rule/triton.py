@@ -1,10 +1,11 @@
-"""The rows of a verify window through Gated DeltaNet, from the projections to the output, as one Pallas kernel through the
-Triton lowering.
+"""The rows of a verify window through Gated DeltaNet, from the projections to the output, as one Pallas kernel through
+the Triton lowering.
 
-In the chunked form a window of five rows is twenty small products a layer. Each is a kernel that takes longer to start than to
-run, and so do the convolution and the gates before them. Here a program holds some columns of a head's state, steps through
-the rows, and computes their q, k and v itself. The state is read once. It is not written, since it is not known yet how many
-rows will be accepted. A row's result does not depend on the rows after it or on the other sequences, bit for bit.
+In the chunked form a window of five rows is twenty small products a layer. Each is a kernel that takes longer to start
+than to run, and so do the convolution and the gates before them. Here a program holds some columns of a head's state,
+steps through the rows, and computes their q, k and v itself. The state is read once. It is not written, since it is
+not known yet how many rows will be accepted. A row's result does not depend on the rows after it or on the other
+sequences, bit for bit.
 """
 
 from __future__ import annotations
@@ -115,8 +116,8 @@ def _window_kernel(refs: _InputRefs, out: _OutputRefs, *, columns: int, dtype: D
         plt.store(out.decay.at[b, t, m], decay)
         return state, decay
 
-    # Keep the trip count opaque to the compiler, which would otherwise specialise the one-row program: one row and five rows
-    # must round alike.
+    # Keep the trip count opaque to the compiler, which would otherwise specialise the one-row program: one row and
+    # five rows must round alike.
     iterations = jnp.where(end >= 0, jnp.int32(num_rows), jnp.int32(0))
     state = plt.load(refs.state.at[layer, b, m, state_row, state_column])
     lax.fori_loop(0, iterations, step, (state, jnp.float32(0)))

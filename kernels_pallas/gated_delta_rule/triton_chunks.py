@@ -1,9 +1,9 @@
 """The rows of a prompt through the gated delta rule as two Pallas kernels, through the Triton lowering.
 
-In plain JAX, 512 rows of a prompt are ninety kernels a layer: a dozen for each chunk of the scan, which must wait for each
-other, and as many for what the chunks need beforehand. Here one kernel computes the two matrices of every chunk that do not
-need the state. A second kernel steps through the chunks: a program for some columns of a head's state, since columns do not
-need each other. Everything is float32, products to a few parts in 2^22.
+In plain JAX, 512 rows of a prompt are ninety kernels a layer: a dozen for each chunk of the scan, which must wait for
+each other, and as many for what the chunks need beforehand. Here one kernel computes the two matrices of every chunk
+that do not need the state. A second kernel steps through the chunks: a program for some columns of a head's state,
+since columns do not need each other. Everything is float32, products to a few parts in 2^22.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def _solve_tril(
 ) -> Float[Array, "R R"]:
     """Return `(I + lower)^-1` for a strictly lower triangular matrix, by blocks on the diagonal that double in size.
 
-    Two blocks A and D and the block B below A form `[[A, 0], [B, D]]`, whose inverse is `[[A', 0], [-D' B A', D']]`. (The
-    product of `I + (-lower)^(2^i)` takes as many products, but for nearly equal keys its powers grow beyond float32's
-    digits.)
+    Two blocks A and D and the block B below A form `[[A, 0], [B, D]]`, whose inverse is `[[A', 0], [-D' B A', D']]`.
+    (The product of `I + (-lower)^(2^i)` takes as many products, but for nearly equal keys its powers grow beyond
+    float32's digits.)
     """
     inverse, block = jnp.where(row == col, 1.0, 0.0), 1
     while block < lower.shape[0]:
@@ -61,7 +61,7 @@ def _solve_tril(
 def _matrices_kernel(
     q_ref: Any, k_ref: Any, beta_ref: Any, decay_ref: Any, t_ref: Any, a_ref: Any, *, chunk: int, use_highest: bool
 ) -> None:
-    """Compute the matrices T and A of one chunk of one value head, tile by tile: whole ones would not fit the registers."""
+    """Compute the matrices T and A of one chunk of one value head by tiles: whole ones would not fit the registers."""
     b, i, m = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     j = m // (decay_ref.shape[2] // k_ref.shape[2])
     channel_tiles, row_tiles = _tile_indices(k_ref.shape[3], TILE), _tile_indices(chunk, TILE)
@@ -174,7 +174,8 @@ def chunk_gated_delta_rule(
 ) -> tuple[Float[Array, "B T M Dv"], Float[Array, "B M Dk Dv"]]:
     """Return the outputs of all rows, in `dtype`, and the state of layer `layer` of the stack after them, in float32.
 
-    The formula is the chunked form in `reference.py`, in another order of the products: `Delta = T (V - diag(exp(G)) K S)`.
+    The formula is the chunked form in `reference.py`, with the products in another order:
+    `Delta = T (V - diag(exp(G)) K S)`.
 
     Args:
         q, k: float32, normalised; q is also scaled.

@@ -1,7 +1,7 @@
-"""`Cache`: everything that a sequence remembers, as one value. It is never stored on a module; steps take it and return it.
+"""`Cache`: everything that a sequence remembers, as one value. Steps take it and return it; no module stores it.
 
-Whoever holds on to a cache can fork the sequence, keep a prefix, or roll back. Keys and values are indexed by the position
-of the token in its own sequence, so neither batch neighbours nor padding change where anything lies.
+Whoever holds on to a cache can fork the sequence, keep a prefix, or roll back. Keys and values are indexed by the
+position of the token in its own sequence, so neither batch neighbours nor padding change where anything lies.
 """
 
 from __future__ import annotations
@@ -26,9 +26,7 @@ class Cache(struct.PyTreeNode):
     mtp_k: Float[Array, "mtp_layers B N S H"]
     mtp_v: Float[Array, "mtp_layers B N S H"]
     length: Int[Array, " B"]  # number of committed tokens, which is the position of the next one
-    mtp_start_pos: Int[
-        Array, " B"
-    ]  # token position that index 0 of `mtp_k` holds; > 0 if the head skips part of the prompt
+    mtp_start_pos: Int[Array, " B"]  # token position at index 0 of `mtp_k`; > 0 if the head skips part of the prompt
 
     @property
     def kv_len(self) -> int:
@@ -37,7 +35,7 @@ class Cache(struct.PyTreeNode):
 
 
 def padded_kv_length(max_len: int, window: int) -> int:
-    """Return the cache length for sequences of up to `max_len` tokens and one more window of rows: whole blocks of attention."""
+    """Return the cache length, in whole blocks, for sequences of up to `max_len` tokens and one more window of rows."""
     return -(-(max_len + window) // KV_BLOCK) * KV_BLOCK
 
 
@@ -76,6 +74,6 @@ def new_pending(cfg: ModelConfig, batch: int, window: int, *, dtype: jnp.dtype =
 
 
 def commit(cache: Cache, pending: PendingDeltaUpdates, accepted: Int[Array, " B"]) -> Cache:
-    """Take the first `accepted` rows (0...W) of a verify window into the memory and the length; forget the other rows."""
+    """Take the first `accepted` rows (0...W) of a verify window into the cache; forget the other rows."""
     after = replay_updates(DeltaState(cache.conv, cache.state), pending, accepted)
     return cache.replace(state=after.recurrent, conv=after.conv, length=cache.length + accepted)

@@ -52,13 +52,14 @@ class DeltaNet(nnx.Module):
 
         Args:
             cache: the memory of all layers.
-            pending: None for the rows of a prompt, which enter the state in the cache. For a verify window, its rows in the
-                layers before; the rows wait there for `commit`, and the cache stays as it is.
+            pending: None for the rows of a prompt, which enter the state in the cache. For a verify window, its rows
+                in the layers before; the rows wait there for `commit`, and the cache stays as it is.
             layer: index of the layer among the DeltaNet layers.
             positions: positions of the rows, which of them are padding, and the implementation of the ops.
 
         Returns:
-            partial sums `[P, B * T, D]` of the output, to be added to the residual stream; the cache; and the pending rows.
+            partial sums `[P, B * T, D]` of the output, which is to be added to the residual stream; the cache; and the
+            pending rows.
         """
         cfg, f32, implementation = self.cfg, jnp.float32, positions.implementation
         matrices, dtypes = (self.in_qkv, self.in_z, self.in_b, self.in_a), (x.dtype, x.dtype, f32, f32)
