@@ -56,7 +56,8 @@ def gated_delta_rule_inputs(
         batch: number of sequences.
         num_partial_sums: partial sums of the projections of the gates; qkv is one sum, in `dtype`.
     """
-    spec, f32 = jax.ShapeDtypeStruct, jnp.float32
+    f32 = jnp.float32
+    spec: Any = jax.ShapeDtypeStruct
     qkv = PartialSums(spec((1, batch * rows, shape.channels), dtype))
     gates = PartialSums(spec((num_partial_sums, batch * rows, shape.value_heads), f32))
     of_heads = spec((shape.value_heads,), f32)
