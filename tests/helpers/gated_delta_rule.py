@@ -84,7 +84,10 @@ def random_args(
     heads, batch = shape.value_heads, len(pad)
     qkv = rng.normal(size=(1 if dtype != "float32" else 2, batch * rows, shape.channels))
     b, a = (2 * rng.normal(size=(sums, batch * rows, heads)) for sums in (4, 2))
-    weights = (rng.normal(size=size) for size in ((shape.channels, shape.conv_width), (heads,), (heads,)))
+    taps = rng.normal(size=(shape.channels, shape.conv_width))
+    a_log, dt_bias = (
+        rng.normal(size=(2, heads)) - 1
+    )  # sums of a stronger decay over a chunk would lose float32's digits
     conv = rng.normal(size=(LAYERS, batch, shape.conv_width - 1, shape.channels))
     recurrent = rng.normal(size=(LAYERS, batch, heads, shape.key_size, shape.value_size))
     if equal_keys:
@@ -98,7 +101,7 @@ def random_args(
         PartialSums(qkv.astype(dtype)), PartialSums(b.astype("float32")), PartialSums(a.astype("float32"))
     )
     state = DeltaState(conv.astype(dtype), recurrent.astype("float32"))  # type: ignore[arg-type]
-    return projections, DeltaWeights(*(x.astype("float32") for x in weights)), state, LAYER, start, valid
+    return projections, DeltaWeights(*(x.astype("float32") for x in (taps, a_log, dt_bias))), state, LAYER, start, valid
 
 
 def select(args: tuple[Any, ...], sequences: slice, rows: slice) -> tuple[Any, ...]:
