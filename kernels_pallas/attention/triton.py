@@ -1,9 +1,10 @@
 """Attention over a cache as one or two Pallas kernels, through the Triton lowering, whatever the context length.
 
-As a loop of XLA operations, attention over 32k slots is a hundred turns of a dozen kernels, each turn awaited by the host.
-With few rows the cache is cut into pieces of a fixed length that are programs of their own, and a second kernel joins
-them in order and multiplies with the gates; tiles of a fixed size make a row's result independent of the other rows, bit
-for bit. With many rows (prompt chunks) one program reads all slots.
+As a loop of XLA operations, attention over 32k cache positions is a hundred iterations of a dozen kernels, and the host
+waits for every iteration. With few rows (verify windows, draft steps) the cache is split into pieces of a fixed length,
+each piece is a program of its own, and a second kernel combines them in order and applies the gates (flash-decoding).
+Splits and tiles have a fixed size, so a row's result does not depend on the other rows, bit for bit. With many rows
+(prompt chunks) one program reads the whole cache.
 """
 
 from __future__ import annotations
@@ -18,23 +19,26 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Bool, Float, Int
 
+from kernels_pallas.attention.reference import MASK_VALUE
 from kernels_pallas.packed.dequantize import most_rows
-from kernels_pallas.partial_sums import load_partial_sum
+from kernels_pallas.partial_sums import PartialSums, load_partial_sum
 from kernels_pallas.tiles import dot, index_grid
 
-NEGATIVE = -1e30  # finite, so that a row without any key stays free of NaN
-SLOTS = 32  # slots that one turn reads
-PIECE = 512  # slots of a program with few rows
-FEW = 16  # rows of a sequence up to which the cache is cut into pieces: verify windows and draft steps
+MIN_HEAD_DIM = 16
+KV_TILE = 32  # cache positions that one loop iteration reads
+KV_SPLIT = 512  # cache positions of one program where the cache is split
+DECODE_ROWS = 16  # rows of a sequence up to which the cache is split
+DECODE_TILE = 16  # (row, query head) pairs of one program where the cache is split
 
-Sums = tuple[Array, Array, Array]  # top score [R], sum of weights [R], weighted values [H, R]
-
-
-def _empty(size: int, rows: int) -> Sums:
-    return jnp.full(rows, NEGATIVE, jnp.float32), jnp.zeros(rows, jnp.float32), jnp.zeros((size, rows), jnp.float32)
+Sums = tuple[Array, Array, Array]  # running maximum [R], sum of weights [R], weighted values [H, R]
 
 
-def _attend_kernel(
+def supports(head_dim: int, kv_len: int) -> bool:
+    """Return whether the kernels support heads of this size and a cache of this length."""
+    return head_dim >= MIN_HEAD_DIM and head_dim & (head_dim - 1) == 0 and kv_len % KV_TILE == 0
+
+
+def _attention_kernel(
     layer_ref: Any,
     end_ref: Any,
     position_ref: Any,
@@ -42,161 +46,158 @@ def _attend_kernel(
     k_ref: Any,
     v_ref: Any,
     gate_ref: Any,
-    *outs: Any,
+    *out_refs: Any,
     tile: int,
     kv_heads: int,
-    piece: int | None,
+    split: int | None,
 ) -> None:
-    """One tile of (row, query head of the group) against one piece of the slots of a key/value head, or all of them."""
+    """Compute one tile of (row, query head) pairs against one split of the cache of a key/value head, or all of it.
+
+    All query heads of a tile read the same key/value head. With splits the kernel stores its sums for
+    `_reduce_splits_kernel`; without, it stores the result.
+    """
     _, rows, heads, size = q_ref.shape
     group = heads // kv_heads
     b, n = pl.program_id(1) // kv_heads, pl.program_id(1) % kv_heads
-    r = pl.program_id(0) * tile + jnp.arange(tile)
-    t, inside, channel = r // group, r < rows * group, jnp.arange(size)
-    head = n * group + r % group
-    tt, cc = index_grid(t, channel)
-    hh, _ = index_grid(head, channel)
-    q = plt.load(q_ref.at[b, tt, hh, cc], mask=(tt < rows), other=0)
-    position = plt.load(position_ref.at[b, t], mask=inside, other=-1)
-    begin = 0 if piece is None else pl.program_id(2) * piece
-    end = end_ref[b] if piece is None else jnp.minimum(end_ref[b], begin + piece)
+    pair = pl.program_id(0) * tile + jnp.arange(tile)
+    row, pair_exists, channel = pair // group, pair < rows * group, jnp.arange(size)
+    head = n * group + pair % group
+    row_grid, channel_grid = index_grid(row, channel)
+    head_grid, _ = index_grid(head, channel)
+    q = plt.load(q_ref.at[b, row_grid, head_grid, channel_grid], mask=(row_grid < rows), other=0)
+    position = plt.load(position_ref.at[b, row], mask=pair_exists, other=-1)
+    begin = 0 if split is None else pl.program_id(2) * split
+    end = end_ref[b] if split is None else jnp.minimum(end_ref[b], begin + split)
 
-    def turn(i: Array, sums: Sums) -> Sums:
-        top, total, out = sums
-        slot = begin + i * SLOTS + jnp.arange(SLOTS)
-        ss, cc = index_grid(slot, channel)
-        k = plt.load(k_ref.at[layer_ref[0], b, n, ss, cc]).astype(q.dtype)
-        v = plt.load(v_ref.at[layer_ref[0], b, n, ss, cc]).astype(q.dtype)
-        seen = slot[:, None] <= position[None, :]
-        score = jnp.where(seen, dot(k, q), NEGATIVE)  # [slots, R]
-        new_top = jnp.maximum(top, jnp.max(score, axis=0))
-        keep = jnp.exp(top - new_top)
-        p = jnp.where(seen, jnp.exp(score - new_top[None, :]), 0.0)
+    def add_tile(i: Array, sums: Sums) -> Sums:
+        running_max, total, out = sums
+        kv_position = begin + i * KV_TILE + jnp.arange(KV_TILE)
+        kv_grid, channel_grid = index_grid(kv_position, channel)
+        k = plt.load(k_ref.at[layer_ref[0], b, n, kv_grid, channel_grid]).astype(q.dtype)
+        v = plt.load(v_ref.at[layer_ref[0], b, n, kv_grid, channel_grid]).astype(q.dtype)
+        mask = kv_position[:, None] <= position[None, :]
+        score = jnp.where(mask, dot(k, q), MASK_VALUE)  # [KV_TILE, R]
+        new_max = jnp.maximum(running_max, jnp.max(score, axis=0))
+        rescale = jnp.exp(running_max - new_max)
+        p = jnp.where(mask, jnp.exp(score - new_max[None, :]), 0.0)
         precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
-        add = lax.dot_general(
+        weighted = lax.dot_general(
             v, p.astype(q.dtype), (((0,), (0,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
         )
-        return new_top, total * keep + jnp.sum(p, axis=0), out * keep[None, :] + add
+        return new_max, total * rescale + jnp.sum(p, axis=0), out * rescale[None, :] + weighted
 
-    turns = jnp.maximum(end - begin + SLOTS - 1, 0) // SLOTS
-    top, total, out = lax.fori_loop(0, turns, turn, _empty(size, tile))
-    if piece is None:
+    iterations = jnp.maximum(end - begin + KV_TILE - 1, 0) // KV_TILE
+    running_max, total, out = lax.fori_loop(0, iterations, add_tile, _empty_sums(size, tile))
+    if split is None:
         out = out / jnp.where(total > 0, total, 1.0)[None, :]
-        plt.store(outs[0].at[b, tt, hh, cc], _gated(out.T, gate_ref, (b, tt, hh, cc), outs[0]), mask=tt < rows)
+        at = (b, row_grid, head_grid, channel_grid)
+        plt.store(out_refs[0].at[at], _apply_gate(out.T, gate_ref, at, out_refs[0]), mask=row_grid < rows)
         return
-    at = (pl.program_id(2), pl.program_id(1))
-    rr, _ = index_grid(r, channel)
+    program = (pl.program_id(2), pl.program_id(1))
+    pair_grid, _ = index_grid(pair, channel)
 
-    @pl.when(begin < end)  # nobody reads the others
+    @pl.when(begin < end)  # no kernel reads the sums of an empty split
     def store() -> None:
-        plt.store(outs[0].at[(*at, rr, cc)], out.T)
-        plt.store(outs[1].at[(*at, r)], top)
-        plt.store(outs[2].at[(*at, r)], total)
+        plt.store(out_refs[0].at[(*program, pair_grid, channel_grid)], out.T)
+        plt.store(out_refs[1].at[(*program, pair)], running_max)
+        plt.store(out_refs[2].at[(*program, pair)], total)
 
 
-def _gated(out: Float[Array, "R H"], gate_ref: Any, at: tuple[Array, ...], y_ref: Any) -> Float[Array, "R H"]:
-    """The values times the sigmoid of the gates, which stand behind the query of each head."""
+def _empty_sums(size: int, tile: int) -> Sums:
+    return jnp.full(tile, MASK_VALUE, jnp.float32), jnp.zeros(tile, jnp.float32), jnp.zeros((size, tile), jnp.float32)
+
+
+def _apply_gate(out: Float[Array, "R H"], gate_ref: Any, at: tuple[Array, ...], y_ref: Any) -> Float[Array, "R H"]:
+    """Multiply values with the sigmoid of their gates. In the projection a head's gate follows its query."""
     _, rows, _, size = y_ref.shape
-    b, t, head, channel = at
-    gate = load_partial_sum(gate_ref, b * rows + t, (2 * head + 1) * size + channel, mask=t < rows).astype(y_ref.dtype)
+    b, row, head, channel = at
+    column = (2 * head + 1) * size + channel
+    gate = load_partial_sum(gate_ref, b * rows + row, column, mask=row < rows).astype(y_ref.dtype)
     return (out.astype(y_ref.dtype).astype(jnp.float32) * lax.logistic(gate.astype(jnp.float32))).astype(y_ref.dtype)
 
 
-def _join_kernel(
+def _reduce_splits_kernel(
     end_ref: Any,
     out_ref: Any,
-    top_ref: Any,
+    max_ref: Any,
     total_ref: Any,
     gate_ref: Any,
     y_ref: Any,
     *,
     tile: int,
     kv_heads: int,
-    piece: int,
+    split: int,
 ) -> None:
-    """The pieces of one tile, in order."""
+    """Combine the splits of one tile, in order."""
     _, rows, heads, size = y_ref.shape
     group = heads // kv_heads
-    pair = pl.program_id(1)
-    b, n = pair // kv_heads, pair % kv_heads
-    r, channel = pl.program_id(0) * tile + jnp.arange(tile), jnp.arange(size)
-    rr, cc = index_grid(r, channel)
+    sequence_head = pl.program_id(1)
+    b, n = sequence_head // kv_heads, sequence_head % kv_heads
+    pair, channel = pl.program_id(0) * tile + jnp.arange(tile), jnp.arange(size)
+    pair_grid, channel_grid = index_grid(pair, channel)
 
-    def join(i: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        top, total, out = sums
-        its_top = plt.load(top_ref.at[i, pair, r])
-        new_top = jnp.maximum(top, its_top)
-        keep, take = jnp.exp(top - new_top), jnp.exp(its_top - new_top)
-        out = out * keep[:, None] + plt.load(out_ref.at[i, pair, rr, cc]) * take[:, None]
-        return new_top, total * keep + plt.load(total_ref.at[i, pair, r]) * take, out
+    def add_split(i: Array, sums: Sums) -> Sums:
+        running_max, total, out = sums
+        split_max = plt.load(max_ref.at[i, sequence_head, pair])
+        new_max = jnp.maximum(running_max, split_max)
+        rescale, split_rescale = jnp.exp(running_max - new_max), jnp.exp(split_max - new_max)
+        split_out = plt.load(out_ref.at[i, sequence_head, pair_grid, channel_grid])
+        split_total = plt.load(total_ref.at[i, sequence_head, pair])
+        out = out * rescale[:, None] + split_out * split_rescale[:, None]
+        return new_max, total * rescale + split_total * split_rescale, out
 
-    top, total, out = _empty(size, tile)
-    pieces = (end_ref[b] + piece - 1) // piece
-    _, total, out = lax.fori_loop(0, pieces, join, (top, total, jnp.zeros((tile, size), jnp.float32)))
+    running_max, total, _ = _empty_sums(size, tile)
+    splits = (end_ref[b] + split - 1) // split
+    _, total, out = lax.fori_loop(0, splits, add_split, (running_max, total, jnp.zeros((tile, size), jnp.float32)))
     out = out / jnp.where(total > 0, total, 1.0)[:, None]
-    at = (b, rr // group, n * group + rr % group, cc)
-    plt.store(y_ref.at[at], _gated(out, gate_ref, at, y_ref), mask=rr < rows * group)
+    at = (b, pair_grid // group, n * group + pair_grid % group, channel_grid)
+    plt.store(y_ref.at[at], _apply_gate(out, gate_ref, at, y_ref), mask=pair_grid < rows * group)
 
 
-def takes(size: int, slots: int) -> bool:
-    """Whether the kernels take heads of this size and a cache of so many slots."""
-    return size >= 16 and size & (size - 1) == 0 and slots % SLOTS == 0
-
-
-def attend_cache(
+def attention(
     q: Float[Array, "B T Q H"],
     keys: Float[Array, "A B N S H"],
     values: Float[Array, "A B N S H"],
-    layer: Array | int,
+    layer: Int[Array, ""] | int,
     positions: Int[Array, "B T"],
-    live: Bool[Array, "B T"],
-    gates: Float[Array, "S B*T Q*2*H"],
+    valid: Bool[Array, "B T"],
+    gates: PartialSums,
     *,
     interpret: bool = False,
 ) -> Float[Array, "B T Q H"]:
-    """Causal attention: a live row at position p sees slots 0...p of its sequence in layer `layer`; others give zero. Then
-    every head is multiplied with the sigmoid of its gate.
+    """See `kernels_pallas.attention.attention`. Nothing beyond the last valid row of a sequence is read.
 
     Args:
-        q: rows, already scaled; head h reads key/value head `h // (Q / N)`. H is a power of two, at least 16.
-        gates: the projection that q comes from, as parts to be added in their order: of each head the query, then the gate.
-        keys, values: the whole cache; S is a multiple of 32. Nothing beyond the last live row is read.
-        interpret: run as plain `jnp`, on any device.
-
-    Raises:
-        ValueError: H or S is not of that kind.
+        interpret: run the kernels in interpret mode, on any device.
     """
     batch, rows, heads, size = q.shape
-    kv_heads, slots = keys.shape[2:4]
-    if not takes(size, slots):
-        raise ValueError(f"head size {size} must be a power of two from 16 on, {slots} slots a multiple of {SLOTS}")
-    position = jnp.where(live, positions, -1).astype(jnp.int32)
+    kv_heads, kv_len = keys.shape[2:4]
+    position = jnp.where(valid, positions, -1).astype(jnp.int32)
     end = jnp.max(position, axis=1) + 1
     index = jnp.asarray(layer, jnp.int32).reshape(1)
-    pairs, few = batch * kv_heads, rows <= FEW
-    tile = 16 if few else most_rows(q.dtype)
+    sequence_heads, is_split = batch * kv_heads, rows <= DECODE_ROWS
+    tile = DECODE_TILE if is_split else most_rows(q.dtype)
     tiles = -(-rows * (heads // kv_heads) // tile)
-    piece = PIECE if few else None
-    pieces = -(-slots // PIECE) if few else 1
-    shapes: Any = jax.ShapeDtypeStruct(q.shape, q.dtype)
-    if few:
-        part = (pieces, pairs, tiles * tile)
-        shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((*part, size), part, part)]
+    splits = -(-kv_len // KV_SPLIT) if is_split else 1
+    out_shape: Any = jax.ShapeDtypeStruct(q.shape, q.dtype)
+    if is_split:
+        sums = (splits, sequence_heads, tiles * tile)
+        out_shape = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((*sums, size), sums, sums)]
     out = pl.pallas_call(
-        partial(_attend_kernel, tile=tile, kv_heads=kv_heads, piece=piece),
-        grid=(tiles, pairs, pieces),
-        out_shape=shapes,
-        compiler_params=plt.CompilerParams(num_warps=4 if tile == 16 else 8, num_stages=2),
+        partial(_attention_kernel, tile=tile, kv_heads=kv_heads, split=KV_SPLIT if is_split else None),
+        grid=(tiles, sequence_heads, splits),
+        out_shape=out_shape,
+        compiler_params=plt.CompilerParams(num_warps=4 if tile == DECODE_TILE else 8, num_stages=2),
         interpret=interpret,
-        name="attention_few" if few else "attention_many",
-    )(index, end, position, q, keys, values, gates)
-    if not few:
+        name="attention_decode" if is_split else "attention_prefill",
+    )(index, end, position, q, keys, values, gates.parts)
+    if not is_split:
         return out
     return pl.pallas_call(
-        partial(_join_kernel, tile=tile, kv_heads=kv_heads, piece=PIECE),
-        grid=(tiles, pairs),
+        partial(_reduce_splits_kernel, tile=tile, kv_heads=kv_heads, split=KV_SPLIT),
+        grid=(tiles, sequence_heads),
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
         compiler_params=plt.CompilerParams(num_warps=4, num_stages=2),
         interpret=interpret,
-        name="attention_join",
-    )(end, *out, gates)
+        name="attention_reduce_splits",
+    )(end, *out, gates.parts)

@@ -1,5 +1,7 @@
-"""What lies between matrix products: residual sums and norms."""
+"""Residual sums and RMS norms."""
 
-from kernels_pallas.norm.api import MoeOutput, NormKernels, pick
+from kernels_pallas.norm.api import add_rms_norm, gated_rms_norm
+from kernels_pallas.norm.moe_output import MoeOutput
+from kernels_pallas.norm.reference import l2_norm, rms_norm
 
-__all__ = ["MoeOutput", "NormKernels", "pick"]
+__all__ = ["MoeOutput", "add_rms_norm", "gated_rms_norm", "l2_norm", "rms_norm"]

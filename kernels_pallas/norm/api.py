@@ -1,28 +1,66 @@
-"""Which kernels add and normalise rows on which platform. Without them the model does so in plain `lax`."""
+"""`add_rms_norm` and `gated_rms_norm`: what lies between matrix products, fused with the sums that come before it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 from jax import Array
+from jaxtyping import Float
 
-from kernels_pallas.norm import triton
-from kernels_pallas.norm.triton import MoeOutput
-
-__all__ = ["MoeOutput", "NormKernels", "pick"]
-
-
-class NormKernels(NamedTuple):
-    """Kernels with the signatures of `triton.add_norm` and `triton.gated_norm`."""
-
-    add: Callable[..., tuple[Array, Array]]
-    gated: Callable[..., Array]
+from kernels_pallas.norm import reference, triton
+from kernels_pallas.norm.moe_output import MoeOutput
+from kernels_pallas.partial_sums import PartialSums
+from kernels_pallas.platform import interpret_kernels, resolve_implementation
 
 
-KERNELS: dict[str, NormKernels] = {"cuda": NormKernels(triton.add_norm, triton.gated_norm)}
+def add_rms_norm(
+    x: Float[Array, "*rows D"],
+    delta: PartialSums | MoeOutput | None,
+    w: Float[Array, " D"],
+    eps: float,
+    *,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "*rows D"], Float[Array, "*rows D"]]:
+    """Add a layer's output to the residual stream and normalise the sum: `h = x + delta`, `h / rms(h) * (1 + w)`.
+
+    Every operation is computed in float32 and rounded to the dtype of `x`, as it would be between two kernels.
+
+    Args:
+        x: the residual stream.
+        delta: what is added to the rows of `x`, whose leading axes are flattened: partial sums, the terms of a
+            Mixture-of-Experts block, or None for nothing.
+        w: zero-centred norm weight.
+        eps: epsilon of the norm, inside the root.
+        implementation: "xla", "triton", or None for the best of the platform. "triton" has no gradient.
+
+    Returns:
+        `h` and the normalised rows, both in the dtype of `x`.
+    """
+    if resolve_implementation(implementation) == "xla":
+        return reference.add_rms_norm(x, delta, w, eps)
+    h, normed = triton.add_rms_norm(x.reshape(-1, x.shape[-1]), delta, w, eps, interpret=interpret_kernels())
+    return h.reshape(x.shape), normed.reshape(x.shape)
 
 
-def pick(platform: str) -> NormKernels | None:
-    """The kernels of a platform, if there are any."""
-    return KERNELS.get(platform)
+def gated_rms_norm(
+    x: Float[Array, "rows M Dv"],
+    z: PartialSums,
+    w: Float[Array, " Dv"],
+    eps: float,
+    gate: str,
+    *,
+    implementation: str | None = None,
+) -> Float[Array, "rows M*Dv"]:
+    """Normalise every head and multiply it with its gate: `x / rms(x) * w * gate(z)`, norm before gate.
+
+    The formula is computed in float32; the result has the dtype of `x`.
+
+    Args:
+        x: the outputs of M heads of size Dv.
+        z: gate logits `[P, rows, M * Dv]`; their sum is rounded to the dtype of `x`.
+        w: plain norm weight, not zero-centred, shared by the heads.
+        eps: epsilon of the norm, inside the root.
+        gate: "sigmoid"; any other name means SiLU.
+        implementation: "xla", "triton", or None for the best of the platform. "triton" has no gradient.
+    """
+    if resolve_implementation(implementation) == "xla":
+        return reference.gated_rms_norm(x, z, w, eps, gate)
+    return triton.gated_rms_norm(x, z, w, eps, gate, interpret=interpret_kernels())

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from mtpjax.decoding.output_rows import NO_ROWS, OutputRows
 from mtpjax.decoding.penalties import TokenCounts, apply_penalties
 from mtpjax.decoding.sampling import BatchSamplingParams, sample
-from mtpjax.model import Model, place
+from mtpjax.model import Model, make_positions
 from mtpjax.model.cache import Cache, PendingDeltaUpdates
 
 PREFILL_STATIC = ("graph", "rows", "mtp_rows")
@@ -104,7 +104,7 @@ def _run_trunk(
     Returns:
         the last `num_rows` rows (None: all) before the final norm, and the cache.
     """
-    positions = place(model.cfg, cache.length, tokens.shape[1], pad, slots=cache.kv_len)
+    positions = make_positions(model.cfg, cache.length, tokens.shape[1], pad, kv_len=cache.kv_len)
     x, cache = model.trunk(tokens, cache, positions, num_rows)
     return x, cache.replace(length=cache.length + tokens.shape[1] - pad)
 
@@ -119,7 +119,7 @@ def _sync_mtp_prompt(
     """Write the MTP head's keys and values of the last T committed rows, of which the first `pad` are padding."""
     num_rows = mtp_hidden.shape[1]
     start = cache.length - cache.mtp_start_pos - num_rows + pad
-    positions = place(model.cfg, start, num_rows, pad, slots=cache.kv_len)
+    positions = make_positions(model.cfg, start, num_rows, pad, kv_len=cache.kv_len)
     return model.mtp_sync(mtp_hidden, next_tokens, cache, positions)
 
 
@@ -136,7 +136,7 @@ def verify(
         `mtpjax.model.commit`.
     """
     width = tokens.shape[1]
-    positions = place(model.cfg, cache.length, width, jnp.where(inactive, width, 0), slots=cache.kv_len)
+    positions = make_positions(model.cfg, cache.length, width, jnp.where(inactive, width, 0), kv_len=cache.kv_len)
     hidden, cache, pending = model.trunk_pending(tokens, cache, positions)
     return model.head(OutputRows.all().take(hidden)), hidden, cache, pending
 
@@ -170,7 +170,7 @@ def draft(
     def step(carry: Carry, j: Int[Array, ""]) -> tuple[Carry, Int[Array, " B"]]:
         hidden, token, cache, token_counts = carry
         start = cache.length - cache.mtp_start_pos - 1 + j
-        positions = place(model.cfg, start, 1, inactive.astype(jnp.int32), slots=cache.kv_len)
+        positions = make_positions(model.cfg, start, 1, inactive.astype(jnp.int32), kv_len=cache.kv_len)
         mtp_hidden, cache = model.mtp_step(hidden[:, None], token[:, None], cache, positions)
         logits = apply_penalties(model.head(mtp_hidden), sampling_params.penalties, token_counts)
         token = sample(logits, (cache.length + 1 + j)[:, None], sampling_params, vocab_size)[:, 0]
@@ -196,5 +196,5 @@ def sync_mtp_cache(
     """
     k = drafts.shape[1]
     start = cache.length - cache.mtp_start_pos
-    positions = place(model.cfg, start, k, jnp.where(inactive, k, 0), slots=cache.kv_len)
+    positions = make_positions(model.cfg, start, k, jnp.where(inactive, k, 0), kv_len=cache.kv_len)
     return model.mtp_sync(hidden[:, :k], drafts, cache, positions)

@@ -10,15 +10,15 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float
 
+from kernels_pallas.norm import add_rms_norm
 from kernels_pallas.partial_sums import PartialSums
 from kernels_pallas.weights.layer_view import LayerView
 from kernels_pallas.weights.quantized import QuantizedTensor
 from mtpjax.config import FULL, ModelConfig
-from mtpjax.model.attention import KV, Attention
+from mtpjax.model.attention import Attention, KVCache
 from mtpjax.model.cache import Cache, PendingDeltaUpdates
 from mtpjax.model.gated_deltanet import DeltaNet
 from mtpjax.model.moe import Mlp, Moe
-from mtpjax.model.norm import add_norm
 from mtpjax.model.params import ONLY_LAYER, Expert, ParamFactory
 from mtpjax.model.positions import Positions
 
@@ -35,36 +35,36 @@ class Layer(nnx.Module):
         self.mixer: Any = Attention(cfg, new) if kind == FULL else DeltaNet(cfg, new)
         self.mlp: Any = Moe(cfg, new) if cfg.num_experts else Mlp(cfg, new, cfg.mlp_size)
 
-    def feed_forward(self, x: Array, parts: PartialSums, where: Positions, next_norm: Array) -> tuple[Array, Array]:
+    def feed_forward(self, x: Array, parts: PartialSums, positions: Positions, next_norm: Array) -> tuple[Array, Array]:
         """What follows the mixer, which gave `parts`: the rows, and these normalised for what comes next."""
         if x.shape[1] == 0:
             return x, x
-        eps, plain = self.cfg.norm_eps, where.differentiable
-        h, normed = add_norm(x, parts, self.post_norm[...], eps, plain)
-        more = self.mlp(normed, ONLY_LAYER, where.live)
-        return add_norm(h, more, next_norm, eps, plain)
+        eps, implementation = self.cfg.norm_eps, positions.implementation
+        h, normed = add_rms_norm(x, parts, self.post_norm[...], eps, implementation=implementation)
+        delta = self.mlp(normed, ONLY_LAYER, positions.valid)
+        return add_rms_norm(h, delta, next_norm, eps, implementation=implementation)
 
     def attention(  # type: ignore[no-untyped-def]
-        self, x: Array, normed: Array, kv: KV, layer: Array | int, where: Positions,
+        self, x: Array, normed: Array, kv: KVCache, layer: Array | int, positions: Positions,
         next_norm: Array, keep: int | None = None,
     ):  # fmt: skip
         """A full-attention layer over key/value stacks, on rows that are given normalised, too. Returns the rows, the last
         `keep` of them, these normalised by `next_norm`, and the stacks."""
         keep = x.shape[1] if keep is None else keep
-        parts, kv = self.mixer(normed, kv, layer, where, keep)
-        return *self.feed_forward(_last(x, keep), parts, where.last(keep), next_norm), kv
+        parts, kv = self.mixer(normed, kv, layer, positions, keep)
+        return *self.feed_forward(_last(x, keep), parts, positions.last(keep), next_norm), kv
 
     def linear(  # type: ignore[no-untyped-def]
-        self, x: Array, normed: Array, memory: Memory, layer: Array | int, where: Positions,
+        self, x: Array, normed: Array, memory: Memory, layer: Array | int, positions: Positions,
         next_norm: Array, keep: int | None = None,
     ):  # fmt: skip
         """A DeltaNet layer, as `attention`; its memory is that which all rows enter."""
         batch, rows, size = x.shape
         keep = rows if keep is None else keep
-        parts, *after = self.mixer(normed, *memory, layer, where)
+        parts, *after = self.mixer(normed, *memory, layer, positions)
         sums = parts.parts.reshape(-1, batch, rows, size)[:, :, rows - keep :]
         kept = PartialSums(sums.reshape(len(sums), -1, size))
-        return *self.feed_forward(_last(x, keep), kept, where.last(keep), next_norm), tuple(after)
+        return *self.feed_forward(_last(x, keep), kept, positions.last(keep), next_norm), tuple(after)
 
 
 def _last(x: Float[Array, "B T D"], keep: int) -> Float[Array, "B keep D"]:
@@ -79,7 +79,7 @@ class SuperBlock(nnx.Module):
         self.layers = nnx.List([Layer(cfg, new, kind) for kind in cfg.layer_pattern])
 
     def __call__(  # type: ignore[no-untyped-def]
-        self, x: Array, normed: Array, memory: Memory, repeat: Array | int, where: Positions,
+        self, x: Array, normed: Array, memory: Memory, repeat: Array | int, positions: Positions,
         next_norm: Array, keep: int | None = None,
     ):  # fmt: skip
         """Run repeat number `repeat` of the model.
@@ -95,10 +95,10 @@ class SuperBlock(nnx.Module):
             wanted = keep if number == len(self.cfg.layer_pattern) else None
             if kind == FULL:
                 cache, pending = memory
-                x, normed, (k, v) = layer.attention(x, normed, (cache.k, cache.v), full, where, norm, wanted)
+                x, normed, (k, v) = layer.attention(x, normed, (cache.k, cache.v), full, positions, norm, wanted)
                 memory, full = (cache.replace(k=k, v=v), pending), full + 1
             else:
-                x, normed, memory = layer.linear(x, normed, memory, lin, where, norm, wanted)
+                x, normed, memory = layer.linear(x, normed, memory, lin, positions, norm, wanted)
                 lin = lin + 1
         return x, normed, memory
 
@@ -121,7 +121,7 @@ class Decoder(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         memory: Memory,
-        where: Positions,
+        positions: Positions,
         final_norm: Float[Array, " D"],
         keep: int | None = None,
     ) -> tuple[Float[Array, "B keep D"], Float[Array, "B keep D"], Memory]:
@@ -132,30 +132,29 @@ class Decoder(nnx.Module):
         """
         keep = x.shape[1] if keep is None else keep
         norms = [block.layers[0].input_norm[...][ONLY_LAYER] for block in self.blocks] + [final_norm]
-        normed = add_norm(x, None, norms[0], self.blocks[0].cfg.norm_eps, where.differentiable)[1]
+        eps, implementation = self.blocks[0].cfg.norm_eps, positions.implementation
+        normed = add_rms_norm(x, None, norms[0], eps, implementation=implementation)[1]
         for number, block in enumerate(self.blocks):
             split: Any = nnx.split(block, Expert, _packed, ...)
             graph, experts, packed, dense = split
             rows = keep if number == len(self.blocks) - 1 else None
             weights = experts, packed, jax.tree.map(lambda w: w[ONLY_LAYER], dense)
-            # With a plain number of blocks attention's loop is differentiable, which inside a call it would not be.
-            run = _run if where.differentiable else _shared
-            told = memory, jnp.int32(number), where, norms[number + 1]
-            x, normed, memory = run(weights, x, normed, *told, graph=graph, rows=rows)
+            args = memory, jnp.int32(number), positions, norms[number + 1]
+            x, normed, memory = _jitted_block(weights, x, normed, *args, graph=graph, rows=rows)
         return x, normed, memory
 
 
-def _run(  # type: ignore[no-untyped-def]
-    weights: Any, x: Array, normed: Array, memory: Memory, repeat: Array, where: Positions, next_norm: Array, *, graph: Any,
+def _block(  # type: ignore[no-untyped-def]
+    weights: Any, x: Array, normed: Array, memory: Memory, repeat: Array, positions: Positions, next_norm: Array, *, graph: Any,
     rows: int | None,
 ):  # fmt: skip
     """One super-block."""
     experts, packed, dense = weights
-    return nnx.merge(graph, experts, _layer_views(packed), dense)(x, normed, memory, repeat, where, next_norm, rows)
+    return nnx.merge(graph, experts, _layer_views(packed), dense)(x, normed, memory, repeat, positions, next_norm, rows)
 
 
 # Blocks of one shape share a trace, and their kernels are lowered once.
-_shared = jax.jit(_run, static_argnames=("graph", "rows"))
+_jitted_block = jax.jit(_block, static_argnames=("graph", "rows"))
 
 
 def _packed(path: Any, variable: Any) -> bool:

@@ -10,11 +10,11 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from kernels_pallas.matmul import embedding_lookup, linear
+from kernels_pallas.norm import rms_norm
 from mtpjax.config import ModelConfig
 from mtpjax.model.cache import Cache, PendingDeltaUpdates, new_pending
 from mtpjax.model.decoder import Decoder
 from mtpjax.model.mtp import Mtp
-from mtpjax.model.norm import rms_norm
 from mtpjax.model.params import ParamFactory
 from mtpjax.model.positions import Positions
 
@@ -39,27 +39,31 @@ class Model(nnx.Module):
         self.lm_head = None if cfg.tied_embeddings else new.matrix(cfg.vocab_size, cfg.hidden_size)
         self.mtp: Any = Mtp(cfg, dtype) if cfg.mtp_layers else None
 
-    def embed(self, tokens: Int[Array, "B T"], live: Bool[Array, "B T"]) -> Float[Array, "B T D"]:
+    def embed(self, tokens: Int[Array, "B T"], valid: Bool[Array, "B T"]) -> Float[Array, "B T D"]:
         """Embedding rows in the compute dtype, zero where a row is padding (and zero it stays through every layer)."""
         rows = embedding_lookup(self.embedding[...], tokens, self.compute_dtype)
-        return jnp.where(live[..., None], rows, 0)
+        return jnp.where(valid[..., None], rows, 0)
 
     def trunk(
-        self, tokens: Int[Array, "B T"], cache: Cache, where: Positions, keep: int | None = None
+        self, tokens: Int[Array, "B T"], cache: Cache, positions: Positions, keep: int | None = None
     ) -> tuple[Float[Array, "B keep D"], Cache]:
         """All layers. Returns the last `keep` rows (all unless told) *before* the final norm and the cache, `length` still
         that of before."""
-        rows, _, (cache, _) = self.decoder(self.embed(tokens, where.live), (cache, None), where, self.norm[...], keep)
+        rows, _, (cache, _) = self.decoder(
+            self.embed(tokens, positions.valid), (cache, None), positions, self.norm[...], keep
+        )
         return rows, cache
 
     def trunk_pending(
-        self, tokens: Int[Array, "B W"], cache: Cache, where: Positions
+        self, tokens: Int[Array, "B W"], cache: Cache, positions: Positions
     ) -> tuple[Array, Cache, PendingDeltaUpdates]:
         """`trunk` for rows that may yet be rejected: DeltaNet layers leave them in `PendingDeltaUpdates`, for `commit`. All rows, *after* the
         final norm."""
         waiting = new_pending(self.cfg, *tokens.shape, dtype=cache.conv.dtype)
         memory = (cache, waiting)
-        _, hidden, (cache, pending) = self.decoder(self.embed(tokens, where.live), memory, where, self.norm[...])
+        _, hidden, (cache, pending) = self.decoder(
+            self.embed(tokens, positions.valid), memory, positions, self.norm[...]
+        )
         assert pending is not None  # what went in comes out
         return hidden, cache, pending
 
@@ -72,16 +76,16 @@ class Model(nnx.Module):
         return linear(hidden, weight[...], out_dtype=jnp.float32)
 
     def mtp_sync(
-        self, hidden: Float[Array, "B T D"], following: Int[Array, "B T"], cache: Cache, where: Positions
+        self, hidden: Float[Array, "B T D"], following: Int[Array, "B T"], cache: Cache, positions: Positions
     ) -> Cache:
         """`Mtp.sync` for rows whose next tokens are `following`."""
-        return self.mtp.sync(self.embed(following, where.live), hidden, cache, where)
+        return self.mtp.sync(self.embed(following, positions.valid), hidden, cache, positions)
 
     def mtp_step(
-        self, hidden: Float[Array, "B T D"], following: Int[Array, "B T"], cache: Cache, where: Positions
+        self, hidden: Float[Array, "B T D"], following: Int[Array, "B T"], cache: Cache, positions: Positions
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """The whole MTP head for rows whose next tokens are `following`."""
-        return self.mtp(self.embed(following, where.live), hidden, cache, where)
+        return self.mtp(self.embed(following, positions.valid), hidden, cache, positions)
 
     def mtp_head(self, hidden: Float[Array, "B R D"]) -> Float[Array, "B R V"]:
         """Draft logits, float32, of rows that `mtp_step` returned: the trunk's LM head."""

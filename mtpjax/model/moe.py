@@ -26,7 +26,7 @@ class Mlp(nnx.Module):
         self.up = new.matrix(size, cfg.hidden_size)
         self.down = new.matrix(cfg.hidden_size, size)
 
-    def __call__(self, x: Float[Array, "B T D"], layer: Array | int = 0, live: Array | None = None) -> PartialSums:
+    def __call__(self, x: Float[Array, "B T D"], layer: Array | int = 0, valid: Array | None = None) -> PartialSums:
         """Return the partial sums `[P, B*T, D]` of the down projection."""
         gate, up = fused_linears(x, self.gate[...], self.up[...], out_dtypes=[jnp.float32] * 2)
         return self.ending(gate, up, x.dtype)
@@ -54,11 +54,11 @@ class Moe(nnx.Module):
         return weights / jnp.sum(weights, axis=-1, keepdims=True), chosen, p
 
     def __call__(
-        self, x: Float[Array, "B T D"], layer: Array | int, live: Bool[Array, "B T"]
+        self, x: Float[Array, "B T D"], layer: Array | int, valid: Bool[Array, "B T"]
     ) -> PartialSums | MoeOutput:
         """Return the output as partial sums `[P, B*T, D]`, or as the unadded outputs of the experts."""
         flat, index = x.reshape(-1, x.shape[-1]), jnp.asarray(layer, jnp.int32)
-        alive, shared = live.reshape(-1), self.shared
+        alive, shared = valid.reshape(-1), self.shared
         weights = [w[...] for w in (self.router, self.shared_gate, shared.gate, shared.up)]
         parts = linears_split_k(x, *weights, out_dtypes=[jnp.float32] * 4)
         kernel = KERNELS.get(platform()) if isinstance(weights[-1], Packed) else None  # plain models train, too
@@ -76,4 +76,4 @@ class Moe(nnx.Module):
             logits, gate, up, alive, self.cfg.experts_per_token, x.dtype
         )  # of dead rows: none
         each = EACH_KERNELS[platform()](flat, self.gate_up[...], self.down[...], index, chosen, weight)
-        return MoeOutput(each, alive, linears_split_k(hidden, shared.down[...])[0].parts, shared_gate)
+        return MoeOutput(each, alive, linears_split_k(hidden, shared.down[...])[0], PartialSums(shared_gate))

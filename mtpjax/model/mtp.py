@@ -12,10 +12,10 @@ from jax import Array
 from jaxtyping import Float
 
 from kernels_pallas.matmul import linear
+from kernels_pallas.norm import add_rms_norm, rms_norm
 from mtpjax.config import FULL, ModelConfig
 from mtpjax.model.cache import Cache
 from mtpjax.model.decoder import Layer
-from mtpjax.model.norm import add_norm, rms_norm
 from mtpjax.model.params import ParamFactory
 from mtpjax.model.positions import Positions
 
@@ -38,7 +38,7 @@ class Mtp(nnx.Module):
         return linear(jnp.concatenate([e, h], axis=-1), self.fc[...])  # embedding first
 
     def sync(
-        self, embedded: Float[Array, "B T D"], hidden: Float[Array, "B T D"], cache: Cache, where: Positions
+        self, embedded: Float[Array, "B T D"], hidden: Float[Array, "B T D"], cache: Cache, positions: Positions
     ) -> Cache:
         """Leave the keys and values of the rows in the cache and nothing else: no query, attention, expert, norm or head.
 
@@ -47,15 +47,16 @@ class Mtp(nnx.Module):
             hidden: trunk hidden state of each row, after the final norm.
         """
         x = rms_norm(self._join(embedded, hidden), self.layer.input_norm[...], self.cfg.norm_eps)
-        _, (k, v) = self.layer.mixer(x, (cache.mtp_k, cache.mtp_v), 0, where, keep=0)
+        _, (k, v) = self.layer.mixer(x, (cache.mtp_k, cache.mtp_v), 0, positions, 0)
         return cache.replace(mtp_k=k, mtp_v=v)
 
     def __call__(
-        self, embedded: Float[Array, "B T D"], hidden: Float[Array, "B T D"], cache: Cache, where: Positions
+        self, embedded: Float[Array, "B T D"], hidden: Float[Array, "B T D"], cache: Cache, positions: Positions
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """The whole head for the rows: hidden states after `mtp.norm`, ready for the LM head and for the next step."""
         kv = (cache.mtp_k, cache.mtp_v)
         x = self._join(embedded, hidden)
-        _, normed = add_norm(x, None, self.layer.input_norm[...], self.cfg.norm_eps, where.differentiable)
-        _, y, (k, v) = self.layer.attention(x, normed, kv, 0, where, self.norm[...])
+        norm, implementation = self.layer.input_norm[...], positions.implementation
+        _, normed = add_rms_norm(x, None, norm, self.cfg.norm_eps, implementation=implementation)
+        _, y, (k, v) = self.layer.attention(x, normed, kv, 0, positions, self.norm[...])
         return y, cache.replace(mtp_k=k, mtp_v=v)

@@ -1,36 +1,23 @@
-"""Partial rotary position embedding: the first `rotary_dim` of each head turn, the rest passes through.
+"""Angles of the partial rotary position embedding; `kernels_pallas.attention.apply_rope` rotates by them.
 
-With text alone the three position rows of M-RoPE are equal, which makes it exactly this one-dimensional form.
+Only the first `rotary_dim` channels of a head are rotated. With text alone the three position rows of M-RoPE are equal, so
+M-RoPE is exactly this one-dimensional form.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-
-class Rotary(NamedTuple):
-    """Cosine and sine of the angles at each row, float32."""
-
-    cos: Float[Array, "B T half"]
-    sin: Float[Array, "B T half"]
+from kernels_pallas.attention import CosSin
 
 
-def rotary(positions: Int[Array, "B T"], rotary_dim: int, theta: float) -> Rotary:
-    """Angles `position * theta^(-2i / rotary_dim)`, i < rotary_dim / 2: the denominator is the rotary size, not the head."""
+def rope_angles(positions: Int[Array, "B T"], rotary_dim: int, theta: float) -> CosSin:
+    """Return cosine and sine, float32 `[B, T, rotary_dim / 2]`, of the angles `position * theta^(-2i / rotary_dim)`.
+
+    The denominator is the number of rotated channels, not the head size. Source: RoFormer (arXiv:2104.09864).
+    """
     frequency = theta ** (-jnp.arange(0, rotary_dim, 2, dtype=jnp.float32) / rotary_dim)
-    angle = positions.astype(jnp.float32)[..., None] * frequency
-    return Rotary(jnp.cos(angle), jnp.sin(angle))
-
-
-def rotate(x: Float[Array, "B T N H"], turn: Rotary) -> Float[Array, "B T N H"]:
-    """Rotate-half inside the rotary dims: dimension i pairs with i + rotary_dim / 2."""
-    half = turn.cos.shape[-1]
-    cos, sin = turn.cos[:, :, None], turn.sin[:, :, None]
-    a = x[..., :half].astype(jnp.float32)
-    b = x[..., half : 2 * half].astype(jnp.float32)
-    turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
-    return jnp.concatenate([turned, x[..., 2 * half :]], axis=-1)
+    angle: Float[Array, "B T half"] = positions.astype(jnp.float32)[..., None] * frequency
+    return CosSin(jnp.cos(angle), jnp.sin(angle))

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Int
 
-from mtpjax.model import place
+from mtpjax.model import make_positions
 from mtpjax.model.cache import KV_BLOCK, new_cache
 
 DEPTH = 4  # drafts a round
@@ -37,7 +37,7 @@ def agreeing_drafts(
     cfg, batch = model.cfg, tokens.shape[0]
     seen = prefix if seen is None else seen
     zeros = jnp.zeros(batch, jnp.int32)
-    at = partial(place, cfg, pad=zeros, slots=KV_BLOCK, blocks=1)
+    at = partial(make_positions, cfg, pad=zeros, kv_len=KV_BLOCK, static_kv_blocks=1, implementation="xla")
     y, cache = model.trunk(tokens[:, :prefix], new_cache(cfg, batch, KV_BLOCK), at(zeros, prefix))
     following = tokens[:, prefix - seen + 1 - shift : prefix + 1 - shift]
     m, cache = model.mtp_step(model.final_norm(y)[:, prefix - seen :], following, cache, at(zeros, seen))

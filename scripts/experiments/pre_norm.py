@@ -8,20 +8,20 @@ from __future__ import annotations
 from flax import nnx
 from jax import Array
 
-from mtpjax.loading.weight_map import LoadedModel
+from kernels_pallas.norm import rms_norm
+from mtpjax.loading.loaded_model import LoadedModel
 from mtpjax.model import Model
 from mtpjax.model.cache import new_pending
 from mtpjax.model.mtp import Mtp
-from mtpjax.model.norm import rms_norm
 
 
 class PreNormMtp(Mtp):
     """Hands on its rows before `mtp.norm`."""
 
-    def __call__(self, embedded, hidden, cache, where):  # type: ignore[no-untyped-def]
+    def __call__(self, embedded, hidden, cache, positions):  # type: ignore[no-untyped-def]
         x, layer = self._join(embedded, hidden), self.layer
         normed = rms_norm(x, layer.input_norm[...], self.cfg.norm_eps)
-        y, _, (k, v) = layer.attention(x, normed, (cache.mtp_k, cache.mtp_v), 0, 0, where, self.norm[...])
+        y, _, (k, v) = layer.attention(x, normed, (cache.mtp_k, cache.mtp_v), 0, positions, self.norm[...])
         return y, cache.replace(mtp_k=k, mtp_v=v)
 
 
@@ -31,9 +31,9 @@ class PreNormModel(Model):
     def final_norm(self, x: Array) -> Array:
         return x
 
-    def trunk_pending(self, tokens, cache, where):  # type: ignore[no-untyped-def]
+    def trunk_pending(self, tokens, cache, positions):  # type: ignore[no-untyped-def]
         memory = cache, new_pending(self.cfg, *tokens.shape, dtype=cache.conv.dtype)
-        rows, _, (cache, pending) = self.decoder(self.embed(tokens, where.live), memory, where, self.norm[...])
+        rows, _, (cache, pending) = self.decoder(self.embed(tokens, positions.valid), memory, positions, self.norm[...])
         return rows, cache, pending
 
     def head(self, hidden: Array) -> Array:

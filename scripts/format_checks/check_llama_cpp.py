@@ -31,7 +31,7 @@ from checkpoints.gguf.writer import WRITABLE_TYPES
 from mtpjax import LLM, SamplingParams
 from mtpjax.cli.convert import main as convert
 from mtpjax.loading.load import load_checkpoint
-from mtpjax.model import place
+from mtpjax.model import make_positions
 from mtpjax.model.cache import new_cache, padded_kv_length
 from scripts.benchmarks.results import describe, write_json
 
@@ -220,7 +220,7 @@ def mtp_logits(params: Any, following: jax.Array, hidden: jax.Array, *, graph: A
     """Ours, of hidden states `[T, D]` and the tokens that follow them."""
     model = nnx.merge(graph, params)
     zero, slots = jnp.zeros(1, jnp.int32), padded_kv_length(len(following), 1)
-    where = place(model.cfg, zero, len(following), zero, slots=slots)
+    where = make_positions(model.cfg, zero, len(following), zero, kv_len=slots)
     rows, _ = model.mtp_step(hidden[None], following[None], new_cache(model.cfg, 1, slots), where)
     return model.mtp_head(rows)[0]
 

@@ -11,15 +11,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kernels_pallas.attention import Entering
-from kernels_pallas.attention.triton import attend_cache
-from kernels_pallas.attention.triton_qkv import enter_cache
-from kernels_pallas.gated_delta_rule.triton import DeltaProjections, Fixed, delta_window
-from kernels_pallas.gated_delta_rule.triton_chunks import delta_chunks
+from kernels_pallas.attention import CosSin, QkvProjections
+from kernels_pallas.attention.triton import attention as attention_kernel
+from kernels_pallas.attention.triton_qkv import norm_rope_update_cache
+from kernels_pallas.gated_delta_rule import DeltaProjections, DeltaState, DeltaWeights
+from kernels_pallas.gated_delta_rule.triton import recurrent_gated_delta_rule
+from kernels_pallas.gated_delta_rule.triton_chunks import chunk_gated_delta_rule
 from kernels_pallas.grouped_matmul.triton import grouped_mlp
 from kernels_pallas.matmul.triton import matmul
 from kernels_pallas.norm import MoeOutput
-from kernels_pallas.norm.triton import add_norm, gated_norm
+from kernels_pallas.norm.triton import add_rms_norm, gated_rms_norm
+from kernels_pallas.partial_sums import PartialSums
 from kernels_pallas.top_k_top_p.triton import top_k_top_p_threshold
 from kernels_pallas.topk_softmax.triton import choose_experts
 from kernels_pallas.weights.quantized import QuantizedTensor
@@ -27,8 +29,7 @@ from mtpjax.decoding.output_rows import NO_ROWS
 from mtpjax.decoding.penalties import Penalties, TokenCounts
 from mtpjax.decoding.sampling import MAX_STOP_TOKENS, BatchSamplingParams, TruncationParams
 from mtpjax.decoding.speculative import DecodeState, mtp_drafter
-from mtpjax.loading.load import load_options
-from mtpjax.loading.weight_map import fill
+from mtpjax.loading.loaded_model import map_params
 from mtpjax.model import abstract_model
 from mtpjax.model.cache import new_cache, padded_kv_length
 from mtpjax.presets import preset
@@ -139,19 +140,21 @@ def kernel_cases(
         q, kv, each = size.heads
         cache = spec((size.layers, 1, kv, size.context, each), dtype)
         where = (spec((), jnp.int32), spec((1, rows), jnp.int32), spec((1, rows), jnp.bool_))
-        gates = spec((1, rows, 2 * q * each), dtype)
-        return jax.jit(call(attend_cache)), (spec((1, rows, q, each), dtype), cache, cache, *where, gates)
+        gates = PartialSums(spec((1, rows, 2 * q * each), dtype))
+        return jax.jit(call(attention_kernel)), (spec((1, rows, q, each), dtype), cache, cache, *where, gates)
 
     def entering_case(rows: int) -> tuple[Any, tuple[Any, ...]]:
         (q, kv, each), f32 = size.heads, jnp.float32
         few = rows == dict(size.rows)["decode"]
         keys = spec((8, rows, kv * each), f32) if few else spec((1, rows, kv * each), dtype)
-        entering = Entering(keys, keys, spec((1, rows, 2 * q * each), dtype))
+        entering = QkvProjections(
+            PartialSums(keys), PartialSums(keys), PartialSums(spec((1, rows, 2 * q * each), dtype))
+        )
         norm, angles = spec((each,), dtype), spec((1, rows, each // 8), f32)
         cache = spec((size.layers, 1, kv, size.context, each), dtype)
         where = (spec((), jnp.int32), spec((1, rows), jnp.int32), spec((1, rows), jnp.bool_))
-        kernel = partial(call(enter_cache), eps=1e-6, dtype=dtype)
-        return jax.jit(kernel, donate_argnums=5), (entering, norm, norm, angles, angles, (cache, cache), *where)
+        kernel = partial(call(norm_rope_update_cache), eps=1e-6, dtype=dtype)
+        return jax.jit(kernel, donate_argnums=4), (entering, norm, norm, CosSin(angles, angles), (cache, cache), *where)
 
     def window_case() -> tuple[Any, tuple[Any, ...]]:
         (keys, values, each), rows, f32, one = (
@@ -161,19 +164,19 @@ def kernel_cases(
             spec((1,), jnp.int32),
         )
         channels = (2 * keys + values) * each
-        gates, of_heads = spec((16, rows, values), f32), spec((values,), f32)
-        projected = DeltaProjections(spec((1, rows, channels), dtype), gates, gates)
-        fixed = Fixed(spec((channels, 4), dtype), of_heads, of_heads)
-        before, state = spec((size.layers, 1, 3, channels), dtype), spec((size.layers, 1, values, each, each), f32)
-        return jax.jit(partial(call(delta_window), dtype=dtype)), (
-            projected, fixed, before, state, spec((), jnp.int32), one, one,
-        )  # fmt: skip
+        gates, of_heads = PartialSums(spec((16, rows, values), f32)), spec((values,), f32)
+        projections = DeltaProjections(PartialSums(spec((1, rows, channels), dtype)), gates, gates)
+        weights = DeltaWeights(spec((channels, 4), dtype), of_heads, of_heads)
+        conv = spec((size.layers, 1, 3, channels), dtype)
+        state = DeltaState(conv, spec((size.layers, 1, values, each, each), f32))
+        kernel = partial(call(recurrent_gated_delta_rule), dtype=dtype)
+        return jax.jit(kernel), (projections, weights, state, spec((), jnp.int32), one, one)
 
     def chunks_case() -> tuple[Any, tuple[Any, ...]]:
         (keys, values, each), rows, f32 = size.linear, dict(size.rows)["prefill"], jnp.float32
         of_keys, of_values = spec((1, rows, keys, each), f32), spec((1, rows, values, each), f32)
         gates, state = spec((1, rows, values), f32), spec((size.layers, 1, values, each, each), f32)
-        kernels = partial(call(delta_chunks), chunk=min(64, rows), dtype=dtype)
+        kernels = partial(call(chunk_gated_delta_rule), chunk=min(64, rows), dtype=dtype)
         return jax.jit(kernels), (of_keys, of_keys, of_values, gates, gates, state, spec((), jnp.int32))
 
     def routing_case() -> tuple[Any, tuple[Any, ...]]:
@@ -186,15 +189,15 @@ def kernel_cases(
 
     def norm_case() -> tuple[Any, tuple[Any, ...]]:
         rows, f32 = dict(size.rows)["decode"], jnp.float32
-        each, shared = spec((rows, size.chosen, size.hidden), f32), spec((2, rows, size.hidden), f32)
-        mixture = MoeOutput(each, spec((rows,), jnp.bool_), shared, spec((16, rows, 1), f32))
+        each, shared = spec((rows, size.chosen, size.hidden), f32), PartialSums(spec((2, rows, size.hidden), f32))
+        mixture = MoeOutput(each, spec((rows,), jnp.bool_), shared, PartialSums(spec((16, rows, 1), f32)))
         x, w = spec((rows, size.hidden), dtype), spec((size.hidden,), f32)
-        return jax.jit(partial(call(add_norm), eps=1e-6)), (x, mixture, w)
+        return jax.jit(partial(call(add_rms_norm), eps=1e-6)), (x, mixture, w)
 
     def gated_case() -> tuple[Any, tuple[Any, ...]]:
         (_, values, each), rows = size.linear, dict(size.rows)["decode"]
-        x, z = spec((rows, values, each), dtype), spec((2, rows, values * each), jnp.float32)
-        return jax.jit(partial(call(gated_norm), eps=1e-6, gate="silu")), (x, z, spec((each,), jnp.float32))
+        x, z = spec((rows, values, each), dtype), PartialSums(spec((2, rows, values * each), jnp.float32))
+        return jax.jit(partial(call(gated_rms_norm), eps=1e-6, gate="silu")), (x, z, spec((each,), jnp.float32))
 
     def sampling_case() -> tuple[Any, tuple[Any, ...]]:
         rows = dict(size.rows)["decode"]
@@ -260,8 +263,8 @@ def program_case(
         plain = leaf.dtype != jnp.bfloat16 or path[-1] in UNPACKED
         return spec(leaf.shape, leaf.dtype) if plain else packed(leaf.shape, type_of(path, cfg.num_layers, mixed))
 
-    graph, params = nnx.split(abstract_model(cfg, **load_options(jnp.bfloat16)))
-    graph, params = nnx.split(nnx.merge(graph, fill(params, store)))
+    graph, params = nnx.split(abstract_model(cfg, dtype=jnp.bfloat16))
+    graph, params = nnx.split(nnx.merge(graph, map_params(params, store)))
 
     def ints(*shape: int) -> Any:
         return spec(shape, jnp.int32)

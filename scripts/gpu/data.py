@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas.attention import Entering
-from kernels_pallas.gated_delta_rule import DeltaProjections, Fixed
-from kernels_pallas.top_k_top_p.reference import top_k_top_p_threshold
+from kernels_pallas.attention import CosSin, QkvProjections, apply_rope
+from kernels_pallas.gated_delta_rule import DeltaProjections, DeltaState, DeltaWeights
+from kernels_pallas.norm import rms_norm
+from kernels_pallas.norm.reference import gated_rms_norm
+from kernels_pallas.top_k_top_p import top_k_top_p_threshold
 from kernels_pallas.weights.quantized import QuantizedTensor
-from mtpjax.model.norm import gated_rms_norm, rms_norm
-from mtpjax.model.rope import Rotary, rotate
 from scripts.gpu.cuda_cases import KernelSizes
 
 CHECKED = 4  # rows compared with the reference: the last ones
@@ -86,11 +86,11 @@ def data_of(name: str, args: tuple[Any, ...], size: KernelSizes, seed: int = 0) 
 
 def delta_data(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """A window whose rows are all live; gates of moderate size."""
-    leaves, tree = jax.tree.flatten(args[:4])
+    leaves, tree = jax.tree.flatten(args[:3])
     keys = jax.random.split(jax.random.key(0), len(leaves))
     made = [jax.random.normal(key, x.shape, x.dtype) / 2 for key, x in zip(keys, leaves, strict=True)]
-    rows = jnp.full(1, args[0].qkv.shape[1], jnp.int32)
-    return *jax.tree.unflatten(tree, made), jnp.int32(args[3].shape[0] - 1), 0 * rows, rows
+    rows = jnp.full(1, args[0].qkv.parts.shape[1], jnp.int32)
+    return *jax.tree.unflatten(tree, made), jnp.int32(args[2].recurrent.shape[0] - 1), 0 * rows, rows
 
 
 def chunk_data(args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -124,32 +124,30 @@ def reference(name: str, args: tuple[Any, ...], chosen: int) -> jax.Array:
         )
         scores = dot("tqh,qsh->tqs", rows, keys)
         seen = jnp.arange(k.shape[3]) <= positions[0, -CHECKED:, None, None]
-        gates = gates[0, -CHECKED:].astype(jnp.float32).reshape(*rows.shape[:2], 2, -1)[:, :, 1]
+        gates = gates.parts[0, -CHECKED:].astype(jnp.float32).reshape(*rows.shape[:2], 2, -1)[:, :, 1]
         return jax.nn.sigmoid(gates) * dot(
             "tqs,qsh->tqh", jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1), values
         )
     if op == "entering":
-        return entered(*args[:5], args[5][0].shape[-1])
+        return entered(*args[:4], args[4][0].shape[-1])
     if op == "routing":
         p = jax.nn.softmax(jnp.sum(args[0], axis=0)[-CHECKED:])
         weights, _ = jax.lax.top_k(p, chosen)
         return weights / jnp.sum(weights, axis=-1, keepdims=True)
     if op == "norm":
         x, mixture, w = args
-        h = x.astype(jnp.float32) + mixture.whole(jnp.float32)
+        h = x.astype(jnp.float32) + mixture.sum(jnp.float32)
         return rms_norm(h, w, 1e-6)[-CHECKED:]
     if op == "gating":
         x, z, w = args
         wide = x.astype(jnp.float32)
-        return gated_rms_norm(wide, jnp.sum(z, axis=0).reshape(wide.shape), w, 1e-6, "silu").reshape(len(x), -1)[
-            -CHECKED:
-        ]
+        return gated_rms_norm(wide, z, w, 1e-6, "silu")[-CHECKED:]
     if op == "sampling":
         return jax.jit(top_k_top_p_threshold)(*(part[-CHECKED:] for part in args))
     if name.startswith("deltanet prefill"):
         return jnp.array(through_chunks(*args)[-CHECKED:], jnp.float32)
     if op == "deltanet":
-        return jnp.array(recurrence(*args[:5])[-CHECKED:], jnp.float32)
+        return jnp.array(recurrence(*args[:4])[-CHECKED:], jnp.float32)
     x, gate_up, down, layer, numbers, weights, _ = args
     rows, numbers, weights = x[-CHECKED:].astype(jnp.float32), numbers[-CHECKED:], weights[-CHECKED:]
     gates, downs = whole(gate_up, layer), whole(down, layer)
@@ -160,12 +158,12 @@ def reference(name: str, args: tuple[Any, ...], chosen: int) -> jax.Array:
     return total
 
 
-def entered(rows: Entering, k_norm: Any, q_norm: Any, cos: Any, sin: Any, each: int) -> jax.Array:
+def entered(rows: QkvProjections, k_norm: Any, q_norm: Any, rope: CosSin, each: int) -> jax.Array:
     """The last queries, normalised, turned and scaled."""
-    q = rows.q[0, -CHECKED:].astype(jnp.float32)
+    q = rows.q_gate.parts[0, -CHECKED:].astype(jnp.float32)
     q = q.reshape(len(q), -1, 2, each)[:, :, 0]
     q = q * jax.lax.rsqrt(jnp.mean(q * q, axis=-1, keepdims=True) + 1e-6) * (1 + q_norm.astype(jnp.float32))
-    return rotate(q[None], Rotary(cos[:, -CHECKED:], sin[:, -CHECKED:]))[0] * each**-0.5
+    return apply_rope(q[None], CosSin(*(angle[:, -CHECKED:] for angle in rope)))[0] * each**-0.5
 
 
 def through_chunks(q: Any, k: Any, v: Any, beta: Any, decay: Any, states: Any, layer: Any) -> np.ndarray:
@@ -181,11 +179,11 @@ def through_chunks(q: Any, k: Any, v: Any, beta: Any, decay: Any, states: Any, l
     return out
 
 
-def recurrence(projected: DeltaProjections, fixed: Fixed, before: Any, states: Any, layer: Any) -> np.ndarray:
-    """Outputs `[W, M, V]` of a window behind the state of a layer, row by row in float64."""
-    taps, a_log, dt_bias = (np.float64(x) for x in fixed)
-    qkv, b, a = (np.float64(parts).sum(0) for parts in projected)
-    state, inputs = np.float64(states[layer, 0]), np.concatenate([np.float64(before[layer, 0]), qkv])
+def recurrence(projections: DeltaProjections, weights: DeltaWeights, before: DeltaState, layer: Any) -> np.ndarray:
+    """Outputs `[W, M, Dv]` of a window after the state of a layer, row by row in float64."""
+    taps, a_log, dt_bias = (np.float64(x) for x in weights)
+    qkv, b, a = (np.float64(sums.parts).sum(0) for sums in projections)
+    state, inputs = np.float64(before.recurrent[layer, 0]), np.concatenate([np.float64(before.conv[layer, 0]), qkv])
     heads, each, width = state.shape
     keys, out = (qkv.shape[1] - heads * width) // (2 * each), []
     g, beta = -np.exp(a_log) * np.log1p(np.exp(a + dt_bias)), 1 / (1 + np.exp(-b))

@@ -51,7 +51,7 @@ def least(name: str, args: tuple[Any, ...], size: KernelSizes) -> tuple[float, f
         one = state.nbytes / state.shape[0]
         return 2 * one + q.nbytes + k.nbytes + 2 * v.nbytes, 8.0 * v.shape[1] * one / 4
     if op == "deltanet":
-        (qkv, *_), _, _, state, *_ = args
+        qkv, state = args[0].qkv.parts, args[2].recurrent
         one = state.nbytes / state.shape[0]
         return one + 2 * qkv.nbytes, 8.0 * qkv.shape[1] * one / 4
     x, gate_up, down, _, chosen = args[:5]
@@ -78,11 +78,11 @@ def all_layers(name: str, fn: Any, args: tuple[Any, ...], size: KernelSizes) -> 
     def enter_all(cache: Any, *others: Any) -> Any:
         rows = []
         for layer in layers:
-            q, cache = fn(*of_layer((*others[:5], cache, *others[5:]), layer))
+            q, cache = fn(*of_layer((*others[:4], cache, *others[4:]), layer))
             rows.append(q)
         return rows, cache
 
-    held, others, program = args[5], (*args[:5], *args[6:]), jax.jit(enter_all, donate_argnums=0)
+    held, others, program = args[4], (*args[:4], *args[5:]), jax.jit(enter_all, donate_argnums=0)
 
     def run() -> Any:
         nonlocal held

@@ -7,6 +7,8 @@ whatever the text says.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -20,8 +22,8 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from mtpjax.config import ModelConfig
-from mtpjax.loading.weight_map import LoadedModel
-from mtpjax.model import Positions, place
+from mtpjax.loading.loaded_model import LoadedModel
+from mtpjax.model import Positions, decoder, make_positions
 from mtpjax.model.cache import KV_BLOCK, new_cache
 from mtpjax.model.moe import Moe
 
@@ -67,11 +69,11 @@ def balance(p: Float[Array, "N E"], chosen: Int[Array, "N K"]) -> Float[Array, "
     return experts * jnp.sum(share * jnp.mean(p, axis=0))
 
 
-def recording(seen: list[Array]) -> Any:
-    """While this patch is on, `Moe.route` leaves its balance loss in `seen`: the model itself returns none.
+@contextmanager
+def recording(seen: list[Array]) -> Iterator[None]:
+    """While these patches are on, `Moe.route` leaves its balance loss in `seen`: the model itself returns none.
 
-    Unrolled layers with a plain number of blocks are no call of their own, so the values belong to the trace that called
-    the model.
+    The blocks of layers are then no jitted calls of their own, so the values belong to the trace that calls the model.
     """
     route = Moe.route
 
@@ -80,13 +82,16 @@ def recording(seen: list[Array]) -> Any:
         seen.append(balance(p, chosen))
         return weights, chosen, p
 
-    return mock.patch.object(Moe, "route", recorded)
+    with mock.patch.object(Moe, "route", recorded), mock.patch.object(decoder, "_jitted_block", decoder._block):
+        yield
 
 
 def fresh(cfg: ModelConfig, batch: int) -> tuple[Any, Positions]:
     """An empty cache and the placement of `ROWS` rows in it; the static block count makes attention differentiable."""
     zeros = jnp.zeros(batch, jnp.int32)
-    return new_cache(cfg, batch, ROWS), place(cfg, zeros, ROWS, zeros, slots=ROWS, blocks=1)
+    return new_cache(cfg, batch, ROWS), make_positions(
+        cfg, zeros, ROWS, zeros, kv_len=ROWS, static_kv_blocks=1, implementation="xla"
+    )
 
 
 def losses(
@@ -119,7 +124,7 @@ def window_loss(graph: Any, params: Any, tokens: Int[Array, "B T"]) -> Float[Arr
     model = nnx.merge(graph, params)
     batch, rows = tokens.shape[0], tokens.shape[1] - 1
     zeros = jnp.zeros(batch, jnp.int32)
-    where = place(model.cfg, zeros, rows, zeros, slots=KV_BLOCK, blocks=1)
+    where = make_positions(model.cfg, zeros, rows, zeros, kv_len=KV_BLOCK, static_kv_blocks=1, implementation="xla")
     y, _ = model.trunk(tokens[:, :rows], new_cache(model.cfg, batch, KV_BLOCK), where)
     logits = model.head(model.final_norm(y))
     return jnp.sum(optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]))

@@ -8,7 +8,7 @@ import pytest
 
 from mtpjax import LLM, SamplingParams, SimulatedAcceptance
 from mtpjax.decoding.acceptance import exact_match, simulated_acceptance
-from mtpjax.loading.weight_map import LoadedModel
+from mtpjax.loading.loaded_model import LoadedModel
 from tests.helpers.distributions import batch_sampling_params
 from tests.helpers.models import numpy_model, tiny_config
 

@@ -19,7 +19,7 @@ from mtpjax.decoding.penalties import Penalties, TokenCounts, apply_penalties, r
 from mtpjax.engine.decode_batch import stack_requests
 from mtpjax.engine.engine import Engine
 from mtpjax.engine.request import Request, RequestState
-from mtpjax.loading.weight_map import LoadedModel
+from mtpjax.loading.loaded_model import LoadedModel
 from mtpjax.sampling_params import PENALTIES
 from tests.helpers.models import make_engine, numpy_model, tiny_config
 

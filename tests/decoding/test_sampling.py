@@ -13,7 +13,7 @@ from mtpjax.decoding import acceptance, sampling
 from mtpjax.decoding.output_rows import OutputRows
 from mtpjax.decoding.sampling import MAX_STOP_TOKENS, gumbel_noise, sample, truncate_at_stop
 from mtpjax.engine.request import Request
-from mtpjax.loading.weight_map import LoadedModel
+from mtpjax.loading.loaded_model import LoadedModel
 from tests.helpers.distributions import (
     LOGITS,
     PLAUSIBLE,

@@ -15,7 +15,7 @@ from mtpjax import LLM, SamplingParams
 from mtpjax.decoding.output_rows import OutputRows
 from mtpjax.decoding.sampling import apply_top_k_top_p_min_p, sample
 from mtpjax.engine.request import Request
-from mtpjax.loading.weight_map import LoadedModel
+from mtpjax.loading.loaded_model import LoadedModel
 from tests.helpers.distributions import (
     LOGITS,
     PLAUSIBLE,
@@ -173,4 +173,4 @@ def test_a_generation_config_gives_sampling_params() -> None:
     assert recommended(qwen, top_k=5).top_k == 5
     assert recommended({**qwen, "do_sample": False}) == recommended({}) == SamplingParams()
     with pytest.raises(ValueError, match="top_p is 7"):
-        recommended({"top_p": 7})
+        SamplingParams.from_generation_config({"top_p": 7})

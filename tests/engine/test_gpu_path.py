@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from kernels_pallas import attention, grouped_matmul, matmul, norm
+from kernels_pallas import grouped_matmul, matmul, top_k_top_p, topk_softmax
 from kernels_pallas.platform import override_platform
 from mtpjax.config import FULL, LINEAR
 from mtpjax.decoding import steps
 from mtpjax.engine.request import Request
-from mtpjax.loading.load import load_options
-from mtpjax.loading.weight_map import LoadedModel, random_model
+from mtpjax.loading.loaded_model import LoadedModel
+from mtpjax.loading.random_init import random_model
 from mtpjax.model.cache import new_cache
 from tests.helpers.models import make_engine, tiny_config
 
@@ -30,13 +30,6 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
         (grouped_matmul.EACH_KERNELS, inter(grouped_matmul.triton.each_expert)),
         (topk_softmax.KERNELS, inter(topk_softmax.triton.choose_experts)),
         (top_k_top_p.KERNELS, inter(top_k_top_p.triton.top_k_top_p_threshold)),
-        (gated_delta_rule.api.KERNELS, inter(gated_delta_rule.triton.delta_window)),
-        (gated_delta_rule.api.CHUNK_KERNELS, inter(gated_delta_rule.triton_chunks.delta_chunks)),
-        (norm.api.KERNELS, norm.NormKernels(inter(norm.triton.add_norm), inter(norm.triton.gated_norm))),
-        (
-            attention.api.KERNELS,
-            attention.AttentionKernels(inter(attention.triton_qkv.enter_cache), inter(attention.triton.attend_cache)),
-        ),
     ]
     for table, kernel in tables:
         monkeypatch.setitem(table, "cuda", kernel)
@@ -61,7 +54,7 @@ def packed_model(mtp: bool) -> LoadedModel:
     }
     cfg = tiny_config(moe=True, **sizes)
     return random_model(
-        cfg if mtp else cfg.without_mtp(), weights="int8", scale=0.3, **load_options(jnp.dtype("bfloat16"))
+        cfg if mtp else cfg.without_mtp(), quantization="int8", scale=0.3, dtype=jnp.dtype("bfloat16")
     )
 
 
@@ -69,7 +62,7 @@ def test_rows_do_not_depend_on_the_window_bit_for_bit(interpreted: None) -> None
     """Through every kernel: logits of the first rows of a window of five, of two and of four."""
     model = packed_model(mtp=False)
     merged, rng = nnx.merge(model.graph, model.params), np.random.default_rng(2)
-    with override_platform("cuda"):
+    with override_platform("cuda", interpret=True):
         tokens, none = jnp.asarray(rng.integers(0, 96, (2, 16)), jnp.int32), jnp.zeros(2, jnp.int32)
         cache = new_cache(model.cfg, 2, 256, dtype=jnp.bfloat16)
         _, _, cache = jax.jit(lambda t, c: steps.prefill_chunk(merged, t, t, none, c, steps.NO_ROWS))(tokens, cache)
@@ -95,7 +88,7 @@ def test_the_text_is_the_same_with_drafts_in_bfloat16(interpreted: None) -> None
         Request(i, tuple(rng.integers(0, 96, 5 + 9 * i).tolist()), 24, way.pop("temperature"), 50 + i, (), **way)
         for i, way in enumerate(ways)
     ]
-    with override_platform("cuda"):
+    with override_platform("cuda", interpret=True):
         model = packed_model(mtp=True)
         runs = [make_engine(model, num_speculative_tokens=draft, max_model_len=100).run(asked, 3) for draft in (1, 4)]
     texts = [[result.tokens for result in run] for run in runs]

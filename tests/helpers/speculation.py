@@ -10,7 +10,7 @@ import numpy as np
 
 from mtpjax.engine.engine import Engine
 from mtpjax.engine.request import Request, RequestState
-from mtpjax.loading.weight_map import LoadedModel
+from mtpjax.loading.loaded_model import LoadedModel
 from tests.helpers.models import make_engine, numpy_model, tiny_config
 
 NUM_TOKENS = 200  # new tokens of a request

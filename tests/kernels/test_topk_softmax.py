@@ -102,7 +102,7 @@ def test_a_packed_model_sends_its_rows_through_the_kernel(monkeypatch: pytest.Mo
     monkeypatch.setitem(matmul_api.KERNELS, platform(), partial(matmul_parts, interpret=True))
     monkeypatch.setitem(KERNELS, platform(), chosen)
     monkeypatch.setitem(EACH_KERNELS, platform(), partial(each_expert, interpret=True))
-    np.testing.assert_allclose(layer(x, 0, live).whole(x.dtype), plain, atol=1e-5)
+    np.testing.assert_allclose(layer(x, 0, live).sum(x.dtype), plain, atol=1e-5)
     hidden = [(1, 10, cfg.shared_expert_size)] * 2
     assert asked == [[(1, 10, cfg.num_experts), *hidden, (10,), ()]]
     assert KERNELS["cuda"] is choose_experts

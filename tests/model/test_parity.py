@@ -14,7 +14,7 @@ from mtpjax import LLM
 from mtpjax.decoding.output_rows import OutputRows
 from mtpjax.decoding.sampling import MAX_STOP_TOKENS, BatchSamplingParams
 from mtpjax.decoding.steps import draft, verify
-from mtpjax.model import commit, place
+from mtpjax.model import commit, make_positions
 from mtpjax.model.cache import KV_BLOCK, new_cache
 from tests.golden.weights import CASES, VOCAB, golden_checksum
 
@@ -51,9 +51,9 @@ def whole(params, tokens, *, graph):
     model = nnx.merge(graph, params)
     zero, none = jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.int32)
     cache = new_cache(model.cfg, 1, KV_BLOCK)
-    rows, cache = model.trunk(tokens[None], cache, place(model.cfg, zero, len(tokens), none, slots=KV_BLOCK))
+    rows, cache = model.trunk(tokens[None], cache, make_positions(model.cfg, zero, len(tokens), none, kv_len=KV_BLOCK))
     hidden = model.final_norm(rows)
-    pairs = place(model.cfg, zero, len(tokens) - 1, none, slots=KV_BLOCK)
+    pairs = make_positions(model.cfg, zero, len(tokens) - 1, none, kv_len=KV_BLOCK)
     mtp, cache = model.mtp_step(hidden[:, :-1], tokens[None, 1:], cache, pairs)
     return model.head(hidden)[0], hidden[0], model.mtp_head(mtp)[0]
 
@@ -81,7 +81,7 @@ def drafts(params, hidden, token, cache, *, graph, length):
     told, after = draft(model, hidden, token, idle, cache, greedy, length, VOCAB)
     logits = []
     for j in range(length):
-        where = place(model.cfg, cache.length - 1 + j, 1, jnp.zeros(1, jnp.int32), slots=cache.kv_len)
+        where = make_positions(model.cfg, cache.length - 1 + j, 1, jnp.zeros(1, jnp.int32), kv_len=cache.kv_len)
         rows, cache = model.mtp_step(hidden[:, None], token[:, None], cache, where)
         hidden = rows[:, 0]
         logits.append(model.mtp_head(rows)[0, 0])
@@ -118,7 +118,7 @@ def test_hidden_states_of_chunks(name, golden):
 def test_as_shipped(golden, shipped_code):
     """From the folder, with the storage and the compiler settings of this device."""
     gold = golden("moe_r3")
-    agree(LLM(gold.path, prefill_buckets=(64,)).logits(gold["tokens"].tolist()), gold["logits"])
+    agree(LLM(gold.path, dtype="float32", prefill_buckets=(64,)).logits(gold["tokens"].tolist()), gold["logits"])
 
 
 def test_decoding_from_the_cache(case):
