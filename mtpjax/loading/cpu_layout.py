@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from kernels_pallas.platform import platform
-from kernels_pallas.weights.transposed import FusedExperts, FusedPlaceholder, TransposedWeight
+from kernels_pallas.weights import BitcastBfloat16, FusedExperts, FusedPlaceholder, TransposedWeight
 from mtpjax.loading.loaded_model import LoadedModel, ParamPath, flatten_params, map_params
 from mtpjax.model.params import Dense, Expert
 
@@ -32,7 +32,7 @@ def optimize_for_cpu(model: LoadedModel) -> LoadedModel:
 
     * Small matrices are transposed, those that read the same rows fused, the experts of a layer fused, and a small tied
       embedding is held a second time, as an LM head. See `kernels_pallas.weights.transposed`.
-    * Other bfloat16 experts become uint16 bit patterns, without a copy. XLA's CPU backend slices bfloat16 by converting
+    * Other bfloat16 experts become `BitcastBfloat16`, without a copy. XLA's CPU backend slices bfloat16 by converting
       the whole operand to float32 first: all experts of a layer for one. It does not convert integers.
     """
     if platform() != "cpu":
@@ -55,7 +55,7 @@ def _cpu_weight(path: ParamPath, variable: Any) -> Any:
             return FusedExperts(_transpose(weight, 0, 3, 1, 2))
         return TransposedWeight(_transpose(weight, 0, 1, 3, 2))
     if isinstance(variable, Expert) and getattr(weight, "dtype", None) == jnp.bfloat16:
-        return jax.device_put(np.asarray(weight).view(np.uint16))
+        return BitcastBfloat16(jax.device_put(np.asarray(weight).view(np.uint16)))
     limit = MAX_HEAD_ELEMENTS if path == ("lm_head",) else MAX_WEIGHT_ELEMENTS
     if isinstance(variable, Dense) and path != ("embedding",) and _is_small(weight, 2, limit):
         return TransposedWeight(_transpose(weight, *range(weight.ndim - 2), -1, -2))
@@ -66,7 +66,7 @@ def _fuse_weights_that_share_input(weights: dict[ParamPath, Any]) -> None:
     """Replace transposed weights that read the same rows by one weight and placeholders."""
     for path in list(weights):
         members = [path, *((*path[:-1], *other) for other in SHARE_INPUT.get(str(path[-1]), ()))]
-        transposed = [w for p in members if isinstance(w := weights.get(p), TransposedWeight) and not w.parts]
+        transposed = [w for p in members if isinstance(w := weights.get(p), TransposedWeight) and not w.output_sizes]
         if len(transposed) == len(members) > 1:
             arrays = [np.asarray(w.array) for w in transposed]
             fused = jax.device_put(np.concatenate(arrays, axis=-1))  # jnp.concatenate would be a program to compile

@@ -41,7 +41,7 @@ class Layer(nnx.Module):
             return x, x
         eps, implementation = self.cfg.norm_eps, positions.implementation
         h, normed = add_rms_norm(x, parts, self.post_norm[...], eps, implementation=implementation)
-        delta = self.mlp(normed, ONLY_LAYER, positions.valid)
+        delta = self.mlp(normed, ONLY_LAYER, positions.valid, implementation)
         return add_rms_norm(h, delta, next_norm, eps, implementation=implementation)
 
     def attention(  # type: ignore[no-untyped-def]

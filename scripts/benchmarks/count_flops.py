@@ -51,10 +51,10 @@ def whole_layer(
         the logits and the draft logits of the output rows, the head's hidden states of all rows, the cache.
     """
     model = nnx.merge(graph, params)
-    where = make_positions(model.cfg, cache.length, tokens.shape[1], pad, kv_len=cache.kv_len)
-    out, cache = model.trunk(tokens, cache, where)
+    positions = make_positions(model.cfg, cache.length, tokens.shape[1], pad, kv_len=cache.kv_len)
+    out, cache = model.trunk(tokens, cache, positions)
     hidden = model.final_norm(out)
-    drafted, cache = model.mtp_step(hidden, following, cache, where)
+    drafted, cache = model.mtp_step(hidden, following, cache, positions)
     cache = cache.replace(length=cache.length + tokens.shape[1] - pad)
     return model.head(rows.take(hidden)), model.mtp_head(rows.take(drafted)), drafted, cache
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import JaxprEqn
 
-from kernels_pallas.grouped_matmul.plan import choose_windows, window_places
+from kernels_pallas.grouped_matmul.plan import choose_window_sizes, num_places
 from mtpjax.config import ModelConfig
 from mtpjax.model.cache import KV_BLOCK
 from scripts.benchmarks.dataflow import open_jaxpr
@@ -38,9 +38,9 @@ def while_trip_counts(cfg: ModelConfig, *, rows: int, context: int, num_output_r
             return -(-context // KV_BLOCK)
         if cfg.num_experts and [s[1:] for s in carried] == [(cfg.hidden_size,)]:
             for valid_rows in filter(None, (rows, num_output_rows)):
-                sizes = choose_windows(valid_rows, cfg.experts_per_token, cfg.num_experts)
+                sizes = choose_window_sizes(valid_rows, cfg.experts_per_token, cfg.num_experts)
                 size = _rows_written(eqn)
-                places = window_places(valid_rows * cfg.experts_per_token, cfg.num_experts, sizes)
+                places = num_places(valid_rows * cfg.experts_per_token, cfg.num_experts, sizes)
                 if size in sizes and carried[0][0] == places:
                     chance = cfg.experts_per_token / cfg.num_experts
                     return cfg.num_experts * _expected_windows(valid_rows, chance, sizes, size)
@@ -61,8 +61,8 @@ def _rows_written(loop: JaxprEqn) -> int | None:
 def _expected_windows(rows: int, chance: float, sizes: Sequence[int], size: int) -> float:
     """Return the expected windows of one size for an expert with X ~ Binomial(rows, chance) rows.
 
-    `kernels_pallas.grouped_matmul.plan` cuts the rows of an expert into windows of the largest size, and one more for
-    the rest.
+    `kernels_pallas.grouped_matmul.plan.align_windows` cuts the rows of an expert into windows of the largest size, and
+    one more for the rest.
     """
     step, largest = sizes[0], sizes[-1]
     n = np.arange(rows + 1)

@@ -17,13 +17,13 @@ from kernels_pallas.attention.triton_qkv import norm_rope_update_cache
 from kernels_pallas.gated_delta_rule import DeltaProjections, DeltaState, DeltaWeights
 from kernels_pallas.gated_delta_rule.triton import recurrent_gated_delta_rule
 from kernels_pallas.gated_delta_rule.triton_chunks import chunk_gated_delta_rule
-from kernels_pallas.grouped_matmul.triton import grouped_mlp
+from kernels_pallas.grouped_matmul.triton import fused_moe
 from kernels_pallas.matmul.triton import matmul
 from kernels_pallas.norm import MoeOutput
 from kernels_pallas.norm.triton import add_rms_norm, gated_rms_norm
 from kernels_pallas.partial_sums import PartialSums
 from kernels_pallas.top_k_top_p.triton import top_k_top_p_threshold
-from kernels_pallas.topk_softmax.triton import choose_experts
+from kernels_pallas.topk_softmax.triton import topk_softmax
 from kernels_pallas.weights.quantized import QuantizedTensor
 from mtpjax.decoding.output_rows import NO_ROWS
 from mtpjax.decoding.penalties import Penalties, TokenCounts
@@ -134,7 +134,7 @@ def kernel_cases(
             spec((rows, size.chosen), jnp.float32),
             spec((rows,), jnp.bool_),
         )
-        return jax.jit(call(grouped_mlp)), (spec((rows, d), dtype), *stacks, spec((), jnp.int32), *routing)
+        return jax.jit(call(fused_moe)), (spec((rows, d), dtype), *stacks, spec((), jnp.int32), *routing)
 
     def attention_case(rows: int) -> tuple[Any, tuple[Any, ...]]:
         q, kv, each = size.heads
@@ -184,8 +184,11 @@ def kernel_cases(
         parts = (
             spec((splits, rows, out), jnp.float32) for splits, out in ((16, size.experts), (8, hidden), (8, hidden))
         )
-        kernel = partial(call(choose_experts), k=size.chosen, dtype=dtype)
-        return jax.jit(kernel), (*parts, spec((rows,), jnp.bool_))
+        kernel = partial(call(topk_softmax), k=size.chosen, dtype=dtype)
+        return jax.jit(lambda *args: kernel(*map(PartialSums, args[:3]), args[3])[:3]), (
+            *parts,
+            spec((rows,), jnp.bool_),
+        )
 
     def norm_case() -> tuple[Any, tuple[Any, ...]]:
         rows, f32 = dict(size.rows)["decode"], jnp.float32

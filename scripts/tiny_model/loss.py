@@ -21,6 +21,7 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float, Int
 
+from kernels_pallas.topk_softmax import ExpertChoice
 from mtpjax.config import ModelConfig
 from mtpjax.loading.loaded_model import LoadedModel
 from mtpjax.model import Positions, decoder, make_positions
@@ -77,10 +78,11 @@ def recording(seen: list[Array]) -> Iterator[None]:
     """
     route = Moe.route
 
-    def recorded(self: Moe, x: Array) -> tuple[Array, Array, Array]:
-        weights, chosen, p = route(self, x)
-        seen.append(balance(p, chosen))
-        return weights, chosen, p
+    def recorded(self: Moe, *args: Any) -> ExpertChoice:
+        choice = route(self, *args)
+        assert choice.probs is not None  # training asks for implementation "xla", which returns them
+        seen.append(balance(choice.probs, choice.topk_ids))
+        return choice
 
     with mock.patch.object(Moe, "route", recorded), mock.patch.object(decoder, "_jitted_block", decoder._block):
         yield

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from kernels_pallas.grouped_matmul import expert_mlp
+from kernels_pallas.grouped_matmul import fused_moe
+from kernels_pallas.weights import BitcastBfloat16
 from mtpjax import LLM, SamplingParams
 from mtpjax.loading.cpu_layout import optimize_for_cpu
 from mtpjax.loading.load import cache_dtype
@@ -33,7 +34,7 @@ def arguments(rows: int = ROWS) -> tuple[jax.Array, ...]:
 
 @jax.jit
 def run(x: Any, gate_up: Any, down: Any, chosen: Any, weights: Any) -> jax.Array:
-    return expert_mlp(x, gate_up, down, jnp.int32(0), chosen, weights, jnp.ones(len(x), bool))
+    return fused_moe(x, gate_up, down, jnp.int32(0), chosen, weights, jnp.ones(len(x), bool))
 
 
 def bfloat16(model: LoadedModel) -> LoadedModel:
@@ -42,8 +43,8 @@ def bfloat16(model: LoadedModel) -> LoadedModel:
     return LoadedModel(model.cfg, graph, jax.tree.map(lambda leaf, new: leaf.astype(new.dtype), model.params, like))
 
 
-def bits(stack: jax.Array) -> jax.Array:
-    return jnp.asarray(np.asarray(stack).view(np.uint16))
+def bits(stack: jax.Array) -> BitcastBfloat16:
+    return BitcastBfloat16(jnp.asarray(np.asarray(stack).view(np.uint16)))
 
 
 @pytest.mark.parametrize("rows", [1, 3, ROWS])

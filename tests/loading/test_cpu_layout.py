@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.weights.transposed import FusedExperts, FusedPlaceholder, TransposedWeight
+from kernels_pallas.weights import FusedExperts, FusedPlaceholder, TransposedWeight
 from mtpjax.decoding.output_rows import OutputRows
 from mtpjax.engine.request import Request
 from mtpjax.loading.cpu_layout import MAX_WEIGHT_ELEMENTS, SHARE_INPUT, optimize_for_cpu
@@ -42,7 +42,7 @@ def test_small_matrices_are_transposed_and_fused(moe: bool) -> None:
         else:
             assert isinstance(leaf, Vector) or path == ("embedding",)
             assert after[path][...] is leaf[...]
-        if kinds[path] in (FusedExperts, TransposedWeight) and not getattr(after[path][...], "parts", ()):
+        if kinds[path] in (FusedExperts, TransposedWeight) and not getattr(after[path][...], "output_sizes", ()):
             assert after[path][...].shape == leaf[...].shape
     attention_layers = model.cfg.full_layers + model.cfg.mtp_layers
     layers = model.cfg.num_layers + model.cfg.mtp_layers
@@ -52,7 +52,7 @@ def test_small_matrices_are_transposed_and_fused(moe: bool) -> None:
     copied = before["embedding",][...].size  # as the LM head
     assert num_elements == sum(leaf.size for leaf in jax.tree.leaves(model.params)) + copied
     fused = next(leaf[...] for path, leaf in after.items() if path[-1] == "in_qkv")
-    assert len(fused.parts) == 1 + len(SHARE_INPUT["in_qkv"])
+    assert len(fused.output_sizes) == 1 + len(SHARE_INPUT["in_qkv"])
 
 
 def test_larger_weights_stay_as_they_are(nothing_is_small: None) -> None:

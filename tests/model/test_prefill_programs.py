@@ -12,7 +12,7 @@ from flax import nnx
 from jax import Array
 from jax.extend.core import Literal
 
-from kernels_pallas.grouped_matmul.plan import choose_windows, window_places
+from kernels_pallas.grouped_matmul.plan import choose_window_sizes, num_places
 from mtpjax.config import FULL, ModelConfig
 from mtpjax.decoding.output_rows import OutputRows
 from mtpjax.engine.prompt_chunks import PREFILL_BUCKETS
@@ -183,8 +183,8 @@ def test_a_committed_row_is_not_computed_anew_for_every_element_of_the_state(row
     graph, params = nnx.split(abstract_model(cfg))
 
     def step(params: Any, tokens: Array, cache: Cache) -> Cache:
-        where = make_positions(cfg, cache.length, rows, jnp.zeros(1, jnp.int32), kv_len=cache.kv_len)
-        _, cache, pending = nnx.merge(graph, params).trunk_pending(tokens, cache, where)
+        positions = make_positions(cfg, cache.length, rows, jnp.zeros(1, jnp.int32), kv_len=cache.kv_len)
+        _, cache, pending = nnx.merge(graph, params).trunk_pending(tokens, cache, positions)
         return commit(cache, pending, jnp.ones(1, jnp.int32))
 
     cache = jax.eval_shape(lambda: new_cache(cfg, 1, KV_BLOCK))
@@ -213,8 +213,8 @@ def test_temporary_memory_of_35b_does_not_grow_with_the_context() -> None:
     assert small == large  # the same program but for the cache that it is given
     attention = [a for a in others if "while" in a.scope and "custom_vjp_call" not in a.scope]
     assert max(a.size for a in attention) == BIG.q_heads * BIG_CHUNK * KV_BLOCK  # scores of one block
-    sizes = choose_windows(BIG_CHUNK, BIG.experts_per_token, BIG.num_experts)
-    places = window_places(BIG.experts_per_token * BIG_CHUNK, BIG.num_experts, sizes)
+    sizes = choose_window_sizes(BIG_CHUNK, BIG.experts_per_token, BIG.num_experts)
+    places = num_places(BIG.experts_per_token * BIG_CHUNK, BIG.num_experts, sizes)
     stored = [a for a in others if a.made_by != "bitcast_convert_type"]  # which only names the same bits anew
     assert max(a.nbytes for a in stored) == places * BIG.hidden_size * 2  # 79 MiB: the rows of all windows
 

@@ -12,7 +12,7 @@ from flax import nnx
 from jax import lax
 
 from checkpoints import TINY
-from kernels_pallas.grouped_matmul.plan import choose_windows, plan_windows
+from kernels_pallas.grouped_matmul.plan import align_windows, choose_window_sizes
 from mtpjax.config import ModelConfig
 from mtpjax.decoding.output_rows import OutputRows
 from mtpjax.model import abstract_model, make_positions
@@ -146,9 +146,9 @@ def test_operations_of_loops_branches_and_calls() -> None:
 @pytest.mark.parametrize("rows", [1, 20, 40, 300])
 def test_expected_expert_windows_are_the_mean_of_random_routing(rows: int) -> None:
     experts, k, draws = 6, 2, 400
-    sizes = choose_windows(rows, k, experts)
+    sizes = choose_window_sizes(rows, k, experts)
     chosen = np.argsort(np.random.default_rng(0).random((draws, rows, experts)), axis=-1)[..., :k]
-    first = jax.jit(jax.vmap(lambda c: plan_windows(c, jnp.ones(rows, bool), experts, sizes).first))(chosen)
+    first = jax.jit(jax.vmap(lambda c: align_windows(c, experts, sizes).first))(chosen)
     cfg = replace(MOE, num_experts=experts, experts_per_token=k)
     loops = [e for e in while_loops(cfg, rows) if len(e.outvars[-1].aval.shape) == 2]
     assert len(loops) > len(sizes)  # those of the first layer, whose rows are all read, and of the second
@@ -158,7 +158,8 @@ def test_expected_expert_windows_are_the_mean_of_random_routing(rows: int) -> No
 
 
 def test_attention_iterates_over_the_blocks_that_positions_ask_for() -> None:
-    num_blocks = jax.jit(lambda start: make_positions(DENSE, start[None], 100, jnp.zeros(1, jnp.int32), kv_len=2048).num_kv_blocks)
+    no_padding = jnp.zeros(1, jnp.int32)
+    num_blocks = jax.jit(lambda start: make_positions(DENSE, start[None], 100, no_padding, kv_len=2048).num_kv_blocks)
     loop = next(e for e in while_loops(DENSE, 100) if len(e.outvars[-1].aval.shape) == 5)
     for start in (0, 155, 156, 157, 900):
         assert while_trip_counts(DENSE, rows=100, context=start + 100)(loop) == num_blocks(start)
