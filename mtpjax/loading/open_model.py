@@ -82,7 +82,7 @@ def compute_dtype_of(model: LoadedModel) -> jnp.dtype:
 
 
 def eos_token_ids(cfg: ModelConfig, generation_config: Mapping[str, Any], vocab_size: int) -> tuple[int, ...]:
-    """Return the end-of-text tokens that config.json and generation_config.json name, and the usual ones if they exist."""
+    """Return the end-of-text tokens of config.json and generation_config.json, and the usual ones if they exist."""
     eos = generation_config.get("eos_token_id")
     ids = set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
     ids |= set(cfg.stop_token_ids) | {t for t in DEFAULT_STOP_TOKEN_IDS if t < vocab_size}
