@@ -19,8 +19,8 @@ from mtpjax.engine.model_runner import CompileFn, ModelRunner, compile_ahead
 from mtpjax.engine.prompt_chunks import PREFILL_BUCKETS
 from mtpjax.engine.request import Request, RequestState
 from mtpjax.loading.load import cache_dtype
+from mtpjax.loading.loaded_model import LoadedModel
 from mtpjax.loading.open_model import eos_token_ids, open_model
-from mtpjax.loading.weight_map import LoadedModel
 from mtpjax.outputs import RequestOutput, make_output
 from mtpjax.sampling_params import PENALTIES, SamplingParams, check_int
 from mtpjax.text.chat_template import Message

@@ -8,7 +8,7 @@ from __future__ import annotations
 from flax import nnx
 from jax import Array
 
-from mtpjax.loading.weight_map import LoadedModel
+from mtpjax.loading.loaded_model import LoadedModel
 from mtpjax.model import Model
 from mtpjax.model.cache import new_pending
 from mtpjax.model.mtp import Mtp

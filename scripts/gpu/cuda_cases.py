@@ -28,8 +28,7 @@ from mtpjax.decoding.penalties import Penalties, TokenCounts
 from mtpjax.decoding.sampling import MAX_STOP_TOKENS, BatchSamplingParams, TruncationParams
 from mtpjax.decoding.speculative import DecodeState, decode, insert, mtp_drafter
 from mtpjax.decoding.steps import prefill
-from mtpjax.loading.load import load_options
-from mtpjax.loading.weight_map import fill
+from mtpjax.loading.loaded_model import map_params
 from mtpjax.model import abstract_model
 from mtpjax.model.cache import new_cache, padded_kv_length
 from mtpjax.presets import preset
@@ -260,8 +259,8 @@ def program_case(
         plain = leaf.dtype != jnp.bfloat16 or path[-1] in UNPACKED
         return spec(leaf.shape, leaf.dtype) if plain else packed(leaf.shape, type_of(path, cfg.num_layers, mixed))
 
-    graph, params = nnx.split(abstract_model(cfg, **load_options(jnp.bfloat16)))
-    graph, params = nnx.split(nnx.merge(graph, fill(params, store)))
+    graph, params = nnx.split(abstract_model(cfg, dtype=jnp.bfloat16))
+    graph, params = nnx.split(nnx.merge(graph, map_params(params, store)))
 
     def ints(*shape: int) -> Any:
         return spec(shape, jnp.int32)

@@ -23,7 +23,7 @@ from mtpjax import LLM, SamplingParams
 from mtpjax.cli import convert
 from mtpjax.config import FULL, LINEAR, ModelConfig
 from mtpjax.hf_config import config_to_hf
-from mtpjax.loading.weight_map import export_tensors
+from mtpjax.loading.export import export_tensors
 from mtpjax.text.tokenizer import load_tokenizer
 from tests.helpers.models import numpy_model, tiny_config
 

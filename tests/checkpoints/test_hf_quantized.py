@@ -53,7 +53,7 @@ def test_a_quantised_folder_is_the_model_of_its_values(name: str, tmp_path: Path
     for weights in (None, "packed"):
         llm = LLM(tmp_path / "packed", dtype="float32", num_speculative_tokens=2, max_model_len=64, quantization=weights)
         assert np.abs(llm.logits(ids) - expected).max() <= 1e-4 * np.abs(expected).max()
-    model = load_checkpoint(source, dtype=np.dtype("float32"), weights="packed")
+    model = load_checkpoint(source, dtype=np.dtype("float32"), quantization="packed")
     leaves = jax.tree.leaves(model.params, is_leaf=lambda x: isinstance(x, QuantizedTensor))
     layouts = [leaf.layout for leaf in leaves if isinstance(leaf, QuantizedTensor)]
     assert len(layouts) >= 10 * bool(FORMATS[name].layouts) and set(layouts) == set(FORMATS[name].layouts)

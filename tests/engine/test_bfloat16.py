@@ -13,7 +13,7 @@ from kernels_pallas.grouped_matmul import expert_mlp
 from mtpjax import LLM, SamplingParams
 from mtpjax.loading.cpu_layout import optimize_for_cpu
 from mtpjax.loading.load import cache_dtype
-from mtpjax.loading.weight_map import LoadedModel
+from mtpjax.loading.loaded_model import LoadedModel
 from mtpjax.model import abstract_model
 from tests.helpers.models import cpu_only, numpy_model, tiny_config
 
@@ -69,7 +69,7 @@ def test_experts_as_bits_are_never_converted_whole() -> None:
 
 @cpu_only
 def test_the_engine_holds_experts_as_bits_without_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mtpjax.loading.cpu_layout.SMALL_WEIGHT", 0)
+    monkeypatch.setattr("mtpjax.loading.cpu_layout.MAX_WEIGHT_ELEMENTS", 0)
     model = bfloat16(numpy_model(tiny_config(moe=True, num_superblocks=1)))
     held = optimize_for_cpu(model)
     stacks = [leaf for leaf in jax.tree.leaves(held.params) if leaf.dtype == jnp.uint16]

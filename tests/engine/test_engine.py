@@ -12,7 +12,7 @@ from mtpjax.engine.decode_batch import DecodeBatch, stack_requests
 from mtpjax.engine.model_runner import compile_ahead
 from mtpjax.engine.request import Request, RequestState
 from mtpjax.engine.scheduler import PrefillGroup, Scheduler
-from mtpjax.loading.weight_map import LoadedModel
+from mtpjax.loading.loaded_model import LoadedModel
 from tests.helpers.models import make_engine, numpy_model, tiny_config
 
 VOCAB, MAX_MODEL_LEN, NUM_SLOTS = 96, 160, 4

@@ -17,8 +17,8 @@ from mtpjax.cli.convert import main as convert
 from mtpjax.config import ConfigError
 from mtpjax.hf_config import config_to_hf
 from mtpjax.loading.load import load_checkpoint
+from mtpjax.loading.loaded_model import flatten_params
 from mtpjax.loading.open_model import open_model
-from mtpjax.loading.weight_map import flat
 from tests.helpers.word_checkpoint import CFG, MODEL, SMALL, TENSORS, write_checkpoint
 
 
@@ -50,7 +50,7 @@ def test_every_prefix_is_the_same_model(prefix: str, mtp: str, tmp_path: Path) -
     }
     loaded = load_checkpoint(open_checkpoint(write_checkpoint(tmp_path / "hf", tensors)), dtype=jnp.float32)
     assert loaded.cfg == CFG
-    want, got = flat(MODEL.params), flat(loaded.params)
+    want, got = flatten_params(MODEL.params), flatten_params(loaded.params)
     assert got.keys() == want.keys()
     assert all(np.array_equal(leaf[...], want[path][...]) for path, leaf in got.items())
 

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from checkpoints import write_safetensors_directory
 from mtpjax.hf_config import config_to_hf
-from mtpjax.loading.weight_map import export_tensors
+from mtpjax.loading.export import export_tensors
 from tests.helpers.models import numpy_model, tiny_config
 
 CFG = tiny_config(moe=False, num_superblocks=1, max_position=512)  # 96 ids, the last is its stop token

@@ -19,7 +19,7 @@ from mtpjax.model import Expert, place
 from mtpjax.model.attention import attend, write_kv
 from mtpjax.model.cache import KV_BLOCK
 from mtpjax.model.params import ONLY_LAYER
-from scripts.benchmarks.flops import arrays
+from scripts.benchmarks.dataflow import arrays
 from tests.helpers.models import cpu_only, numpy_model, tiny_config
 
 EXPERTS, CHOSEN, HIDDEN, SIZE, LAYERS = 8, 3, 24, 16, 2
@@ -136,7 +136,7 @@ def test_a_row_does_not_depend_on_the_order_of_the_others():
 
 def test_the_whole_layer_against_its_formula():
     """Router: softmax over all experts, the best K, renormalised. The shared expert stands behind a gate of its own."""
-    loaded, at = numpy_model(tiny_config(moe=True, repeats=1), seed=5), ONLY_LAYER
+    loaded, at = numpy_model(tiny_config(moe=True, num_superblocks=1), seed=5), ONLY_LAYER
     layer = nnx.merge(loaded.graph, loaded.params).decoder.blocks[0].layers[0]
     graph, experts, rest = nnx.split(layer.mlp, Expert, ...)
     moe = nnx.merge(graph, experts, jax.tree.map(lambda w: w[at], rest))
