@@ -33,7 +33,14 @@ class DecodedTokens(NamedTuple):
 
 
 class SlotFigures(NamedTuple):
-    """For each slot: whether its request is finished, whether a stop token ended it, its steps `[B]`, and `accepted` `[B, k]`."""
+    """What is known of B slots.
+
+    Attributes:
+        finished: whether the request is finished, `[B]`; also true for a free slot.
+        stopped: whether a stop token ended it, `[B]`.
+        num_steps: steps that it took part in, `[B]`.
+        accepted: steps in which the draft at each of k positions was accepted, `[B, k]`.
+    """
 
     finished: np.ndarray
     stopped: np.ndarray
@@ -44,8 +51,9 @@ class SlotFigures(NamedTuple):
 class DecodeBatch:
     """Cache, last token and counters of `num_slots` slots.
 
-    If `prefill_batch` is `num_slots`, prompts are read into the cache of the batch itself, which is made anew each time. A smaller
-    `prefill_batch` has a cache of its own, out of which the prompts are copied into their slots while the other slots keep theirs.
+    If `prefill_batch` is `num_slots`, prompts are read into the cache of the batch itself, which is made anew each
+    time. A smaller `prefill_batch` has a cache of its own, out of which the prompts are copied into their slots while
+    the other slots keep theirs.
     """
 
     def __init__(self, runner: ModelRunner, num_slots: int, prefill_batch: int):
@@ -86,7 +94,7 @@ class DecodeBatch:
         return runner.seconds_without_compile() - start
 
     def decode(self, return_when_finished: int) -> DecodedTokens:
-        """Advance all slots by some steps of the loop, fewer if `return_when_finished` slots are free or finished before."""
+        """Advance all slots by one call of the loop, which returns early when `return_when_finished` slots are done."""
         state = self._started()
         steps_before, start = np.array(state.num_steps), self.runner.seconds_without_compile()
         self.state, out, counts = self.runner.decode(state, self._params, return_when_finished)
@@ -106,7 +114,10 @@ class DecodeBatch:
         return self.state
 
     def _insert(self, requests: Sequence[Request], group: PrefillGroup, cache: Cache, hidden: Array) -> None:
-        """Copy the row of each prefilled prompt into the slot of every request that has it, `prefill_batch` requests a call."""
+        """Copy the row of each prefilled prompt into the slot of every request that uses it.
+
+        One call of the program copies up to `prefill_batch` rows.
+        """
         state = self._started()
         if (state.token_counts is None) == (self._params.penalties is not None):
             state = state.replace(token_counts=self._token_counts([None] * self.num_slots))

@@ -34,7 +34,7 @@ from mtpjax.model.cache import Cache, new_cache, padded_kv_length
 MAX_STEPS_PER_CALL = 32  # of the decode loop, before the host looks at the tokens
 
 CompileFn = Callable[[Any, tuple[Any, ...]], Callable[..., Any]]
-"""Makes a program: from a jitted function and arguments like those that it will get, to a callable for such arguments."""
+"""Compiles a jitted function for arguments like the given ones; returns a callable for such arguments."""
 
 # The argument whose memory the result of a step takes over.
 _DONATED: dict[Callable[..., Any], tuple[str, ...]] = {
@@ -48,8 +48,8 @@ _DONATED: dict[Callable[..., Any], tuple[str, ...]] = {
 def jit_step(fn: Callable[..., Any], /, *args: Any, **static: Any) -> Any:
     """Jit one step of `mtpjax.decoding`, with its static arguments bound and the memory of its cache or state donated.
 
-    The function is wrapped anew each time, because JAX keeps what it compiles for as long as the function lives: the programs
-    of an engine go when the engine goes.
+    The function is wrapped anew each time, because JAX keeps what it compiles for as long as the function lives: the
+    programs of an engine go when the engine goes.
     """
     return jax.jit(partial(fn, *args, **static), donate_argnames=_DONATED.get(fn))
 
@@ -60,7 +60,7 @@ def compile_ahead(fn: Any, args: tuple[Any, ...]) -> Callable[..., Any]:
 
 
 def as_host_array(value: np.ndarray) -> Array:
-    """Return a host array as an argument of a compiled program, which takes it as it is: nothing is compiled to move it."""
+    """Return a host array in place of a device array: compiled programs take it, and nothing is compiled to move it."""
     return value  # type: ignore[return-value]
 
 
@@ -148,8 +148,8 @@ class ModelRunner:
             rows: output rows of every chunk.
             return_logits: whether to collect the logits of each chunk on the host.
             cache: the cache to continue from, which is consumed; None: a new one.
-            mtp_prompt_tokens: how many of the last rows leave keys and values for the MTP head; None: all. A number needs an
-                empty cache, because what the head reads must have no gaps.
+            mtp_prompt_tokens: how many of the last rows leave keys and values for the MTP head; None: all. A number
+                needs an empty cache, because what the head reads must have no gaps.
 
         Returns:
             the cache, the hidden states of the last rows `[B, D]`, and for each chunk its logits, float32 `[B, R, V]`.

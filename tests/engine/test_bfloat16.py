@@ -1,4 +1,4 @@
-"""What bfloat16 must not cost on a CPU, whose XLA backend computes and slices it in float32; and that it still agrees."""
+"""bfloat16 on a CPU: XLA computes and slices it in float32, which must not copy weights; and it follows float32."""
 
 import re
 from typing import Any
@@ -61,7 +61,7 @@ def test_experts_as_bits_are_never_converted_whole() -> None:
     stacks = re.compile(rf"(\w+)\[1,{EXPERTS},(?:{2 * SIZE},{HIDDEN}|{HIDDEN},{SIZE})\]")
 
     def types(*stacks_given: jax.Array) -> set[str]:
-        return set(stacks.findall(run.lower(x, *stacks_given, *rest).compile().as_text()))
+        return set(stacks.findall(str(run.lower(x, *stacks_given, *rest).compile().as_text())))
 
     assert types(bits(gate_up), bits(down)) == {"u16"}
     plain = types(gate_up, down)  # what happens otherwise, and that this test would see it

@@ -26,8 +26,8 @@ def events() -> Iterator[Counter[str]]:
     """How often jax reports each event while the test runs."""
     counts: Counter[str] = Counter()
 
-    def count(name: str, *_: float, **__: str | int) -> None:
-        counts[name] += 1
+    def count(event: str, duration_secs: float, **_: str | int) -> None:
+        counts[event] += 1
 
     jax.clear_caches()  # an operation that another test has compiled would not show
     jax.monitoring.register_event_duration_secs_listener(count)
@@ -44,7 +44,7 @@ def prompts(number: int, longest: int, vocab: int) -> list[list[int]]:
 def test_a_job_compiles_as_many_programs_as_chunk_lengths_and_a_few(
     events: Counter[str], num_speculative_tokens: int, max_prefill_seqs: int | None, others: int
 ) -> None:
-    """The others: the loop and an empty cache; if slots are refilled, also an empty cache for the slots and an insertion."""
+    """The others are the loop and an empty cache; to refill slots also an empty cache for them and an insertion."""
     model = numpy_model(tiny_config(moe=num_speculative_tokens > 0, num_superblocks=1))
     before = events[COMPILED]
     llm = LLM(

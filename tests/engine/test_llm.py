@@ -50,7 +50,8 @@ def test_a_bad_prompt_is_named_by_its_place(llm: LLM, prompts: Any, message: str
 
 
 def test_encode_accepts_what_generate_accepts(llm: LLM) -> None:
-    assert llm.encode("w5 w6") == [5, 6] and llm.encode(np.array([5, 6])) == [5, 6]
+    array: Any = np.array([5, 6])
+    assert llm.encode("w5 w6") == llm.encode([5, 6]) == llm.encode(array) == [5, 6]
     with pytest.raises(ValueError, match="the prompt has 40 tokens"):
         llm.encode([1] * 40)
     with pytest.raises(ValueError, match="9 stop tokens .*at most 8"):

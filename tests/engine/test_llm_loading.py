@@ -197,7 +197,8 @@ def test_arguments_out_of_range(argument: dict[str, Any], message: str) -> None:
 
 def test_dtype_is_a_name_a_jnp_dtype_or_chosen_for_the_platform(folder: Path) -> None:
     """A loaded model keeps its own dtype."""
-    assert LLM(folder, max_model_len=40).engine.runner.compute_dtype == (jnp.float32 if platform() == "cpu" else jnp.bfloat16)
+    default = jnp.float32 if platform() == "cpu" else jnp.bfloat16
+    assert LLM(folder, max_model_len=40).engine.runner.compute_dtype == default
     for dtype in ("bfloat16", jnp.bfloat16, jnp.dtype("bfloat16")):
         assert LLM(folder, dtype=dtype, max_model_len=40).engine.runner.compute_dtype == jnp.bfloat16
     assert open_model(folder, dtype=jnp.float32, quantization=None, mtp=False, tokenizer=None).dtype == jnp.float32

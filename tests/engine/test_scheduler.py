@@ -1,4 +1,4 @@
-"""Scheduling without a device: every request starts once, in a slot of its own, and gets the text that it gets alone."""
+"""Scheduling without a device: every request starts once, in a slot of its own, and gets its own text."""
 
 import random
 from collections.abc import Iterator

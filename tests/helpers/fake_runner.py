@@ -1,4 +1,4 @@
-"""A `ModelRunner` without a model: its texts are arithmetic on the prompt, so that tests of the scheduling need no device."""
+"""A `ModelRunner` without a model: its texts are arithmetic on the prompt, so tests of scheduling need no device."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def next_token(context: int, seed: int, penalized: int) -> int:
 
 def expected_tokens(request: Request) -> list[int]:
     """What a request gets if it is alone."""
-    context, tokens = 0, []
+    context = 0
+    tokens: list[int] = []
     for token in request.prompt_token_ids:
         context = extend(context, token)
     penalized = sum(set(request.prompt_token_ids)) if request.has_penalties else 0
@@ -78,7 +79,7 @@ class FakeRunner:
         for _ in range(self.max_steps_per_call):
             if arrays["done"].sum() >= return_when_finished:
                 break
-            for slot in np.flatnonzero(~arrays["done"]):
+            for slot in np.flatnonzero(~arrays["done"]).tolist():
                 num_accepted = int(arrays["cache"][slot] + rounds[slot]) % width
                 rounds[slot] += 1
                 accepted[slot, :num_accepted] += 1
@@ -90,10 +91,10 @@ class FakeRunner:
                         break
         return state.replace(**arrays, rounds=rounds, accepted=accepted), out, counts
 
-    def _one_token(self, arrays: dict[str, Any], slot: int, state: DecodeState, params: Any) -> None:
+    def _one_token(self, arrays: dict[str, Any], slot: int, state: Any, params: Any) -> None:
         penalized = 0
         if params.penalties is not None and params.penalties.presence[slot]:
-            penalized = int(np.flatnonzero(state.seen.prompt[slot]).sum())  # type: ignore[union-attr]
+            penalized = int(np.flatnonzero(state.seen.prompt[slot]).sum())
         context = extend(int(arrays["cache"][slot]), int(arrays["token"][slot]))
         token = next_token(context, int(params.seed[slot]), penalized)
         arrays["cache"][slot], arrays["token"][slot] = context, token
@@ -101,15 +102,15 @@ class FakeRunner:
         arrays["stopped"][slot] = token in params.stops[slot].tolist()
         arrays["done"][slot] = arrays["stopped"][slot] or arrays["count"][slot] >= params.max_tokens[slot]
 
-    def insert(self, state: DecodeState, new: DecodeState, rows: Sequence[int], slots: Sequence[int]) -> DecodeState:
-        def moved(old: np.ndarray, fresh: np.ndarray, sources: Sequence[int]) -> np.ndarray:
+    def insert(self, state: Any, new: Any, rows: Sequence[int], slots: Sequence[int]) -> Any:
+        def moved(old: np.ndarray, source: np.ndarray, source_rows: Sequence[int]) -> np.ndarray:
             result = np.array(old)
-            result[list(slots)] = np.asarray(fresh)[list(sources)]
+            result[list(slots)] = np.asarray(source)[list(source_rows)]
             return result
 
-        own = range(len(slots))
+        own_rows = range(len(slots))
         names = ("token", "count", "done", "stopped", "rounds", "accepted")
-        changes: dict[str, Any] = {name: moved(getattr(state, name), getattr(new, name), own) for name in names}
+        changes: dict[str, Any] = {name: moved(getattr(state, name), getattr(new, name), own_rows) for name in names}
         if state.seen is not None:
-            changes["seen"] = state.seen.replace(prompt=moved(state.seen.prompt, new.seen.prompt, own))  # type: ignore[union-attr]
-        return state.replace(cache=moved(state.cache, new.cache, rows), **changes)  # type: ignore[arg-type]
+            changes["seen"] = state.seen.replace(prompt=moved(state.seen.prompt, new.seen.prompt, own_rows))
+        return state.replace(cache=moved(state.cache, new.cache, rows), **changes)

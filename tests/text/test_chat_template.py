@@ -53,7 +53,7 @@ def rich() -> ChatTemplate:
 
 
 def test_a_template_may_use_whatever_published_ones_use() -> None:
-    messages = [
+    messages: list[dict[str, Any]] = [
         {"role": "system", "content": " Be <brief>. "},
         {"role": "user", "content": [{"type": "text", "text": "Hé"}]},
     ]
@@ -121,7 +121,7 @@ def test_templates_are_found_in_a_file_or_in_the_tokenizer_config(tmp_path: Path
 
 
 def test_the_embedded_model_answers() -> None:
-    """One conversation or several; the prompt is the template's text; the answer ends with <|im_end|>, which is not shown."""
+    """It answers one conversation or several. An answer ends with <|im_end|>, which its text does not show."""
     llm = LLM(max_model_len=256)
     prompt = llm.chat_prompt(HELLO)
     assert prompt == "<|im_start|>user\nHello!<|im_end|>\n<|im_start|>assistant\n"
