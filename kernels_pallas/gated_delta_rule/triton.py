@@ -87,9 +87,8 @@ def _window_kernel(refs: _InputRefs, out: _OutputRefs, *, columns: int, dtype: D
             new = load_partial_sum(refs.qkv, *at, mask=all_channels & is_row).astype(dtype)
             new = new.astype(refs.conv_state.dtype).astype(jnp.float32)
             old_ref = refs.conv_state.at[layer, b, jnp.clip(before, 0, past - 1), channels]
-            old = plt.load(old_ref, mask=all_channels & is_before, other=0)
-            weight = plt.load(refs.conv_weight.at[channels, tap]).astype(jnp.float32)
-            total = total + (new + old.astype(jnp.float32)) * weight
+            x = new + plt.load(old_ref, mask=all_channels & is_before, other=0).astype(jnp.float32)
+            total = total + x * plt.load(refs.conv_weight.at[channels, tap]).astype(jnp.float32)
         return (total * lax.logistic(total)).astype(dtype).astype(jnp.float32)
 
     def normalised(t: Array, first_channel: Array) -> Array:
