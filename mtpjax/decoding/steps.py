@@ -141,7 +141,7 @@ def draft(
             model.cfg, cache.length - cache.mtp_start_pos - 1 + j, 1, idle.astype(jnp.int32), kv_len=cache.kv_len
         )
         rows, cache = model.mtp_step(hidden[:, None], token[:, None], cache, where)
-        logits = apply_penalties(model.mtp_head(rows), requests.penalties, seen)
+        logits = apply_penalties(model.head(rows), requests.penalties, seen)
         token = choose(logits, (cache.length + 1 + j)[:, None], requests, vocab)[:, 0]
         return (rows[:, 0], token, cache, seen and seen.add(token[:, None], one)), token
 
