@@ -19,8 +19,8 @@ from mtpjax.engine.model_runner import CompileFn, ModelRunner, compile_ahead
 from mtpjax.engine.prompt_chunks import PREFILL_BUCKETS
 from mtpjax.engine.request import Request, RequestState
 from mtpjax.loading.load import cache_dtype
+from mtpjax.loading.loaded_model import LoadedModel
 from mtpjax.loading.open_model import eos_token_ids, open_model
-from mtpjax.loading.weight_map import LoadedModel
 from mtpjax.outputs import RequestOutput, make_output
 from mtpjax.sampling_params import PENALTIES, SamplingParams, check_int
 from mtpjax.text.chat_template import Message
@@ -42,7 +42,7 @@ class LLM:
         [30, 30]
         >>> (answer,) = llm.chat([{"role": "user", "content": "What is 2 plus 3?"}])
         >>> answer.text, answer.finish_reason
-        ('?', 'stop')
+        ('2 plus 3 is 5.', 'stop')
 
     Args:
         model: a Hugging Face or Orbax folder, a GGUF file, a model that is already loaded, or None: the embedded tiny model.

@@ -19,8 +19,8 @@ from mtpjax.decoding.speculative import DecodeState, Drafter, decode, insert, mt
 from mtpjax.decoding.steps import forward_hidden, prefill
 from mtpjax.engine.prompt_chunks import PREFILL_BUCKETS, split_prompts, usable_buckets
 from mtpjax.loading.cpu_layout import optimize_for_cpu
+from mtpjax.loading.loaded_model import LoadedModel
 from mtpjax.loading.open_model import compute_dtype_of
-from mtpjax.loading.weight_map import LoadedModel
 from mtpjax.model.cache import Cache, new_cache, padded_kv_length
 
 MAX_STEPS_PER_CALL = 32  # of the decode loop, before the host looks at the tokens

@@ -37,8 +37,9 @@ from mtpjax.decoding.sampling import MAX_STOP_TOKENS, BatchSamplingParams
 from mtpjax.decoding.speculative import DecodeState, decode
 from mtpjax.decoding.steps import forward_hidden, prefill
 from mtpjax.loading.cpu_layout import optimize_for_cpu
-from mtpjax.loading.load import cache_dtype, load_checkpoint, load_options
-from mtpjax.loading.weight_map import LoadedModel, random_model
+from mtpjax.loading.load import cache_dtype, load_checkpoint
+from mtpjax.loading.loaded_model import LoadedModel
+from mtpjax.loading.random_init import random_model
 from mtpjax.model.cache import new_cache, padded_kv_length
 from mtpjax.presets import PRESETS, preset
 from mtpjax.text.tokenizer import load_tokenizer
@@ -214,10 +215,10 @@ def load(args: argparse.Namespace) -> tuple[LoadedModel, LoadedModel, Any, Any]:
     dtype = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[args.dtype]
     if args.model == "random":
         cfg = preset(args.shape) if args.shape else CONFIG
-        model = random_model(cfg, weights=args.weights, **load_options(dtype))
+        model = random_model(cfg, quantization=args.weights, dtype=dtype)
         return model, without_mtp(model), None, cache_dtype(dtype)
     source = open_checkpoint(TINY if args.model == "tiny" else args.model)
-    models = [load_checkpoint(source, dtype=dtype, mtp=mtp, weights=args.weights) for mtp in (True, False)]
+    models = [load_checkpoint(source, dtype=dtype, mtp=mtp, quantization=args.weights) for mtp in (True, False)]
     if not models[0].cfg.mtp_layers:
         raise SystemExit(f"{args.model}: no MTP head; there is nothing to compare")
     return models[0], models[1], source.tokenizer_file and load_tokenizer(source.tokenizer_file), cache_dtype(dtype)

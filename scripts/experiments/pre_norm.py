@@ -15,7 +15,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from kernels_pallas.norm import add_rms_norm
-from mtpjax.loading.weight_map import LoadedModel
+from mtpjax.loading.loaded_model import LoadedModel
 from mtpjax.model import Model, Positions
 from mtpjax.model.cache import Cache, PendingDeltaUpdates, new_pending
 from mtpjax.model.decoder import LayerState

@@ -51,7 +51,7 @@ def least(name: str, args: tuple[Any, ...], size: KernelSizes) -> tuple[float, f
         one = state.nbytes / state.shape[0]
         return 2 * one + q.nbytes + k.nbytes + 2 * v.nbytes, 8.0 * v.shape[1] * one / 4
     if op == "deltanet":
-        (qkv, *_), _, _, state, *_ = args
+        qkv, state = args[0].qkv.parts, args[2].recurrent
         one = state.nbytes / state.shape[0]
         return one + 2 * qkv.nbytes, 8.0 * qkv.shape[1] * one / 4
     x, gate_up, down, _, chosen = args[:5]

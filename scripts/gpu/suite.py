@@ -30,8 +30,9 @@ from kernels_pallas.platform import platform
 from mtpjax.decoding.acceptance import SimulatedAcceptance, exact_match
 from mtpjax.decoding.output_rows import NO_ROWS
 from mtpjax.decoding.steps import prefill
-from mtpjax.loading.load import cache_dtype, load_options
-from mtpjax.loading.weight_map import LoadedModel, random_model
+from mtpjax.loading.load import cache_dtype
+from mtpjax.loading.loaded_model import LoadedModel
+from mtpjax.loading.random_init import random_model
 from mtpjax.model.cache import padded_kv_length
 from mtpjax.presets import PRESETS, preset
 from scripts.benchmarks import bench_table
@@ -76,7 +77,7 @@ class Suite:
         """With the MTP head, and without it (the same arrays)."""
         if self._model is None:
             cfg = TOY if self.smoke else preset(self.args.shape)
-            self._model = random_model(cfg, weights=self.args.weights, **load_options(self.dtype))
+            self._model = random_model(cfg, quantization=self.args.weights, dtype=self.dtype)
         return {True: self._model, False: without_mtp(self._model)}
 
     def side(self, mtp: bool, chunk: int) -> Side:

@@ -22,7 +22,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from mtpjax.config import ModelConfig
-from mtpjax.loading.weight_map import LoadedModel
+from mtpjax.loading.loaded_model import LoadedModel
 from mtpjax.model import Positions, decoder, make_positions
 from mtpjax.model.cache import KV_BLOCK, new_cache
 from mtpjax.model.moe import Moe

@@ -18,7 +18,7 @@ from mtpjax.decoding.penalties import Penalties, TokenCounts, apply_penalties, r
 from mtpjax.engine.decode_batch import stack_requests
 from mtpjax.engine.engine import Engine
 from mtpjax.engine.request import Request
-from mtpjax.sampling_params import PENALTIES, recommended
+from mtpjax.sampling_params import PENALTIES
 from tests.decoding.test_sampling import planted
 from tests.helpers.models import make_engine, numpy_model, tiny_config
 
@@ -236,7 +236,7 @@ def test_out_of_range(bad, says):
 
 def test_what_a_checkpoint_advises():
     advice = {"do_sample": True, "temperature": 0.7, "presence_penalty": 1.5, "repetition_penalty": 1.05}
-    assert recommended(advice) == SamplingParams(temperature=0.7, presence_penalty=1.5, repetition_penalty=1.05)
-    greedy = recommended({**advice, "do_sample": False})
+    assert SamplingParams.from_generation_config(advice) == SamplingParams(temperature=0.7, presence_penalty=1.5, repetition_penalty=1.05)
+    greedy = SamplingParams.from_generation_config({**advice, "do_sample": False})
     assert greedy == SamplingParams(presence_penalty=1.5, repetition_penalty=1.05)
     assert set(PENALTIES) == set(NONE)

@@ -18,7 +18,7 @@ from mtpjax.engine.decode_batch import stack_requests
 from mtpjax.engine.engine import Engine
 from mtpjax.engine.model_runner import jit_step
 from mtpjax.engine.request import Request, RequestState
-from mtpjax.loading.weight_map import LoadedModel
+from mtpjax.loading.loaded_model import LoadedModel
 from tests.helpers.models import make_engine, numpy_model, tiny_config
 
 TOKENS, MORE = 200, 208  # new tokens of a request; of a reference that a drafter looks ahead in

@@ -13,7 +13,6 @@ from mtpjax import LLM, SamplingParams
 from mtpjax.decoding.output_rows import OutputRows
 from mtpjax.decoding.sampling import TruncationParams, apply_top_k_top_p_min_p, choose
 from mtpjax.engine.request import Request
-from mtpjax.sampling_params import recommended
 from tests.decoding.test_sampling import FAIR, FOUL, LOGITS, TEMPERATURE, asked, chance, softmax
 from tests.helpers.models import make_engine, numpy_model, tiny_config
 
@@ -168,8 +167,8 @@ def test_what_a_checkpoint_advises():
         "eos_token_id": [1],
         "transformers_version": "5",
     }
-    assert recommended(qwen, max_tokens=9) == SamplingParams(max_tokens=9, temperature=0.6, top_k=20, top_p=0.95)
-    assert recommended(qwen, top_k=5).top_k == 5
-    assert recommended({**qwen, "do_sample": False}) == recommended({}) == SamplingParams()
+    assert SamplingParams.from_generation_config(qwen, max_tokens=9) == SamplingParams(max_tokens=9, temperature=0.6, top_k=20, top_p=0.95)
+    assert SamplingParams.from_generation_config(qwen, top_k=5).top_k == 5
+    assert SamplingParams.from_generation_config({**qwen, "do_sample": False}) == SamplingParams.from_generation_config({}) == SamplingParams()
     with pytest.raises(ValueError, match="top_p is 7"):
-        recommended({"top_p": 7})
+        SamplingParams.from_generation_config({"top_p": 7})

@@ -23,7 +23,7 @@ from mtpjax.config import FULL
 from mtpjax.model import make_positions
 from mtpjax.model.rope import rope_angles
 from mtpjax.presets import PRESETS
-from scripts.benchmarks.flops import arrays
+from scripts.benchmarks.dataflow import arrays
 from tests.helpers.models import numpy_model, tiny_config
 from tests.helpers.numerics import as_float64, assert_close
 

@@ -133,7 +133,7 @@ def test_a_row_does_not_depend_on_the_order_of_the_others():
 
 def test_the_whole_layer_against_its_formula():
     """Router: softmax over all experts, the best K, renormalised. The shared expert stands behind a gate of its own."""
-    loaded, at = numpy_model(tiny_config(moe=True, repeats=1), seed=5), ONLY_LAYER
+    loaded, at = numpy_model(tiny_config(moe=True, num_superblocks=1), seed=5), ONLY_LAYER
     layer = nnx.merge(loaded.graph, loaded.params).decoder.blocks[0].layers[0]
     graph, experts, rest = nnx.split(layer.mlp, Expert, ...)
     moe = nnx.merge(graph, experts, jax.tree.map(lambda w: w[at], rest))

@@ -118,7 +118,7 @@ def test_hidden_states_of_chunks(name, golden):
 def test_as_shipped(golden, shipped_code):
     """From the folder, with the storage and the compiler settings of this device."""
     gold = golden("moe_r3")
-    agree(LLM(gold.path, prefill_buckets=(64,)).logits(gold["tokens"].tolist()), gold["logits"])
+    agree(LLM(gold.path, dtype="float32", prefill_buckets=(64,)).logits(gold["tokens"].tolist()), gold["logits"])
 
 
 def test_decoding_from_the_cache(case):
