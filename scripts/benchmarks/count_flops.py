@@ -56,7 +56,7 @@ def whole_layer(
     hidden = model.final_norm(out)
     drafted, cache = model.mtp_step(hidden, following, cache, positions)
     cache = cache.replace(length=cache.length + tokens.shape[1] - pad)
-    return model.head(rows.take(hidden)), model.mtp_head(rows.take(drafted)), drafted, cache
+    return model.head(rows.take(hidden)), model.head(rows.take(drafted)), drafted, cache
 
 
 @lru_cache(maxsize=4)
