@@ -1,8 +1,8 @@
 """`PartialSums`: the result of a matrix product whose sum was split (split-K), before the partial sums are added.
 
-A kernel with few rows splits the sum over the contraction axis among programs. Whoever reads the result adds the partial
-sums, always in the same order, so a row's result does not depend on the other rows of the call (batch invariance). The
-reader is often another kernel, which saves a launch.
+A kernel with few rows splits the sum over the contraction axis among programs. Whoever reads the result adds the
+partial sums, always in the same order, so a row's result does not depend on the other rows of the call (batch
+invariance). The reader is often another kernel, which saves a launch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 
 
 class PartialSums(struct.PyTreeNode):
-    """P partial sums of the product of `rows` token rows with a weight: float32, or, with P = 1, in the dtype of the result."""
+    """P partial sums of the product of token rows with a weight: float32, or, if P = 1, in the dtype of the result."""
 
     parts: Float[Array, "P rows O"]
 

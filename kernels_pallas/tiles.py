@@ -21,6 +21,6 @@ def next_power_of_2(size: int) -> int:
 
 
 def dot(w: Float[Array, "O F"], x: Float[Array, "rows F"]) -> Float[Array, "O rows"]:
-    """Return `w @ x.T` in float32. The weight is the left operand, so one instruction serves any number of token rows."""
+    """Return `w @ x.T` in float32. The weight is the left operand: one instruction serves any number of token rows."""
     precision = lax.Precision.HIGHEST if w.dtype == jnp.float32 else None
     return lax.dot_general(w, x, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)

@@ -1,4 +1,4 @@
-"""The routed experts of a Mixture-of-Experts layer: each row is multiplied only by the experts that were chosen for it."""
+"""The routed experts of a Mixture-of-Experts layer: each row is multiplied by the experts chosen for it alone."""
 
 from kernels_pallas.grouped_matmul.api import combine_experts, fused_moe, fused_moe_unreduced
 

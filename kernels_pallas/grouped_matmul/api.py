@@ -31,8 +31,8 @@ def fused_moe(
 ) -> Float[Array, "rows D"]:
     """Return the weighted sum over the experts of each row, in the dtype of `x`; for the formula see `reference.py`.
 
-    Only chosen experts are read, no row is dropped, and a row's result does not depend on the order of the others. The sum over
-    the experts of a row is float32, in the order of `topk_ids`.
+    Only chosen experts are read, no row is dropped, and a row's result does not depend on the order of the others. The
+    sum over the experts of a row is float32, in the order of `topk_ids`.
 
     Args:
         gate_up: the stack `[L, E, 2 I, D]`, I gate rows and then I up rows of each expert, plain or stored in any form.
@@ -41,8 +41,8 @@ def fused_moe(
         topk_ids: the experts of each row, int32; E for a row without experts, which costs nothing and gives zero.
         topk_weights: float32, applied after the down projection.
         valid: rows that have experts; None: those whose ids are below E.
-        implementation: "xla", "triton", or None: "triton" on a CUDA device if the kernels support both stacks, else "xla". Plain
-            stacks have a gradient in both.
+        implementation: "xla", "triton", or None: "triton" on a CUDA device if the kernels support both stacks, else
+            "xla". Plain stacks have a gradient in both.
 
     Raises:
         ValueError: "triton" was asked for, and the kernels do not support the stacks.
@@ -70,8 +70,8 @@ def fused_moe_unreduced(
 ) -> Float[Array, "rows chosen D"]:
     """Return the weighted outputs of the experts of each row, float32, for a reader that adds them itself.
 
-    `combine_experts` adds them. The axis `chosen` is `topk` where the kernel reads packed stacks. Otherwise it is 1: there the sum
-    is taken at once. The outputs of a row without experts are undefined.
+    `combine_experts` adds them. The axis `chosen` is `topk` where the kernel reads packed stacks. Otherwise it is 1:
+    there the sum is taken at once. The outputs of a row without experts are undefined.
 
     Args:
         gate_up, down, layer, topk_ids, topk_weights, valid, implementation: as for `fused_moe`.

@@ -36,7 +36,7 @@ def _forward(*args: Any) -> tuple[Array, tuple[Any, ...]]:
 
 
 def _backward(sizes: tuple[int, ...], saved: tuple[Any, ...], grad: Array) -> tuple[Any, ...]:
-    """Run over the windows once more: recompute the hidden rows, and add each window's share to its expert's gradient."""
+    """Run over the windows once more: recompute hidden rows, and add each window's share to its expert's gradient."""
     x, gate_up, down, layer, expert_ids, starts, first = saved
 
     def expert_of(stack: Array, expert: Array) -> Any:

@@ -1,8 +1,9 @@
 """Which token row stands where when rows are sorted by expert, as vLLM's `moe_align_block_size` lays them out.
 
-An assignment is one (row, chosen expert) pair, numbered through: number `row * topk + i`. Assignments are sorted by expert, and
-the run of every expert is padded to whole blocks. Kernels take blocks of one size (`BlockLayout`). The loops of the "xla"
-implementation take windows of a few sizes (`WindowLayout`), so that a run is multiplied in few pieces and hardly padded.
+An assignment is one (row, chosen expert) pair, numbered through: number `row * topk + i`. Assignments are sorted by
+expert, and the run of every expert is padded to whole blocks. Kernels take blocks of one size (`BlockLayout`). The
+loops of the "xla" implementation take windows of a few sizes (`WindowLayout`), so that a run is multiplied in few
+pieces and hardly padded.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class BlockLayout(NamedTuple):
 
 
 class WindowLayout(NamedTuple):
-    """Assignments in windows of several sizes. Windows of size number s are those from `first[s]` to `first[s + 1] - 1`."""
+    """Assignments in windows of several sizes. Windows `first[s]` to `first[s + 1] - 1` have size number s."""
 
     sorted_token_ids: Int[Array, " places"]  # as in `BlockLayout`
     inverse_order: Int[Array, "rows topk"]
@@ -49,8 +50,8 @@ def drop_invalid(
 def choose_block_size(rows: int, topk: int, num_experts: int) -> int:
     """Return the rows of a block: about the mean run of an expert, as a power of two from 1 to 64.
 
-    One row decodes as matrix-vector products. For more rows, a block that is too small reads an expert twice, and one that is
-    too large multiplies padding.
+    One row decodes as matrix-vector products. For more rows, a block that is too small reads an expert twice, and one
+    that is too large multiplies padding.
     """
     block = 1
     while block < rows * topk / num_experts and block < 64:
@@ -84,8 +85,8 @@ def num_places(num_assignments: int, num_experts: int, sizes: Sequence[int]) -> 
 def align_unsorted(topk_ids: Int[Array, "rows topk"], num_experts: int, block_size: int) -> BlockLayout:
     """Give every assignment a block of its own: its row is the first of the block, and the rest is padding.
 
-    Nothing is sorted. This is for a handful of rows, few of which share an expert. The blocks of rows without an expert keep
-    the expert id `num_experts` or more, which kernels skip.
+    Nothing is sorted. This is for a handful of rows, few of which share an expert. The blocks of rows without an expert
+    keep the expert id `num_experts` or more, which kernels skip.
     """
     total = topk_ids.size
     places = jnp.arange(total * block_size, dtype=jnp.int32)
@@ -100,7 +101,8 @@ def align_unsorted(topk_ids: Int[Array, "rows topk"], num_experts: int, block_si
 def moe_align_block_size(topk_ids: Int[Array, "rows topk"], num_experts: int, block_size: int) -> BlockLayout:
     """Sort assignments by expert and pad the run of every expert to whole blocks.
 
-    The blocks are at most `A // block_size + min(E, A)` for A assignments, so shapes are static and no row is ever dropped.
+    The blocks are at most `A // block_size + min(E, A)` for A assignments, so shapes are static and no row is ever
+    dropped.
 
     Args:
         topk_ids: the experts of each row; `num_experts` for a row without an expert, which gets no place.

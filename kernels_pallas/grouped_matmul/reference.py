@@ -1,4 +1,4 @@
-"""The routed experts in plain JAX: the "xla" implementation, the oracle of the kernels, and what gradients come from."""
+"""The routed experts in plain JAX: the "xla" implementation, the oracle of the kernels, and the source of gradients."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def fused_moe(
 
         y[n] = sum_k topk_weights[n, k] * down_e(silu(gate_e x[n]) * up_e x[n])        with e = topk_ids[n, k]
 
-    The hidden units and the output of an expert are rounded to the dtype of `x`, and the sum over k is float32, in the order of
-    k. A few rows of small experts on a CPU (`FusedExperts`) are multiplied by all experts instead, the weight of an expert that was
-    not chosen is 0, and it is applied before the down projection.
+    The hidden units and the output of an expert are rounded to the dtype of `x`, and the sum over k is float32, in the
+    order of k. A few rows of small experts on a CPU (`FusedExperts`) are multiplied by all experts instead, the weight
+    of an expert that was not chosen is 0, and it is applied before the down projection.
 
     Args:
         gate_up, down, layer, topk_ids, topk_weights: as for `kernels_pallas.grouped_matmul.fused_moe`.

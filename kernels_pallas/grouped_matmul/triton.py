@@ -1,11 +1,11 @@
 """The MLPs of packed (or plain) experts: two Pallas kernels through the Triton lowering.
 
 Rows are sorted by expert and laid out in blocks (`plan.py`). The kernels take the whole `[layer, expert, ...]` stacks
-and read the tiles of the experts that the blocks name; nothing is sliced, so nothing is copied. Gate and up are one kernel
-with SiLU; down applies the routing weight in float32.
+and read the tiles of the experts that the blocks name; nothing is sliced, so nothing is copied. Gate and up are one
+kernel with SiLU; down applies the routing weight in float32.
 
-A row's result does not depend on the other rows, bit for bit: its sums over D and I are taken in steps of a fixed size and
-order, and the sum over its experts in the order in which they were chosen.
+A row's result does not depend on the other rows, bit for bit: its sums over D and I are taken in steps of a fixed size
+and order, and the sum over its experts in the order in which they were chosen.
 """
 
 from __future__ import annotations
@@ -162,8 +162,8 @@ def fused_moe_unreduced(
 ) -> Float[Array, "rows topk D"]:
     """Return the weighted output of each expert of a row, float32; undefined for rows without experts.
 
-    The stacks `[L, E, 2 I, D]` and `[L, E, D, I]` are dequantised in float32 and rounded to the dtype of `x`. The hidden units
-    have the dtype of `x`, and sums are float32.
+    The stacks `[L, E, 2 I, D]` and `[L, E, D, I]` are dequantised in float32 and rounded to the dtype of `x`. The
+    hidden units have the dtype of `x`, and sums are float32.
 
     Args:
         interpret: run as plain `jnp`, on any device.

@@ -1,7 +1,7 @@
 """The MLPs of experts over windows of rows in plain `lax`.
 
-A loop with a dynamic trip count reads one expert a turn out of the whole stack, so experts that no row chose are never read,
-and nothing of the size of the stack is ever copied.
+A loop with a dynamic trip count reads one expert a turn out of the whole stack, so experts that no row chose are never
+read, and nothing of the size of the stack is ever copied.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ def grouped_mlp(
     first: Int[Array, " sizes+1"],
     sizes: tuple[int, ...],
 ) -> Float[Array, "places D"]:
-    """Return `down_e(silu(gate_e x) * up_e x)` for the rows of each window in use, e its expert, and other rows as they are.
+    """Return `down_e(silu(gate_e x) * up_e x)` for the rows of each window in use, and other rows as they are.
+
+    The expert of the window is e.
 
     Args:
         gate_up: `[L, E, 2 I, D]`: I gate rows, then I up rows of each expert.

@@ -45,8 +45,8 @@ def fused_linears(
 ) -> list[Float[Array, "*rows O"]]:
     """Return `linear` of the same rows with each weight, each result in a dtype of its own.
 
-    The kernel multiplies all weights in one launch, plain ones among packed ones included. "xla" makes one product of weights that
-    lie side by side in the first one; see `TransposedWeight.output_sizes`.
+    The kernel multiplies all weights in one launch, plain ones among packed ones included. "xla" makes one product of
+    weights that lie side by side in the first one; see `TransposedWeight.output_sizes`.
 
     Args:
         out_dtypes: the dtype of each result; None: that of `x`.

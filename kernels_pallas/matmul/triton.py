@@ -1,11 +1,12 @@
 """`x @ w.T` with w read packed: a Pallas kernel through the Triton lowering, for compute capability 8.0 and above.
 
-One launch multiplies the same rows with several weights. That saves the start of kernels that take longer to start than to
-run, and small matrices fill the GPU together.
+One launch multiplies the same rows with several weights. That saves the start of kernels that take longer to start than
+to run, and small matrices fill the GPU together.
 
-A row's result does not depend on the other rows of the call nor on the other weights, bit for bit. The sum over F is cut into
-steps and splits that depend on the shape of the weight alone (split-K), and every sum is taken in the same order. With few rows
-each split is a program of its own, so that a small matrix fills the GPU, too; with many rows one program adds the splits up.
+A row's result does not depend on the other rows of the call nor on the other weights, bit for bit. The sum over F is
+cut into steps and splits that depend on the shape of the weight alone (split-K), and every sum is taken in the same
+order. With few rows each split is a program of its own, so that a small matrix fills the GPU, too; with many rows one
+program adds the splits up.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def supports(w: Weight) -> bool:
 
 
 def num_splits(outputs: int, steps: int) -> int:
-    """Return the splits of the sum over F: a power of two, at least two steps each, that makes about `PROGRAMS` programs."""
+    """Return the splits of the sum over F: a power of two that makes about `PROGRAMS` programs of two steps or more."""
     splits = 1
     while splits * -(-outputs // OUT_TILE) < PROGRAMS and steps // (2 * splits) >= 2:
         splits *= 2
@@ -178,7 +179,7 @@ def matmul_split_k(
     *,
     interpret: bool = False,
 ) -> list[PartialSums]:
-    """Multiply the same rows with each (weight, layer) in one launch, as `matmul` does, and leave the partial sums unadded.
+    """Multiply the same rows with each (weight, layer) in one launch, and leave the partial sums unadded.
 
     The partial sums `[P, rows, O]` of a product are float32, or, where P = 1, of its `out_dtype`.
     """

@@ -47,7 +47,7 @@ class _Tile(NamedTuple):
         return self.weight.layout.words_per_step
 
     def load(self, name: str, cols: Int[Array, " cols"], words_per_col: int = 1) -> Shaped[Array, "rows cols"]:
-        """Load columns of an operand, each of which stands for so many words of the row. Beyond the matrix they are 0."""
+        """Load columns of an operand, each of which stands for so many words of a row; 0 beyond the matrix."""
         layout, refs, matrix, num_rows, num_words, _ = self.weight
         ref = refs[("words", *layout.operand_names).index(name)]
         o, j = index_grid(self.rows, cols)

@@ -1,9 +1,9 @@
 """The arrays that a kernel gets for a stored weight, and the order in which the kernel reads weight and rows.
 
-The operands of an MMA (tensor-core) instruction need a fixed register layout: of every row, a thread must hold certain K
-positions. The weight stays in storage order, and a thread loads four words of a row that lie side by side. So the K order of
-the product is permuted instead: x is read in the order that puts the same element of x and of the weight at the same K position
-(`mma_k_order`). For a row of four-bit weights, a step of 128 elements in 16 words:
+The operands of an MMA (tensor-core) instruction need a fixed register layout: of every row, a thread must hold certain
+K positions. The weight stays in storage order, and a thread loads four words of a row that lie side by side. So the K
+order of the product is permuted instead: x is read in the order that puts the same element of x and of the weight at
+the same K position (`mma_k_order`). For a row of four-bit weights, a step of 128 elements in 16 words:
 
     words of the row        0   1   2   3 | 4   5   6   7 | 8   9  10  11 |12  13  14  15
     elements in them        0 ...      31 |32 ...      63 |64 ...      95 |96 ...     127
@@ -14,11 +14,11 @@ the product is permuted instead: x is read in the order that puts the same eleme
     element of the weight   0   1 |32  33 |64  65 |96  97 | 2   3 |34  35 |66  67 | ...
     element of x            0   1 |32  33 |64  65 |96  97 | 2   3 |34  35 |66  67 | ...
 
-The M order of the weight's rows is permuted to match, too (`mma_m_order`): the four warps of a program load 8 rows each at a
-time, and each needs rows that lie together in the result.
+The M order of the weight's rows is permuted to match, too (`mma_m_order`): the four warps of a program load 8 rows each
+at a time, and each needs rows that lie together in the result.
 
-A weight is read as 32-bit words because the Triton lowering counts the elements of an array below 4 GiB in 32 signed bits,
-which single bytes would overflow at 2 GiB.
+A weight is read as 32-bit words because the Triton lowering counts the elements of an array below 4 GiB in 32 signed
+bits, which single bytes would overflow at 2 GiB.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ class PackedLayout:
     """The static half of a stored weight: how its operands are to be read.
 
     Attributes:
-        layout, group, table: as in `QuantizedTensor`. The layout "plain" is an array whose elements are read as they are.
+        layout, group, table: as in `QuantizedTensor`. The layout "plain" is an array of float elements.
         operand_names: the names of the operands after the words, in their order.
-        packed_dtypes: operands whose values are packed in 32-bit words, and the dtypes of the values. The compiler prefetches
-            nothing that is less than four bytes a thread.
+        packed_dtypes: operands whose values are packed in 32-bit words, and the dtypes of the values. The compiler
+            prefetches nothing that is less than four bytes a thread.
         super_group: elements that share a `super_scale`, or 0.
-        k_values_per_thread: elements of a row that a thread holds side by side for the tensor cores; see the function of that
-            name.
+        k_values_per_thread: elements of a row that a thread holds side by side for the tensor cores; see the function
+            of that name.
     """
 
     layout: str
@@ -86,8 +86,8 @@ class PackedLayout:
     def num_stages(self, rows: int, dtype: DTypeLike) -> int:
         """Return how many iterations of a kernel's loop are under way at once, for tiles of so many token rows.
 
-        Two instead of three where what is prefetched would not fit the 99 KiB that a block has on smaller cards: for float32, and
-        for bytes with scales and offsets of small groups.
+        Two instead of three where what is prefetched would not fit the 99 KiB that a block has on smaller cards: for
+        float32, and for bytes with scales and offsets of small groups.
         """
         large = rows > 16 and self.values_per_word == 4 and "offset" in self.operand_names
         return 2 if large or dtype == jnp.float32 else 3
@@ -112,10 +112,10 @@ def max_row_tile(dtype: DTypeLike) -> int:
 
 
 def k_values_per_thread() -> int:
-    """Return the elements of a row that a thread holds side by side where the compiler loads a tile for the tensor cores.
+    """Return the elements of a row that a thread holds side by side where a tile is loaded for the tensor cores.
 
-    Two; or four with the older instructions in jax before 0.11, if a tile is put together from several arrays. The wrong number
-    gives the same result and takes longer.
+    Two; or four with the older instructions in jax before 0.11, if a tile is put together from several arrays. The
+    wrong number gives the same result and takes longer.
     """
     return 2 if has_wgmma() or jax.__version_info__ >= (0, 11) else 4
 
@@ -148,7 +148,7 @@ def pack_operands(w: Weight) -> tuple[PackedLayout, tuple[Array, ...]]:
     packed_dtypes = {}
     for name, array in operands.items():
         per_word, group = 4 // array.dtype.itemsize, super_group if name.startswith("super") else w.group
-        # Groups of 32 have four values in a step of a row. Of two bytes each, these are four bytes a thread as they are.
+        # Groups of 32 have four values in a step of a row. Of two bytes each, these are four bytes a thread already.
         wide_enough = group == 32 and per_word == 2
         if name != "high" and per_word > 1 and array.shape[-1] % per_word == 0 and not wide_enough:
             packed_dtypes[name] = array.dtype.name

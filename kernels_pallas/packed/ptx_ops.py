@@ -1,4 +1,4 @@
-"""Operations on 32-bit words that `jnp` has no word for: one PTX instruction each on an NVIDIA GPU, plain `jnp` elsewhere.
+"""Operations on 32-bit words that `jnp` does not have: one PTX instruction each on an NVIDIA GPU, `jnp` elsewhere.
 
 A "pair" is a 32-bit word of two bfloat16, the first in its low half; PTX calls it bf16x2.
 """
@@ -22,13 +22,13 @@ class WordOps(NamedTuple):
     Attributes:
         byte_perm: picks bytes of two words by the nibbles of a selector; see `byte_perm`.
         fma: `m * scale + rest` in float32, rounded once.
-        affine_bf16x2: the pair of `p * factor + shift` for a pair p. The numbers of p may be below the least normal bfloat16. The
-            results must be bfloat16 without rounding.
+        affine_bf16x2: the pair of `p * factor + shift` for a pair p. The numbers of p may be below the least normal
+            bfloat16. The results must be bfloat16 without rounding.
         mul_split_scale: the pair of `t * (high + low)` for pairs t, high and low, to a rounding of `t * high`.
         pack_bf16x2: the pair of two float32 numbers, each rounded to bfloat16.
         split_bf16x2: the two bfloat16 numbers of a pair.
-        opaque_constant: an array of a shape that holds a word which the compiler does not know. A word that the compiler knows
-            is moved to a register wherever an instruction needs it there, again and again.
+        opaque_constant: an array of a shape that holds a word which the compiler does not know. A word that the
+            compiler knows is moved to a register wherever an instruction needs it there, again and again.
     """
 
     byte_perm: Callable[[Array, Array, Array | int], Array]
@@ -44,7 +44,7 @@ class WordOps(NamedTuple):
 
 
 def _asm(text: str, args: Sequence[Array], dtype: DTypeLike, registers: str) -> Array:
-    """Run an instruction on every element. `registers`: the kinds of the registers of the result and of the arguments."""
+    """Run an instruction on every element. `registers`: the kinds of registers, that of the result first."""
     shape = jax.ShapeDtypeStruct(args[0].shape, dtype)
     constraints = ",".join(f"={kind}" if i == 0 else kind for i, kind in enumerate(registers))
     [result] = plt.elementwise_inline_asm(text, args=args, constraints=constraints, pack=1, result_shape_dtypes=[shape])
@@ -65,8 +65,8 @@ def _word_asm(text: str, *args: Array) -> Array:
 def byte_perm(a: Array, b: Array, selector: Array | int) -> Array:
     """Pick four bytes of two words (PTX `prmt`, CUDA `__byte_perm`).
 
-    Byte i of the result is the byte of (a, b) that the low three bits of nibble i of the selector name, or eight times the
-    sign of that byte if bit 3 is set. Bits of the selector above the low 16 do not count.
+    Byte i of the result is the byte of (a, b) that the low three bits of nibble i of the selector name, or eight times
+    the sign of that byte if bit 3 is set. Bits of the selector above the low 16 do not count.
     """
     if isinstance(selector, int):
         return _word_asm(f"prmt.b32 $0, $1, $2, {selector};", a, b)
@@ -76,7 +76,8 @@ def byte_perm(a: Array, b: Array, selector: Array | int) -> Array:
 def opaque_constant(word: int, shape: Sequence[int]) -> Array:
     """Return an array of `word` whose value no compiler knows.
 
-    The word passes through the highest bit of the mask of the lanes below a thread's own lane, and that bit is never set.
+    The word passes through the highest bit of the mask of the lanes below a thread's own lane, and that bit is never
+    set.
     """
     text = "{ .reg .b32 zero; mov.u32 zero, %lanemask_lt; shr.u32 zero, zero, 31; xor.b32 $0, zero, $1; }"
     return _word_asm(text, jnp.full(shape, jnp.uint32(word)))

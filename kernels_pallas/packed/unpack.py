@@ -1,6 +1,6 @@
-"""32-bit words of a stored weight -> the numbers in them, inside a kernel, in registers, in as few instructions as may be.
+"""32-bit words of a stored weight -> the numbers in them, inside a kernel, in registers.
 
-A GPU that reads four bits a weight at full speed has time for four to ten instructions a weight, so each of them counts.
+A GPU that reads four bits a weight at full speed has time for four to ten instructions a weight, so each one counts.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def unpack_f32(
 def unpack_bytes(
     layout: PackedLayout, word: UInt32[Array, "*tile"], ops: WordOps, high: UInt32[Array, "*tile"] | None = None
 ) -> UnpackedBytes:
-    """Return the bytes of a word of indices or of "codes8", in the order of elements: of indices, first the low nibbles.
+    """Return the bytes of a word of indices or of "codes8", in the order of elements: low nibbles come first.
 
     Args:
         layout: the layout of the weight, which is not "plain" nor "fp8".
@@ -142,7 +142,7 @@ def _look_up(table: tuple[int, ...], word: UInt32[Array, "*tile"], ops: WordOps)
 def _spread_single_bits(high: UInt32[Array, "*tile"], half: int) -> UInt32[Array, "*tile"]:
     """Move bits 0, 2, 4, 6 (half 0) or bits 1, 3, 5, 7 (half 1) to bit 4 of the four bytes.
 
-    The factor has one bit for each target position. Partial products that meet between the targets never carry into a target.
+    The factor has one bit for each target position. Partial products that meet elsewhere never carry into one.
     """
     return (high & jnp.uint32(0x55 << half)) * jnp.uint32(0x00410410 >> half) & jnp.uint32(0x10101010)
 

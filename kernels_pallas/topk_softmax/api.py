@@ -22,7 +22,7 @@ def topk_softmax(
     *,
     implementation: str | None = None,
 ) -> ExpertChoice:
-    """Choose the `k` experts with the largest softmax of the logits, and compute `silu(gate) * up` of the shared expert.
+    """Choose the `k` experts with the largest softmax of the logits, and activate the shared expert: `silu(gate) * up`.
 
     The largest comes first; of equals the one with the lower number.
 
@@ -32,7 +32,8 @@ def topk_softmax(
         valid: rows that count; the ids of the others are E.
         k: experts for a row.
         dtype: of `shared_hidden`.
-        implementation: "xla" (the formula in `reference.py`, which has gradients), "triton", or None: the best for the platform.
+        implementation: "xla" (the formula in `reference.py`, which has gradients), "triton", or None: the best for the
+            platform.
     """
     if resolve_implementation(implementation) == "xla":
         return reference.topk_softmax(logits, gate, up, valid, k, dtype)

@@ -1,9 +1,9 @@
 """The choice of experts as a Pallas kernel through the Triton lowering, behind a launch that makes the logits.
 
-XLA makes four kernels of what follows the logits, and each takes longer to start than to run. Its product adds up in an order
-that depends on the number of rows, so a row could choose other experts in a verify window than by itself. With the logits of
-`kernels_pallas.matmul.triton` it cannot. The same launch activates the shared expert, whose projections come from the same
-product.
+XLA makes four kernels of what follows the logits, and each takes longer to start than to run. Its product adds up in an
+order that depends on the number of rows, so a row could choose other experts in a verify window than by itself. With
+the logits of `kernels_pallas.matmul.triton` it cannot. The same launch activates the shared expert, whose projections
+come from the same product.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _kernel(
     *,
     k: int,
 ) -> None:
-    """For one row, one program takes the k largest probabilities one after the other, and one activates the shared expert."""
+    """For each row, one program takes the k largest probabilities in turn, and one activates the shared expert."""
     row, num_experts, num_hidden = pl.program_id(0), logits_ref.shape[2], hidden_ref.shape[1]
 
     @pl.when(pl.program_id(1) == 0)

@@ -9,10 +9,10 @@ A weight is a plain array `[..., O, F]` (outputs, inputs, as published) or a `St
     FusedExperts       all experts of a layer as one weight: small experts on a CPU
     BitcastBfloat16    bfloat16 experts as uint16, because a CPU slices those without a conversion
 
-A `StoredWeight` offers `shape` and `ndim` of the weight `[..., O, F]`, `weight[...]` (the weight itself; nnx reads the values of its
-variables that way), `dense_matrix(dtype)` (the matrix as a plain array) and `expert_matrix(layer, expert, dtype)` (one matrix of
-a stack of experts). `dense_matrix` and `expert_matrix` of this module take a plain array, too. Kernels read packed weights in
-their packed form, by way of `kernels_pallas.packed`.
+A `StoredWeight` offers `shape` and `ndim` of the weight `[..., O, F]`, `weight[...]` (the weight itself; nnx reads the
+values of its variables that way), `dense_matrix(dtype)` (the matrix as a plain array) and `expert_matrix(layer, expert,
+dtype)` (one matrix of a stack of experts). `dense_matrix` and `expert_matrix` of this module take a plain array, too.
+Kernels read packed weights in their packed form, by way of `kernels_pallas.packed`.
 """
 
 from __future__ import annotations

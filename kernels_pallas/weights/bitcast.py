@@ -1,7 +1,7 @@
 """bfloat16 as the integers of the same bits, which XLA's CPU backend moves as they are.
 
-That backend slices or gathers a bfloat16 array by converting all of it to float32 first: all experts of a layer for one of
-them, or a whole embedding for one row. It does nothing of the kind to integers.
+That backend slices or gathers a bfloat16 array by converting all of it to float32 first: all experts of a layer for one
+of them, or a whole embedding for one row. It does nothing of the kind to integers.
 """
 
 from __future__ import annotations

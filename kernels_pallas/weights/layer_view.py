@@ -1,4 +1,4 @@
-"""`LayerView`: a packed weight inside a stack of layers that is never sliced. A slice that goes to a kernel would be a copy."""
+"""`LayerView`: a packed weight inside a stack of layers. A slice of the stack that goes to a kernel would be a copy."""
 
 from __future__ import annotations
 

@@ -26,17 +26,17 @@ class QuantizedTensor(StoredWeight):
 
     Attributes:
         codes: layouts "codes4", "codes5" and "codes6": the low four bits of indices, value = table[index], uint8
-            `[..., O, F/2]`. In every block of 32 elements, byte j holds element j in its low nibble and element j + 16 in its
-            high nibble, as in GGUF. Layout "codes8": int8 `[..., O, F]`, value = code. Layout "fp8": float8_e4m3fn
-            `[..., O, F]`, value = the number itself.
+            `[..., O, F/2]`. In every block of 32 elements, byte j holds element j in its low nibble and element j + 16
+            in its high nibble, as in GGUF. Layout "codes8": int8 `[..., O, F]`, value = code. Layout "fp8":
+            float8_e4m3fn `[..., O, F]`, value = the number itself.
         scale: float16, bfloat16 or float32 `[..., O, F/group]`; fp8: float32 `[..., ceil(O/128), ceil(F/128)]`. With a
             `super_scale` it is int8, and the scale of an element is the product of both.
         offset: like `scale`, or None for zero.
         layout: "codes4", "codes5", "codes6", "codes8" or "fp8".
         group: elements along F that share a scale: 16, 32, 64 or 128.
         table: int8 values of the indices: 16 for codes4; 32 for codes5 and 64 for codes6, which must be consecutive.
-        high: codes5: uint8, codes6: uint16, `[..., O, F/8]`: the one or two bits above the low four of eight indices, in the
-            order of the nibbles of a 32-bit word of codes.
+        high: codes5: uint8, codes6: uint16, `[..., O, F/8]`: the one or two bits above the low four of eight indices,
+            in the order of the nibbles of a 32-bit word of codes.
         super_scale, super_offset: float16, each for several groups, or None.
     """
 

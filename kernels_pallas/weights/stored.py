@@ -36,8 +36,8 @@ class StoredWeight(struct.PyTreeNode):
     def __getitem__(self, index: Any) -> Self:
         """Return the weight itself for `...`.
 
-        nnx reads the value of a variable by `variable[...]`, and flax passes that index on to the value. Subclasses whose
-        form allows it take other indices, too.
+        nnx reads the value of a variable by `variable[...]`, and flax passes that index on to the value. Subclasses
+        whose form allows it take other indices, too.
         """
         if index is not Ellipsis:
             raise TypeError(

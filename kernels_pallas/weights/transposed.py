@@ -1,8 +1,8 @@
 """Small weights in the order in which a CPU multiplies a few rows with them fastest: inputs first, `[..., F, O]`.
 
-XLA's CPU backend reads such a weight once for all rows and adds the products of a row in the order of its inputs, so a row has
-the same bits whatever the other rows are, if there are two rows or more. A weight `[O, F]`, as it is published, is reordered
-first, which takes several times as long as the product.
+XLA's CPU backend reads such a weight once for all rows and adds the products of a row in the order of its inputs, so a
+row has the same bits whatever the other rows are, if there are two rows or more. A weight `[O, F]`, as it is published,
+is reordered first, which takes several times as long as the product.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class TransposedWeight(StoredWeight):
 
     Attributes:
         array: the weight, its last two axes exchanged.
-        output_sizes: the outputs O of each of the weights that lie side by side in the array and read the same rows. One
-            product reads all of them; see `kernels_pallas.matmul.fused_linears`. Empty for a single weight.
+        output_sizes: the outputs O of each of the weights that lie side by side in the array and read the same rows.
+            One product reads all of them; see `kernels_pallas.matmul.fused_linears`. Empty for a single weight.
     """
 
     array: Float[Array, "*stack F O"]
@@ -56,7 +56,7 @@ class FusedPlaceholder(StoredWeight):
 
 
 class FusedExperts(StoredWeight):
-    """A stack of experts `[L, E, O, F]`, held as `[L, F, E, O]`: the experts of a layer are one weight of E * O outputs."""
+    """A stack of experts `[L, E, O, F]`, held as `[L, F, E, O]`: those of a layer are one weight of E * O outputs."""
 
     array: Float[Array, "L F E O"]
 

@@ -57,7 +57,7 @@ def open_model(
         checkpoints.CheckpointError, mtpjax.config.ConfigError: the checkpoint cannot be read.
         ValueError: unknown `dtype` or `quantization`, an unreadable tokenizer, or a `quantization` of a loaded model.
     """
-    resolved = _resolve_dtype(dtype, model)
+    resolved = resolve_dtype(dtype, model)
     loaded_tokenizer = load_tokenizer(tokenizer) if tokenizer else None
     if isinstance(model, LoadedModel):
         if quantization is not None:
@@ -85,7 +85,7 @@ def eos_token_ids(cfg: ModelConfig, generation_config: Mapping[str, Any], vocab_
     return tuple(sorted(t for t in ids if 0 <= t < cfg.vocab_size))
 
 
-def _resolve_dtype(dtype: str | DTypeLike, model: str | PathLike[str] | LoadedModel | None) -> jnp.dtype:
+def resolve_dtype(dtype: str | DTypeLike, model: str | PathLike[str] | LoadedModel | None) -> jnp.dtype:
     if isinstance(dtype, str) and dtype == "auto":
         if isinstance(model, LoadedModel):
             return compute_dtype_of(model)

@@ -91,6 +91,6 @@ class Moe(nnx.Module):
         dtype: DTypeLike,
         implementation: str | None = None,
     ) -> ExpertChoice:
-        """Choose the experts of each row and activate the shared expert. Training replaces this method to record the choice."""
+        """Choose the experts of each row and activate the shared expert. Training patches this method to record it."""
         k = self.cfg.experts_per_token
         return topk_softmax(logits, gate, up, valid, k, dtype, implementation=implementation)

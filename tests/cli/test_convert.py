@@ -230,7 +230,7 @@ def test_a_bad_checkpoint_is_refused_and_leaves_nothing(
     source = write(tmp_path / "hf", case, tensors, **config)
     assert main([str(source), str(tmp_path / "orbax")]) == 1
     said = capsys.readouterr().err
-    assert said.startswith("convert.py: ") and all(part in said for part in says), said
+    assert said.startswith("mtpjax convert: ") and all(part in said for part in says), said
     assert [f.name for f in tmp_path.iterdir()] == ["hf"]
 
 
@@ -267,8 +267,12 @@ def test_an_existing_target_is_left_alone(tmp_path: Path, capsys: pytest.Capture
     assert main([str(tmp_path / "nowhere"), str(tmp_path / "new")]) == 1
     said = capsys.readouterr().err.splitlines()
     assert [("already exists" in line, "already in the format 'hf'" in line) for line in said] == [
-        (True, False), (True, False), (True, False), (False, True), (False, False)
-    ]  # fmt: skip
+        (True, False),
+        (True, False),
+        (True, False),
+        (False, True),
+        (False, False),
+    ]
     assert (tmp_path / "file").read_text() == "mine" and not (tmp_path / "new").exists()
 
 

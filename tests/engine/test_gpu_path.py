@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from kernels_pallas import gated_delta_rule, grouped_matmul, matmul, top_k_top_p, topk_softmax
+from kernels_pallas import grouped_matmul, matmul, top_k_top_p, topk_softmax
 from kernels_pallas.platform import override_platform
 from mtpjax.config import FULL, LINEAR
 from mtpjax.decoding import steps
@@ -30,8 +30,6 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
         (grouped_matmul.EACH_KERNELS, inter(grouped_matmul.triton.each_expert)),
         (topk_softmax.KERNELS, inter(topk_softmax.triton.choose_experts)),
         (top_k_top_p.KERNELS, inter(top_k_top_p.triton.top_k_top_p_threshold)),
-        (gated_delta_rule.api.KERNELS, inter(gated_delta_rule.triton.delta_window)),
-        (gated_delta_rule.api.CHUNK_KERNELS, inter(gated_delta_rule.triton_chunks.delta_chunks)),
     ]
     for table, kernel in tables:
         monkeypatch.setitem(table, "cuda", kernel)

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from mtpjax.config import FULL, LINEAR, ModelConfig
 from mtpjax.decoding.output_rows import OutputRows
-from mtpjax.decoding.steps import prefill
+from mtpjax.decoding.steps import PREFILL_DONATED, PREFILL_STATIC, prefill
 from mtpjax.model import abstract_model
 from mtpjax.model.cache import new_cache, padded_kv_length
 from mtpjax.presets import PRESETS
@@ -50,7 +50,8 @@ def trace_prefill(cfg: ModelConfig, rows: OutputRows, chunk: int, *, batch: int 
     graph, params = nnx.split(abstract_model(cfg))
     cache = jax.eval_shape(lambda: new_cache(cfg, batch, padded_kv_length(600, 1)))
     ids, pad = abstract(batch, chunk, dtype=jnp.int32), abstract(batch, dtype=jnp.int32)
-    return prefill.trace(params, ids, ids, pad, cache, graph=graph, rows=rows)
+    step = jax.jit(prefill, static_argnames=PREFILL_STATIC, donate_argnames=PREFILL_DONATED)
+    return step.trace(params, ids, ids, pad, cache, graph=graph, rows=rows)
 
 
 def computed_arrays(traced: Any) -> list[ArrayInfo]:

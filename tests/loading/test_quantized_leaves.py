@@ -64,9 +64,9 @@ def test_quantized_on_load(folder: Path, mode: str) -> None:
     """The packed model computes what its dequantised weights do, drafts included; most matrices are packed."""
     model = load_checkpoint(open_checkpoint(folder), dtype=jnp.float32, quantization=mode)
     assert count_packed_leaves(model) >= 20
-    llm = LLM(folder, num_speculative_tokens=2, max_model_len=64, quantization=mode)
+    llm = LLM(folder, dtype="float32", num_speculative_tokens=2, max_model_len=64, quantization=mode)
     assert_same_text(llm, LLM(dequantized(model), num_speculative_tokens=2, max_model_len=64))
-    plain = LLM(folder, num_speculative_tokens=2, max_model_len=64).logits(IDS)
+    plain = LLM(folder, dtype="float32", num_speculative_tokens=2, max_model_len=64).logits(IDS)
     assert (
         0.7 < np.corrcoef(llm.logits(IDS).ravel(), plain.ravel())[0, 1] < 1 - 1e-7
     )  # near the unquantised model, but not equal to it
@@ -87,8 +87,8 @@ def test_a_gguf_file_stays_packed(tensor_type: str, tmp_path: Path) -> None:
             num_packed += 1
     assert num_packed >= 20
     assert_same_text(
-        LLM(tmp_path / "m.gguf", num_speculative_tokens=2, max_model_len=64, quantization="packed"),
-        LLM(tmp_path / "m.gguf", num_speculative_tokens=2, max_model_len=64),
+        LLM(tmp_path / "m.gguf", dtype="float32", num_speculative_tokens=2, max_model_len=64, quantization="packed"),
+        LLM(tmp_path / "m.gguf", dtype="float32", num_speculative_tokens=2, max_model_len=64),
     )
 
 
