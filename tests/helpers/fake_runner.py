@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from mtpjax.decoding.sampling import BatchSamplingParams
@@ -71,6 +72,7 @@ class FakeRunner:
         return cache, self.zero_hidden(len(prompts)), []
 
     def decode(self, state: DecodeState, params: BatchSamplingParams, return_when_finished: int) -> Any:
+        state, params = jax.tree.map(np.asarray, (state, params))
         batch, width = len(state.token), self.num_speculative_tokens + 1
         arrays = {name: np.array(getattr(state, name)) for name in ("cache", "token", "count", "done", "stopped")}
         rounds, accepted = np.array(state.rounds), np.array(state.accepted)
