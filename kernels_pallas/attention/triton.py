@@ -20,7 +20,7 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Bool, Float, Int
 
 from kernels_pallas.attention.reference import MASK_VALUE
-from kernels_pallas.packed.dequantize import most_rows
+from kernels_pallas.packed.layout import max_row_tile
 from kernels_pallas.partial_sums import PartialSums, load_partial_sum
 from kernels_pallas.tiles import dot, index_grid
 
@@ -176,7 +176,7 @@ def attention(
     end = jnp.max(position, axis=1) + 1
     index = jnp.asarray(layer, jnp.int32).reshape(1)
     sequence_heads, is_split = batch * kv_heads, rows <= DECODE_ROWS
-    tile = DECODE_TILE if is_split else most_rows(q.dtype)
+    tile = DECODE_TILE if is_split else max_row_tile(q.dtype)
     tiles = -(-rows * (heads // kv_heads) // tile)
     splits = -(-kv_len // KV_SPLIT) if is_split else 1
     out_shape: Any = jax.ShapeDtypeStruct(q.shape, q.dtype)

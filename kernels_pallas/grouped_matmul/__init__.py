@@ -1,5 +1,5 @@
-"""Mixture-of-Experts matrix products: each row is multiplied only by the experts that were chosen for it."""
+"""The routed experts of a Mixture-of-Experts layer: each row is multiplied by the experts chosen for it alone."""
 
-from kernels_pallas.grouped_matmul.api import EACH_KERNELS, expert_mlp
+from kernels_pallas.grouped_matmul.api import combine_experts, fused_moe, fused_moe_unreduced
 
-__all__ = ["EACH_KERNELS", "expert_mlp"]
+__all__ = ["combine_experts", "fused_moe", "fused_moe_unreduced"]

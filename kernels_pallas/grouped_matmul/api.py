@@ -1,86 +1,102 @@
-"""`expert_mlp`: the routed half of a Mixture-of-Experts layer."""
+"""`fused_moe`: the routed half of a Mixture-of-Experts layer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from kernels_pallas.grouped_matmul import triton
-from kernels_pallas.grouped_matmul.plan import choose_windows, plan_windows
-from kernels_pallas.grouped_matmul.reference import Experts, all_experts_mlp, window_mlp
-from kernels_pallas.platform import platform
-from kernels_pallas.weights.quantized import QuantizedTensor
-from kernels_pallas.weights.transposed import FusedExperts, TransposedWeight
+from kernels_pallas.grouped_matmul import reference, triton
+from kernels_pallas.grouped_matmul.grad import with_gradient_of
+from kernels_pallas.grouped_matmul.plan import drop_invalid
+from kernels_pallas.grouped_matmul.reference import combine_experts
+from kernels_pallas.platform import interpret_kernels, resolve_implementation
+from kernels_pallas.weights import QuantizedTensor, Weight
 
-ALL_EXPERTS_ROWS = range(2, 65)  # for which small experts are all multiplied: one row reads too few, more want windows
-
-# Platform -> kernels with the signature of `expert_mlp`, and of `triton.each_expert`. Elsewhere: `lax`.
-KERNELS: dict[str, Callable[..., Array]] = {"cuda": triton.grouped_mlp}
-EACH_KERNELS: dict[str, Callable[..., Array]] = {"cuda": triton.each_expert}
+__all__ = ["combine_experts", "fused_moe", "fused_moe_unreduced"]
 
 
-def expert_mlp(
-    x: Float[Array, "N D"],
-    gate_up: Experts,
-    down: Experts,
+def fused_moe(
+    x: Float[Array, "rows D"],
+    gate_up: Weight,
+    down: Weight,
     layer: Int[Array, ""],
-    chosen: Int[Array, "N K"],
-    weights: Float[Array, "N K"],
-    live: Bool[Array, " N"] | None = None,
-) -> Float[Array, "N D"]:
-    """Sum over k of `weights[n, k] * mlp_{chosen[n, k]}(x[n])` with the experts of layer `layer` of the stack.
+    topk_ids: Int[Array, "rows topk"],
+    topk_weights: Float[Array, "rows topk"],
+    valid: Bool[Array, " rows"] | None = None,
+    *,
+    implementation: str | None = None,
+) -> Float[Array, "rows D"]:
+    """Return the weighted sum over the experts of each row, in the dtype of `x`; for the formula see `reference.py`.
 
-    The stacks are `[P, E, 2 I, D]` (gate rows, then up rows) and `[P, E, D, I]`, plain or packed. Only chosen experts
-    are read, no row is dropped, and a row's result does not depend on the order of the others. Dead rows cost nothing
-    and give zero; without `live` they are those that chose expert E, which there is not. The routing weight is applied
-    after the down projection, in float32. Small experts that lie abreast are all read by a few rows, and the routing
-    weight is applied before the down projection.
+    Only chosen experts are read, no row is dropped, and a row's result does not depend on the order of the others. The
+    sum over the experts of a row is float32, in the order of `topk_ids`.
+
+    Args:
+        gate_up: the stack `[L, E, 2 I, D]`, I gate rows and then I up rows of each expert, plain or stored in any form.
+        down: the stack `[L, E, D, I]`.
+        layer: which layer of the stacks, int32.
+        topk_ids: the experts of each row, int32; E for a row without experts, which costs nothing and gives zero.
+        topk_weights: float32, applied after the down projection.
+        valid: rows that have experts; None: those whose ids are below E.
+        implementation: "xla", "triton", or None: "triton" on a CUDA device if the kernels support both stacks, else
+            "xla". Plain stacks have a gradient in both.
+
+    Raises:
+        ValueError: "triton" was asked for, and the kernels do not support the stacks.
     """
-    kernel = KERNELS.get(platform())
-    if kernel is None:
-        live = chosen[:, 0] < gate_up.shape[1] if live is None else live
-        if isinstance(gate_up, FusedExperts) and isinstance(down, TransposedWeight) and x.shape[0] in ALL_EXPERTS_ROWS:
-            mine = (chosen[..., None] == jnp.arange(gate_up.shape[1])) & live[:, None, None]
-            return all_experts_mlp(x, gate_up, down, layer, jnp.sum(jnp.where(mine, weights[..., None], 0), axis=1))
-        return _windows(x, gate_up, down, layer, chosen, weights, live)
-    if isinstance(gate_up, QuantizedTensor) or isinstance(down, QuantizedTensor):
-        return kernel(x, gate_up, down, layer, chosen, weights, live)
-    return _plain(kernel, x, gate_up, down, layer, chosen, weights, live)
+    topk_ids = drop_invalid(topk_ids, valid, gate_up.shape[1])
+    args = (x, gate_up, down, layer, topk_ids, topk_weights)
+    if not _uses_kernel(gate_up, down, implementation):
+        return reference.fused_moe(*args).astype(x.dtype)
+    kernel = partial(triton.fused_moe, out_dtype=jnp.float32, interpret=interpret_kernels())
+    if _any_packed(gate_up, down):
+        return kernel(*args).astype(x.dtype)
+    return with_gradient_of(kernel, reference.fused_moe, *args).astype(x.dtype)
 
 
-def _windows(
-    x: Array,
-    gate_up: Experts,
-    down: Experts,
-    layer: Array,
-    chosen: Array,
-    weights: Array,
-    live: Array,
-) -> Array:
-    k = chosen.shape[1]
-    sizes = choose_windows(x.shape[0], k, gate_up.shape[1])
-    plan = plan_windows(chosen, live, gate_up.shape[1], sizes)
-    rows = x.at[plan.source // k].get(mode="fill", fill_value=0)
-    y = window_mlp(rows, gate_up, down, layer, plan.expert, plan.start, plan.first, sizes)
-    out = jnp.zeros(x.shape, jnp.float32)
-    for i in range(k):  # not one gather of [N, K, D], which would be written to memory first
-        each = y.at[plan.place[:, i]].get(mode="fill", fill_value=0)
-        out = out + each.astype(jnp.float32) * weights[:, i, None].astype(jnp.float32)
-    return out.astype(x.dtype)
+def fused_moe_unreduced(
+    x: Float[Array, "rows D"],
+    gate_up: Weight,
+    down: Weight,
+    layer: Int[Array, ""],
+    topk_ids: Int[Array, "rows topk"],
+    topk_weights: Float[Array, "rows topk"],
+    valid: Bool[Array, " rows"] | None = None,
+    *,
+    implementation: str | None = None,
+) -> Float[Array, "rows chosen D"]:
+    """Return the weighted outputs of the experts of each row, float32, for a reader that adds them itself.
+
+    `combine_experts` adds them. The axis `chosen` is `topk` where the kernel reads packed stacks. Otherwise it is 1:
+    there the sum is taken at once. The outputs of a row without experts are undefined.
+
+    Args:
+        gate_up, down, layer, topk_ids, topk_weights, valid, implementation: as for `fused_moe`.
+    """
+    topk_ids = drop_invalid(topk_ids, valid, gate_up.shape[1])
+    args = (x, gate_up, down, layer, topk_ids, topk_weights)
+    if not _uses_kernel(gate_up, down, implementation):
+        return reference.fused_moe(*args)[:, None]
+    interpret = interpret_kernels()
+    if _any_packed(gate_up, down):
+        return triton.fused_moe_unreduced(*args, interpret=interpret)
+    kernel = partial(triton.fused_moe, out_dtype=jnp.float32, interpret=interpret)
+    return with_gradient_of(kernel, reference.fused_moe, *args)[:, None]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _plain(kernel: Callable[..., Array], *args: Array) -> Array:
-    """A kernel on plain stacks; its gradient is that of `_windows`, so that a model trains on a GPU too."""
-    return kernel(*args)
+def _any_packed(gate_up: Weight, down: Weight) -> bool:
+    return isinstance(gate_up, QuantizedTensor) or isinstance(down, QuantizedTensor)
 
 
-_plain.defvjp(
-    lambda kernel, *args: (kernel(*args), args),
-    lambda kernel, args, grad: jax.vjp(_windows, *args)[1](grad),
-)
+def _uses_kernel(gate_up: Weight, down: Weight, implementation: str | None) -> bool:
+    supported = triton.supports(gate_up) and triton.supports(down)
+    if implementation == "triton" and not supported:
+        found = ", ".join(f"{type(w).__name__} {list(w.shape)}" for w in (gate_up, down))
+        raise ValueError(
+            "implementation 'triton' multiplies plain experts and packed experts whose last axis is a multiple of 32; "
+            f"found {found}"
+        )
+    return resolve_implementation(implementation, supported=supported) == "triton"

@@ -1,7 +1,9 @@
-"""The map from blocks of rows to experts: rows sorted by expert, every expert's run padded to whole blocks.
+"""Which token row stands where when rows are sorted by expert, as vLLM's `moe_align_block_size` lays them out.
 
-Kernels take blocks of one size (`BlockPlan`); the loops of the `lax` path take windows of a few sizes (`WindowPlan`), so
-that a run is multiplied in one piece and hardly padded.
+An assignment is one (row, chosen expert) pair, numbered through: number `row * topk + i`. Assignments are sorted by
+expert, and the run of every expert is padded to whole blocks. Kernels take blocks of one size (`BlockLayout`). The
+loops of the "xla" implementation take windows of a few sizes (`WindowLayout`), so that a run is multiplied in few
+pieces and hardly padded.
 """
 
 from __future__ import annotations
@@ -17,132 +19,167 @@ WINDOW_STEP = 16  # rows
 LONGEST_WINDOW = 512  # rows; products of more are no faster
 
 
-class BlockPlan(NamedTuple):
-    """Which row goes where. `A = N * K` assignments of N rows to K experts each; `Z` blocks at most, `count` in use."""
+class BlockLayout(NamedTuple):
+    """Assignments in blocks of one size. Rows without an expert have no place in it."""
 
-    source: Int[Array, "Z*block"]  # assignment that fills each place of the padded layout; A where none does
-    place: Int[Array, "N K"]  # place of each assignment in the padded layout; Z*block for dead rows
-    expert: Int[Array, " Z"]  # expert of each block
-    count: Int[Array, ""]  # type: ignore[assignment]  # blocks in use; the rest is never touched
-
-
-class WindowPlan(NamedTuple):
-    """Which row goes where, for C sizes of windows: of size c these are number `first[c]` to `first[c + 1] - 1` of W."""
-
-    source: Int[Array, " Z"]  # assignment that fills each place of the padded layout; A where none does
-    place: Int[Array, "N K"]  # place of each assignment in the padded layout; Z for dead rows
-    expert: Int[Array, " W"]  # expert of each window
-    start: Int[Array, " W"]  # place of its first row
-    first: Int[Array, " C+1"]
+    sorted_token_ids: Int[Array, " places"]  # the assignment at each place; rows * topk for padding
+    inverse_order: Int[
+        Array, "rows topk"
+    ]  # the place of each assignment; the number of places for rows without an expert
+    expert_ids: Int[Array, " blocks"]  # the expert of each block
+    num_blocks: Int[Array, ""]  # blocks in use, the first ones; nothing reads or writes the others
 
 
-def choose_block(rows: int, chosen: int, experts: int) -> int:
-    """Rows of a block: about the mean run of an expert, as a power of two from 1 to 64.
+class WindowLayout(NamedTuple):
+    """Assignments in windows of several sizes. Windows `first[s]` to `first[s + 1] - 1` have size number s."""
 
-    One row decodes as matrix-vector products; from there on a block that is too small reads an expert twice and one
+    sorted_token_ids: Int[Array, " places"]  # as in `BlockLayout`
+    inverse_order: Int[Array, "rows topk"]
+    expert_ids: Int[Array, " windows"]  # the expert of each window
+    starts: Int[Array, " windows"]  # the first place of each window
+    first: Int[Array, " sizes+1"]
+
+
+def drop_invalid(
+    topk_ids: Int[Array, "rows topk"], valid: Bool[Array, " rows"] | None, num_experts: int
+) -> Int[Array, "rows topk"]:
+    """Return the experts of each row, where rows that are not valid have none: their ids are `num_experts`."""
+    return topk_ids if valid is None else jnp.where(valid[:, None], topk_ids, num_experts)
+
+
+def choose_block_size(rows: int, topk: int, num_experts: int) -> int:
+    """Return the rows of a block: about the mean run of an expert, as a power of two from 1 to 64.
+
+    One row decodes as matrix-vector products. For more rows, a block that is too small reads an expert twice, and one
     that is too large multiplies padding.
     """
     block = 1
-    while block < rows * chosen / experts and block < 64:
+    while block < rows * topk / num_experts and block < 64:
         block *= 2
     return block
 
 
-def plan_each(chosen: Int[Array, "N K"], live: Bool[Array, " N"] | None, experts: int, block: int) -> BlockPlan:
-    """A block for every assignment, its row first and no other in it: nothing to sort. For a handful of rows, few of
-    which share an expert. The expert of a dead row is `experts`, which there is not."""
-    total = chosen.size
-    steps = jnp.arange(total * block, dtype=jnp.int32)
-    return BlockPlan(
-        source=jnp.where(steps % block == 0, steps // block, total),
-        place=(jnp.arange(total, dtype=jnp.int32) * block).reshape(chosen.shape),
-        expert=_of_live(chosen, live, experts).reshape(total).astype(jnp.int32),
-        count=jnp.int32(total),
-    )
+def choose_window_sizes(rows: int, topk: int, num_experts: int) -> tuple[int, ...]:
+    """Return the rows of the windows, ascending: the multiples of a step up to twice the mean run of an expert, or 512.
 
-
-def _of_live(chosen: Int[Array, "N K"], live: Bool[Array, " N"] | None, experts: int) -> Int[Array, "N K"]:
-    return chosen if live is None else jnp.where(live[:, None], chosen, experts)
-
-
-def choose_windows(rows: int, chosen: int, experts: int) -> tuple[int, ...]:
-    """Rows of the windows, ascending: the multiples of a step up to twice the mean run of an expert, or 512.
-
-    Steps are an eighth of the longest window and at least 16 rows: from there on, a CPU's product of a row has the same
-    bits in a window of any size. For shorter runs there is one size, that of `choose_block`.
+    A step is an eighth of the longest window and at least 16 rows: from there on, a CPU's product of a row has the same
+    bits in a window of any size. For shorter runs there is one size, that of `choose_block_size`.
     """
-    block = choose_block(rows, chosen, experts)
+    block = choose_block_size(rows, topk, num_experts)
     if block < WINDOW_STEP:
         return (block,)
     longest = 2 * block
-    while longest < 2 * rows * chosen / experts and longest < LONGEST_WINDOW:
+    while longest < 2 * rows * topk / num_experts and longest < LONGEST_WINDOW:
         longest *= 2
     step = max(WINDOW_STEP, longest // 8)
     return tuple(range(step, longest + 1, step))
 
 
-def window_places(assigned: int, experts: int, sizes: Sequence[int]) -> int:
-    """Places of the padded layout for so many assignments: enough for any routing, so no row is ever dropped."""
+def num_places(num_assignments: int, num_experts: int, sizes: Sequence[int]) -> int:
+    """Return the places of the padded layout: enough for any routing, so no row is ever dropped."""
     if len(sizes) == 1:
-        return (assigned // sizes[0] + min(experts, assigned)) * sizes[0]
-    return assigned + min(experts, assigned) * (sizes[0] - 1)
+        return (num_assignments // sizes[0] + min(num_experts, num_assignments)) * sizes[0]
+    return num_assignments + min(num_experts, num_assignments) * (sizes[0] - 1)
 
 
-def plan_blocks(chosen: Int[Array, "N K"], live: Bool[Array, " N"] | None, experts: int, block: int) -> BlockPlan:
-    """Sort assignments by expert and lay each run out in whole blocks; dead rows get no place.
+def align_unsorted(topk_ids: Int[Array, "rows topk"], num_experts: int, block_size: int) -> BlockLayout:
+    """Give every assignment a block of its own: its row is the first of the block, and the rest is padding.
 
-    The number of blocks is bounded by `A // block + min(E, A)`, so shapes are static and no row is ever dropped.
+    Nothing is sorted. This is for a handful of rows, few of which share an expert. The blocks of rows without an expert
+    keep the expert id `num_experts` or more, which kernels skip.
     """
-    places = window_places(chosen.size, experts, (block,))
-    source, place, counts, _ = _lay_out(chosen, live, experts, places, lambda counts: -(-counts // block) * block)
-    ends = jnp.cumsum(-(-counts // block))  # in blocks, inclusive
-    # Not searchsorted, which is a loop: a GPU would wait for the host at each turn.
-    expert = jnp.minimum(jnp.sum(ends <= jnp.arange(places // block)[:, None], axis=1), experts - 1)
-    return BlockPlan(source, place, expert.astype(jnp.int32), ends[-1])
+    total = topk_ids.size
+    places = jnp.arange(total * block_size, dtype=jnp.int32)
+    return BlockLayout(
+        sorted_token_ids=jnp.where(places % block_size == 0, places // block_size, total),
+        inverse_order=(jnp.arange(total, dtype=jnp.int32) * block_size).reshape(topk_ids.shape),
+        expert_ids=topk_ids.reshape(total).astype(jnp.int32),
+        num_blocks=jnp.int32(total),
+    )
 
 
-def plan_windows(chosen: Int[Array, "N K"], live: Bool[Array, " N"], experts: int, sizes: Sequence[int]) -> WindowPlan:
-    """Sort assignments by expert and lay each run out in windows; dead rows get no place.
+def moe_align_block_size(topk_ids: Int[Array, "rows topk"], num_experts: int, block_size: int) -> BlockLayout:
+    """Sort assignments by expert and pad the run of every expert to whole blocks.
 
-    A run is cut into windows of the largest size, and what is left becomes one of the smallest size that holds it.
+    The blocks are at most `A // block_size + min(E, A)` for A assignments, so shapes are static and no row is ever
+    dropped.
 
     Args:
-        sizes: one size, or the multiples of a step; see `choose_windows`.
+        topk_ids: the experts of each row; `num_experts` for a row without an expert, which gets no place.
+    """
+    places = num_places(topk_ids.size, num_experts, (block_size,))
+    runs = _sort_by_expert(topk_ids, num_experts, places, lambda counts: -(-counts // block_size) * block_size)
+    ends = jnp.cumsum(-(-runs.counts // block_size))  # in blocks, inclusive
+    # Not searchsorted, which is a loop: a GPU would wait for the host at each turn.
+    expert_ids = jnp.sum(ends <= jnp.arange(places // block_size)[:, None], axis=1)
+    expert_ids = jnp.minimum(expert_ids, num_experts - 1).astype(jnp.int32)
+    return BlockLayout(runs.sorted_token_ids, runs.inverse_order, expert_ids, ends[-1])
+
+
+def align_windows(topk_ids: Int[Array, "rows topk"], num_experts: int, sizes: Sequence[int]) -> WindowLayout:
+    """Sort assignments by expert and lay out the run of every expert in windows.
+
+    A run is cut into windows of the largest size. What is left becomes one window of the smallest size that holds it.
+
+    Args:
+        topk_ids: as for `moe_align_block_size`.
+        sizes: one size, or the multiples of a step; see `choose_window_sizes`.
     """
     if len(sizes) == 1:
-        blocks = plan_blocks(chosen, live, experts, sizes[0])
-        start = jnp.arange(blocks.expert.size, dtype=jnp.int32) * sizes[0]
-        return WindowPlan(blocks.source, blocks.place, blocks.expert, start, jnp.stack([jnp.int32(0), blocks.count]))
+        blocks = moe_align_block_size(topk_ids, num_experts, sizes[0])
+        starts = jnp.arange(blocks.expert_ids.size, dtype=jnp.int32) * sizes[0]
+        first = jnp.stack([jnp.int32(0), blocks.num_blocks])
+        return WindowLayout(blocks.sorted_token_ids, blocks.inverse_order, blocks.expert_ids, starts, first)
     step, longest = sizes[0], sizes[-1]
-    places = window_places(chosen.size, experts, sizes)
-    source, place, counts, begin = _lay_out(chosen, live, experts, places, lambda counts: -(-counts // step) * step)
-    full, left = counts // longest, -(-(counts % longest) // step)  # windows of the largest size; class of the rest
-    ends = jnp.cumsum(full)
-    number = jnp.arange(chosen.size // longest)
-    owner = jnp.minimum(jnp.sum(ends <= number[:, None], axis=1), experts - 1)
-    kind = jnp.concatenate([jnp.where(number < ends[-1], len(sizes), 0), left])  # 0: not in use
-    expert = jnp.concatenate([owner, jnp.arange(experts)])
-    start = jnp.concatenate([begin[owner] + (number - (ends - full)[owner]) * longest, begin + full * longest])
-    order = jnp.argsort(kind, stable=True)
-    first = jnp.sum(kind < jnp.arange(1, len(sizes) + 2)[:, None], axis=1)
-    return WindowPlan(source, place, *(a.astype(jnp.int32) for a in (expert[order], start[order], first)))
+    places = num_places(topk_ids.size, num_experts, sizes)
+    runs = _sort_by_expert(topk_ids, num_experts, places, lambda counts: -(-counts // step) * step)
+    longest_windows, rest = (
+        runs.counts // longest,
+        -(-(runs.counts % longest) // step),
+    )  # rest: number of its size, from 1
+    ends = jnp.cumsum(longest_windows)
+    number = jnp.arange(topk_ids.size // longest)
+    owner = jnp.minimum(jnp.sum(ends <= number[:, None], axis=1), num_experts - 1)
+    size_number = jnp.concatenate([jnp.where(number < ends[-1], len(sizes), 0), rest])  # 0: not in use
+    expert_ids = jnp.concatenate([owner, jnp.arange(num_experts)])
+    starts = jnp.concatenate(
+        [
+            runs.starts[owner] + (number - (ends - longest_windows)[owner]) * longest,
+            runs.starts + longest_windows * longest,
+        ]
+    )
+    order = jnp.argsort(size_number, stable=True)
+    first = jnp.sum(size_number < jnp.arange(1, len(sizes) + 2)[:, None], axis=1)
+    expert_ids, starts, first = (a.astype(jnp.int32) for a in (expert_ids[order], starts[order], first))
+    return WindowLayout(runs.sorted_token_ids, runs.inverse_order, expert_ids, starts, first)
 
 
-def _lay_out(
-    chosen: Array, live: Array | None, experts: int, places: int, padded: Callable[[Array], Array]
-) -> tuple[Array, Array, Array, Array]:
-    """Runs sorted by expert, each as long as `padded` makes it: source and place (as in the plans), rows of each expert
-    and the place where its run begins."""
-    total = chosen.size
-    flat = _of_live(chosen, live, experts).reshape(total)
+class _Runs(NamedTuple):
+    """Assignments sorted by expert, the run of every expert padded."""
+
+    sorted_token_ids: Int[Array, " places"]
+    inverse_order: Int[Array, "rows topk"]
+    counts: Int[Array, " E"]  # assignments of each expert
+    starts: Int[Array, " E"]  # the place where its run begins
+
+
+def _sort_by_expert(
+    topk_ids: Int[Array, "rows topk"],
+    num_experts: int,
+    places: int,
+    padded: Callable[[Int[Array, " E"]], Int[Array, " E"]],
+) -> _Runs:
+    """Sort assignments by expert, each run as long as `padded` makes it."""
+    total = topk_ids.size
+    flat = topk_ids.reshape(total)
     order = jnp.argsort(flat, stable=True)
     by_expert = flat[order]
-    counts = jnp.zeros(experts, jnp.int32).at[flat].add(1, mode="drop")
+    counts = jnp.zeros(num_experts, jnp.int32).at[flat].add(1, mode="drop")
     ends = jnp.cumsum(padded(counts))
-    begin = jnp.concatenate([ends - padded(counts), jnp.array([places])])
-    first_row = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(counts)])
-    place = begin[by_expert] + jnp.arange(total) - first_row[by_expert]
-    place = jnp.where(by_expert < experts, place, places)
-    source = jnp.full(places, total, jnp.int32).at[place].set(order.astype(jnp.int32), mode="drop")
-    place = jnp.zeros(total, jnp.int32).at[order].set(place.astype(jnp.int32)).reshape(chosen.shape)
-    return source, place, counts, begin[:-1]
+    starts = jnp.concatenate([ends - padded(counts), jnp.array([places])])
+    first_of_run = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(counts)])
+    place = starts[by_expert] + jnp.arange(total) - first_of_run[by_expert]
+    place = jnp.where(by_expert < num_experts, place, places)
+    sorted_token_ids = jnp.full(places, total, jnp.int32).at[place].set(order.astype(jnp.int32), mode="drop")
+    inverse_order = jnp.zeros(total, jnp.int32).at[order].set(place.astype(jnp.int32)).reshape(topk_ids.shape)
+    return _Runs(sorted_token_ids, inverse_order, counts, starts[:-1])

@@ -1,148 +1,91 @@
-"""The expert MLP over windows of rows in plain `lax`: the oracle of the kernels, the CPU path, and differentiable.
-
-A loop with a dynamic trip count reads one expert a turn out of the whole stack, so experts that nobody chose are never
-read and nothing the size of the stack is ever copied.
-"""
+"""The routed experts in plain JAX: the "xla" implementation, the oracle of the kernels, and the source of gradients."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any
-
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
-from jaxtyping import Float, Int
+from jax.typing import DTypeLike
+from jaxtyping import Bool, Float, Int
 
-from kernels_pallas.matmul import linear
-from kernels_pallas.weights.quantized import QuantizedTensor
-from kernels_pallas.weights.transposed import FusedExperts, TransposedWeight
+from kernels_pallas.grouped_matmul.grad import grouped_mlp_with_gradient
+from kernels_pallas.grouped_matmul.plan import align_windows, choose_window_sizes
+from kernels_pallas.grouped_matmul.windows import swiglu
+from kernels_pallas.matmul.reference import linear
+from kernels_pallas.weights import FusedExperts, TransposedWeight, Weight
 
-Experts = Array | QuantizedTensor | TransposedWeight | FusedExperts
-
-
-def _reread(x: Array, dtype: jnp.dtype) -> Array:
-    """The same bits as another dtype of that width."""
-    return x if x.dtype == dtype else lax.bitcast_convert_type(x, dtype)
-
-
-def _expert(stack: Any, layer: Array, expert: Array, dtype: jnp.dtype = jnp.float32) -> Any:
-    """One expert's matrix `[O, D]`, in `dtype` if it is packed. A uint16 stack holds the bit patterns of bfloat16 (see
-    `mtpjax.loading.cpu_layout`)."""
-    if isinstance(stack, QuantizedTensor):
-        return jax.tree.map(lambda part: _slice(part, layer, expert), stack).dequantize(dtype)
-    if isinstance(stack, TransposedWeight):
-        return TransposedWeight(_expert(_bits(stack.array), layer, expert))
-    if isinstance(stack, FusedExperts):
-        return TransposedWeight(_expert(jnp.swapaxes(_bits(stack.array), 1, 2), layer, expert))
-    w = _slice(stack, layer, expert)
-    return _reread(w, jnp.bfloat16) if w.dtype == jnp.uint16 else w
+# Calls of so many rows multiply all experts where these are fused: one row reads too few of them, more want windows.
+DENSE_MOE_ROWS = range(2, 65)
 
 
-def _slice(stack: Array, layer: Array, expert: Array) -> Array:
-    return lax.dynamic_slice(stack, (layer, expert, 0, 0), (1, 1, *stack.shape[2:])).reshape(stack.shape[2:])
-
-
-def _bits(stack: Array) -> Array:
-    """bfloat16 as uint16: a CPU would slice it by converting all of it."""
-    return _reread(stack, jnp.uint16) if stack.dtype == jnp.bfloat16 else stack
-
-
-def _rows(x: Array, start: Array, size: int) -> Array:
-    return lax.dynamic_slice(x, (start, 0), (size, x.shape[1]))
-
-
-def _swiglu(hidden: Float[Array, "*rows 2I"]) -> Float[Array, "*rows I"]:
-    gate, up = jnp.split(hidden.astype(jnp.float32), 2, axis=-1)
-    return (jax.nn.silu(gate) * up).astype(hidden.dtype)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(7,))
-def window_mlp(
-    x: Float[Array, "Z D"],
-    gate_up: Experts,
-    down: Experts,
+def fused_moe(
+    x: Float[Array, "rows D"],
+    gate_up: Weight,
+    down: Weight,
     layer: Int[Array, ""],
-    expert: Int[Array, " W"],
-    start: Int[Array, " W"],
-    first: Int[Array, " C+1"],
-    sizes: tuple[int, ...],
-) -> Float[Array, "Z D"]:
-    """`down_e(silu(gate_e x) * up_e x)` for the rows of each window in use, e its expert; other rows as they are.
+    topk_ids: Int[Array, "rows topk"],
+    topk_weights: Float[Array, "rows topk"],
+) -> Float[Array, "rows D"]:
+    """Return the weighted sum over the chosen experts (Shazeer et al. 2017, arXiv:1701.06538), in float32:
 
-    Rows of the second axis of `gate_up`: I gate rows, then I up rows (as published). For the windows see `WindowPlan`.
+        y[n] = sum_k topk_weights[n, k] * down_e(silu(gate_e x[n]) * up_e x[n])        with e = topk_ids[n, k]
+
+    The hidden units and the output of an expert are rounded to the dtype of `x`, and the sum over k is float32, in the
+    order of k. A few rows of small experts on a CPU (`FusedExperts`) are multiplied by all experts instead, the weight
+    of an expert that was not chosen is 0, and it is applied before the down projection.
+
+    Args:
+        gate_up, down, layer, topk_ids, topk_weights: as for `kernels_pallas.grouped_matmul.fused_moe`.
     """
-    store = jnp.uint16 if x.dtype == jnp.bfloat16 else x.dtype  # of bfloat16 a CPU would convert all rows, every turn
+    if isinstance(gate_up, FusedExperts) and isinstance(down, TransposedWeight) and x.shape[0] in DENSE_MOE_ROWS:
+        chosen = topk_ids[..., None] == jnp.arange(gate_up.shape[1])
+        weights = jnp.sum(jnp.where(chosen, topk_weights[..., None], 0), axis=1)
+        return _all_experts(x, gate_up, down, layer, weights).astype(jnp.float32)
+    topk, num_experts = topk_ids.shape[1], gate_up.shape[1]
+    sizes = choose_window_sizes(x.shape[0], topk, num_experts)
+    windows = align_windows(topk_ids, num_experts, sizes)
+    rows = x.at[windows.sorted_token_ids // topk].get(mode="fill", fill_value=0)
+    y = grouped_mlp_with_gradient(rows, gate_up, down, layer, windows.expert_ids, windows.starts, windows.first, sizes)
+    out = jnp.zeros(x.shape, jnp.float32)
+    for k in range(topk):  # not one gather of [rows, topk, D], which would be written to memory first
+        of_expert = y.at[windows.inverse_order[:, k]].get(mode="fill", fill_value=0)
+        out = out + of_expert.astype(jnp.float32) * topk_weights[:, k, None].astype(jnp.float32)
+    return out
 
-    def turn(size: int, i: Array, rows: Array) -> Array:  # a window is read once, so its result can take its place
-        hidden = linear(_reread(_rows(rows, start[i], size), x.dtype), _expert(gate_up, layer, expert[i], x.dtype))
-        y = linear(_swiglu(hidden), _expert(down, layer, expert[i], x.dtype))
-        return lax.dynamic_update_slice(rows, _reread(y, store), (start[i], 0))
 
-    return _reread(_each_window(turn, first, sizes, _reread(x, store)), x.dtype)
-
-
-def all_experts_mlp(
-    x: Float[Array, "N D"],
+def _all_experts(
+    x: Float[Array, "rows D"],
     gate_up: FusedExperts,
     down: TransposedWeight,
     layer: Int[Array, ""],
-    share: Float[Array, "N E"],
-) -> Float[Array, "N D"]:
-    """Sum over e of `share[n, e] * mlp_e(x[n])`: every expert for every row, as two products.
+    weights: Float[Array, "rows E"],
+) -> Float[Array, "rows D"]:
+    """Return `sum_e weights[n, e] * mlp_e(x[n])` by two products that multiply every row with every expert.
 
-    For few rows of small experts, where choosing one costs more than multiplying all.
+    For few rows of small experts, where choosing an expert costs more than multiplying all.
     """
-    inputs, experts, wide = gate_up.array.shape[1:]
+    inputs, experts, outputs = gate_up.array.shape[1:]
 
     def of_layer(stack: Array) -> Array:
         return stack[0] if stack.shape[0] == 1 else lax.dynamic_index_in_dim(stack, layer, keepdims=False)
 
-    joined = TransposedWeight(of_layer(gate_up.array).reshape(inputs, experts * wide))
-    act = _swiglu(linear(x, joined, out_dtype=jnp.float32).reshape(-1, experts, wide))
-    act = jnp.where(
-        share[..., None] > 0, act * share[..., None], 0
-    )  # not chosen: zero even where the product is not finite
-    return linear(
-        act.astype(x.dtype).reshape(x.shape[0], -1), TransposedWeight(of_layer(down.array).reshape(-1, inputs))
-    )
+    joined = TransposedWeight(of_layer(gate_up.array).reshape(inputs, experts * outputs))
+    hidden = swiglu(linear(x, joined, jnp.float32).reshape(-1, experts, outputs))
+    # An expert that was not chosen gives zero even where its product is not finite.
+    hidden = jnp.where(weights[..., None] > 0, hidden * weights[..., None], 0)
+    hidden = hidden.astype(x.dtype).reshape(x.shape[0], -1)
+    return linear(hidden, TransposedWeight(of_layer(down.array).reshape(-1, inputs)), x.dtype)
 
 
-def _each_window(turn: Callable[[int, Array, Any], Any], first: Array, sizes: tuple[int, ...], carry: Any) -> Any:
-    """`carry = turn(size, number, carry)` for every window in use: one loop a size."""
-    for c, size in enumerate(sizes):
-        carry = lax.fori_loop(first[c], first[c + 1], partial(turn, size), carry)
-    return carry
+def combine_experts(
+    outputs: Float[Array, "rows chosen D"], valid: Bool[Array, " rows"], dtype: DTypeLike
+) -> Float[Array, "rows D"]:
+    """Add the outputs of `fused_moe_unreduced` in their order and round the sum to `dtype`.
 
-
-def _forward(x, gate_up, down, layer, expert, start, first, sizes):  # type: ignore[no-untyped-def]
-    args = (x, gate_up, down, layer, expert, start, first)
-    return window_mlp(*args, sizes), args
-
-
-def _backward(sizes, saved, grad):  # type: ignore[no-untyped-def]
-    """One more pass over the windows: recompute the hidden rows, add each window's share to its expert's gradient."""
-    x, gate_up, down, layer, expert, start, first = saved
-
-    def add(stack: Array, e: Array, update: Array) -> Array:
-        new = _expert(stack, layer, e) + update.astype(stack.dtype)
-        return lax.dynamic_update_slice(stack, new[None, None], (layer, e, 0, 0))
-
-    def turn(size: int, i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        dx, d_gate_up, d_down = carry
-        e, rows, dy = expert[i], _rows(x, start[i], size), _rows(grad, start[i], size)
-        hidden = linear(rows, _expert(gate_up, layer, e))
-        act, pull = jax.vjp(_swiglu, hidden)
-        (d_hidden,) = pull(linear(dy, _expert(down, layer, e).T))
-        dx = lax.dynamic_update_slice(dx, linear(d_hidden, _expert(gate_up, layer, e).T), (start[i], 0))
-        return dx, add(d_gate_up, e, linear(d_hidden.T, rows.T)), add(d_down, e, linear(dy.T, act.T))
-
-    zeros = (jnp.zeros_like(x), jnp.zeros_like(gate_up), jnp.zeros_like(down))
-    dx, d_gate_up, d_down = _each_window(turn, first, sizes, zeros)
-    whole = [np.zeros(np.shape(a), jax.dtypes.float0) for a in (layer, expert, start, first)]
-    return dx, d_gate_up, d_down, *whole
-
-
-window_mlp.defvjp(_forward, _backward)
+    Args:
+        outputs: float32, weighted.
+        valid: rows that have experts; the others give zero, whatever their outputs hold.
+    """
+    total = outputs[:, 0]
+    for k in range(1, outputs.shape[1]):
+        total = total + outputs[:, k]
+    return jnp.where(valid[:, None], total, 0.0).astype(dtype)

@@ -1,9 +1,11 @@
-"""The expert MLP with packed (or plain) experts: two Pallas kernels through the Triton lowering.
+"""The MLPs of packed (or plain) experts: two Pallas kernels through the Triton lowering.
 
 Rows are sorted by expert and laid out in blocks (`plan.py`). The kernels take the whole `[layer, expert, ...]` stacks
-and read the tiles of the experts that blocks name; nothing is sliced, so nothing is copied. Gate and up are one kernel
-with SiLU; down applies the routing weight in float32. A row's result does not depend on the other rows, bit for bit:
-its sums over D and I are taken in steps of a fixed size and order, and those over its experts in the order chosen.
+and read the tiles of the experts that the blocks name; nothing is sliced, so nothing is copied. Gate and up are one
+kernel with SiLU; down applies the routing weight in float32.
+
+A row's result does not depend on the other rows, bit for bit: its sums over D and I are taken in steps of a fixed size
+and order, and the sum over its experts in the order in which they were chosen.
 """
 
 from __future__ import annotations
@@ -16,164 +18,189 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
+from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
-from kernels_pallas.grouped_matmul.plan import choose_block, plan_blocks, plan_each
-from kernels_pallas.packed.dequantize import Form, few_rows, load_rows, load_tile, most_rows, tile_rows, words
-from kernels_pallas.packed.ptx_ops import ARITHMETIC, MACHINE
+from kernels_pallas.grouped_matmul.plan import align_unsorted, choose_block_size, drop_invalid, moe_align_block_size
+from kernels_pallas.grouped_matmul.reference import combine_experts
+from kernels_pallas.matmul.triton import OUT_TILE, supports
+from kernels_pallas.packed.dequantize import WeightRefs, load_tile
+from kernels_pallas.packed.layout import (
+    PackedLayout,
+    load_rows,
+    max_row_tile,
+    min_row_tile,
+    mma_m_order,
+    pack_operands,
+)
+from kernels_pallas.packed.ptx_ops import WordOps, word_ops
 from kernels_pallas.tiles import dot, index_grid
-from kernels_pallas.weights.quantized import QuantizedTensor
+from kernels_pallas.weights import Weight
 
-OUT_TILE = 64
-EACH = 64  # assignments of a call up to which every one has a block of its own
+__all__ = ["fused_moe", "fused_moe_unreduced", "supports"]
+
+MAX_UNSORTED = 64  # assignments of a call up to which every one has a block of its own
 
 
 def _gate_up_kernel(
     layer_ref: Any,
-    expert_ref: Any,
-    count_ref: Any,
-    source_ref: Any,
+    expert_ids_ref: Any,
+    num_blocks_ref: Any,
+    sorted_token_ids_ref: Any,
     x_ref: Any,
     *refs: Any,
-    form: Form,
-    block: int,
-    chosen: int,
-    asm: bool,
+    layout: PackedLayout,
+    block_size: int,
+    topk: int,
+    ops: WordOps,
 ) -> None:
-    """Rows of one block times `OUT_TILE` gate rows and the same up rows of its expert, and SiLU(gate) * up."""
-    *weight, out_ref = refs
-    experts = weight[0].shape[1]
-    z, tile, size = pl.program_id(0), pl.program_id(1), out_ref.shape[1]
-    shape = (2 * size, x_ref.shape[1] // form.slots)
-    ops = MACHINE if asm else ARITHMETIC
+    """Compute SiLU(gate) * up for the rows of one block and `OUT_TILE` hidden units of its expert."""
+    *weight_refs, out_ref = refs
+    num_experts, num_hidden = weight_refs[0].shape[1], out_ref.shape[1]
+    block, tile = pl.program_id(0), pl.program_id(1)
 
-    @pl.when((z < count_ref[0]) & (expert_ref[z] < experts))
+    @pl.when((block < num_blocks_ref[0]) & (expert_ids_ref[block] < num_experts))
     def _() -> None:
-        at = (layer_ref[0], expert_ref[z])
-        place = z * block + jnp.arange(block)
-        rows = plt.load(source_ref.at[place]) // chosen  # the row count for places without a row: beyond the end
-        rows_read = jnp.minimum(tile * OUT_TILE + tile_rows(form, OUT_TILE), size - 1)
+        index = (layer_ref[0], expert_ids_ref[block])
+        num_words = x_ref.shape[1] // layout.values_per_word
+        weight = WeightRefs(layout, tuple(weight_refs), index, 2 * num_hidden, num_words, ops)
+        places = block * block_size + jnp.arange(block_size)
+        # The row of a place without an assignment is the number of rows, which is beyond the last one.
+        rows = plt.load(sorted_token_ids_ref.at[places]) // topk
+        gate_rows = jnp.minimum(tile * OUT_TILE + mma_m_order(layout, OUT_TILE), num_hidden - 1)
 
-        def step(i: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
-            x = load_rows(form, x_ref, rows, i * form.step * form.slots, form.step * form.slots)
-            load = partial(load_tile, form, tuple(weight), at, count=form.step, shape=shape, dtype=x.dtype)
-            gate = load(rows=rows_read, first_word=i * form.step, ops=ops)
-            up = load(rows=size + rows_read, first_word=i * form.step, ops=ops)
+        def add_step(i: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
+            first_word = i * layout.words_per_step
+            x = load_rows(layout, x_ref, rows, first_word * layout.values_per_word, layout.values_per_step)
+            gate = load_tile(weight, gate_rows, first_word, x.dtype)
+            up = load_tile(weight, num_hidden + gate_rows, first_word, x.dtype)
             return sums[0] + dot(gate, x), sums[1] + dot(up, x)
 
-        zero = jnp.zeros((OUT_TILE, block), jnp.float32)
-        gate, up = lax.fori_loop(0, -(-shape[1] // form.step), step, (zero, zero))
+        zero = jnp.zeros((OUT_TILE, block_size), jnp.float32)
+        gate, up = lax.fori_loop(0, -(-num_words // layout.words_per_step), add_step, (zero, zero))
         hidden = gate / (1.0 + jnp.exp(-gate)) * up
-        place, col = index_grid(place, tile * OUT_TILE + jnp.arange(OUT_TILE))
-        plt.store(out_ref.at[place, col], hidden.T.astype(out_ref.dtype), mask=col < size)
+        place, col = index_grid(places, tile * OUT_TILE + jnp.arange(OUT_TILE))
+        plt.store(out_ref.at[place, col], hidden.T.astype(out_ref.dtype), mask=col < num_hidden)
 
 
 def _down_kernel(
     layer_ref: Any,
-    expert_ref: Any,
-    count_ref: Any,
-    source_ref: Any,
-    share_ref: Any,
+    expert_ids_ref: Any,
+    num_blocks_ref: Any,
+    sorted_token_ids_ref: Any,
+    topk_weights_ref: Any,
     hidden_ref: Any,
     *refs: Any,
-    form: Form,
-    block: int,
-    asm: bool,
+    layout: PackedLayout,
+    block_size: int,
+    ops: WordOps,
 ) -> None:
-    """Rows of one block times `OUT_TILE` rows of its expert's down matrix, times the routing weight, put at the place of
-    the assignment."""
-    *weight, out_ref = refs
-    experts = weight[0].shape[1]
-    z, tile, total = pl.program_id(0), pl.program_id(1), out_ref.shape[0]
-    shape = (out_ref.shape[1], hidden_ref.shape[1] // form.slots)
+    """Compute `OUT_TILE` outputs of one block's expert for its rows, times the routing weight.
 
-    @pl.when((z < count_ref[0]) & (expert_ref[z] < experts))
+    Each row is written to the place of its assignment, `row * topk + k`.
+    """
+    *weight_refs, out_ref = refs
+    num_experts, (num_assignments, outputs) = weight_refs[0].shape[1], out_ref.shape
+    block, tile = pl.program_id(0), pl.program_id(1)
+
+    @pl.when((block < num_blocks_ref[0]) & (expert_ids_ref[block] < num_experts))
     def _() -> None:
-        at = (layer_ref[0], expert_ref[z])
-        place = z * block + jnp.arange(block)
-        source = plt.load(source_ref.at[place])
-        share = plt.load(share_ref.at[source], mask=source < total, other=0)
-        rows_read = tile * OUT_TILE + tile_rows(form, OUT_TILE)
+        index = (layer_ref[0], expert_ids_ref[block])
+        num_words = hidden_ref.shape[1] // layout.values_per_word
+        weight = WeightRefs(layout, tuple(weight_refs), index, outputs, num_words, ops)
+        places = block * block_size + jnp.arange(block_size)
+        assignments = plt.load(sorted_token_ids_ref.at[places])
+        topk_weights = plt.load(topk_weights_ref.at[assignments], mask=assignments < num_assignments, other=0)
+        down_rows = tile * OUT_TILE + mma_m_order(layout, OUT_TILE)
 
-        def step(i: Array, acc: Array) -> Array:
-            x = load_rows(form, hidden_ref, place, i * form.step * form.slots, form.step * form.slots)
-            ops = MACHINE if asm else ARITHMETIC
-            w = load_tile(form, tuple(weight), at, rows_read, i * form.step, form.step, shape, x.dtype, ops)
-            return acc + dot(w, x)
+        def add_step(i: Array, total: Array) -> Array:
+            first_word = i * layout.words_per_step
+            x = load_rows(layout, hidden_ref, places, first_word * layout.values_per_word, layout.values_per_step)
+            return total + dot(load_tile(weight, down_rows, first_word, x.dtype), x)
 
-        zero = jnp.zeros((OUT_TILE, block), jnp.float32)
-        y = lax.fori_loop(0, -(-shape[1] // form.step), step, zero).T * share[:, None]
-        row, col = index_grid(source, tile * OUT_TILE + jnp.arange(OUT_TILE))
-        plt.store(out_ref.at[row, col], y, mask=(row < total) & (col < shape[0]))
+        zero = jnp.zeros((OUT_TILE, block_size), jnp.float32)
+        total = lax.fori_loop(0, -(-num_words // layout.words_per_step), add_step, zero)
+        y = total.T * topk_weights[:, None]
+        assignment, col = index_grid(assignments, tile * OUT_TILE + jnp.arange(OUT_TILE))
+        plt.store(out_ref.at[assignment, col], y, mask=(assignment < num_assignments) & (col < outputs))
 
 
-def grouped_mlp(
-    x: Float[Array, "N D"],
-    gate_up: Array | QuantizedTensor,
-    down: Array | QuantizedTensor,
+def fused_moe(
+    x: Float[Array, "rows D"],
+    gate_up: Weight,
+    down: Weight,
     layer: Int[Array, ""],
-    chosen: Int[Array, "N K"],
-    weights: Float[Array, "N K"],
-    live: Bool[Array, " N"] | None = None,
+    topk_ids: Int[Array, "rows topk"],
+    topk_weights: Float[Array, "rows topk"],
+    valid: Bool[Array, " rows"] | None = None,
+    *,
+    out_dtype: DTypeLike | None = None,
+    interpret: bool = False,
+) -> Float[Array, "rows D"]:
+    """Return the sum over the experts of each row, and zero for rows without experts.
+
+    Args:
+        valid: rows that have experts; None: those whose ids are below E.
+        out_dtype: the dtype of the result; None: that of `x`.
+        interpret: run as plain `jnp`, on any device.
+    """
+    num_experts = gate_up.shape[1]
+    topk_ids = drop_invalid(topk_ids, valid, num_experts)
+    outputs = fused_moe_unreduced(x, gate_up, down, layer, topk_ids, topk_weights, interpret=interpret)
+    return combine_experts(outputs, topk_ids[:, 0] < num_experts, out_dtype or x.dtype)
+
+
+def fused_moe_unreduced(
+    x: Float[Array, "rows D"],
+    gate_up: Weight,
+    down: Weight,
+    layer: Int[Array, ""],
+    topk_ids: Int[Array, "rows topk"],
+    topk_weights: Float[Array, "rows topk"],
     *,
     interpret: bool = False,
-) -> Float[Array, "N D"]:
-    """`kernels_pallas.grouped_matmul.expert_mlp` on a GPU."""
-    each = each_expert(x, gate_up, down, layer, chosen, weights, live, interpret=interpret)
-    return mixed(each, chosen[:, 0] < gate_up.shape[1] if live is None else live, x.dtype)
+) -> Float[Array, "rows topk D"]:
+    """Return the weighted output of each expert of a row, float32; undefined for rows without experts.
 
-
-def mixed(each: Float[Array, "N K D"], live: Bool[Array, " N"], dtype: Any) -> Float[Array, "N D"]:
-    """The sum of `each_expert`, in order; zero for dead rows, whose places were never written."""
-    total = each[:, 0]
-    for i in range(1, each.shape[1]):
-        total = total + each[:, i]
-    return jnp.where(live[:, None], total, 0.0).astype(dtype)
-
-
-def each_expert(
-    x: Float[Array, "N D"],
-    gate_up: Array | QuantizedTensor,
-    down: Array | QuantizedTensor,
-    layer: Int[Array, ""],
-    chosen: Int[Array, "N K"],
-    weights: Float[Array, "N K"],
-    live: Bool[Array, " N"] | None = None,
-    *,
-    interpret: bool = False,
-) -> Float[Array, "N K D"]:
-    """What each chosen expert gives for a row by its weight, float32; undefined for dead rows. Weights `[P, E, 2 I, D]` and
-    `[P, E, D, I]` are dequantised in float32 and rounded to the dtype of x; the hidden rows have the dtype of x; sums are
-    float32.
+    The stacks `[L, E, 2 I, D]` and `[L, E, D, I]` are dequantised in float32 and rounded to the dtype of `x`. The
+    hidden units have the dtype of `x`, and sums are float32.
 
     Args:
         interpret: run as plain `jnp`, on any device.
     """
-    rows, k = chosen.shape
-    up_form, up = words(gate_up)
-    down_form, down_operands = words(down)
-    experts, inner = up[0].shape[1], up[0].shape[2] // 2
-    block = max(few_rows(), min(choose_block(rows, k, experts), most_rows(x.dtype)))
-    plan = (plan_each if chosen.size <= EACH else plan_blocks)(chosen, live, experts, block)
-    blocks = plan.expert.shape[0]
-    call = partial(pl.pallas_call, interpret=interpret)
+    rows, topk = topk_ids.shape
+    gate_up_layout, gate_up_operands = pack_operands(gate_up)
+    down_layout, down_operands = pack_operands(down)
+    num_experts, num_hidden = gate_up_operands[0].shape[1], gate_up_operands[0].shape[2] // 2
+    block_size = min(choose_block_size(rows, topk, num_experts), max_row_tile(x.dtype))
+    block_size = max(min_row_tile(), block_size)
+    align = align_unsorted if topk_ids.size <= MAX_UNSORTED else moe_align_block_size
+    blocks = align(topk_ids, num_experts, block_size)
+    num_blocks = blocks.expert_ids.shape[0]
     index = (
         jnp.asarray(layer, jnp.int32).reshape(1),
-        plan.expert,
-        plan.count.astype(jnp.int32).reshape(1),
-        plan.source,
+        blocks.expert_ids,
+        blocks.num_blocks.astype(jnp.int32).reshape(1),
+        blocks.sorted_token_ids,
     )
-    hidden = call(
-        partial(_gate_up_kernel, form=up_form, chosen=k, block=block, asm=not interpret),
-        grid=(blocks, -(-inner // OUT_TILE)),
-        out_shape=jax.ShapeDtypeStruct((blocks * block, inner), x.dtype),
-        compiler_params=plt.CompilerParams(num_warps=4, num_stages=up_form.stages(block, x.dtype)),
-        name=f"experts_gate_up_{up_form.layout}",
-    )(*index, x, *up)
-    return call(
-        partial(_down_kernel, form=down_form, block=block, asm=not interpret),
-        grid=(blocks, -(-x.shape[1] // OUT_TILE)),
-        out_shape=jax.ShapeDtypeStruct((rows * k, x.shape[1]), jnp.float32),
-        compiler_params=plt.CompilerParams(num_warps=4, num_stages=down_form.stages(block, x.dtype)),
-        name=f"experts_down_{down_form.layout}",
-    )(*index, weights.astype(jnp.float32).reshape(-1), hidden, *down_operands).reshape(rows, k, -1)
+    options: dict[str, Any] = {"block_size": block_size, "ops": word_ops(interpret=interpret)}
+
+    def compiler_params(layout: PackedLayout) -> plt.CompilerParams:
+        return plt.CompilerParams(num_warps=4, num_stages=layout.num_stages(block_size, x.dtype))
+
+    hidden = pl.pallas_call(
+        partial(_gate_up_kernel, layout=gate_up_layout, topk=topk, **options),
+        grid=(num_blocks, -(-num_hidden // OUT_TILE)),
+        out_shape=jax.ShapeDtypeStruct((num_blocks * block_size, num_hidden), x.dtype),
+        compiler_params=compiler_params(gate_up_layout),
+        interpret=interpret,
+        name=f"experts_gate_up_{gate_up_layout.layout}",
+    )(*index, x, *gate_up_operands)
+    return pl.pallas_call(
+        partial(_down_kernel, layout=down_layout, **options),
+        grid=(num_blocks, -(-x.shape[1] // OUT_TILE)),
+        out_shape=jax.ShapeDtypeStruct((rows * topk, x.shape[1]), jnp.float32),
+        compiler_params=compiler_params(down_layout),
+        interpret=interpret,
+        name=f"experts_down_{down_layout.layout}",
+    )(*index, topk_weights.astype(jnp.float32).reshape(-1), hidden, *down_operands).reshape(rows, topk, -1)

@@ -1,5 +1,5 @@
-"""Matrix products of activations with stored weights."""
+"""Matrix products of rows with stored weights; nothing above this room asks how a weight is stored."""
 
-from kernels_pallas.matmul.api import Packed, embedding_lookup, fused_linears, linear, linears_split_k
+from kernels_pallas.matmul.api import embedding_lookup, fused_linears, linear, linears_split_k
 
-__all__ = ["Packed", "linear", "fused_linears", "linears_split_k", "embedding_lookup"]
+__all__ = ["embedding_lookup", "fused_linears", "linear", "linears_split_k"]

@@ -1,23 +1,49 @@
-"""Plain `lax` products: the oracle of every matmul kernel and the CPU path."""
+"""The product of rows with a weight in plain JAX: the "xla" implementation, and the oracle of the kernels."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
+from jax.typing import DTypeLike
 from jaxtyping import Float
 
-
-def dot_last(
-    x: Float[Array, "*rows D"], w: Float[Array, "O D"], precision: lax.Precision | None = None
-) -> Float[Array, "*rows O"]:
-    """Contract the last axis of both operands; float32 result."""
-    contract = (((x.ndim - 1,), (w.ndim - 1,)), ((), ()))
-    return lax.dot_general(x, w, contract, precision=precision, preferred_element_type=jnp.float32)
+from kernels_pallas.platform import platform
+from kernels_pallas.weights import TransposedWeight, Weight, dense_matrix
 
 
-def dot_first(
-    x: Float[Array, "*rows D"], w: Float[Array, "D O"], precision: lax.Precision | None = None
-) -> Float[Array, "*rows O"]:
-    """Contract the last axis of the rows with the first of the weight; float32 result."""
-    contract = (((x.ndim - 1,), (0,)), ((), ()))
-    return lax.dot_general(x, w, contract, precision=precision, preferred_element_type=jnp.float32)
+def linear(x: Float[Array, "*rows F"], w: Weight, out_dtype: DTypeLike) -> Float[Array, "*rows O"]:
+    """Return `y[..., o] = sum_f x[..., f] * w[o, f]`, accumulated in float32 and rounded once to `out_dtype`.
+
+    The weight is rounded to the dtype of `x` first; a packed one is dequantised whole.
+    """
+    array, input_axis = dense_matrix(w, x.dtype)
+    # float32 rows ask for float32 products: a GPU would otherwise round the operands to TF32.
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    lead = x.shape[:-1]
+    single_row = x.dtype == jnp.bfloat16 and math.prod(lead) == 1 and platform() == "cpu"
+    if single_row:
+        # For a single bfloat16 row XLA's CPU backend first converts the whole weight to float32, twenty times the cost
+        # of the product; for two rows it multiplies bfloat16 as it is.
+        x = jnp.concatenate([x.reshape(1, -1), jnp.zeros((1, x.shape[-1]), x.dtype)])
+    contract = (((x.ndim - 1,), (input_axis,)), ((), ()))
+    y = lax.dot_general(x, array, contract, precision=precision, preferred_element_type=jnp.float32)
+    if single_row:
+        y = y[:1].reshape(*lead, y.shape[-1])
+    return y.astype(out_dtype)
+
+
+def fused_linears(
+    x: Float[Array, "*rows F"], weights: Sequence[Weight], out_dtypes: Sequence[DTypeLike]
+) -> list[Float[Array, "*rows O"]]:
+    """Return `linear` of the rows with each weight. Weights that lie side by side in the first one are one product."""
+    first = weights[0]
+    if not (isinstance(first, TransposedWeight) and first.output_sizes):
+        return [linear(x, w, dtype) for w, dtype in zip(weights, out_dtypes, strict=True)]
+    count = len(first.output_sizes)
+    joined = jnp.split(linear(x, first, jnp.float32), np.cumsum(first.output_sizes)[:-1].tolist(), axis=-1)
+    results = [y.astype(dtype) for y, dtype in zip(joined, out_dtypes[:count], strict=True)]
+    return results + (fused_linears(x, weights[count:], out_dtypes[count:]) if weights[count:] else [])

@@ -10,7 +10,7 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float
 
-from kernels_pallas.grouped_matmul.triton import mixed
+from kernels_pallas.grouped_matmul import combine_experts
 from kernels_pallas.partial_sums import PartialSums
 
 
@@ -20,7 +20,9 @@ class MoeOutput(NamedTuple):
     The kernel that normalises the next rows adds them up as it reads them, which saves a launch and a pass over memory.
     """
 
-    expert_outputs: Float[Array, "rows topk D"]  # float32, times the routing weights; undefined in invalid rows
+    expert_outputs: Float[
+        Array, "rows chosen D"
+    ]  # of `fused_moe_unreduced`: float32, weighted; undefined in invalid rows
     valid: Bool[Array, " rows"]
     shared: PartialSums  # [P, rows, D]
     shared_gate: PartialSums  # [P, rows, 1]: logits
@@ -30,6 +32,6 @@ class MoeOutput(NamedTuple):
 
         The experts of invalid rows count as zero.
         """
-        routed = mixed(self.expert_outputs, self.valid, dtype)
+        routed = combine_experts(self.expert_outputs, self.valid, dtype)
         gate = jax.nn.sigmoid(self.shared_gate.sum(jnp.float32)).astype(dtype)
         return routed + gate * self.shared.sum(dtype)

@@ -1,9 +1,9 @@
 """The choice of experts as a Pallas kernel through the Triton lowering, behind a launch that makes the logits.
 
-XLA makes four kernels of what follows the logits, each of which takes longer to start than to run, and its product adds up
-in an order that depends on the number of rows: a row could choose other experts in a window than by itself. With the
-logits of `kernels_pallas.matmul.triton` it cannot. The same launch activates the shared expert, whose projections come from
-the same product.
+XLA makes four kernels of what follows the logits, and each takes longer to start than to run. Its product adds up in an
+order that depends on the number of rows, so a row could choose other experts in a verify window than by itself. With
+the logits of `kernels_pallas.matmul.triton` it cannot. The same launch activates the shared expert, whose projections
+come from the same product.
 """
 
 from __future__ import annotations
@@ -16,77 +16,79 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
-from jaxtyping import Bool, Float, Int
+from jax.typing import DTypeLike
+from jaxtyping import Bool
 
-from kernels_pallas.partial_sums import load_partial_sum
+from kernels_pallas.partial_sums import PartialSums, load_partial_sum
 from kernels_pallas.tiles import next_power_of_2
+from kernels_pallas.topk_softmax.reference import ExpertChoice
 
 
-def _choose_kernel(
+def _kernel(
     logits_ref: Any,
     gate_ref: Any,
     up_ref: Any,
-    live_ref: Any,
+    valid_ref: Any,
     weights_ref: Any,
-    chosen_ref: Any,
+    ids_ref: Any,
     hidden_ref: Any,
     *,
     k: int,
 ) -> None:
-    """One row: the softmax of its logits and the `k` largest, one after the other; by another program the shared expert."""
-    row, experts, hidden = pl.program_id(0), logits_ref.shape[2], hidden_ref.shape[1]
+    """For each row, one program takes the k largest probabilities in turn, and one activates the shared expert."""
+    row, num_experts, num_hidden = pl.program_id(0), logits_ref.shape[2], hidden_ref.shape[1]
 
     @pl.when(pl.program_id(1) == 0)
     def choose() -> None:
-        expert, place = jnp.arange(next_power_of_2(experts)), jnp.arange(next_power_of_2(k))
-        logits = jnp.where(expert < experts, load_partial_sum(logits_ref, row, expert, mask=expert < experts), -jnp.inf)
+        expert, place = jnp.arange(next_power_of_2(num_experts)), jnp.arange(next_power_of_2(k))
+        exists = expert < num_experts
+        logits = jnp.where(exists, load_partial_sum(logits_ref, row, expert, mask=exists), -jnp.inf)
         p = jnp.exp(logits - jnp.max(logits))
         p = p / jnp.sum(p)
-        weights, chosen = jnp.zeros(place.shape, jnp.float32), jnp.zeros(place.shape, jnp.int32)
+        weights, ids = jnp.zeros(place.shape, jnp.float32), jnp.zeros(place.shape, jnp.int32)
         for turn in range(k):
-            best = jnp.max(p)
-            first = jnp.min(jnp.where(p == best, expert, expert.size))  # of equals the first, as `lax.top_k`
-            weights, chosen = jnp.where(place == turn, best, weights), jnp.where(place == turn, first, chosen)
+            largest = jnp.max(p)
+            first = jnp.min(jnp.where(p == largest, expert, expert.size))  # of equals the first, as `lax.top_k`
+            weights, ids = jnp.where(place == turn, largest, weights), jnp.where(place == turn, first, ids)
             p = jnp.where(expert == first, -1.0, p)
-        chosen = jnp.where(plt.load(live_ref.at[row]) > 0, chosen, experts)
+        ids = jnp.where(plt.load(valid_ref.at[row]) > 0, ids, num_experts)
         plt.store(weights_ref.at[row, place], weights / jnp.sum(weights), mask=place < k)
-        plt.store(chosen_ref.at[row, place], chosen, mask=place < k)
+        plt.store(ids_ref.at[row, place], ids, mask=place < k)
 
     @pl.when(pl.program_id(1) == 1)
     def activate() -> None:
-        at = jnp.arange(next_power_of_2(hidden))
-        gate, up = (load_partial_sum(ref, row, at, mask=at < hidden) for ref in (gate_ref, up_ref))
-        plt.store(hidden_ref.at[row, at], (gate * lax.logistic(gate) * up).astype(hidden_ref.dtype), mask=at < hidden)
+        at = jnp.arange(next_power_of_2(num_hidden))
+        inside = at < num_hidden
+        gate, up = (load_partial_sum(ref, row, at, mask=inside) for ref in (gate_ref, up_ref))
+        plt.store(hidden_ref.at[row, at], (gate * lax.logistic(gate) * up).astype(hidden_ref.dtype), mask=inside)
 
 
-def choose_experts(
-    logits: Float[Array, "S N E"],
-    gate: Float[Array, "Sg N I"],
-    up: Float[Array, "Su N I"],
-    live: Bool[Array, " N"],
+def topk_softmax(
+    logits: PartialSums,
+    gate: PartialSums,
+    up: PartialSums,
+    valid: Bool[Array, " rows"],
     k: int,
-    dtype: Any,
+    dtype: DTypeLike,
     *,
     interpret: bool = False,
-) -> tuple[Float[Array, "N k"], Int[Array, "N k"], Float[Array, "N I"]]:
-    """Weights, float32 and of sum 1, and numbers, int32, of the `k` experts with the largest softmax of the logits, the
-    largest first, of equals that with the lower number; and `silu(gate) * up` in `dtype`. The number of a dead row's experts
-    is E, which there is not.
+) -> ExpertChoice:
+    """Choose experts and activate the shared expert, as `kernels_pallas.topk_softmax.topk_softmax`; `probs` is None.
 
     Args:
-        logits, gate, up: float32 parts, added in their order.
         interpret: run as plain `jnp`, on any device.
     """
-    rows, hidden = gate.shape[1:]
-    return pl.pallas_call(
-        partial(_choose_kernel, k=k),
+    rows, num_hidden = gate.parts.shape[1:]
+    topk_weights, topk_ids, hidden = pl.pallas_call(
+        partial(_kernel, k=k),
         grid=(rows, 2),
         out_shape=(
             jax.ShapeDtypeStruct((rows, k), jnp.float32),
             jax.ShapeDtypeStruct((rows, k), jnp.int32),
-            jax.ShapeDtypeStruct((rows, hidden), dtype),
+            jax.ShapeDtypeStruct((rows, num_hidden), dtype),
         ),
         compiler_params=plt.CompilerParams(num_warps=1, num_stages=1),
         interpret=interpret,
         name="choose_experts",
-    )(logits, gate, up, live.astype(jnp.int32))
+    )(logits.parts, gate.parts, up.parts, valid.astype(jnp.int32))
+    return ExpertChoice(topk_weights, topk_ids, hidden, None)

@@ -1,35 +1,29 @@
-"""A packed weight inside a stack of layers that is never sliced: a slice handed to a kernel would be a copy."""
+"""`LayerView`: a packed weight inside a stack of layers. A slice of the stack that goes to a kernel would be a copy."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
-from flax import struct
 from jax import Array, lax
+from jax.typing import DTypeLike
+from jaxtyping import Int
 
 from kernels_pallas.weights.quantized import QuantizedTensor
+from kernels_pallas.weights.stored import DenseMatrix, StoredWeight
 
 
-class LayerView(struct.PyTreeNode):
-    """Weight `[O, D]` number `layer` of a stack `[L, O, D]`."""
+class LayerView(StoredWeight):
+    """The weight `[O, F]` of one layer in a packed stack `[L, O, F]`."""
 
     stack: QuantizedTensor
-    layer: Array  # int32 scalar
+    layer: Int[Array, ""]
 
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.stack.shape[1:])
 
-    @property
-    def ndim(self) -> int:
-        return len(self.shape)
-
-    def __getitem__(self, at: Any) -> LayerView:
-        if at is not Ellipsis:
-            raise TypeError("a layer of a stack is read whole; take() makes a slice of its own")
-        return self
-
     def take(self) -> QuantizedTensor:
-        """The one weight, sliced out of the stack."""
-        return jax.tree.map(lambda part: lax.dynamic_index_in_dim(part, self.layer, keepdims=False), self.stack)
+        """Return the weight of the layer, sliced out of the stack."""
+        return jax.tree.map(lambda array: lax.dynamic_index_in_dim(array, self.layer, keepdims=False), self.stack)
+
+    def dense_matrix(self, dtype: DTypeLike) -> DenseMatrix:
+        return self.take().dense_matrix(dtype)

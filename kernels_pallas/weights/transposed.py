@@ -1,62 +1,74 @@
-"""Weights that lie `[in, out]` instead of `[out, in]` as published: as a CPU multiplies a few rows with them fastest.
+"""Small weights in the order in which a CPU multiplies a few rows with them fastest: inputs first, `[..., F, O]`.
 
-XLA's CPU backend reads such a weight once for all rows and sums over `in` in order, so that a row of two or more has the same
-bits whatever the others are. A weight `[out, in]` it first reorders, at several times the cost of the product.
+XLA's CPU backend reads such a weight once for all rows and adds the products of a row in the order of its inputs, so a
+row has the same bits whatever the other rows are, if there are two rows or more. A weight `[O, F]`, as it is published,
+is reordered first, which takes several times as long as the product.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
+import jax.numpy as jnp
 from flax import struct
 from jax import Array
+from jax.typing import DTypeLike
+from jaxtyping import Float
+
+from kernels_pallas.weights.bitcast import bitcast, slice_expert, to_movable
+from kernels_pallas.weights.stored import DenseMatrix, StoredWeight
 
 
-class TransposedWeight(struct.PyTreeNode):
-    """Weight or stack of weights `[..., O, D]`, held as `[..., D, O]`.
+class TransposedWeight(StoredWeight):
+    """A weight or a stack of weights `[..., O, F]`, held as `[..., F, O]`.
 
-    `parts`: outputs of each of the weights that lie side by side in it, read by one product; see `fused_linears`.
+    Attributes:
+        array: the weight, its last two axes exchanged.
+        output_sizes: the outputs O of each of the weights that lie side by side in the array and read the same rows.
+            One product reads all of them; see `kernels_pallas.matmul.fused_linears`. Empty for a single weight.
     """
 
-    array: Array
-    parts: tuple[int, ...] = struct.field(pytree_node=False, default=())
+    array: Float[Array, "*stack F O"]
+    output_sizes: tuple[int, ...] = struct.field(pytree_node=False, default=())
 
     @property
     def shape(self) -> tuple[int, ...]:
         *lead, inputs, outputs = self.array.shape
         return (*lead, outputs, inputs)
 
-    @property
-    def ndim(self) -> int:
-        return self.array.ndim
+    def __getitem__(self, index: Any) -> Self:
+        """Return the weight itself for `...`, else some of the weights of a stack."""
+        return self if index is Ellipsis else self.replace(array=self.array[index])
 
-    def __getitem__(self, at: Any) -> TransposedWeight:
-        """All of it, or one or some of the stack."""
-        return self if at is Ellipsis else self.replace(array=self.array[at])
+    def dense_matrix(self, dtype: DTypeLike) -> DenseMatrix:
+        return DenseMatrix(self.array.astype(dtype), 0)
 
-
-class FusedPlaceholder(struct.PyTreeNode):
-    """Stands where a weight was that now lies in the `TransposedWeight` of another one."""
-
-    def __getitem__(self, at: Any) -> FusedPlaceholder:
-        return self
+    def expert_matrix(self, layer: Array, expert: Array, dtype: DTypeLike) -> TransposedWeight:
+        return TransposedWeight(_slice_by_bits(self.array, layer, expert))
 
 
-class FusedExperts(struct.PyTreeNode):
-    """Stack of experts `[P, E, O, D]`, held as `[P, D, E, O]`: the experts of a layer are one weight of E * O outputs."""
-
-    array: Array
+class FusedPlaceholder(StoredWeight):
+    """Stands in the place of a weight that lies in the `TransposedWeight` of another one."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        stack, inputs, experts, outputs = self.array.shape
-        return stack, experts, outputs, inputs
+        return ()
+
+
+class FusedExperts(StoredWeight):
+    """A stack of experts `[L, E, O, F]`, held as `[L, F, E, O]`: those of a layer are one weight of E * O outputs."""
+
+    array: Float[Array, "L F E O"]
 
     @property
-    def ndim(self) -> int:
-        return 4
+    def shape(self) -> tuple[int, ...]:
+        layers, inputs, experts, outputs = self.array.shape
+        return layers, experts, outputs, inputs
 
-    def __getitem__(self, at: Any) -> FusedExperts:
-        if at is not Ellipsis:
-            raise TypeError("a stack of experts is handed on whole")
-        return self
+    def expert_matrix(self, layer: Array, expert: Array, dtype: DTypeLike) -> TransposedWeight:
+        by_expert = jnp.swapaxes(to_movable(self.array), 1, 2)
+        return TransposedWeight(bitcast(slice_expert(by_expert, layer, expert), self.array.dtype))
+
+
+def _slice_by_bits(stack: Float[Array, "L E F O"], layer: Array, expert: Array) -> Float[Array, "F O"]:
+    return bitcast(slice_expert(to_movable(stack), layer, expert), stack.dtype)

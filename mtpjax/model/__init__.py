@@ -1,4 +1,4 @@
-"""The Qwen3.5 text model as `flax.nnx` modules that hold weights only."""
+"""The Qwen3.5 text model as `flax.nnx` modules that hold weights only; every step is a pure function."""
 
 from mtpjax.model.cache import commit
 from mtpjax.model.model import Model, abstract_model

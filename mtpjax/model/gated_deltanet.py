@@ -28,17 +28,17 @@ from mtpjax.model.positions import Positions
 class DeltaNet(nnx.Module):
     """Weights of one Gated DeltaNet layer (or a stack of them)."""
 
-    def __init__(self, cfg: ModelConfig, new: ParamFactory):
+    def __init__(self, cfg: ModelConfig, make: ParamFactory) -> None:
         self.cfg = cfg
-        self.in_qkv = new.matrix(cfg.conv_channels, cfg.hidden_size)
-        self.in_z = new.matrix(cfg.value_size, cfg.hidden_size)
-        self.in_b = new.matrix(cfg.linear_v_heads, cfg.hidden_size)
-        self.in_a = new.matrix(cfg.linear_v_heads, cfg.hidden_size)
-        self.conv = new.vector(cfg.conv_channels, cfg.conv_width)  # tap `width - 1` belongs to the row itself
-        self.a_log = new.vector(cfg.linear_v_heads)
-        self.dt_bias = new.vector(cfg.linear_v_heads)
-        self.norm = new.vector(cfg.linear_v_dim)  # plain weight, not zero-centred
-        self.out = new.matrix(cfg.hidden_size, cfg.value_size)
+        self.in_qkv = make.matrix(cfg.conv_channels, cfg.hidden_size)
+        self.in_z = make.matrix(cfg.value_size, cfg.hidden_size)
+        self.in_b = make.matrix(cfg.linear_v_heads, cfg.hidden_size)
+        self.in_a = make.matrix(cfg.linear_v_heads, cfg.hidden_size)
+        self.conv = make.vector(cfg.conv_channels, cfg.conv_width)  # tap `width - 1` belongs to the row itself
+        self.a_log = make.vector(cfg.linear_v_heads)
+        self.dt_bias = make.vector(cfg.linear_v_heads)
+        self.norm = make.vector(cfg.linear_v_dim)  # plain weight, not zero-centred
+        self.out = make.matrix(cfg.hidden_size, cfg.value_size)
 
     def __call__(
         self,

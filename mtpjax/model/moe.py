@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import Array, lax
+from jax import Array
+from jax.typing import DTypeLike
 from jaxtyping import Bool, Float
 
-from kernels_pallas.grouped_matmul import EACH_KERNELS, expert_mlp
-from kernels_pallas.matmul import Packed, fused_linears, linears_split_k
+from kernels_pallas.activation import silu_and_mul
+from kernels_pallas.grouped_matmul import fused_moe_unreduced
+from kernels_pallas.matmul import fused_linears, linears_split_k
 from kernels_pallas.norm import MoeOutput
 from kernels_pallas.partial_sums import PartialSums
-from kernels_pallas.platform import platform
-from kernels_pallas.topk_softmax import KERNELS
+from kernels_pallas.topk_softmax import ExpertChoice, topk_softmax
 from mtpjax.config import ModelConfig
 from mtpjax.model.params import ParamFactory
 
@@ -26,18 +26,27 @@ class Mlp(nnx.Module):
         self.up = new.matrix(size, cfg.hidden_size)
         self.down = new.matrix(cfg.hidden_size, size)
 
-    def __call__(self, x: Float[Array, "B T D"], layer: Array | int = 0, valid: Array | None = None) -> PartialSums:
-        """Return the partial sums `[P, B*T, D]` of the down projection."""
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        layer: Array | int = 0,
+        valid: Bool[Array, "B T"] | None = None,
+        implementation: str | None = None,
+    ) -> PartialSums:
+        """Return the partial sums `[P, B*T, D]` of the block's output. Only `Moe` needs the other arguments."""
         gate, up = fused_linears(x, self.gate[...], self.up[...], out_dtypes=[jnp.float32] * 2)
-        return self.ending(gate, up, x.dtype)
+        return self.down_projection(silu_and_mul(gate, up).astype(x.dtype))
 
-    def ending(self, gate: Float[Array, "B T I"], up: Float[Array, "B T I"], dtype: jnp.dtype) -> PartialSums:
-        """What follows the two projections, whose results are float32."""
-        return linears_split_k((jax.nn.silu(gate) * up).astype(dtype), self.down[...])[0]
+    def down_projection(self, hidden: Float[Array, "*rows I"]) -> PartialSums:
+        """Return the partial sums of the output for activated hidden units."""
+        return linears_split_k(hidden, self.down[...])[0]
 
 
 class Moe(nnx.Module):
-    """softmax over all experts -> top k -> renormalise; the shared expert always runs, behind a sigmoid gate per row."""
+    """Experts chosen for each row by a router, and a shared expert for every row, behind a sigmoid gate.
+
+    The router takes the softmax over all experts, keeps the `experts_per_token` largest and makes their sum 1.
+    """
 
     def __init__(self, cfg: ModelConfig, new: ParamFactory):
         self.cfg = cfg
@@ -47,33 +56,41 @@ class Moe(nnx.Module):
         self.shared = Mlp(cfg, new, cfg.shared_expert_size)
         self.shared_gate = new.matrix(1, cfg.hidden_size)
 
-    def route(self, logits: Float[Array, "N E"]) -> tuple[Array, Array, Array]:
-        """Weights and indices `[N, K]` of the chosen experts and all probabilities `[N, E]`, float32."""
-        p = jax.nn.softmax(logits, axis=-1)
-        weights, chosen = lax.top_k(p, self.cfg.experts_per_token)
-        return weights / jnp.sum(weights, axis=-1, keepdims=True), chosen, p
-
     def __call__(
-        self, x: Float[Array, "B T D"], layer: Array | int, valid: Bool[Array, "B T"]
-    ) -> PartialSums | MoeOutput:
-        """Return the output as partial sums `[P, B*T, D]`, or as the unadded outputs of the experts."""
-        flat, index = x.reshape(-1, x.shape[-1]), jnp.asarray(layer, jnp.int32)
-        alive, shared = valid.reshape(-1), self.shared
+        self,
+        x: Float[Array, "B T D"],
+        layer: Array | int,
+        valid: Bool[Array, "B T"],
+        implementation: str | None = None,
+    ) -> MoeOutput:
+        """Return the terms of the block's output, which the reader adds.
+
+        Args:
+            layer: which layer of the expert stacks.
+            valid: rows that are not padding; the others have no experts.
+            implementation: of the choice of experts. "xla" where gradients are wanted; the experts have theirs in every
+                implementation.
+        """
+        rows, valid, shared = x.reshape(-1, x.shape[-1]), valid.reshape(-1), self.shared
         weights = [w[...] for w in (self.router, self.shared_gate, shared.gate, shared.up)]
-        parts = linears_split_k(x, *weights, out_dtypes=[jnp.float32] * 4)
-        kernel = KERNELS.get(platform()) if isinstance(weights[-1], Packed) else None  # plain models train, too
-        if kernel is None:
-            logits, shared_gate, gate, up = (
-                y.sum(jnp.float32).reshape(*x.shape[:-1], y.parts.shape[-1]) for y in parts
-            )
-            weight, chosen, _ = self.route(logits.reshape(-1, self.cfg.num_experts))
-            routed = expert_mlp(flat, self.gate_up[...], self.down[...], index, chosen, weight, alive)
-            beside = shared.ending(gate, up, x.dtype).sum(x.dtype).reshape(x.shape)
-            y = routed.reshape(x.shape) + jax.nn.sigmoid(shared_gate).astype(x.dtype) * beside
-            return PartialSums(y.reshape(1, -1, y.shape[-1]))
-        logits, shared_gate, gate, up = (y.parts for y in parts)
-        weight, chosen, hidden = kernel(
-            logits, gate, up, alive, self.cfg.experts_per_token, x.dtype
-        )  # of dead rows: none
-        each = EACH_KERNELS[platform()](flat, self.gate_up[...], self.down[...], index, chosen, weight)
-        return MoeOutput(each, alive, linears_split_k(hidden, shared.down[...])[0], PartialSums(shared_gate))
+        logits, shared_gate, gate, up = linears_split_k(x, *weights, out_dtypes=[jnp.float32] * 4)
+        choice = self.route(logits, gate, up, valid, x.dtype, implementation)
+        index = jnp.asarray(layer, jnp.int32)
+        outputs = fused_moe_unreduced(
+            rows, self.gate_up[...], self.down[...], index, choice.topk_ids, choice.topk_weights
+        )
+        shared_out = shared.down_projection(choice.shared_hidden.reshape(*x.shape[:-1], -1))
+        return MoeOutput(outputs, valid, shared_out, shared_gate)
+
+    def route(
+        self,
+        logits: PartialSums,
+        gate: PartialSums,
+        up: PartialSums,
+        valid: Bool[Array, " rows"],
+        dtype: DTypeLike,
+        implementation: str | None = None,
+    ) -> ExpertChoice:
+        """Choose the experts of each row and activate the shared expert. Training patches this method to record it."""
+        k = self.cfg.experts_per_token
+        return topk_softmax(logits, gate, up, valid, k, dtype, implementation=implementation)

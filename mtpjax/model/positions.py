@@ -1,4 +1,4 @@
-"""`Positions`: where the rows of a step are in the cache, which of them are padding, and how attention computes them."""
+"""`Positions`: where the rows of a step are in the cache, which of them are padding, and how ops compute them."""
 
 from __future__ import annotations
 
@@ -61,10 +61,10 @@ def make_positions(
         rows: rows of the step, padding included.
         pad: rows of padding in front of each sequence, 0...rows.
         kv_len: length of the cache. Rows beyond it are not valid.
-        static_kv_blocks: a number of cache blocks that attention always reads. The trip count of its loop is then static, so
-            the step is differentiable. None: as many blocks as the positions need.
-        implementation: implementation of the ops that have more than one; see `kernels_pallas.platform`. Training needs "xla",
-            because kernels have no gradient.
+        static_kv_blocks: a number of cache blocks that attention always reads. The trip count of its loop is then
+            static, so the step is differentiable. None: as many blocks as the positions need.
+        implementation: implementation of the ops that have more than one; see `kernels_pallas.platform`. Training
+            needs "xla", because kernels have no gradient.
     """
     steps = jnp.arange(rows)
     positions = start[:, None] - pad[:, None] + steps

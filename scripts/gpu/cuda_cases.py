@@ -17,24 +17,23 @@ from kernels_pallas.attention.triton_qkv import norm_rope_update_cache
 from kernels_pallas.gated_delta_rule import DeltaProjections, DeltaState, DeltaWeights
 from kernels_pallas.gated_delta_rule.triton import recurrent_gated_delta_rule
 from kernels_pallas.gated_delta_rule.triton_chunks import chunk_gated_delta_rule
-from kernels_pallas.grouped_matmul.triton import grouped_mlp
+from kernels_pallas.grouped_matmul.triton import fused_moe
 from kernels_pallas.matmul.triton import matmul
 from kernels_pallas.norm import MoeOutput
 from kernels_pallas.norm.triton import add_rms_norm, gated_rms_norm
 from kernels_pallas.partial_sums import PartialSums
 from kernels_pallas.top_k_top_p.triton import top_k_top_p_threshold
-from kernels_pallas.topk_softmax.triton import choose_experts
+from kernels_pallas.topk_softmax.triton import topk_softmax
 from kernels_pallas.weights.quantized import QuantizedTensor
 from mtpjax.decoding.output_rows import NO_ROWS
 from mtpjax.decoding.penalties import Penalties, TokenCounts
 from mtpjax.decoding.sampling import MAX_STOP_TOKENS, BatchSamplingParams, TruncationParams
-from mtpjax.decoding.speculative import DecodeState, decode, insert, mtp_drafter
-from mtpjax.decoding.steps import prefill
-from mtpjax.loading.load import load_options
-from mtpjax.loading.weight_map import fill
+from mtpjax.decoding.speculative import DecodeState, mtp_drafter
+from mtpjax.loading.loaded_model import map_params
 from mtpjax.model import abstract_model
 from mtpjax.model.cache import new_cache, padded_kv_length
 from mtpjax.presets import preset
+from scripts.benchmarks.jitted_steps import decode, insert_requests, prefill
 
 Case = Callable[[], tuple[Any, tuple[Any, ...]]]  # a jitted function and its arguments
 
@@ -135,7 +134,7 @@ def kernel_cases(
             spec((rows, size.chosen), jnp.float32),
             spec((rows,), jnp.bool_),
         )
-        return jax.jit(call(grouped_mlp)), (spec((rows, d), dtype), *stacks, spec((), jnp.int32), *routing)
+        return jax.jit(call(fused_moe)), (spec((rows, d), dtype), *stacks, spec((), jnp.int32), *routing)
 
     def attention_case(rows: int) -> tuple[Any, tuple[Any, ...]]:
         q, kv, each = size.heads
@@ -185,8 +184,11 @@ def kernel_cases(
         parts = (
             spec((splits, rows, out), jnp.float32) for splits, out in ((16, size.experts), (8, hidden), (8, hidden))
         )
-        kernel = partial(call(choose_experts), k=size.chosen, dtype=dtype)
-        return jax.jit(kernel), (*parts, spec((rows,), jnp.bool_))
+        kernel = partial(call(topk_softmax), k=size.chosen, dtype=dtype)
+        return jax.jit(lambda *args: kernel(*map(PartialSums, args[:3]), args[3])[:3]), (
+            *parts,
+            spec((rows,), jnp.bool_),
+        )
 
     def norm_case() -> tuple[Any, tuple[Any, ...]]:
         rows, f32 = dict(size.rows)["decode"], jnp.float32
@@ -264,8 +266,8 @@ def program_case(
         plain = leaf.dtype != jnp.bfloat16 or path[-1] in UNPACKED
         return spec(leaf.shape, leaf.dtype) if plain else packed(leaf.shape, type_of(path, cfg.num_layers, mixed))
 
-    graph, params = nnx.split(abstract_model(cfg, **load_options(jnp.bfloat16)))
-    graph, params = nnx.split(nnx.merge(graph, fill(params, store)))
+    graph, params = nnx.split(abstract_model(cfg, dtype=jnp.bfloat16))
+    graph, params = nnx.split(nnx.merge(graph, map_params(params, store)))
 
     def ints(*shape: int) -> Any:
         return spec(shape, jnp.int32)
@@ -274,9 +276,9 @@ def program_case(
         cache = jax.eval_shape(lambda: new_cache(cfg, batch, padded_kv_length(context, draft + 1), dtype=jnp.bfloat16))
         flags, vocab = spec((batch,), jnp.bool_), (batch, cfg.vocab_size)
         return DecodeState(
-            cache=cache, hidden=spec((batch, cfg.hidden_size), jnp.bfloat16), token=ints(batch), count=ints(batch),
-            done=flags, stopped=flags, rounds=ints(batch), accepted=ints(batch, draft),
-            seen=TokenCounts(spec(vocab, jnp.bool_), ints(*vocab)) if seen else None,
+            cache=cache, hidden=spec((batch, cfg.hidden_size), jnp.bfloat16), token=ints(batch), num_tokens=ints(batch),
+            finished=flags, stopped=flags, num_steps=ints(batch), num_accepted_per_pos=ints(batch, draft),
+            token_counts=TokenCounts(spec(vocab, jnp.bool_), ints(*vocab)) if seen else None,
         )  # fmt: skip
 
     state = state_of(1, seen=name == "decode with penalties")
@@ -284,13 +286,16 @@ def program_case(
         args: tuple[Any, ...] = (params, ints(1, chunk), ints(1, chunk), ints(1), state.cache)
         return prefill, args, {"graph": graph, "rows": NO_ROWS}, params
     if name == "insert":
-        return insert, (state_of(4, seen=False), state, ints(1), ints(1), ints()), {}, {}
+        return insert_requests, (state_of(4, seen=False), state, ints(1), ints(1), ints()), {}, {}
     share = spec((1,), jnp.float32)
     requests = BatchSamplingParams(
         ints(1), share, spec((1,), jnp.uint32), ints(1, MAX_STOP_TOKENS), TruncationParams(ints(1), share, share),
-        Penalties(share, share, share) if state.seen else None,
+        Penalties(share, share, share) if state.token_counts else None,
     )  # fmt: skip
-    static = {"graph": graph, "k": draft, "rounds": 32, "vocab": cfg.vocab_size, "drafter": mtp_drafter}
+    static = {
+        "graph": graph, "num_speculative_tokens": draft, "max_steps": 32, "vocab_size": cfg.vocab_size,
+        "drafter": mtp_drafter,
+    }  # fmt: skip
     return decode, (params, state, requests, ints()), static, params
 
 

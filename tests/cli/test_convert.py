@@ -13,10 +13,10 @@ import pytest
 
 from checkpoints import CheckpointError, open_checkpoint, write_safetensors_directory
 from mtpjax.cli.convert import main
-from mtpjax.loading import load as loading
-from mtpjax.loading import orbax_io as orbax_tree
-from mtpjax.loading.load import load_checkpoint, restore_orbax
-from mtpjax.loading.weight_map import flat, load_model
+from mtpjax.loading import orbax_io, orbax_save
+from mtpjax.loading.load import load_checkpoint, load_model
+from mtpjax.loading.loaded_model import flatten_params
+from mtpjax.loading.orbax_restore import restore_orbax
 from tests.golden.weights import golden_config, golden_tensors
 
 BF16 = ml_dtypes.bfloat16
@@ -119,16 +119,17 @@ def test_every_tensor_comes_back_bit_for_bit(model: Callable[[], tuple[str, Tens
 def test_the_model_of_an_orbax_folder_is_that_of_the_files(
     model: Callable[[], tuple[str, Tensors]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(orbax_tree, "BATCH_BYTES", 400_000)  # in several groups
+    monkeypatch.setattr(orbax_io, "BATCH_BYTES", 400_000)  # in several groups
     source = write(tmp_path / "hf", *model())
     main([str(source), str(tmp_path / "orbax")])
     hf, orbax = open_checkpoint(source), open_checkpoint(tmp_path / "orbax")
     for dtype in (jnp.float32, jnp.bfloat16):
         for mtp in (True, False):
-            want = load_model(hf, dtype=dtype, compute_dtype=dtype, mtp=mtp)
-            got = restore_orbax(orbax, dtype=dtype, compute_dtype=dtype, mtp=mtp)
+            want = load_model(hf, dtype=dtype, mtp=mtp)
+            got = restore_orbax(orbax, dtype=dtype, mtp=mtp)
             assert got.cfg == want.cfg and got.graph == want.graph
-            for (path, a), (other, b) in zip(flat(got.params).items(), flat(want.params).items(), strict=True):
+            leaves, wanted = (flatten_params(model.params) for model in (got, want))
+            for (path, a), (other, b) in zip(leaves.items(), wanted.items(), strict=True):
                 assert path == other and a[...].dtype == b[...].dtype
                 assert np.array_equal(np.asarray(a[...]), np.asarray(b[...])), path
 
@@ -175,7 +176,7 @@ def test_other_files_go_along_unchanged(tmp_path: Path) -> None:
     main([str(source), str(tmp_path / "orbax")])
     main([str(tmp_path / "orbax"), str(tmp_path / "back")])
     own = {"config.json", "generation_config.json"}
-    assert {f.name for f in (tmp_path / "orbax").iterdir()} == {*files, *own, "params", loading.ORIGIN}
+    assert {f.name for f in (tmp_path / "orbax").iterdir()} == {*files, *own, "params", orbax_save.ORIGIN}
     assert {f.name for f in (tmp_path / "back").iterdir()} == {*files, *own, "model.safetensors"}
     assert all((tmp_path / "back" / name).read_bytes() == data for name, data in files.items())
 
@@ -229,7 +230,7 @@ def test_a_bad_checkpoint_is_refused_and_leaves_nothing(
     source = write(tmp_path / "hf", case, tensors, **config)
     assert main([str(source), str(tmp_path / "orbax")]) == 1
     said = capsys.readouterr().err
-    assert said.startswith("convert.py: ") and all(part in said for part in says), said
+    assert said.startswith("mtpjax convert: ") and all(part in said for part in says), said
     assert [f.name for f in tmp_path.iterdir()] == ["hf"]
 
 
@@ -246,7 +247,7 @@ def test_ctrl_c_leaves_nothing(
         whole(self, name, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(orbax_tree, "BATCH_BYTES", 1000)  # so that part of it is on disk by then
+        patch.setattr(orbax_io, "BATCH_BYTES", 1000)  # so that part of it is on disk by then
         patch.setattr(type(open_checkpoint(source)), "read_into", read_into)
         assert main([str(source), str(tmp_path / "orbax")]) == 130
     assert "orbax was not written" in capsys.readouterr().err
@@ -266,8 +267,12 @@ def test_an_existing_target_is_left_alone(tmp_path: Path, capsys: pytest.Capture
     assert main([str(tmp_path / "nowhere"), str(tmp_path / "new")]) == 1
     said = capsys.readouterr().err.splitlines()
     assert [("already exists" in line, "already in the format 'hf'" in line) for line in said] == [
-        (True, False), (True, False), (True, False), (False, True), (False, False)
-    ]  # fmt: skip
+        (True, False),
+        (True, False),
+        (True, False),
+        (False, True),
+        (False, False),
+    ]
     assert (tmp_path / "file").read_text() == "mine" and not (tmp_path / "new").exists()
 
 
@@ -284,7 +289,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_without_its_list_of_names_it_loads_but_cannot_go_back(
     stored: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    list_of_names = stored / loading.ORIGIN
+    list_of_names = stored / orbax_save.ORIGIN
     text = list_of_names.read_text()
     try:
         for broken, says in (
@@ -294,7 +299,7 @@ def test_without_its_list_of_names_it_loads_but_cannot_go_back(
         ):
             list_of_names.unlink() if broken is None else list_of_names.write_text(broken)
             assert main([str(stored), str(tmp_path / "back")]) == 1
-            assert f"{loading.ORIGIN}: {says}" in capsys.readouterr().err
+            assert f"{orbax_save.ORIGIN}: {says}" in capsys.readouterr().err
             load_checkpoint(open_checkpoint(stored), dtype=jnp.float32)
     finally:
         list_of_names.write_text(text)
@@ -318,7 +323,7 @@ def test_a_tree_that_is_not_of_its_config_is_refused_with_all_that_differs(store
 @pytest.mark.parametrize("damage", ["truncated", "no metadata", "no data"])
 def test_a_damaged_tree_is_named(damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # One read after the other: of several that fail at once, Orbax leaves all but the first to report to a closed loop.
-    monkeypatch.setattr(orbax_tree, "BATCH_BYTES", 1)
+    monkeypatch.setattr(orbax_io, "BATCH_BYTES", 1)
     main([str(write(tmp_path / "hf", *dense_tied())), str(tmp_path / "orbax")])
     params = tmp_path / "orbax" / "params"
     largest = max((f for f in params.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
@@ -334,10 +339,10 @@ def test_a_damaged_tree_is_named(damage: str, tmp_path: Path, monkeypatch: pytes
 
 def test_memory_does_not_grow_with_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write(tmp_path / "hf", "dense_r2", golden_tensors("dense_r2"))
-    monkeypatch.setattr(orbax_tree, "BATCH_BYTES", 50_000)
+    monkeypatch.setattr(orbax_io, "BATCH_BYTES", 50_000)
     alive, sizes, peaks = [0], [], []
 
-    def watched(make: Callable[[], np.ndarray]) -> orbax_tree.LazyLeaf:
+    def watched(make: Callable[[], np.ndarray]) -> orbax_io.LazyLeaf:
         def made() -> np.ndarray:
             array = make()
             alive[0] += array.nbytes
@@ -346,8 +351,8 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path, monkeypatch: pytest
             peaks.append(alive[0])
             return array
 
-        return orbax_tree.LazyLeaf(made)
+        return orbax_io.LazyLeaf(made)
 
-    monkeypatch.setattr(loading, "LazyLeaf", watched)
+    monkeypatch.setattr(orbax_save, "LazyLeaf", watched)
     assert main([str(source), str(tmp_path / "orbax")]) == 0
     assert max(peaks) <= 50_000 + max(sizes) < sum(sizes) / 8

@@ -14,8 +14,8 @@ from kernels_pallas.platform import override_platform
 from mtpjax.config import FULL, LINEAR
 from mtpjax.decoding import steps
 from mtpjax.engine.request import Request
-from mtpjax.loading.load import load_options
-from mtpjax.loading.weight_map import LoadedModel, random_model
+from mtpjax.loading.loaded_model import LoadedModel
+from mtpjax.loading.random_init import random_model
 from mtpjax.model.cache import new_cache
 from tests.helpers.models import make_engine, tiny_config
 
@@ -54,7 +54,7 @@ def packed_model(mtp: bool) -> LoadedModel:
     }
     cfg = tiny_config(moe=True, **sizes)
     return random_model(
-        cfg if mtp else cfg.without_mtp(), weights="int8", scale=0.3, **load_options(jnp.dtype("bfloat16"))
+        cfg if mtp else cfg.without_mtp(), quantization="int8", scale=0.3, dtype=jnp.dtype("bfloat16")
     )
 
 

@@ -1,4 +1,4 @@
-"""What tests of the engine and the model share: tiny models that need no random-number programs, and the golden cases."""
+"""Tiny models for tests, made without random-number programs, and the golden cases."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from checkpoints import SafetensorsDirectory, write_safetensors_directory
 from mtpjax.config import FULL, LINEAR, ModelConfig
 from mtpjax.engine.engine import Engine
 from mtpjax.engine.model_runner import ModelRunner
-from mtpjax.loading.weight_map import LoadedModel, fill, load_model
+from mtpjax.loading.load import load_model
+from mtpjax.loading.loaded_model import LoadedModel, map_params
 from mtpjax.model import abstract_model
 from tests.golden.weights import golden_config, golden_tensors
 
@@ -42,6 +43,19 @@ class Golden:
 
     def model(self) -> LoadedModel:
         return load_model(SafetensorsDirectory(self.path))
+
+
+# Sizes of `tiny_config` with which matrices consist of whole groups, so that they can be packed.
+PACKABLE_SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "head_dim": 32,
+    "rotary_dim": 8,
+    "linear_k_dim": 32,
+    "linear_v_dim": 32,
+    "expert_size": 32,
+    "shared_expert_size": 32,
+    "vocab_size": 128,
+}
 
 
 def tiny_config(
@@ -92,7 +106,7 @@ def numpy_model(cfg: ModelConfig, *, seed: int = 0, scale: float = 0.15) -> Load
             values = scale * rng.normal(size=shape)
         return jnp.asarray(values, leaf.dtype)
 
-    return LoadedModel(cfg, graph, fill(params, make))
+    return LoadedModel(cfg, graph, map_params(params, make))
 
 
 def make_engine(

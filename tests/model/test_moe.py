@@ -1,4 +1,4 @@
-"""Routed experts against all experts on all rows, the plan of blocks, attention over the cache against a softmax."""
+"""Routed experts against all experts on all rows, and the plan of blocks."""
 
 from functools import cache
 
@@ -15,11 +15,8 @@ from kernels_pallas.grouped_matmul.api import ALL_EXPERTS_ROWS
 from kernels_pallas.grouped_matmul.plan import choose_block, choose_windows, plan_blocks, plan_windows, window_places
 from kernels_pallas.matmul import embedding_lookup, linear
 from kernels_pallas.weights.transposed import FusedExperts, TransposedWeight
-from mtpjax.model import Expert, make_positions
-from mtpjax.model.attention import attend, write_kv
-from mtpjax.model.cache import KV_BLOCK
+from mtpjax.model import Expert
 from mtpjax.model.params import ONLY_LAYER
-from scripts.benchmarks.flops import arrays
 from tests.helpers.models import cpu_only, numpy_model, tiny_config
 
 EXPERTS, CHOSEN, HIDDEN, SIZE, LAYERS = 8, 3, 24, 16, 2
@@ -284,90 +281,3 @@ def test_embedding_rows_are_read_as_bits_and_have_their_gradient():
         jax.grad(lambda w, f=f: jnp.sum(f(w) * share).astype(jnp.float32))(w) for f in (take, lambda w: w[ids])
     )
     assert jnp.array_equal(got, want) and got[3].any()
-
-
-# Attention over the cache.
-
-SLOTS = 3 * KV_BLOCK
-
-
-def attention_case(q_heads: int, kv_heads: int, starts: list[int], rows: int, size: int = 8):
-    rng = np.random.default_rng(q_heads)
-    batch = len(starts)
-    kv = tuple(rng.normal(size=(2, batch, kv_heads, SLOTS, size)).astype(np.float32) for _ in range(2))
-    q = 2 * rng.normal(size=(batch, rows, q_heads, size)).astype(np.float32)
-    return q, kv, np.array(starts, np.int32)
-
-
-@jax.jit
-def attended(q: jax.Array, kv: tuple, start: jax.Array, pad: jax.Array) -> jax.Array:
-    return attend(q, kv, 1, make_positions(tiny_config(moe=False), start, q.shape[1], pad, kv_len=kv[0].shape[3]))
-
-
-def softmax_attention(q: np.ndarray, kv: tuple, start: int, pad: int) -> np.ndarray:
-    """One sequence, layer 1, float64; rows of padding give zero."""
-    k, v = (np.asarray(x, np.float64) for x in kv)
-    out = np.zeros(q.shape)
-    group = q.shape[1] // k.shape[0]
-    for row, head in np.ndindex(*q.shape[:2]):
-        if row >= pad:
-            seen = start - pad + row + 1
-            score = k[head // group, :seen] @ q[row, head].astype(np.float64) / np.sqrt(q.shape[-1])
-            p = np.exp(score - score.max())
-            out[row, head] = p / p.sum() @ v[head // group, :seen]
-    return out
-
-
-@pytest.mark.parametrize(("q_heads", "kv_heads"), [(4, 4), (4, 2), (6, 2), (3, 1)])
-def test_attention_over_blocks_of_the_cache(q_heads, kv_heads):
-    """Lengths on both sides of every block border, in one batch; garbage behind each sequence must not be seen."""
-    starts = [0, 1, 7, KV_BLOCK - 4, KV_BLOCK - 3, KV_BLOCK - 1, KV_BLOCK, KV_BLOCK + 1, 2 * KV_BLOCK - 2, SLOTS - 5]
-    pads = np.array([0, 1, 5, 0, 2, 0, 5, 0, 3, 0], np.int32)
-    q, kv, start = attention_case(q_heads, kv_heads, starts, 5)
-    got = np.asarray(attended(q, kv, start, pads))
-    want = np.stack([softmax_attention(q[b], (kv[0][1, b], kv[1][1, b]), s, pads[b]) for b, s in enumerate(starts)])
-    worst = float(np.abs(got - want).max())
-    assert worst <= 3e-6
-
-
-def test_attention_does_not_depend_on_longer_neighbours():
-    """Bit for bit: blocks in which a row sees nothing are passed over exactly."""
-    q, kv, start = attention_case(4, 2, [7, 2 * KV_BLOCK + 9], 5)
-    none = np.zeros(2, np.int32)
-    beside = attended(q, kv, start, none)
-    short = attended(q, kv, np.array([7, 3], np.int32), none)
-    assert np.array_equal(beside[0], short[0]) and not np.array_equal(beside[1], short[1])
-
-
-def test_rows_are_written_at_their_positions():
-    kv = tuple(jnp.full((2, 3, 1, KV_BLOCK, 4), -1.0) for _ in range(2))
-    new = np.arange(3 * 4 * 4, dtype=np.float32).reshape(3, 4, 1, 4)
-    start, pad = np.array([5, 5, KV_BLOCK - 2], np.int32), np.array([0, 3, 0], np.int32)
-    where = make_positions(tiny_config(moe=False), start, 4, pad, kv_len=KV_BLOCK)
-    k, v = write_kv(kv, 1, new, new + 100, where)
-    want = np.full((2, 3, 1, KV_BLOCK, 4), -1.0, np.float32)
-    want[1, 0, 0, 5:9] = new[0, :, 0]
-    want[1, 1, 0, 5:6] = new[1, 3:, 0]
-    want[1, 2, 0, KV_BLOCK - 2 :] = new[2, :2, 0]  # rows beyond the cache are dropped
-    assert np.array_equal(k, want)
-    assert np.array_equal(v, np.where(want < 0, want, want + 100))
-
-
-def test_attention_holds_rows_by_a_block_and_never_rows_by_the_context():
-    rows, slots, size = 48, 12 * KV_BLOCK, 8
-    q = jax.ShapeDtypeStruct((1, rows, 4, size), jnp.float32)
-    kv = jax.ShapeDtypeStruct((2, 1, 2, slots, size), jnp.float32)
-    whole = jax.ShapeDtypeStruct((1,), jnp.int32)
-
-    def plain(q, kv, start, pad):
-        k, v = (jnp.repeat(x[1], 2, axis=1) for x in kv)
-        score = jnp.einsum("bthd,bhsd->bhts", q, k)
-        seen = jnp.arange(slots) <= start[:, None] + jnp.arange(rows)[:, None] - pad
-        return jnp.einsum("bhts,bhsd->bthd", jax.nn.softmax(jnp.where(seen, score, -jnp.inf)), v)
-
-    def both_axes(f) -> list:
-        program = jax.make_jaxpr(f)(q, (kv, kv), whole, whole)
-        return [a for a in arrays(program) if a.size >= rows * slots and a.shape != kv.shape]
-
-    assert both_axes(plain)
-    assert not both_axes(attended)

@@ -109,6 +109,21 @@ def test_a_carry_passes_from_word_to_word() -> None:
     assert got.tolist() == [int(x) >> 32 & 0xFFFFFFFF for x in (int(a[0]) + 7, 5 + 2**40)]
 
 
+def test_bit_operations() -> None:
+    a, b, c = (np.random.default_rng(n).integers(0, 2**32, 50).astype(np.uint32) for n in range(3))
+    majority = each_thread("lop3.b32 $0, $1, $2, $3, 0xE8;", [a, b, c], np.uint32)
+    assert (majority == a & b | a & c | b & c).all()
+    joined = [int(high) << 32 | int(low) for low, high in zip(a, b, strict=True)]
+    left, right = (each_thread(f"shf.{mode}.b32 $0, $1, $2, 37;", [a, b], np.uint32) for mode in ("l.wrap", "r.clamp"))
+    assert left.tolist() == [word << 5 >> 32 & 0xFFFFFFFF for word in joined]
+    assert right.tolist() == b.tolist()  # clamped to 32
+    words = np.append(a >> np.arange(50, dtype=np.uint32) % 32, np.uint32(0))
+    assert each_thread("popc.b32 $0, $1;", [words], np.uint32).tolist() == [int(word).bit_count() for word in words]
+    assert each_thread("clz.b32 $0, $1;", [words], np.uint32).tolist() == [
+        32 - int(word).bit_length() for word in words
+    ]
+
+
 def test_an_unsupported_instruction_or_unset_register_is_named() -> None:
     with pytest.raises(EmulationError, match=r"'vote\.sync"):
         run_ptx("vote.sync.any.pred %p1, %p1, -1;", [np.zeros(1, np.uint32)])
@@ -260,6 +275,18 @@ def test_a_warp_reduces_to_one_value(operation: str, expected: int) -> None:
     st.global.b32 [%rd9], %r4;
     """
     assert run_ptx(text, [np.zeros(32, np.uint32)])[0].tolist() == [expected] * 32
+
+
+def test_atomics_run_one_thread_after_the_other() -> None:
+    text = """
+    mov.b32 %r4, 2;
+    atom.global.add.u32 %r5, [%rd0], %r4;
+    red.global.max.u32 [%rd0+4], %r0;
+    mul.wide.u32 %rd9, %r0, 4;
+    add.s64 %rd9, %rd9, %rd0;
+    st.global.b32 [%rd9+8], %r5;
+    """
+    assert run_ptx(text, [np.zeros(34, np.uint32)])[0].tolist() == [64, 31, *range(0, 64, 2)]
 
 
 def test_the_readme_lists_every_handler_and_existing_tests() -> None:

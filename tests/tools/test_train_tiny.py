@@ -14,7 +14,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from checkpoints import TINY, open_checkpoint
-from kernels_pallas.grouped_matmul import expert_mlp
+from kernels_pallas.grouped_matmul import fused_moe
 from mtpjax.hf_config import config_from_hf
 from mtpjax.loading.load import load_checkpoint
 from scripts.tiny_model import data as tiny_data
@@ -198,7 +198,7 @@ def test_expert_gradients_equal_a_dense_reference(rows: int) -> None:
     live = jnp.arange(rows) >= rows // 4
 
     def grouped(x, gate_up, down, weights):  # type: ignore[no-untyped-def]
-        return expert_mlp(x, gate_up, down, jnp.int32(1), chosen, weights, live)
+        return fused_moe(x, gate_up, down, jnp.int32(1), chosen, weights, live)
 
     def dense(x, gate_up, down, weights):  # type: ignore[no-untyped-def]
         gate, up = jnp.split(jnp.einsum("nd,eod->neo", x, gate_up[1]), 2, axis=-1)
