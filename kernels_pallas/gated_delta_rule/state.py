@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax import Array, lax
 from jaxtyping import Float, Int
 
@@ -20,7 +19,7 @@ class DeltaState(NamedTuple):
     recurrent: Float[Array, "*layers B M Dk Dv"]  # float32
 
 
-class PendingDeltaUpdates(struct.PyTreeNode):
+class PendingDeltaUpdates(NamedTuple):
     """The W rows of a verify window in one layer or a stack of layers, before it is known how many are accepted.
 
     A recurrent state cannot be truncated like keys and values. The rows therefore stay outside of it, as the rank-one

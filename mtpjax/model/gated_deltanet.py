@@ -26,7 +26,7 @@ from mtpjax.model.positions import Positions
 
 
 class DeltaNet(nnx.Module):
-    """Weights of one Gated DeltaNet layer (or a stack of them)."""
+    """Weights of one Gated DeltaNet layer."""
 
     def __init__(self, cfg: ModelConfig, make: ParamFactory) -> None:
         self.cfg = cfg

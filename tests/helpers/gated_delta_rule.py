@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -40,7 +39,8 @@ def step_through(inputs: DeltaInputs, state: np.ndarray) -> Expected:
 
 def exact_conv_inputs(args: tuple[Any, ...]) -> np.ndarray:
     """Convolution inputs `[B, past + T, C]`: zeros, the inputs of the step before, the valid rows, zeros."""
-    projections, _, state, layer, pad, valid = args
+    projections, _, state, layer, *placement = args
+    pad, valid = (np.asarray(x) for x in placement)
     qkv, before = np.float64(projections.qkv.parts).sum(0), np.float64(state.conv[layer])
     past, rows = before.shape[1], valid.shape[1]
     inputs = np.zeros((len(before), past + rows, before.shape[2]))
@@ -53,7 +53,8 @@ def exact_conv_inputs(args: tuple[Any, ...]) -> np.ndarray:
 
 def exact_inputs(args: tuple[Any, ...]) -> DeltaInputs:
     """Inputs of the recurrence from arguments of an op: convolution, gates and normalisation in float64."""
-    projections, weights, state, _, _, valid = args
+    projections, weights, state, *_ = args
+    valid = np.asarray(args[-1])
     taps, a_log, dt_bias = (np.float64(x) for x in weights)
     b, a = (np.float64(sums.parts).sum(0).reshape(*valid.shape, -1) for sums in (projections.beta, projections.decay))
     rows, (heads, key_size, value_size) = valid.shape[1], state.recurrent.shape[2:]
@@ -73,7 +74,7 @@ def exact_inputs(args: tuple[Any, ...]) -> DeltaInputs:
 def random_args(
     shape: DeltaShape, pad: list[int], end: list[int], rows: int, dtype: str = "float32", *, equal_keys: bool = False
 ) -> tuple[Any, ...]:
-    """Make arguments of both ops in numpy, for layer `LAYER`. Rows `pad[b]...end[b] - 1` of sequence b are valid.
+    """Make arguments of both ops, for layer `LAYER`. Rows `pad[b]...end[b] - 1` of sequence b are valid.
 
     Args:
         shape: sizes of the layer.
@@ -85,9 +86,8 @@ def random_args(
     qkv = rng.normal(size=(1 if dtype != "float32" else 2, batch * rows, shape.channels))
     b, a = (2 * rng.normal(size=(sums, batch * rows, heads)) for sums in (4, 2))
     taps = rng.normal(size=(shape.channels, shape.conv_width))
-    a_log, dt_bias = (
-        rng.normal(size=(2, heads)) - 1
-    )  # sums of a stronger decay over a chunk would lose float32's digits
+    # Not larger: the sum of a strong decay over a chunk would lose float32's digits.
+    a_log, dt_bias = rng.normal(size=(2, heads)) - 1
     conv = rng.normal(size=(LAYERS, batch, shape.conv_width - 1, shape.channels))
     recurrent = rng.normal(size=(LAYERS, batch, heads, shape.key_size, shape.value_size))
     if equal_keys:
@@ -97,11 +97,11 @@ def random_args(
         b, a = b + 10, a - 2.5
     start, stop = np.array(pad, np.int32), np.array(end, np.int32)
     valid = (np.arange(rows) >= start[:, None]) & (np.arange(rows) < stop[:, None])
-    projections = DeltaProjections(
-        PartialSums(qkv.astype(dtype)), PartialSums(b.astype("float32")), PartialSums(a.astype("float32"))
-    )
-    state = DeltaState(conv.astype(dtype), recurrent.astype("float32"))  # type: ignore[arg-type]
-    return projections, DeltaWeights(*(x.astype("float32") for x in (taps, a_log, dt_bias))), state, LAYER, start, valid
+    f32 = jnp.float32
+    sums = (PartialSums(jnp.asarray(x, of)) for x, of in ((qkv, dtype), (b, f32), (a, f32)))
+    weights = DeltaWeights(*(jnp.asarray(x, f32) for x in (taps, a_log, dt_bias)))
+    state = DeltaState(jnp.asarray(conv, dtype), jnp.asarray(recurrent, f32))
+    return DeltaProjections(*sums), weights, state, LAYER, jnp.asarray(start), jnp.asarray(valid)
 
 
 def select(args: tuple[Any, ...], sequences: slice, rows: slice) -> tuple[Any, ...]:
@@ -121,8 +121,3 @@ def select(args: tuple[Any, ...], sequences: slice, rows: slice) -> tuple[Any, .
         pad[sequences],
         valid[sequences, rows],
     )
-
-
-def as_jax(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Move arguments to the device."""
-    return jax.tree.map(jnp.asarray, args)

@@ -17,7 +17,6 @@ from kernels_pallas.partial_sums import PartialSums
 from kernels_pallas.platform import override_platform
 from tests.helpers.gated_delta_rule import (
     LAYER,
-    as_jax,
     exact_conv_inputs,
     exact_inputs,
     random_args,
@@ -91,7 +90,7 @@ class TestChunkGatedDeltaRule:
 class TestImplementations:
     def test_unsupported_shapes_raise_if_the_kernels_were_asked_for(self) -> None:
         with pytest.raises(ValueError, match="chunks of 8 rows of heads of 32 x 32; expected sizes that are powers of"):
-            chunk_gated_delta_rule(*as_jax(prompt_args(8)), dtype="float32", implementation="triton")
+            chunk_gated_delta_rule(*prompt_args(8), dtype="float32", implementation="triton")
 
     def test_supported_shapes(self) -> None:
         assert supports(64, 128, 128)
@@ -100,7 +99,7 @@ class TestImplementations:
 
     @pytest.mark.parametrize(("rows", "uses_kernels"), [(16, True), (15, False)])
     def test_a_cuda_device_uses_the_kernels_where_they_support_the_shapes(self, rows: int, uses_kernels: bool) -> None:
-        args = as_jax(prompt_args(rows))
+        args = prompt_args(rows)
         for name, expected in (("cuda", uses_kernels), ("cpu", False)):
             with override_platform(name, (9, 0)):
                 program = str(jax.make_jaxpr(partial(chunk_gated_delta_rule, dtype="float32"))(*args))

@@ -11,14 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels_pallas.gated_delta_rule import DeltaState, recurrent_gated_delta_rule, replay_updates
+from kernels_pallas.gated_delta_rule import recurrent_gated_delta_rule, replay_updates
 from kernels_pallas.gated_delta_rule.shapes import NUM_PARTIAL_SUMS, ROWS, SHAPES, DeltaShape, gated_delta_rule_inputs
 from kernels_pallas.gated_delta_rule.triton import DECODE_ROWS, supports
 from kernels_pallas.platform import override_platform
 from mtpjax.presets import PRESETS
 from tests.helpers.gated_delta_rule import (
     LAYER,
-    as_jax,
     exact_conv_inputs,
     exact_inputs,
     random_args,
@@ -92,7 +91,7 @@ class TestRecurrentGatedDeltaRule:
             assert_close(one, want, "float32")
         projections, *others, valid = args
         rng, is_padding = np.random.default_rng(seed), ~valid.reshape(-1, 1)
-        noisy = jax.tree.map(lambda x: np.where(is_padding, rng.normal(size=x.shape), x).astype(x.dtype), projections)
+        noisy = jax.tree.map(lambda x: jnp.where(is_padding, rng.normal(size=x.shape), x).astype(x.dtype), projections)
         again = results((noisy, *others, valid), implementation)
         for one, other in zip(got, again, strict=True):
             assert np.array_equal(one, other)
@@ -119,11 +118,11 @@ class TestRecurrentGatedDeltaRule:
 class TestImplementations:
     def test_unsupported_shapes_raise_if_the_kernel_was_asked_for(self) -> None:
         with pytest.raises(ValueError, match="17 rows of heads of 32 x 64; expected at most 16 rows"):
-            recurrent_gated_delta_rule(*as_jax(window_args(17)), dtype="float32", implementation="triton")
+            recurrent_gated_delta_rule(*window_args(17), dtype="float32", implementation="triton")
 
     def test_an_unknown_implementation_raises(self) -> None:
         with pytest.raises(ValueError, match="implementation is 'mosaic'"):
-            recurrent_gated_delta_rule(*as_jax(window_args(1)), dtype="float32", implementation="mosaic")
+            recurrent_gated_delta_rule(*window_args(1), dtype="float32", implementation="mosaic")
 
     def test_supported_shapes(self) -> None:
         assert supports(5, 128, 128)
@@ -132,7 +131,7 @@ class TestImplementations:
 
     @pytest.mark.parametrize(("rows", "uses_kernel"), [(5, True), (17, False)])
     def test_a_cuda_device_uses_the_kernel_where_it_supports_the_shapes(self, rows: int, uses_kernel: bool) -> None:
-        args = as_jax(window_args(rows))
+        args = window_args(rows)
         for name, expected in (("cuda", uses_kernel), ("cpu", False)):
             with override_platform(name, (9, 0)):
                 program = str(jax.make_jaxpr(partial(recurrent_gated_delta_rule, dtype="float32"))(*args))
@@ -172,7 +171,7 @@ class TestReplayUpdates:
             states = step_through(exact_inputs(layer_args), state.recurrent[layer]).states
             exact.append(states[counts, counts])
         stacked = jax.tree.map(lambda *layers: jnp.stack(layers), *pending)
-        after = jax.jit(replay_updates)(DeltaState(*map(jnp.asarray, state)), stacked, counts)
+        after = jax.jit(replay_updates)(state, stacked, counts)
         assert_close(after.recurrent, np.stack(exact), "float32")
         for n in counts:  # the inputs that end at the last accepted row
             assert np.array_equal(after.conv[:, n], stacked.conv[:, n, n : n + 3])
@@ -187,6 +186,6 @@ class TestReplayUpdates:
             for layer in range(2)
         ]
         stacked = jax.tree.map(lambda *layers: jnp.stack(layers), *windows)
-        after = jax.jit(replay_updates)(DeltaState(*map(jnp.asarray, state)), stacked, np.array([3, 0]))
+        after = jax.jit(replay_updates)(state, stacked, np.array([3, 0]))
         for got, before in zip(after, state, strict=True):
             assert np.array_equal(got[:, 1], before[:, 1]) and not np.array_equal(got[:, 0], before[:, 0])
