@@ -29,7 +29,6 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
         (grouped_matmul.api.KERNELS, inter(grouped_matmul.triton.grouped_mlp)),
         (grouped_matmul.EACH_KERNELS, inter(grouped_matmul.triton.each_expert)),
         (topk_softmax.KERNELS, inter(topk_softmax.triton.choose_experts)),
-        (top_k_top_p.KERNELS, inter(top_k_top_p.triton.top_k_top_p_threshold)),
     ]
     for table, kernel in tables:
         monkeypatch.setitem(table, "cuda", kernel)
