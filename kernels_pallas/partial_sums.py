@@ -19,6 +19,7 @@ from jaxtyping import Float
 class PartialSums(struct.PyTreeNode):
     """S partial sums of a product of M rows: float32, or, with S = 1, in the dtype of the result."""
 
+    __no_type_check__ = True  # JAX also builds pytrees of shapes and of placeholders, which jaxtyping would refuse
     parts: Float[Array, "S M O"]
 
     def sum(self, dtype: Any) -> Float[Array, "M O"]:

@@ -141,7 +141,7 @@ class LLM:
             prefill_buckets=prefill_buckets,
             mtp_prompt_tokens=mtp_prompt_tokens,
             drafter=drafter,
-            acceptance=acceptance.first(num_speculative_tokens) if acceptance and simulated else exact_match,
+            acceptance=acceptance.truncate(num_speculative_tokens) if acceptance and simulated else exact_match,
             compile_fn=compile_fn,
         )
         self.engine = Engine(runner, max_prefill_seqs=max_prefill_seqs)

@@ -88,16 +88,18 @@ class DecodeBatch:
     def decode(self, return_when_finished: int) -> DecodedTokens:
         """Advance all slots by some steps of the loop, fewer if `return_when_finished` slots are free or finished before."""
         state = self._started()
-        steps_before, start = np.array(state.rounds), self.runner.seconds_without_compile()
+        steps_before, start = np.array(state.num_steps), self.runner.seconds_without_compile()
         self.state, out, counts = self.runner.decode(state, self._params, return_when_finished)
         seconds = self.runner.seconds_without_compile() - start
-        num_steps = int(np.max(np.asarray(self.state.rounds) - steps_before))
+        num_steps = int(np.max(np.asarray(self.state.num_steps) - steps_before))
         return DecodedTokens([row[:count].tolist() for row, count in zip(out, counts, strict=True)], num_steps, seconds)
 
     def figures(self) -> SlotFigures:
         """Copy what is known of each slot from the device."""
         state = self._started()
-        return SlotFigures(*map(np.asarray, (state.done, state.stopped, state.rounds, state.accepted)))
+        return SlotFigures(
+            *map(np.asarray, (state.finished, state.stopped, state.num_steps, state.num_accepted_per_pos))
+        )
 
     def _started(self) -> DecodeState:
         assert self.state is not None, "nothing has been prefilled"
@@ -106,8 +108,8 @@ class DecodeBatch:
     def _insert(self, requests: Sequence[Request], group: PrefillGroup, cache: Cache, hidden: Array) -> None:
         """Copy the row of each prefilled prompt into the slot of every request that has it, `prefill_batch` requests a call."""
         state = self._started()
-        if (state.seen is None) == (self._params.penalties is not None):
-            state = state.replace(seen=self._token_counts([None] * self.num_slots))
+        if (state.token_counts is None) == (self._params.penalties is not None):
+            state = state.replace(token_counts=self._token_counts([None] * self.num_slots))
         for start in range(0, len(requests), self.prefill_batch):
             part = slice(start, start + self.prefill_batch)
             new = self._initial_state(self._padded(requests[part]), cache, hidden)
@@ -120,7 +122,7 @@ class DecodeBatch:
     def _initial_state(
         self, requests: Sequence[Request | None], cache: Cache, hidden: Array | None = None
     ) -> DecodeState:
-        """The state before the first step; slots without a request are done."""
+        """The state before the first step; slots without a request are finished."""
         batch, runner = len(requests), self.runner
         if hidden is None:
             hidden = runner.zero_hidden(batch)
@@ -128,12 +130,12 @@ class DecodeBatch:
             cache=cache,
             hidden=hidden,
             token=as_host_array(np.array([r.prompt_token_ids[-1] if r else 0 for r in requests], np.int32)),
-            count=as_host_array(np.zeros(batch, np.int32)),
-            done=as_host_array(np.array([r is None or r.max_tokens == 0 for r in requests])),
+            num_tokens=as_host_array(np.zeros(batch, np.int32)),
+            finished=as_host_array(np.array([r is None or r.max_tokens == 0 for r in requests])),
             stopped=as_host_array(np.zeros(batch, bool)),
-            rounds=as_host_array(np.zeros(batch, np.int32)),
-            accepted=as_host_array(np.zeros((batch, runner.num_speculative_tokens), np.int32)),
-            seen=self._token_counts(requests),
+            num_steps=as_host_array(np.zeros(batch, np.int32)),
+            num_accepted_per_pos=as_host_array(np.zeros((batch, runner.num_speculative_tokens), np.int32)),
+            token_counts=self._token_counts(requests),
         )
 
     def _token_counts(self, requests: Sequence[Request | None]) -> TokenCounts | None:
@@ -162,8 +164,8 @@ def stack_requests(requests: Sequence[Request | None]) -> BatchSamplingParams:
         max_tokens=column(lambda r: r.max_tokens, np.int32),
         temperature=column(lambda r: r.temperature, np.float32),
         seed=column(lambda r: r.seed & 0xFFFFFFFF, np.uint32),
-        stops=as_host_array(stop_token_ids),
-        kept=TruncationParams(
+        stop_token_ids=as_host_array(stop_token_ids),
+        truncation=TruncationParams(
             top_k=column(lambda r: r.top_k, np.int32),
             top_p=column(lambda r: r.top_p, np.float32, 1),
             min_p=column(lambda r: r.min_p, np.float32),
@@ -178,4 +180,4 @@ def count_prompt_tokens(requests: Sequence[Request | None], vocab_size: int) -> 
     for row, request in zip(prompt, requests, strict=True):
         if request is not None:
             row[list(request.prompt_token_ids)] = True
-    return TokenCounts(prompt=as_host_array(prompt), counts=as_host_array(np.zeros(prompt.shape, np.int32)))
+    return TokenCounts(in_prompt=as_host_array(prompt), counts=as_host_array(np.zeros(prompt.shape, np.int32)))

@@ -15,8 +15,16 @@ from kernels_pallas.platform import compile_options
 from mtpjax.decoding.acceptance import Acceptance, exact_match
 from mtpjax.decoding.output_rows import NO_ROWS, OutputRows
 from mtpjax.decoding.sampling import BatchSamplingParams
-from mtpjax.decoding.speculative import DecodeState, Drafter, decode, insert, mtp_drafter
-from mtpjax.decoding.steps import forward_hidden, prefill
+from mtpjax.decoding.speculative import (
+    DECODE_DONATED,
+    INSERT_DONATED,
+    DecodeState,
+    Drafter,
+    decode,
+    insert_requests,
+    mtp_drafter,
+)
+from mtpjax.decoding.steps import FORWARD_HIDDEN_DONATED, PREFILL_DONATED, forward_hidden, prefill
 from mtpjax.engine.prompt_chunks import PREFILL_BUCKETS, split_prompts, usable_buckets
 from mtpjax.loading.cpu_layout import optimize_for_cpu
 from mtpjax.loading.loaded_model import LoadedModel
@@ -29,11 +37,11 @@ CompileFn = Callable[[Any, tuple[Any, ...]], Callable[..., Any]]
 """Makes a program: from a jitted function and arguments like those that it will get, to a callable for such arguments."""
 
 # The argument whose memory the result of a step takes over.
-_DONATED: dict[Callable[..., Any], str] = {
-    prefill: "cache",
-    forward_hidden: "cache",
-    decode: "state",
-    insert: "state",
+_DONATED: dict[Callable[..., Any], tuple[str, ...]] = {
+    prefill: PREFILL_DONATED,
+    forward_hidden: FORWARD_HIDDEN_DONATED,
+    decode: DECODE_DONATED,
+    insert_requests: INSERT_DONATED,
 }
 
 
@@ -43,8 +51,7 @@ def jit_step(fn: Callable[..., Any], /, *args: Any, **static: Any) -> Any:
     The function is wrapped anew each time, because JAX keeps what it compiles for as long as the function lives: the programs
     of an engine go when the engine goes.
     """
-    plain = getattr(fn, "__wrapped__", fn)  # TODO: remove when the steps are plain functions
-    return jax.jit(partial(plain, *args, **static), donate_argnames=_DONATED.get(fn))
+    return jax.jit(partial(fn, *args, **static), donate_argnames=_DONATED.get(fn))
 
 
 def compile_ahead(fn: Any, args: tuple[Any, ...]) -> Callable[..., Any]:
@@ -192,14 +199,14 @@ class ModelRunner:
             jit_step,
             decode,
             graph=self.model.graph,
-            k=self.num_speculative_tokens,
-            rounds=self.max_steps_per_call,
-            vocab=self.vocab_size,
+            num_speculative_tokens=self.num_speculative_tokens,
+            max_steps=self.max_steps_per_call,
+            vocab_size=self.vocab_size,
             drafter=self.drafter,
-            accept=self.acceptance,
+            acceptance=self.acceptance,
         )
         limit = as_host_array(np.array(return_when_finished, np.int32))
-        key = ("decode", len(state.token), state.seen is None)
+        key = ("decode", len(state.token), state.token_counts is None)
         state, out, counts = self._run(key, step, self.model.params, state, params, limit)
         return state, np.asarray(out), np.asarray(counts)
 
@@ -215,8 +222,10 @@ class ModelRunner:
         rows_and_slots = np.zeros((2, len(new.token)), np.int32)
         rows_and_slots[:, : len(slots)] = rows, slots
         count = np.array(len(slots), np.int32)
-        key = ("insert", len(state.token), len(new.token), state.seen is None)
-        return self._run(key, partial(jit_step, insert), state, new, *map(as_host_array, (*rows_and_slots, count)))
+        key = ("insert", len(state.token), len(new.token), state.token_counts is None)
+        return self._run(
+            key, partial(jit_step, insert_requests), state, new, *map(as_host_array, (*rows_and_slots, count))
+        )
 
     def _run(self, key: tuple[Any, ...], make_step: Callable[[], Any], *args: Any) -> Any:
         """Call the program `key`, which is compiled from the jitted function `make_step()` if there is none yet."""

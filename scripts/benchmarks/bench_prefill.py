@@ -28,10 +28,10 @@ import numpy as np
 
 from mtpjax.config import FULL, LINEAR, ModelConfig
 from mtpjax.decoding.output_rows import NO_ROWS, OutputRows
-from mtpjax.decoding.steps import forward_hidden, prefill
 from mtpjax.loading.cpu_layout import optimize_for_cpu
 from mtpjax.loading.random_init import random_model
 from mtpjax.model.cache import new_cache, padded_kv_length
+from scripts.benchmarks.jitted_steps import forward_hidden, prefill
 from scripts.benchmarks.results import describe, ratio_table, write_json
 
 CONFIG = ModelConfig(

@@ -27,12 +27,12 @@ from jax import Array
 
 from mtpjax.config import ConfigError, ModelConfig
 from mtpjax.decoding.output_rows import OutputRows
-from mtpjax.decoding.steps import prefill
 from mtpjax.hf_config import config_from_hf
 from mtpjax.model import abstract_model, make_positions
 from mtpjax.model.cache import Cache, new_cache, padded_kv_length
 from mtpjax.presets import PRESETS, preset
 from scripts.benchmarks.flops import Flops, count_flops
+from scripts.benchmarks.jitted_steps import prefill
 from scripts.benchmarks.while_trip_counts import while_trip_counts
 
 FIRST = OutputRows.at(0)
@@ -99,7 +99,7 @@ def flops(
     """
     kv_len = padded_kv_length(max(context, max_len), 1)
     program = trace(cfg, variant, rows, chunk=chunk, kv_len=kv_len, mtp_rows=mtp_rows).jaxpr
-    num_output_rows = max(rows.reach(chunk), mtp_rows or 0 if variant == "sync" else 0)
+    num_output_rows = max(rows.num_trailing_rows(chunk), mtp_rows or 0 if variant == "sync" else 0)
     trip_counts = while_trip_counts(cfg, rows=chunk, context=context, num_output_rows=num_output_rows)
     return count_flops(program, trip_counts)
 

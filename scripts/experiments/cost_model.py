@@ -62,7 +62,7 @@ def pieces(model: LoadedModel, k: int, batch: int) -> dict[str, Any]:
 
     def end(params: Any, cache: Any) -> Any:
         model, pending = nnx.merge(graph, params), new_pending(cfg, batch, k + 1, dtype=stored)
-        cache = steps.sync(model, hidden, window[:, 1:], idle, cache) if k else cache
+        cache = steps.sync_mtp_cache(model, hidden, window[:, 1:], idle, cache) if k else cache
         return (), commit(cache, pending, jnp.zeros(batch, jnp.int32))
 
     def runner(fn: Any) -> Any:

@@ -17,12 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas.platform import compile_options
-from mtpjax.decoding.steps import prefill
 from mtpjax.loading.cpu_layout import optimize_for_cpu
 from mtpjax.loading.random_init import random_model
 from mtpjax.model.cache import new_cache, padded_kv_length
 from scripts.benchmarks.bench_prefill import CONFIG
 from scripts.benchmarks.count_flops import ROWS, VARIANTS, flops, whole_layer
+from scripts.benchmarks.jitted_steps import prefill
 from scripts.experiments import common
 
 

@@ -28,12 +28,12 @@ from kernels_pallas.weights.quantized import QuantizedTensor
 from mtpjax.decoding.output_rows import NO_ROWS
 from mtpjax.decoding.penalties import Penalties, TokenCounts
 from mtpjax.decoding.sampling import MAX_STOP_TOKENS, BatchSamplingParams, TruncationParams
-from mtpjax.decoding.speculative import DecodeState, decode, insert, mtp_drafter
-from mtpjax.decoding.steps import prefill
+from mtpjax.decoding.speculative import DecodeState, mtp_drafter
 from mtpjax.loading.loaded_model import map_params
 from mtpjax.model import abstract_model
 from mtpjax.model.cache import new_cache, padded_kv_length
 from mtpjax.presets import preset
+from scripts.benchmarks.jitted_steps import decode, insert_requests, prefill
 
 Case = Callable[[], tuple[Any, tuple[Any, ...]]]  # a jitted function and its arguments
 
@@ -273,9 +273,9 @@ def program_case(
         cache = jax.eval_shape(lambda: new_cache(cfg, batch, padded_kv_length(context, draft + 1), dtype=jnp.bfloat16))
         flags, vocab = spec((batch,), jnp.bool_), (batch, cfg.vocab_size)
         return DecodeState(
-            cache=cache, hidden=spec((batch, cfg.hidden_size), jnp.bfloat16), token=ints(batch), count=ints(batch),
-            done=flags, stopped=flags, rounds=ints(batch), accepted=ints(batch, draft),
-            seen=TokenCounts(spec(vocab, jnp.bool_), ints(*vocab)) if seen else None,
+            cache=cache, hidden=spec((batch, cfg.hidden_size), jnp.bfloat16), token=ints(batch), num_tokens=ints(batch),
+            finished=flags, stopped=flags, num_steps=ints(batch), num_accepted_per_pos=ints(batch, draft),
+            token_counts=TokenCounts(spec(vocab, jnp.bool_), ints(*vocab)) if seen else None,
         )  # fmt: skip
 
     state = state_of(1, seen=name == "decode with penalties")
@@ -283,13 +283,16 @@ def program_case(
         args: tuple[Any, ...] = (params, ints(1, chunk), ints(1, chunk), ints(1), state.cache)
         return prefill, args, {"graph": graph, "rows": NO_ROWS}, params
     if name == "insert":
-        return insert, (state_of(4, seen=False), state, ints(1), ints(1), ints()), {}, {}
+        return insert_requests, (state_of(4, seen=False), state, ints(1), ints(1), ints()), {}, {}
     share = spec((1,), jnp.float32)
     requests = BatchSamplingParams(
         ints(1), share, spec((1,), jnp.uint32), ints(1, MAX_STOP_TOKENS), TruncationParams(ints(1), share, share),
-        Penalties(share, share, share) if state.seen else None,
+        Penalties(share, share, share) if state.token_counts else None,
     )  # fmt: skip
-    static = {"graph": graph, "k": draft, "rounds": 32, "vocab": cfg.vocab_size, "drafter": mtp_drafter}
+    static = {
+        "graph": graph, "num_speculative_tokens": draft, "max_steps": 32, "vocab_size": cfg.vocab_size,
+        "drafter": mtp_drafter,
+    }  # fmt: skip
     return decode, (params, state, requests, ints()), static, params
 
 
