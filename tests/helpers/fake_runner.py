@@ -83,7 +83,7 @@ class FakeRunner:
         for _ in range(self.max_steps_per_call):
             if arrays["finished"].sum() >= return_when_finished:
                 break
-            for slot in np.flatnonzero(~arrays["finished"]):
+            for slot in np.flatnonzero(~arrays["finished"]).tolist():
                 num_accepted = int(arrays["cache"][slot] + num_steps[slot]) % width
                 num_steps[slot] += 1
                 accepted[slot, :num_accepted] += 1
