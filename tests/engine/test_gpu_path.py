@@ -52,9 +52,7 @@ def packed_model(mtp: bool) -> LoadedModel:
         "shared_expert_size": 32,
     }
     cfg = tiny_config(moe=True, **sizes)
-    return random_model(
-        cfg if mtp else cfg.without_mtp(), quantization="int8", scale=0.3, dtype=jnp.dtype("bfloat16")
-    )
+    return random_model(cfg if mtp else cfg.without_mtp(), quantization="int8", scale=0.3, dtype=jnp.dtype("bfloat16"))
 
 
 def test_rows_do_not_depend_on_the_window_bit_for_bit(interpreted: None) -> None:
