@@ -15,8 +15,9 @@ Letters of array axes in all packages; a letter has one meaning:
     F   input features of a matrix        A   attention layers of the trunk
     P   partial sums of a split-K product L   layers of a stack; in the cache the DeltaNet layers
 
-Axes without a letter have a word: `rows` (token rows of all sequences, B * T), `topk` (experts chosen for a token), `chunk`
-(token rows of a DeltaNet chunk), `group` (values of a quantised matrix that share a scale), `width` (taps of the convolution).
+Axes without a letter have a word: `rows` (token rows of all sequences, B * T), `topk` (experts chosen for a token),
+`chunk` (token rows of a DeltaNet chunk), `group` (values of a quantised matrix that share a scale), `width` (taps of
+the convolution).
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ class ModelConfig:
     """Sizes and constants of one text model (`config.json`'s `text_config`); hashable, so usable as a static argument.
 
     Attributes:
-        layer_pattern: the shortest repeating run of layer types, `LINEAR` (Gated DeltaNet) or `FULL` (gated attention). One
-            repeat of it is a super-block.
+        layer_pattern: the shortest repeating run of layer types, `LINEAR` (Gated DeltaNet) or `FULL` (gated attention).
+            One repeat of it is a super-block.
         rotary_dim: leading dimensions of an attention head that RoPE rotates.
         linear_k_heads, linear_v_heads, linear_k_dim, linear_v_dim: heads of a Gated DeltaNet layer and their sizes.
         conv_width: taps of the causal convolution in front of the delta rule.

@@ -178,7 +178,7 @@ def _shortest_pattern(types: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _rope(get: _Reader, head_dim: int) -> tuple[int, float]:
-    """Read the rotary dimensions of a head and theta: from `rope_parameters`, or from the config itself as older files do."""
+    """Read the rotary dimensions of a head and theta: from `rope_parameters`, in older files from the config itself."""
     nested = get.raw.get("rope_parameters")
     if nested is not None and not isinstance(nested, Mapping):
         raise get.unsupported("'rope_parameters'", nested, "a JSON object")

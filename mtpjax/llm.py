@@ -19,8 +19,8 @@ from mtpjax.engine.model_runner import CompileFn, ModelRunner, compile_ahead
 from mtpjax.engine.prompt_chunks import PREFILL_BUCKETS
 from mtpjax.engine.request import Request, RequestState
 from mtpjax.loading.load import cache_dtype
+from mtpjax.loading.loaded_model import LoadedModel
 from mtpjax.loading.open_model import eos_token_ids, open_model
-from mtpjax.loading.weight_map import LoadedModel
 from mtpjax.outputs import RequestOutput, make_output
 from mtpjax.sampling_params import PENALTIES, SamplingParams, check_int
 from mtpjax.text.chat_template import Message
@@ -42,41 +42,44 @@ class LLM:
         [30, 30]
         >>> (answer,) = llm.chat([{"role": "user", "content": "What is 2 plus 3?"}])
         >>> answer.text, answer.finish_reason
-        ('?', 'stop')
+        ('2 plus 3 is 5.', 'stop')
 
     Args:
-        model: a Hugging Face or Orbax folder, a GGUF file, a model that is already loaded, or None: the embedded tiny model.
+        model: a Hugging Face or Orbax folder, a GGUF file, a model that is already loaded, or None: the embedded tiny
+            model.
         num_speculative_tokens: tokens that the MTP head drafts in each step, 0...8. The text does not depend on it.
-        dtype: of computing and of the cache: "float32", "bfloat16" (or jnp.float32, jnp.bfloat16), or "auto": bfloat16 on a GPU and
-            float32 on a CPU; for a loaded model the dtype that it was loaded in.
-        quantization: "int4", "int8", "iq4nl" or "fp8" quantise matrices while they are read; "packed" keeps those of a GGUF file
-            or a quantised folder as they are. None: such a file stays packed on a GPU, and becomes arrays of `dtype` on a
-            CPU, which computes with these faster; other checkpoints become arrays of `dtype`.
+        dtype: of computing and of the cache: "float32", "bfloat16" (or jnp.float32, jnp.bfloat16), or "auto": bfloat16
+            on a GPU and float32 on a CPU; for a loaded model the dtype that it was loaded in.
+        quantization: "int4", "int8", "iq4nl" or "fp8" quantise matrices while they are read; "packed" keeps those of a
+            GGUF file or a quantised folder as they are. None: such a file stays packed on a GPU, and becomes arrays of
+            `dtype` on a CPU, which computes with these faster; other checkpoints become arrays of `dtype`.
         max_model_len: prompt and new tokens of a sequence at most; memory for the cache grows with it.
         max_num_seqs: sequences that are generated at the same time.
-        max_prefill_seqs: if there are more prompts than that, how many are read together when sequences end and make room;
-            None: a quarter of `max_num_seqs`. They need a cache of their own beside that of `max_num_seqs` sequences. If it
-            is `max_num_seqs`, there is one cache, and the next prompts wait until all sequences have ended.
+        max_prefill_seqs: if there are more prompts than that, how many are read together when sequences end and make
+            room; None: a quarter of `max_num_seqs`. They need a cache of their own beside that of `max_num_seqs`
+            sequences. If it is `max_num_seqs`, there is one cache, and the next prompts wait until all sequences have
+            ended.
         prefill_buckets: lengths of prompt chunks; each is compiled when it is first needed.
-        mtp_prompt_tokens: how many of the last prompt tokens the MTP head reads, at least 1; None: all, as the head was trained.
-            With a small number the chunks before these tokens cost exactly what they cost without MTP, and drafting reads fewer
-            keys. Drafts that depend on distant tokens get worse; the text stays the same.
+        mtp_prompt_tokens: how many of the last prompt tokens the MTP head reads, at least 1; None: all, as the head was
+            trained. With a small number the chunks before these tokens cost exactly what they cost without MTP, and
+            drafting reads fewer keys. Drafts that depend on distant tokens get worse; the text stays the same.
         seed: base of the seeds of requests that have none.
         tokenizer: a `tokenizer.json` in place of the checkpoint's own.
         drafter: a function that drafts in place of the MTP head (see `mtpjax.decoding.speculative.Drafter`).
-        acceptance: a `SimulatedAcceptance` in place of the real rule, to measure speed with weights that were not trained. The
-            text is not the model's then.
-        compile_fn: makes each program from a jitted function and its arguments (see `mtpjax.engine.model_runner.CompileFn`), for
-            example to run it by emulation.
+        acceptance: a `SimulatedAcceptance` in place of the real rule, to measure speed with weights that were not
+            trained. The text is not the model's then.
+        compile_fn: makes each program from a jitted function and its arguments (see
+            `mtpjax.engine.model_runner.CompileFn`), for example to run it by emulation.
 
     Attributes:
         cfg: the `ModelConfig` of the checkpoint.
-        tokenizer: the `Tokenizer`, or None if the checkpoint has none; then prompts are token ids and outputs have no text.
-        engine: the `Engine`. It has sums over all requests so far: `num_prompt_tokens`, `prefill_seconds`, `decode_seconds`,
-            `compile_seconds`, `slot_steps`, `num_programs`.
+        tokenizer: the `Tokenizer`, or None if the checkpoint has none; then prompts are token ids and outputs have no
+            text.
+        engine: the `Engine`. It has sums over all requests so far: `num_prompt_tokens`, `prefill_seconds`,
+            `decode_seconds`, `compile_seconds`, `slot_steps`, `num_programs`.
         stop_token_ids: the checkpoint's own end-of-text tokens; `SamplingParams(ignore_eos=True)` generates past them.
-        num_speculative_tokens, max_model_len, max_num_seqs, seed: the arguments of these names. `num_speculative_tokens` is 0 if
-            the checkpoint has no MTP head.
+        num_speculative_tokens, max_model_len, max_num_seqs, seed: the arguments of these names.
+            `num_speculative_tokens` is 0 if the checkpoint has no MTP head.
 
     Raises:
         checkpoints.CheckpointError: the checkpoint cannot be read; names the file and the tensor.
@@ -123,9 +126,8 @@ class LLM:
                 stacklevel=2,
             )
         if max_model_len > self.cfg.max_position:
-            raise ValueError(
-                f"max_model_len is {max_model_len}; this checkpoint was made for at most {self.cfg.max_position} positions"
-            )
+            limit = f"this checkpoint was made for at most {self.cfg.max_position} positions"
+            raise ValueError(f"max_model_len is {max_model_len}; {limit}")
         self.num_speculative_tokens, self.max_model_len = num_speculative_tokens, max_model_len
         self.max_num_seqs, self.seed = max_num_seqs, seed
         vocab_size = min(self.cfg.vocab_size, self.tokenizer.size) if self.tokenizer else self.cfg.vocab_size
@@ -141,15 +143,16 @@ class LLM:
             prefill_buckets=prefill_buckets,
             mtp_prompt_tokens=mtp_prompt_tokens,
             drafter=drafter,
-            acceptance=acceptance.first(num_speculative_tokens) if acceptance and simulated else exact_match,
+            acceptance=acceptance.truncate(num_speculative_tokens) if acceptance and simulated else exact_match,
             compile_fn=compile_fn,
         )
         self.engine = Engine(runner, max_prefill_seqs=max_prefill_seqs)
 
     def get_default_sampling_params(self, **overrides: Any) -> SamplingParams:
-        """Return what the checkpoint's `generation_config.json` recommends: temperature, top_k, top_p, min_p, penalties.
+        """Return the sampling parameters that the checkpoint's `generation_config.json` recommends.
 
-        `overrides` go before it. `generate` without parameters ignores the recommendation and is greedy.
+        The file may have a temperature, top_k, top_p, min_p and penalties; `overrides` replace them. `generate` without
+        parameters ignores the recommendation and is greedy.
         """
         return SamplingParams.from_generation_config(self._generation_config, **overrides)
 
@@ -168,7 +171,8 @@ class LLM:
             on_tokens: called with the index of a prompt and its new token ids, whenever the device hands some over.
 
         Raises:
-            ValueError: names the prompt by its index: empty, too long, ids outside the vocabulary, text without a tokenizer.
+            ValueError: names the prompt by its index: empty, too long, ids outside the vocabulary, text without a
+                tokenizer.
         """
         prompts = as_list(prompts)
         params = SamplingParams() if sampling_params is None else sampling_params
@@ -193,7 +197,8 @@ class LLM:
     ) -> Iterator[tuple[int, RequestOutput]]:
         """Generate for any number of jobs. Yields the index of a job and its output when it is finished, in any order.
 
-        Some batches of jobs are taken ahead and sorted by length; `max_num_seqs` sequences are generated at the same time.
+        Some batches of jobs are taken ahead and sorted by length; `max_num_seqs` sequences are generated at the same
+        time.
 
         Args:
             jobs: pairs of a prompt and its parameters, taken as they are needed.
@@ -287,7 +292,10 @@ class LLM:
         return np.concatenate(chunks, axis=1)[0, -len(ids) :]
 
     def hidden_states(self, token_ids: Sequence[int]) -> np.ndarray:
-        """Return the hidden states after the final norm, which the LM head and the MTP head read: `[T, D]`, compute dtype."""
+        """Return the hidden states of one sequence after the final norm, `[T, D]` in the compute dtype.
+
+        The LM head and the MTP head read them.
+        """
         return self.engine.runner.hidden_states(self._token_ids("token_ids", token_ids, self.max_model_len))
 
     def _token_ids(self, name: str, prompt: Prompt, max_length: int) -> tuple[int, ...]:

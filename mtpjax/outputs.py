@@ -13,8 +13,8 @@ from mtpjax.text.tokenizer import Tokenizer
 class Metrics:
     """Figures of one request. Names that vLLM's metrics of speculative decoding have mean the same here.
 
-    Seconds are synchronised with the device and exclude compilation. Requests that run together share them; `LLM.engine` has their
-    sums.
+    Seconds are synchronised with the device and exclude compilation. Requests that run together share them;
+    `LLM.engine` has their sums.
 
     Attributes:
         num_prompt_tokens: tokens of the prompt.
@@ -23,7 +23,8 @@ class Metrics:
         num_steps: steps of the loop; each gives one token of the trunk and the accepted drafts before it.
         num_drafts: steps that drafted: all of them, or 0 without drafts.
         num_draft_tokens: tokens that were drafted.
-        num_accepted_tokens: draft tokens that were accepted. The last step may accept more than `max_tokens` lets through.
+        num_accepted_tokens: draft tokens that were accepted. The last step may accept more than `max_tokens` lets
+            through.
         num_accepted_tokens_per_pos: the same by position of the draft.
         mean_acceptance_length: `1 + num_accepted_tokens / num_drafts`; 1.0 without drafts.
         acceptance: "real", or "simulated" if `LLM(acceptance=...)` decided: then the text is not the model's.
@@ -50,8 +51,8 @@ class CompletionOutput:
         text: without special tokens and without the stop token; None if the model has no tokenizer.
         token_ids: the new tokens; a stop token is the last of them.
         finish_reason: "stop" (a stop token) or "length" (`max_tokens`, or no room left).
-        stop_reason: the id out of `SamplingParams.stop_token_ids` that ended the text. None if the checkpoint's own end-of-text
-            token or the length did.
+        stop_reason: the id out of `SamplingParams.stop_token_ids` that ended the text. None if the checkpoint's own
+            end-of-text token or the length did.
     """
 
     index: int

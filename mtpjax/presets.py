@@ -1,6 +1,7 @@
 """Shapes of the published checkpoints, for abstract evaluation and random weights.
 
-A checkpoint's own config always decides. The sizes of 2b, 4b, 122b-a10b and 397b-a17b are partly from third-party dumps.
+A checkpoint's own config always decides. The sizes of 2b, 4b, 122b-a10b and 397b-a17b are partly from third-party
+dumps.
 """
 
 from __future__ import annotations
@@ -54,7 +55,11 @@ PRESETS: dict[str, ModelConfig] = {
 
 
 def preset(name: str) -> ModelConfig:
-    """Return the config of a published size, e.g. "35b-a3b" or "Qwen3.6-35B-A3B". Raises ConfigError that lists the names."""
+    """Return the config of a published size, for example "35b-a3b" or "Qwen3.6-35B-A3B".
+
+    Raises:
+        ConfigError: there is no such size; lists the names.
+    """
     try:
         return PRESETS[name.lower().removeprefix("qwen3.5-").removeprefix("qwen3.6-")]
     except KeyError:

@@ -15,8 +15,8 @@ PENALTIES = ("presence_penalty", "frequency_penalty", "repetition_penalty")
 class SamplingParams:
     """How to generate for one prompt.
 
-    Names and meanings are vLLM's. Two defaults differ: `temperature` is 0.0 here and 1.0 in vLLM, `max_tokens` is 128 here and
-    16 in vLLM.
+    Names and meanings are vLLM's. Two defaults differ: `temperature` is 0.0 here and 1.0 in vLLM, `max_tokens` is 128
+    here and 16 in vLLM.
 
     Args:
         max_tokens: new tokens at most; None: as many as `max_model_len` leaves room for.
@@ -25,10 +25,10 @@ class SamplingParams:
         top_p: sample from the fewest tokens that together have this probability, above 0; 1: from all.
         min_p: sample from the tokens whose probability is at least this fraction of the highest one; 0: from all.
         presence_penalty: subtracted from the logit of every token that has been generated, -2 to 2.
-        frequency_penalty: subtracted from the logit of a token once for each time that it has been generated, -2 to 2; rounded
-            to bfloat16.
-        repetition_penalty: divides positive logits of tokens in prompt and text and multiplies negative ones; above 0, and 1
-            changes nothing. Penalties come before the temperature, and greedy choice has them too.
+        frequency_penalty: subtracted from the logit of a token once for each time that it has been generated, -2 to 2;
+            rounded to bfloat16.
+        repetition_penalty: divides positive logits of tokens in prompt and text and multiplies negative ones; above 0,
+            and 1 changes nothing. Penalties come before the temperature, and greedy choice has them too.
         seed: the text is a function of the prompt, the seed and the parameters above. None: the LLM's seed plus the
             index of the prompt in the call.
         stop_token_ids: tokens that end the text, beside the checkpoint's own end-of-text tokens.

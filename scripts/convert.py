@@ -1,8 +1,8 @@
-"""Run `mtpjax convert`; see `mtpjax/cli/convert.py`."""
+"""The same as the command `mtpjax convert`; see `mtpjax/cli/convert.py`."""
 
 import sys
 
-from mtpjax.cli.convert import main
+from mtpjax.cli.main import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["convert", *sys.argv[1:]]))

@@ -23,8 +23,13 @@ if not os.path.exists("/dev/nvidiactl"):
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 from tests.helpers.models import Golden  # noqa: E402
+
+# The same examples in every run, and no limit on the time of one: it may compile a program.
+settings.register_profile("ci", derandomize=True, deadline=None)
+settings.load_profile("ci")
 
 
 @pytest.fixture(scope="session", autouse=True)

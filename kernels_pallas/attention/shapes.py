@@ -44,7 +44,8 @@ def norm_rope_update_cache_inputs(
     shape: AttentionShape, rows: int, dtype: DTypeLike, *, num_partial_sums: int = 1
 ) -> tuple[Any, ...]:
     """Return abstract positional arguments of `norm_rope_update_cache`: arrays of shapes only."""
-    spec, size, f32 = jax.ShapeDtypeStruct, shape.head_dim, jnp.float32
+    spec: Any = jax.ShapeDtypeStruct
+    size, f32 = shape.head_dim, jnp.float32
     sum_dtype = dtype if num_partial_sums == 1 else f32
     kv = PartialSums(spec((num_partial_sums, shape.batch * rows, shape.kv_heads * size), sum_dtype))
     q_gate = PartialSums(spec((1, shape.batch * rows, 2 * shape.q_heads * size), dtype))
@@ -56,7 +57,8 @@ def norm_rope_update_cache_inputs(
 def attention_inputs(shape: AttentionShape, rows: int, dtype: DTypeLike) -> tuple[Any, ...]:
     """Return abstract positional arguments of `attention`: arrays of shapes only."""
     q = jax.ShapeDtypeStruct((shape.batch, rows, shape.q_heads, shape.head_dim), dtype)
-    gates = PartialSums(jax.ShapeDtypeStruct((1, shape.batch * rows, 2 * shape.q_heads * shape.head_dim), dtype))
+    spec: Any = jax.ShapeDtypeStruct
+    gates = PartialSums(spec((1, shape.batch * rows, 2 * shape.q_heads * shape.head_dim), dtype))
     cache = _cache(shape, dtype)
     return q, cache, cache, *_rows(shape, rows), gates
 

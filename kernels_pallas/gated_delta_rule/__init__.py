@@ -1,6 +1,15 @@
-"""The recurrence of Gated DeltaNet: the few rows of a verify window, the many of a prompt."""
+"""The gated delta rule, the recurrence of Gated DeltaNet (arXiv:2412.06464): verify windows, prompts, and replay."""
 
-from kernels_pallas.gated_delta_rule.api import pick, pick_chunks
-from kernels_pallas.gated_delta_rule.triton import DeltaProjections, Fixed
+from kernels_pallas.gated_delta_rule.api import chunk_gated_delta_rule, recurrent_gated_delta_rule
+from kernels_pallas.gated_delta_rule.inputs import DeltaProjections, DeltaWeights
+from kernels_pallas.gated_delta_rule.state import DeltaState, PendingDeltaUpdates, replay_updates
 
-__all__ = ["Fixed", "DeltaProjections", "pick", "pick_chunks"]
+__all__ = [
+    "DeltaProjections",
+    "DeltaState",
+    "DeltaWeights",
+    "PendingDeltaUpdates",
+    "chunk_gated_delta_rule",
+    "recurrent_gated_delta_rule",
+    "replay_updates",
+]

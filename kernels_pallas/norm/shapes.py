@@ -37,16 +37,18 @@ ROWS = {"decode": 5, "prefill": 2048}  # rows of a verify window with four draft
 
 def add_rms_norm_inputs(shape: NormShape, rows: int, dtype: DTypeLike) -> tuple[Any, ...]:
     """Return abstract positional arguments of `add_rms_norm` but `eps`, as they are after a feed-forward block."""
-    spec, f32 = jax.ShapeDtypeStruct, jnp.float32
-    delta: PartialSums | MoeOutput = PartialSums(spec((2, rows, shape.hidden_size), f32))
+    spec: Any = jax.ShapeDtypeStruct
+    f32, sums = jnp.float32, PartialSums(spec((2, rows, shape.hidden_size), jnp.float32))
+    delta: PartialSums | MoeOutput = sums
     if shape.experts_per_token:
         experts = spec((rows, shape.experts_per_token, shape.hidden_size), f32)
-        delta = MoeOutput(experts, spec((rows,), jnp.bool_), delta, PartialSums(spec((16, rows, 1), f32)))
+        delta = MoeOutput(experts, spec((rows,), jnp.bool_), sums, PartialSums(spec((16, rows, 1), f32)))
     return spec((rows, shape.hidden_size), dtype), delta, spec((shape.hidden_size,), f32)
 
 
 def gated_rms_norm_inputs(shape: NormShape, rows: int, dtype: DTypeLike) -> tuple[Any, ...]:
     """Return abstract positional arguments of `gated_rms_norm` but `eps` and `gate`."""
-    spec, f32 = jax.ShapeDtypeStruct, jnp.float32
+    spec: Any = jax.ShapeDtypeStruct
+    f32 = jnp.float32
     z = PartialSums(spec((2, rows, shape.value_heads * shape.value_dim), f32))
     return spec((rows, shape.value_heads, shape.value_dim), dtype), z, spec((shape.value_dim,), f32)

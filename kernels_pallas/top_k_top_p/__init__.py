@@ -1,6 +1,5 @@
-"""Which tokens a request samples from."""
+"""Top-k and top-p truncation of a distribution over a vocabulary."""
 
-from kernels_pallas.top_k_top_p.api import KERNELS
-from kernels_pallas.top_k_top_p.reference import top_k_top_p_threshold
+from kernels_pallas.top_k_top_p.api import top_k_top_p_threshold
 
-__all__ = ["KERNELS", "top_k_top_p_threshold"]
+__all__ = ["top_k_top_p_threshold"]

@@ -1,9 +1,10 @@
-"""Top-k and top-p as two Pallas kernels, through the Triton lowering: the least logit of a row that stays.
+"""Top-k and top-p as two Pallas kernels, through the Triton lowering.
 
-A search over a quarter of a million logits, digit by digit, reads them sixteen times, each time in a kernel or two of its
-own. But what stays is nearly always among the largest few of every tile. So the first kernel lists these, and the second
-searches the lists; only where a list might have ended too early does it read the row again. A row is searched by itself
-and every sum is taken in a fixed order, so its result does not depend on the other rows, bit for bit.
+A search over a quarter of a million logits, digit by digit, reads them sixteen times, each time in one or two kernels
+of its own. But the kept tokens are nearly always among the largest few of every tile of logits. So the first kernel
+lists the largest logits of each tile, and the second kernel searches the lists. It reads the row itself only if a list
+may have ended too early. Each row is searched by itself and every sum has a fixed order, so the result of a row does
+not depend on the other rows, bit for bit.
 """
 
 from __future__ import annotations
@@ -20,135 +21,172 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Float, Int
 
 from kernels_pallas.tiles import next_power_of_2
-from kernels_pallas.top_k_top_p.reference import mass, order, value
+from kernels_pallas.top_k_top_p.reference import from_sortable_uint, relative_prob, to_sortable_uint
 
-TILE = 4096  # logits of a program
-RUN = 32  # logits that lie together in a tile: likely tokens are neighbours, and tiles should share them
-LISTED = 32  # distinct logits of a tile in its list
+TILE_SIZE = 4096  # logits of a program
+RUN_LENGTH = 32  # neighbouring logits of a tile: likely tokens have neighbouring ids, and tiles should share them
+TOP_PER_TILE = 32  # distinct logits of a tile in its list
+
+WeightAbove = Callable[[Array], Array]  # total weight of the tokens whose sortable number is at least the argument
 
 
-def _tile(logits_ref: Any, row: Array, tile: Array, tiles: int) -> Float[Array, " TILE"]:
-    """Logits of one tile: every `tiles`-th run of the row. Beyond the row: -inf."""
-    at = jnp.arange(TILE)
-    at = (lax.div(at, RUN) * tiles + tile) * RUN + lax.rem(at, RUN)
-    return plt.load(logits_ref.at[row, at], mask=at < logits_ref.shape[1], other=-jnp.inf)
+def supports(logits: Array | jax.ShapeDtypeStruct) -> bool:
+    """Return whether the kernels can read these logits."""
+    return logits.dtype == jnp.float32
+
+
+def _load_tile(logits_ref: Any, row: Array, tile: Array, num_tiles: int) -> Float[Array, " TILE_SIZE"]:
+    """Load the logits of one tile: every `num_tiles`-th run of the row. Ids beyond the row have -inf."""
+    index = jnp.arange(TILE_SIZE)
+    ids = (lax.div(index, RUN_LENGTH) * num_tiles + tile) * RUN_LENGTH + lax.rem(index, RUN_LENGTH)
+    return plt.load(logits_ref.at[row, ids], mask=ids < logits_ref.shape[1], other=-jnp.inf)
 
 
 def _list_kernel(
-    logits_ref: Any, first_ref: Any, heat_ref: Any, listed_ref: Any, count_ref: Any, mass_ref: Any, *, tiles: int
+    logits_ref: Any,
+    max_logit_ref: Any,
+    temperature_ref: Any,
+    top_ref: Any,
+    multiplicity_ref: Any,
+    tile_prob_ref: Any,
+    *,
+    num_tiles: int,
 ) -> None:
-    """The largest distinct logits of one tile, falling, how often each occurs, and the tile's mass."""
+    """List the largest distinct logits of one tile, descending, and how often each occurs; sum its probabilities."""
     row, tile = pl.program_id(0), pl.program_id(1)
-    logits = _tile(logits_ref, row, tile, tiles)
-    plt.store(mass_ref.at[row, tile], jnp.sum(mass(logits, plt.load(first_ref.at[row]), plt.load(heat_ref.at[row]))))
+    logits = _load_tile(logits_ref, row, tile, num_tiles)
+    probs = relative_prob(logits, plt.load(max_logit_ref.at[row]), plt.load(temperature_ref.at[row]))
+    plt.store(tile_prob_ref.at[row, tile], jnp.sum(probs))
 
-    def turn(i: Array, last: Array) -> Array:
-        largest = jnp.max(jnp.where(logits < last, logits, -jnp.inf))
-        often = jnp.sum(jnp.where((logits == largest) & (logits > -jnp.inf), 1.0, 0.0))
-        plt.store(listed_ref.at[row, tile * LISTED + i], largest)
-        plt.store(count_ref.at[row, tile * LISTED + i], often)
+    def list_next(i: Array, previous: Array) -> Array:
+        largest = jnp.max(jnp.where(logits < previous, logits, -jnp.inf))
+        multiplicity = jnp.sum(jnp.where((logits == largest) & (logits > -jnp.inf), 1.0, 0.0))
+        plt.store(top_ref.at[row, tile * TOP_PER_TILE + i], largest)
+        plt.store(multiplicity_ref.at[row, tile * TOP_PER_TILE + i], multiplicity)
         return largest
 
-    lax.fori_loop(0, LISTED, turn, jnp.float32(jnp.inf))
+    lax.fori_loop(0, TOP_PER_TILE, list_next, jnp.float32(jnp.inf))
 
 
-def _highest(weigh: Callable[[Array], Array], wanted: Array) -> Array:
-    """The highest number such that what lies at or above it weighs `wanted`; 0 where all weighs less."""
+def _highest_threshold(weight_above: WeightAbove, target: Array) -> Array:
+    """Search, bit by bit, the highest number at or above which the tokens weigh `target`; 0 if all weigh less."""
 
-    def bit(i: Array, found: Array) -> Array:
-        tried = found | jnp.uint32(1) << (31 - i).astype(jnp.uint32)
-        return jnp.where(weigh(tried) >= wanted, tried, found)
+    def set_bit(i: Array, threshold: Array) -> Array:
+        candidate = threshold | jnp.uint32(1) << (31 - i).astype(jnp.uint32)
+        return jnp.where(weight_above(candidate) >= target, candidate, threshold)
 
-    return lax.fori_loop(0, 32, bit, jnp.uint32(0))
+    return lax.fori_loop(0, 32, set_bit, jnp.uint32(0))
 
 
 def _search(
-    count: Callable[[Array], Array], weigh: Callable[[Array], Array], total: Array, k: Array, p: Array
+    count_above: WeightAbove, prob_above: WeightAbove, total_prob: Array, top_k: Array, top_p: Array
 ) -> tuple[Array, Array]:
-    """The least numbers that stay: of all conditions, and of the first that is asked for. `count` and `weigh` tell of the
-    tokens at or above a number, `total` of all."""
-    least = _highest(count, jnp.where(k > 0, k.astype(jnp.float32), jnp.inf))  # 0 where all stay
-    total = jnp.where(k > 0, weigh(least), total)
-    nucleus = _highest(lambda tried: weigh(jnp.maximum(tried, least)), p * total)
-    both = jnp.where(p < 1, jnp.maximum(least, nucleus), least)
-    return both, jnp.where(k > 0, least, both)
+    """Search the threshold of both conditions, and the lowest number that the search depends on.
+
+    Both are sortable numbers. The second is the threshold of top-k if there is one, because probabilities are added up
+    from there; otherwise it is the threshold of top-p.
+
+    Args:
+        total_prob: of all tokens of the row.
+    """
+    top_k_min = _highest_threshold(count_above, jnp.where(top_k > 0, top_k.astype(jnp.float32), jnp.inf))  # 0: keep all
+    total_prob = jnp.where(top_k > 0, prob_above(top_k_min), total_prob)
+    top_p_min = _highest_threshold(lambda candidate: prob_above(jnp.maximum(candidate, top_k_min)), top_p * total_prob)
+    threshold = jnp.where(top_p < 1, jnp.maximum(top_k_min, top_p_min), top_k_min)
+    return threshold, jnp.where(top_k > 0, top_k_min, threshold)
 
 
-def _least_kernel(
-    logits_ref: Any, first_ref: Any, heat_ref: Any, k_ref: Any, p_ref: Any, listed_ref: Any, count_ref: Any, mass_ref: Any,
-    least_ref: Any, *, tiles: int,
-) -> None:  # fmt: skip
-    """One row, by the lists of its tiles; by all its logits if the least one may lie below the end of a list."""
+def _threshold_kernel(
+    logits_ref: Any,
+    max_logit_ref: Any,
+    temperature_ref: Any,
+    top_k_ref: Any,
+    top_p_ref: Any,
+    top_ref: Any,
+    multiplicity_ref: Any,
+    tile_prob_ref: Any,
+    threshold_ref: Any,
+    *,
+    num_tiles: int,
+) -> None:
+    """Search the threshold of one row in its lists, or in all logits if it may lie below the end of a list."""
     row = pl.program_id(0)
-    first, heat = plt.load(first_ref.at[row]), plt.load(heat_ref.at[row])
-    k, p = plt.load(k_ref.at[row]), plt.load(p_ref.at[row])
-    places = tiles * LISTED
-    at = jnp.arange(next_power_of_2(places))
-    listed = plt.load(listed_ref.at[row, at], mask=at < places, other=-jnp.inf)
-    often = plt.load(count_ref.at[row, at], mask=at < places, other=0)
-    number, weight = order(listed), often * mass(listed, first, heat)
-    tile = jnp.arange(next_power_of_2(tiles))
-    ends = plt.load(listed_ref.at[row, tile * LISTED + LISTED - 1], mask=tile < tiles, other=-jnp.inf)
-    total = jnp.sum(plt.load(mass_ref.at[row, tile], mask=tile < tiles, other=0))
-    least, widest = _search(
-        lambda tried: jnp.sum(jnp.where(number >= tried, often, 0)),
-        lambda tried: jnp.sum(jnp.where(number >= tried, weight, 0)),
-        total, k, p,
-    )  # fmt: skip
-    everything = (k == 0) & (p >= 1)
-    plt.store(least_ref.at[row], value(least))
+    max_logit, temperature = plt.load(max_logit_ref.at[row]), plt.load(temperature_ref.at[row])
+    top_k, top_p = plt.load(top_k_ref.at[row]), plt.load(top_p_ref.at[row])
+    num_listed = num_tiles * TOP_PER_TILE
+    index = jnp.arange(next_power_of_2(num_listed))
+    listed = plt.load(top_ref.at[row, index], mask=index < num_listed, other=-jnp.inf)
+    multiplicity = plt.load(multiplicity_ref.at[row, index], mask=index < num_listed, other=0)
+    sortable, probs = to_sortable_uint(listed), multiplicity * relative_prob(listed, max_logit, temperature)
+    tile = jnp.arange(next_power_of_2(num_tiles))
+    last_in_list = tile * TOP_PER_TILE + TOP_PER_TILE - 1
+    list_ends = plt.load(top_ref.at[row, last_in_list], mask=tile < num_tiles, other=-jnp.inf)
+    total_prob = jnp.sum(plt.load(tile_prob_ref.at[row, tile], mask=tile < num_tiles, other=0))
+    threshold, lowest_needed = _search(
+        lambda candidate: jnp.sum(jnp.where(sortable >= candidate, multiplicity, 0)),
+        lambda candidate: jnp.sum(jnp.where(sortable >= candidate, probs, 0)),
+        total_prob,
+        top_k,
+        top_p,
+    )
+    keep_all = (top_k == 0) & (top_p >= 1)
+    plt.store(threshold_ref.at[row], from_sortable_uint(threshold))
 
-    @pl.when((widest < order(jnp.max(ends))) & ~everything)
-    def search_all() -> None:
-        def over_tiles(of: Callable[[Array], Array]) -> Callable[[Array], Array]:
-            def weigh(tried: Array) -> Array:
-                def add(i: Array, total: Array) -> Array:
-                    logits = _tile(logits_ref, row, i, tiles)
-                    return total + jnp.sum(jnp.where((order(logits) >= tried) & (logits > -jnp.inf), of(logits), 0))
+    @pl.when((lowest_needed < to_sortable_uint(jnp.max(list_ends))) & ~keep_all)
+    def search_all_logits() -> None:
+        def weight_above(weigh: Callable[[Array], Array]) -> WeightAbove:
+            def total(candidate: Array) -> Array:
+                def add_tile(i: Array, total: Array) -> Array:
+                    logits = _load_tile(logits_ref, row, i, num_tiles)
+                    above = (to_sortable_uint(logits) >= candidate) & (logits > -jnp.inf)
+                    return total + jnp.sum(jnp.where(above, weigh(logits), 0))
 
-                return lax.fori_loop(0, tiles, add, jnp.float32(0))
+                return lax.fori_loop(0, num_tiles, add_tile, jnp.float32(0))
 
-            return weigh
+            return total
 
-        weigh = over_tiles(lambda logits: mass(logits, first, heat))
-        plt.store(least_ref.at[row], value(_search(over_tiles(jnp.ones_like), weigh, weigh(jnp.uint32(0)), k, p)[0]))
+        prob_above = weight_above(lambda logits: relative_prob(logits, max_logit, temperature))
+        everything = prob_above(jnp.uint32(0))
+        threshold, _ = _search(weight_above(jnp.ones_like), prob_above, everything, top_k, top_p)
+        plt.store(threshold_ref.at[row], from_sortable_uint(threshold))
 
 
 def top_k_top_p_threshold(
     logits: Float[Array, "N V"],
-    first: Float[Array, " N"],
-    heat: Float[Array, " N"],
+    max_logit: Float[Array, " N"],
+    temperature: Float[Array, " N"],
     top_k: Int[Array, " N"],
     top_p: Float[Array, " N"],
     *,
     interpret: bool = False,
 ) -> Float[Array, " N"]:
-    """The least logit of each row that stays: of the `top_k` largest (0: of all), renormalised, the fewest that have `top_p`
-    of softmax(logits / heat) together (1: all). Of equal ones all stay or none. -inf where all stay.
+    """Run the kernels of `kernels_pallas.top_k_top_p.top_k_top_p_threshold`, whose arguments these are.
 
     Args:
-        logits: float32; -inf for tokens that there are not.
-        first: the largest logit of the row.
-        interpret: run as plain `jnp`, on any device.
+        interpret: run the kernels in interpret mode, on any device.
+
+    Returns:
+        thresholds, float32; -inf where all tokens are kept.
     """
     rows, vocab = logits.shape
-    tiles = -(-vocab // TILE)
-    listed, count, mass = (
-        jax.ShapeDtypeStruct((rows, size), jnp.float32) for size in (tiles * LISTED, tiles * LISTED, tiles)
+    num_tiles = -(-vocab // TILE_SIZE)
+    top, multiplicity, tile_prob = (
+        jax.ShapeDtypeStruct((rows, size), jnp.float32)
+        for size in (num_tiles * TOP_PER_TILE, num_tiles * TOP_PER_TILE, num_tiles)
     )
     lists = pl.pallas_call(
-        partial(_list_kernel, tiles=tiles),
-        grid=(rows, tiles),
-        out_shape=(listed, count, mass),
+        partial(_list_kernel, num_tiles=num_tiles),
+        grid=(rows, num_tiles),
+        out_shape=(top, multiplicity, tile_prob),
         compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
         name="sampling_list",
-    )(logits, first, heat)
+    )(logits, max_logit, temperature)
     return pl.pallas_call(
-        partial(_least_kernel, tiles=tiles),
+        partial(_threshold_kernel, num_tiles=num_tiles),
         grid=(rows,),
         out_shape=jax.ShapeDtypeStruct((rows,), jnp.float32),
         compiler_params=plt.CompilerParams(num_warps=8, num_stages=1),
         interpret=interpret,
         name="sampling_least",
-    )(logits, first, heat, top_k.astype(jnp.int32), top_p, *lists)
+    )(logits, max_logit, temperature, top_k.astype(jnp.int32), top_p, *lists)

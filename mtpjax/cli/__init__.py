@@ -1,0 +1,1 @@
+"""The command line: `mtpjax generate`, `mtpjax convert`, `mtpjax info`."""

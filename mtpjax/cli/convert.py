@@ -1,10 +1,11 @@
-"""Convert a checkpoint from Hugging Face safetensors to Orbax or back, bit for bit, a few tensors in memory at a time.
+"""Convert a checkpoint: Hugging Face safetensors to Orbax or back, bit for bit, or any checkpoint to GGUF.
 
-    python scripts/convert.py SRC DST [--to orbax|hf] [--max-shard-bytes N]
-    python scripts/convert.py SRC DST.gguf [--type q8_0]     # any checkpoint -> GGUF, as llama.cpp reads it; whole in memory
+    mtpjax convert SOURCE DESTINATION [--to orbax|hf] [--max-shard-bytes N]
+    mtpjax convert SOURCE model.gguf [--type q8_0]
 
-Every tensor of the text model and its MTP head keeps its name and dtype on the way there and back. What is no part of
-the text model (vision) is left out, and said.
+Between Hugging Face and Orbax every tensor of the text model and its MTP head keeps its name and dtype, and a few
+tensors are in memory at a time. A GGUF file is one that llama.cpp reads; the whole model is in memory while it is
+written. Tensors that are not part of the text model (vision) are left out and named.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -25,6 +25,7 @@ from checkpoints import (
     GgufFile,
     OrbaxDirectory,
     SafetensorsDirectory,
+    TensorSource,
     open_checkpoint,
     write_gguf,
     write_safetensors_directory,
@@ -33,35 +34,39 @@ from checkpoints.gguf.writer import WRITABLE_TYPES
 from checkpoints.safetensors.header import read_header
 from checkpoints.safetensors.reader import INDEX, weight_files
 from mtpjax.hf_config import config_to_hf
-from mtpjax.loading.load import ORIGIN, Tensor, load_checkpoint, orbax_tensors, save_orbax
-from mtpjax.loading.weight_map import export_tensors
+from mtpjax.loading.export import ExportedTensor, export_tensors
+from mtpjax.loading.load import load_checkpoint
+from mtpjax.loading.orbax_restore import orbax_tensors
+from mtpjax.loading.orbax_save import ORIGIN, save_orbax
 from mtpjax.text.tokenizer import load_tokenizer, tokenizer_to_gguf
 
-# Written by the converters themselves.
-OWN_FILES = {"config.json", "generation_config.json", "tokenizer.json", INDEX, ORIGIN}
-CARRIED = {".json", ".jinja", ".txt", ".model", ".md"}
+PROG = "mtpjax convert"
+# Files that the converters write themselves.
+WRITTEN_FILES = {"config.json", "generation_config.json", "tokenizer.json", INDEX, ORIGIN}
+COPIED_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".md"}
 
 
-def companions(folder: Path) -> list[Path]:
-    """Files beside the weights that go along: tokenizer settings, chat template, licence and the like."""
-    return sorted(
-        file
-        for file in folder.iterdir()
-        if file.is_file() and not file.name.startswith(".") and file.name not in OWN_FILES
-        and (file.suffix in CARRIED or file.name.upper().startswith(("LICENSE", "NOTICE")))
-    )  # fmt: skip
+def companion_files(folder: Path) -> list[Path]:
+    """Return the files beside the weights that are copied: tokenizer settings, chat template, licence and the like."""
+
+    def is_copied(file: Path) -> bool:
+        if not file.is_file() or file.name.startswith(".") or file.name in WRITTEN_FILES:
+            return False
+        return file.suffix in COPIED_SUFFIXES or file.name.upper().startswith(("LICENSE", "NOTICE"))
+
+    return sorted(file for file in folder.iterdir() if is_copied(file))
 
 
 def to_orbax(source: SafetensorsDirectory, target: Path) -> tuple[int, list[str]]:
-    """Returns the number of tensors written and the names of those left out."""
+    """Write an Orbax folder. Returns the number of tensors written and the names of those left out."""
     published = [info for file in weight_files(source.path) for info in read_header(file)]
     with _bar(sum(info.nbytes for info in source.tensors.values())) as bar:
-        written = set(save_orbax(target, source, extra_files=companions(source.path), on_bytes=bar.update))
+        written = set(save_orbax(target, source, extra_files=companion_files(source.path), on_bytes=bar.update))
     return len(written), [info.name for info in published if info.name not in written]
 
 
 def to_hf(source: OrbaxDirectory, target: Path, max_shard_bytes: int) -> int:
-    """Returns the number of tensors written."""
+    """Write a Hugging Face folder. Returns the number of tensors written."""
     tensors = list(orbax_tensors(source))
     with _bar(sum(int(np.prod(shape)) * dtype.itemsize for _, shape, dtype, _ in tensors)) as bar:
         write_safetensors_directory(
@@ -70,18 +75,18 @@ def to_hf(source: OrbaxDirectory, target: Path, max_shard_bytes: int) -> int:
             _counted(tensors, bar.update),
             generation_config=source.generation_config or None,
             tokenizer_file=source.tokenizer_file,
-            extra_files=companions(source.path),
+            extra_files=companion_files(source.path),
             max_shard_bytes=max_shard_bytes,
         )
     return len(tensors)
 
 
-def to_gguf(source: Any, target: Path, kind: str) -> int:
-    """Returns the number of tensors written. The tokenizer and chat template go along."""
+def to_gguf(source: TensorSource | OrbaxDirectory, target: Path, tensor_type: str) -> int:
+    """Write a GGUF file with tokenizer and chat template. Returns the number of tensors written."""
     model = load_checkpoint(source, dtype=None)
     cfg = model.cfg
-    words = load_tokenizer(source.tokenizer_file) if source.tokenizer_file else None
-    tokenizer = tokenizer_to_gguf(words, cfg.vocab_size, cfg.stop_token_ids) if words else {}
+    tokenizer = load_tokenizer(source.tokenizer_file) if source.tokenizer_file else None
+    metadata = tokenizer_to_gguf(tokenizer, cfg.vocab_size, cfg.stop_token_ids) if tokenizer else {}
     tensors = [(name.removeprefix("model."), read) for name, _, _, read in export_tensors(model)]
     with _bar(len(tensors)) as bar:
 
@@ -90,7 +95,7 @@ def to_gguf(source: Any, target: Path, kind: str) -> int:
             return read()
 
         return write_gguf(
-            target, config_to_hf(cfg), ((name, partial(counted, read)) for name, read in tensors), kind, tokenizer
+            target, config_to_hf(cfg), ((name, partial(counted, read)) for name, read in tensors), tensor_type, metadata
         )
 
 
@@ -98,7 +103,7 @@ def _bar(size: int) -> tqdm:
     return tqdm(total=size, unit="B", unit_scale=True, disable=None, leave=False)
 
 
-def _counted(tensors: Iterable[Tensor], on_bytes: Callable[[int], object]) -> Iterator[Tensor]:
+def _counted(tensors: Iterable[ExportedTensor], on_bytes: Callable[[int], object]) -> Iterator[ExportedTensor]:
     for name, shape, dtype, read in tensors:
 
         def counted(read: Callable[[], np.ndarray] = read) -> np.ndarray:
@@ -109,20 +114,26 @@ def _counted(tensors: Iterable[Tensor], on_bytes: Callable[[int], object]) -> It
         yield name, shape, dtype, counted
 
 
-def _grouped(names: Iterable[str]) -> str:
-    """As in: model.visual.* (333), lm_head.weight."""
+def _group_names(names: Iterable[str]) -> str:
+    """Return names grouped by prefix, for example: lm_head.weight, model.visual.* (333)."""
     parts = Counter(tuple(name.split(".")[:2]) if name.count(".") > 1 else (name,) for name in names)
     return ", ".join(part[0] if len(part) == 1 else f"{'.'.join(part)}.* ({n})" for part, n in sorted(parts.items()))
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="convert.py", description=__doc__.split("\n")[0])
-    parser.add_argument("src", type=Path, help="folder of a checkpoint")
-    parser.add_argument("dst", type=Path, help="new folder, or file ending in .gguf")
-    parser.add_argument(
-        "--to", choices=("orbax", "hf", "gguf"), help="format of DST (default: by its name, or what SRC is not)"
+    parser = argparse.ArgumentParser(
+        prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--type", choices=WRITABLE_TYPES, default="q8_0", help="of the matrices in a GGUF file")
+    parser.add_argument("src", metavar="SOURCE", type=Path, help="checkpoint to read")
+    parser.add_argument("dst", metavar="DESTINATION", type=Path, help="new folder, or file ending in .gguf")
+    parser.add_argument(
+        "--to",
+        choices=("orbax", "hf", "gguf"),
+        help="format of DESTINATION (default: by its name, or the one that SOURCE does not have)",
+    )
+    parser.add_argument(
+        "--type", choices=WRITABLE_TYPES, default="q8_0", help="type of the matrices in a GGUF file (default q8_0)"
+    )
     parser.add_argument("--max-shard-bytes", type=int, metavar="N", help="size of a safetensors file (default: 4 GiB)")
     args = parser.parse_args(argv)
     if args.max_shard_bytes is not None and args.max_shard_bytes < 1:
@@ -131,8 +142,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run `mtpjax convert`. Returns 1 if the checkpoint cannot be converted, 130 after an interruption."""
     args = _parse(argv)
-    began = time.perf_counter()
+    start = time.perf_counter()
     try:
         source = open_checkpoint(args.src)
         other = "hf" if isinstance(source, OrbaxDirectory) else "orbax"
@@ -153,12 +165,12 @@ def main(argv: list[str] | None = None) -> int:
                 )
             raise ValueError(f"{args.src} is already in the format '{to}'")
     except (ValueError, OSError) as error:  # CheckpointError and ConfigError are ValueErrors
-        print(f"convert.py: {error}", file=sys.stderr)
+        print(f"{PROG}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"convert.py: interrupted; {args.dst} was not written", file=sys.stderr)
+        print(f"{PROG}: interrupted; {args.dst} was not written", file=sys.stderr)
         return 130
-    print(f"{args.dst}: {count:,} tensors as {to}, in {time.perf_counter() - began:.1f} s")
+    print(f"{args.dst}: {count:,} tensors as {to}, in {time.perf_counter() - start:.1f} s")
     if left_out:
-        print(f"left out {len(left_out):,} tensors that are no part of the text model: {_grouped(left_out)}")
+        print(f"left out {len(left_out):,} tensors that are no part of the text model: {_group_names(left_out)}")
     return 0

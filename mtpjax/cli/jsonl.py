@@ -1,4 +1,4 @@
-"""Prompts out of a file, checked line by line."""
+"""Prompts from a file of JSON lines or plain lines; each line is checked by itself."""
 
 from __future__ import annotations
 
@@ -9,23 +9,38 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-OPTIONS = (
-    "max_tokens", "temperature", "top_k", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed",
-)  # fmt: skip
+# Sampling parameters that a line may give for itself.
+LINE_OPTIONS = (
+    "max_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "seed",
+)
 
 
 class LineError(ValueError):
-    """A line that cannot be used; the message begins with file and line number."""
+    """A line that cannot be used. The message begins with the file and the number of the line."""
 
 
 @dataclass(frozen=True)
-class Job:
-    """One line: a prompt, or a conversation in `messages`, which becomes the prompt through a chat template.
+class PromptLine:
+    """One line of the input.
 
-    `options` are those of `OPTIONS` that it gives. `where` is file and line for messages.
+    Attributes:
+        source: file and line number, for messages.
+        line: the line number, from 1.
+        id: the "id" of the line; lines without an "id" use their line number.
+        prompt: a text, or a list of token ids; empty until `messages` have gone through the chat template.
+        messages: a conversation in place of a prompt, or None.
+        options: those of `LINE_OPTIONS` that the line gives.
     """
 
-    where: str
+    source: str
     line: int
     id: str | int
     prompt: str | list[Any]
@@ -34,69 +49,75 @@ class Job:
 
 
 def count_lines(file: Path) -> int | None:
-    """Lines that are not blank; None where counting would use them up (a pipe). OSError when there is no such file."""
+    """Count the lines that are not blank. Returns None for a pipe, which counting would use up.
+
+    Raises:
+        OSError: there is no such file.
+    """
     if not stat.S_ISREG(file.stat().st_mode):
         return None
     with open(file, "rb") as stream:
         return sum(bool(line.strip()) for line in stream)
 
 
-def read_jobs(file: Path) -> Iterator[Job | LineError]:
-    """The lines of `file` one by one: prompts as they stand (`.txt`), JSON objects otherwise. Blank lines are skipped.
+def read_prompt_lines(file: Path) -> Iterator[PromptLine | LineError]:
+    """Read the lines of `file` one by one: a prompt each (`.txt`), or a JSON object each. Blank lines are skipped.
 
-    A line that cannot be used comes as a LineError, and reading goes on. An id that a line does not give is its number.
+    A line that cannot be used gives a LineError, and reading continues.
     """
-    first_line: dict[str, int] = {}
+    first_line_of_id: dict[str, int] = {}
     with open(file, "rb") as stream:
         for number, raw in enumerate(stream, start=1):
             if not raw.strip():
                 continue
             try:
-                job = _parse(raw, file, number)
+                line = _parse(raw, file, number)
             except LineError as error:
                 yield error
                 continue
-            before = first_line.setdefault(json.dumps(job.id), number)
-            if before != number:
-                yield LineError(f"{job.where}: the id {job.id!r} stands in line {before} already; each needs its own")
+            first = first_line_of_id.setdefault(json.dumps(line.id), number)
+            if first != number:
+                yield LineError(
+                    f"{line.source}: the id {line.id!r} is already that of line {first}; each line needs its own"
+                )
                 continue
-            yield job
+            yield line
 
 
-def _parse(raw: bytes, file: Path, number: int) -> Job:
-    where = f"{file}:{number}"
+def _parse(raw: bytes, file: Path, number: int) -> PromptLine:
+    source = f"{file}:{number}"
     try:
         text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
-        raise LineError(f"{where}: is not UTF-8 ({error})") from None
+        raise LineError(f"{source}: is not UTF-8 ({error})") from None
     if file.suffix == ".txt":
-        return Job(where, number, number, text.rstrip("\r\n"), None, {})
+        return PromptLine(source, number, number, text.rstrip("\r\n"), None, {})
     try:
-        line = json.loads(text)
+        row = json.loads(text)
     except json.JSONDecodeError as error:
-        raise LineError(f"{where}: is not JSON ({error.msg} at column {error.colno})") from None
-    except (ValueError, RecursionError) as error:  # a number without end, nesting without end
-        raise LineError(f"{where}: is not JSON ({error})") from None
-    if not isinstance(line, dict):
-        found = type(line).__name__
-        raise LineError(f'{where}: is a JSON {found}, expected an object like {{"id": "a", "prompt": "Once"}}')
-    prompt, name, messages = line.get("prompt"), line.get("id"), line.get("messages")
+        raise LineError(f"{source}: is not JSON ({error.msg} at column {error.colno})") from None
+    except (ValueError, RecursionError) as error:  # a number with too many digits, or nesting that is too deep
+        raise LineError(f"{source}: is not JSON ({error})") from None
+    if not isinstance(row, dict):
+        found = type(row).__name__
+        raise LineError(f'{source}: is a JSON {found}, expected an object like {{"id": "a", "prompt": "Once"}}')
+    prompt, name, messages = row.get("prompt"), row.get("id"), row.get("messages")
     if messages is not None:
         if prompt is not None:
-            raise LineError(f"{where}: has both 'prompt' and 'messages', expected one of them")
+            raise LineError(f"{source}: has both 'prompt' and 'messages', expected one of them")
         if not isinstance(messages, list):
-            raise LineError(f"{where}: has 'messages' of type {type(messages).__name__}, expected a list")
+            raise LineError(f"{source}: has 'messages' of type {type(messages).__name__}, expected a list")
         prompt = ""
     if not isinstance(prompt, str | list):
-        found = "has no 'prompt'" if "prompt" not in line else f"has a 'prompt' of type {type(prompt).__name__}"
-        raise LineError(f"{where}: {found}, expected a text or a list of token ids, or 'messages'")
-    if _half_surrogate(prompt) or _half_surrogate(json.dumps(messages, ensure_ascii=False)):
-        raise LineError(f"{where}: the prompt holds half of a surrogate pair (\\ud800...\\udfff), which is no text")
+        found = "has no 'prompt'" if "prompt" not in row else f"has a 'prompt' of type {type(prompt).__name__}"
+        raise LineError(f"{source}: {found}, expected a text or a list of token ids, or 'messages'")
+    if _has_lone_surrogate(prompt) or _has_lone_surrogate(json.dumps(messages, ensure_ascii=False)):
+        raise LineError(f"{source}: the prompt holds half of a surrogate pair (\\ud800...\\udfff), which is not text")
     if isinstance(name, bool) or not isinstance(name, str | int | None):
-        raise LineError(f"{where}: has an 'id' of type {type(name).__name__}, expected a text or a whole number")
-    options = {key: line[key] for key in OPTIONS if line.get(key) is not None}
-    return Job(where, number, number if name is None else name, prompt, messages, options)
+        raise LineError(f"{source}: has an 'id' of type {type(name).__name__}, expected a text or a whole number")
+    options = {key: row[key] for key in LINE_OPTIONS if row.get(key) is not None}
+    return PromptLine(source, number, number if name is None else name, prompt, messages, options)
 
 
-def _half_surrogate(text: object) -> bool:
+def _has_lone_surrogate(text: object) -> bool:
     return isinstance(text, str) and any("\ud800" <= c <= "\udfff" for c in text)

@@ -1,7 +1,7 @@
 """`OutputRows`: which rows of a step leave the trunk. A static mask, fixed when the step is traced.
 
-Everything behind the trunk that is not needed for every row (the LM head; the final norm when MTP is off) is applied to
-the selected rows only, so a prompt chunk without output rows has no head in its program at all.
+Everything behind the trunk that is not needed for every row (the LM head; the final norm when MTP is off) is applied
+to the selected rows only. A prompt chunk without output rows therefore has no LM head in its program at all.
 """
 
 from __future__ import annotations
@@ -15,56 +15,68 @@ from jaxtyping import Float
 
 @dataclass(frozen=True)
 class OutputRows:
-    """`OutputRows.none()`, `.last()`, `.all()` or `.at(rows)`; hashable, so a static argument of a jitted step.
+    """A selection of rows of a chunk. It is hashable and can be a static argument of a jitted step.
 
-    `rows` is None for all rows; negative rows count from the end of the chunk.
+    The engine reads prompts with `none()`, and verifies and scores with `all()`. `last()` and `at(...)` serve
+    measurements, which compare prompt chunks with different output rows.
+
+    Attributes:
+        rows: the selected rows; None: all. Negative rows count from the end of the chunk.
     """
 
     rows: tuple[int, ...] | None
 
     @classmethod
     def none(cls) -> OutputRows:
+        """Select no row."""
         return cls(())
 
     @classmethod
     def last(cls) -> OutputRows:
+        """Select the last row."""
         return cls((-1,))
 
     @classmethod
     def all(cls) -> OutputRows:
+        """Select all rows."""
         return cls(None)
 
     @classmethod
     def at(cls, *rows: int) -> OutputRows:
+        """Select these rows, in this order."""
         return cls(tuple(rows))
 
-    def count(self, chunk: int) -> int:
-        """Rows selected from a chunk of `chunk` rows."""
-        return chunk if self.rows is None else len(self.rows)
+    def count(self, chunk_rows: int) -> int:
+        """Return how many rows of a chunk of `chunk_rows` rows are selected."""
+        return chunk_rows if self.rows is None else len(self.rows)
 
-    def reach(self, chunk: int) -> int:
-        """How many of the last rows of a chunk of `chunk` rows hold all output rows."""
-        return chunk if self.rows is None else max((chunk - row % chunk for row in self.rows), default=0)
+    def num_trailing_rows(self, chunk_rows: int) -> int:
+        """Return the number n for which the last n of `chunk_rows` rows of a chunk hold all output rows."""
+        if self.rows is None:
+            return chunk_rows
+        return max((chunk_rows - row % chunk_rows for row in self.rows), default=0)
 
-    def take(self, hidden: Float[Array, "B T D"], chunk: int | None = None) -> Float[Array, "B R D"]:
-        """Slice the output rows; R is static. An empty array when there are none.
+    def take(self, hidden: Float[Array, "B T D"], chunk_rows: int | None = None) -> Float[Array, "B R D"]:
+        """Slice the output rows. Their number R is static; without output rows the result is empty.
 
         Args:
-            chunk: rows of the chunk, if `hidden` has only the last ones of it (`reach` of them or more).
+            hidden: all rows of the chunk, or its last ones, `num_trailing_rows` of them or more.
+            chunk_rows: rows of the chunk; None: `hidden` has them all.
 
         Raises:
-            IndexError: a row outside the chunk.
+            IndexError: a row is outside the chunk.
         """
         if self.rows is None:
             return hidden
-        chunk = hidden.shape[1] if chunk is None else chunk
-        missing = chunk - hidden.shape[1]
+        chunk_rows = hidden.shape[1] if chunk_rows is None else chunk_rows
         for row in self.rows:
-            if not -chunk <= row < chunk:
-                raise IndexError(f"output row {row} is outside a chunk of {chunk} rows")
+            if not -chunk_rows <= row < chunk_rows:
+                raise IndexError(f"output row {row} is outside a chunk of {chunk_rows} rows")
         if not self.rows:
             return hidden[:, :0]
-        return jnp.concatenate([hidden[:, at : at + 1] for row in self.rows for at in [row % chunk - missing]], axis=1)
+        missing = chunk_rows - hidden.shape[1]
+        indices = [row % chunk_rows - missing for row in self.rows]
+        return jnp.concatenate([hidden[:, i : i + 1] for i in indices], axis=1)
 
 
 NO_ROWS = OutputRows.none()

@@ -1,7 +1,7 @@
-"""Presence, frequency and repetition penalties: logits changed by the tokens that a text already has.
+"""Presence, frequency and repetition penalties: logits that depend on the tokens that a text already has.
 
-A row's logits depend on the prompt, the tokens before the row and the request, in drafter and trunk alike: the text stays
-the same at every draft length, and in any batch.
+The logits of a row depend on the prompt, the tokens before the row, and the request. This holds in the drafter and in
+the trunk alike, so the text is the same at every draft length and in any batch.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from jaxtyping import Bool, Float, Int
 
 
 class Penalties(struct.PyTreeNode):
-    """Of B requests, as OpenAI and vLLM define them.
+    """Penalties of B requests, as OpenAI and vLLM define them; `apply_penalties` has the formula.
 
-    A frequency has the precision of bfloat16 (`round_to_bfloat16`): times a count it is exact then, and a compiler that contracts product
-    and sum gives the same logits as one that does not.
+    `frequency` has the precision of bfloat16 (`round_to_bfloat16`). Its product with a count is then exact, and a
+    compiler that fuses product and sum into one rounding gives the same logits as one that does not.
     """
 
     presence: Float[Array, " B"]  # 0: none
@@ -27,49 +27,55 @@ class Penalties(struct.PyTreeNode):
 
 
 class TokenCounts(struct.PyTreeNode):
-    """The tokens of B texts."""
+    """The tokens that B texts have so far."""
 
-    prompt: Bool[Array, "B V"]
-    counts: Int[Array, "B V"]  # of the generated tokens, int32
+    in_prompt: Bool[Array, "B V"]
+    counts: Int[Array, "B V"]  # how often each token was generated, int32
 
-    def add(self, tokens: Int[Array, "B R"], count: Int[Array, " B"]) -> TokenCounts:
-        """With the first `count` of `tokens` generated."""
+    def add(self, tokens: Int[Array, "B R"], num_tokens: Int[Array, " B"]) -> TokenCounts:
+        """Count the first `num_tokens` of `tokens` as generated."""
         batch, vocab = self.counts.shape
-        at = jnp.where(jnp.arange(tokens.shape[1]) < count[:, None], tokens, vocab)
-        return self.replace(counts=self.counts.at[jnp.arange(batch)[:, None], at].add(1, mode="drop"))
+        counted = jnp.arange(tokens.shape[1]) < num_tokens[:, None]
+        ids = jnp.where(counted, tokens, vocab)  # an id that does not exist is dropped
+        return self.replace(counts=self.counts.at[jnp.arange(batch)[:, None], ids].add(1, mode="drop"))
 
 
 def round_to_bfloat16(frequency: float) -> float:
-    """The nearest value that `Penalties.frequency` can have."""
+    """Return the value that `Penalties.frequency` stores for a frequency penalty."""
     return float(np.asarray(frequency, ml_dtypes.bfloat16))
 
 
 def apply_penalties(
     logits: Float[Array, "B R V"],
     penalties: Penalties | None,
-    seen: TokenCounts | None,
+    token_counts: TokenCounts | None,
     drafts: Int[Array, "B k"] | None = None,
 ) -> Float[Array, "B R V"]:
-    """The logits after the penalties, float32; unchanged where there are none.
+    """Return the logits after the penalties, float32; the logits themselves if there are no penalties.
 
-    With l the logit of a token and n how often it was generated: l / repetition if l > 0, else l * repetition, for
-    tokens of prompt and text (Keskar et al. 2019, CTRL; as transformers and vLLM); minus frequency * n, minus presence if n > 0.
+    For a token with logit l that was generated n times:
+
+        l <- l / repetition  if l > 0, else  l * repetition      for tokens in the prompt or with n > 0
+        l <- l - frequency * n - presence                        for tokens with n > 0
+
+    The repetition penalty is that of CTRL (Keskar et al. 2019, arXiv:1909.05858), as in transformers and vLLM.
 
     Args:
-        drafts: row r comes after the first r of them as well.
+        logits: float32; row r follows the text in `token_counts` and the first r of `drafts`.
+        token_counts: prompt and text; None: there are no penalties.
+        drafts: tokens that the rows after the first have before them; None: none.
     """
-    if penalties is None or seen is None:
+    if penalties is None or token_counts is None:
         return logits
-    counts = seen.counts[:, None]
+    counts = token_counts.counts[:, None]  # [B, R or 1, V]
     if drafts is not None:
-        row, token = (
-            jnp.arange(n).reshape(shape) for n, shape in ((logits.shape[1], (-1, 1)), (logits.shape[2], (1, -1)))
-        )
+        rows = jnp.arange(logits.shape[1]).reshape(-1, 1)
+        ids = jnp.arange(logits.shape[2]).reshape(1, -1)
         for j in range(drafts.shape[1]):
-            counts = counts + ((drafts[:, j, None, None] == token) & (row > j))
+            counts = counts + ((drafts[:, j, None, None] == ids) & (rows > j))
     presence, frequency, repetition = (
-        p[:, None, None] for p in (penalties.presence, penalties.frequency, penalties.repetition)
+        x[:, None, None] for x in (penalties.presence, penalties.frequency, penalties.repetition)
     )
-    known = seen.prompt[:, None] | (counts > 0)
+    occurs = token_counts.in_prompt[:, None] | (counts > 0)
     repeated = jnp.where(logits > 0, logits / repetition, logits * repetition)
-    return jnp.where(known, repeated, logits) - jnp.where(counts > 0, frequency * counts + presence, 0)
+    return jnp.where(occurs, repeated, logits) - jnp.where(counts > 0, frequency * counts + presence, 0)

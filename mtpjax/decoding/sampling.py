@@ -1,9 +1,12 @@
-"""Logits -> token, with noise that belongs to a place in a text, and the rule by which drafts are accepted.
+"""Logits to tokens, with noise that belongs to a position of a text.
 
-The token at absolute position p of a request is `argmax(logits + T * gumbel(seed, p))`: at T > 0 an exact sample of
-softmax(logits / T), at T = 0 the greedy choice, in one formula. The noise depends on (seed, p) alone, and drafter and trunk
-use the same, so a draft is right exactly when it is the trunk's own token: the text cannot depend on how many tokens
-were drafted nor on the neighbours in the batch. Top-k, top-p and min-p keep to this: they take tokens out of the logits of both.
+The token at absolute position p of a request is `argmax(logits + T * gumbel(seed, p))`. At temperature T > 0 this is
+an exact sample of softmax(logits / T) (Gumbel-max sampling: Gumbel 1954; Maddison et al. 2014, arXiv:1411.0030), and
+at T = 0 it is the greedy choice, in one formula. The noise depends on (seed, p) alone, and drafter and trunk use the
+same noise (coupled, "drafter-invariant" speculative decoding: Daliri et al., arXiv:2408.07978). A draft is accepted
+exactly when it is the token that the trunk samples there. The text therefore cannot depend on the number of drafted
+tokens, nor on the other requests in the batch. Top-k, top-p and min-p keep this property: they remove tokens from the
+logits of both.
 """
 
 from __future__ import annotations
@@ -15,13 +18,13 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import Array, lax
-from jaxtyping import Float, Int, UInt32
+from jaxtyping import Bool, Float, Int, UInt32
 
-from kernels_pallas.platform import platform
-from kernels_pallas.top_k_top_p import KERNELS, top_k_top_p_threshold
+from kernels_pallas.row_ops import argmax, map_rows
+from kernels_pallas.top_k_top_p import top_k_top_p_threshold
 from mtpjax.decoding.penalties import Penalties
 
-MAX_STOP_TOKENS = 8  # stop tokens a request can have
+MAX_STOP_TOKENS = 8  # stop tokens that a request can have
 
 
 class TruncationParams(struct.PyTreeNode):
@@ -33,105 +36,106 @@ class TruncationParams(struct.PyTreeNode):
 
 
 class BatchSamplingParams(struct.PyTreeNode):
-    """What the loop must know of B requests."""
+    """Sampling parameters of B requests, as arrays for the decode loop."""
 
     max_tokens: Int[Array, " B"]
     temperature: Float[Array, " B"]
     seed: UInt32[Array, " B"]
-    stops: Int[Array, "B STOPS"]  # -1 where unused
-    kept: TruncationParams | None = None  # None: all tokens
-    penalties: Penalties | None = None  # None: nobody has any
+    stop_token_ids: Int[Array, "B STOPS"]  # -1 where unused
+    truncation: TruncationParams | None = None  # None: all requests sample from all tokens
+    penalties: Penalties | None = None  # None: no request has any
 
 
-def gumbel_noise(seed: UInt32[Array, ""], position: Int[Array, ""], vocab: int) -> Float[Array, " V"]:
-    """Standard Gumbel noise of the token at `position` of the request with `seed`."""
-    return jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), position), (vocab,))
+def gumbel_noise(seed: UInt32[Array, ""], position: Int[Array, ""], vocab_size: int) -> Float[Array, " V"]:
+    """Return standard Gumbel noise for the token at `position` of the request with `seed`, float32 `[vocab_size]`."""
+    return jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), position), (vocab_size,))
 
 
-def choose(
-    logits: Float[Array, "B R V"], positions: Int[Array, "B R"], requests: BatchSamplingParams, vocab: int
+def sample(
+    logits: Float[Array, "B R V"],
+    positions: Int[Array, "B R"],
+    sampling_params: BatchSamplingParams,
+    vocab_size: int,
 ) -> Int[Array, "B R"]:
-    """The token of each row, int32.
+    """Return the token of each row, int32.
 
     Args:
         logits: float32; row r of request b predicts the token at `positions[b, r]`.
-        vocab: ids from here on do not exist (the matrix of a published checkpoint is padded) and are never chosen.
+        vocab_size: ids from here on do not exist and are never chosen: the matrices of published checkpoints are
+            padded.
     """
-    if vocab < logits.shape[-1]:
-        logits = jnp.where(jnp.arange(logits.shape[-1]) < vocab, logits, -jnp.inf)
+    if vocab_size < logits.shape[-1]:
+        logits = jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, -jnp.inf)
+    temperature, seed = sampling_params.temperature, sampling_params.seed
+    truncation = sampling_params.truncation
 
-    batch, rows, size = logits.shape
+    def sample_rows(rows: tuple[Array, Array], sequences: tuple[Array, Array, TruncationParams | None]) -> Array:
+        """Return a token for each of N logits `[N, V]`."""
+        (logits, positions), (temperature, seed, truncation) = rows, sequences
+        noise = jax.vmap(gumbel_noise, (0, 0, None))(seed, positions, logits.shape[-1])
+        if truncation is not None:
+            logits = apply_top_k_top_p_min_p(logits, temperature, truncation)
+        return argmax(logits + temperature[:, None] * noise)
 
-    def sampled(kept: TruncationParams | None, logits: Array) -> Array:
-        def some(
-            logits: Array, positions: Array, requests: BatchSamplingParams, kept: TruncationParams | None
-        ) -> Array:
-            """A token for each logits `[N, V]`."""
-            noise = jax.vmap(gumbel_noise, (0, 0, None))(requests.seed, positions, size)
-            if kept is not None:
-                logits = apply_top_k_top_p_min_p(logits, requests.temperature, kept)
-            return best(logits + requests.temperature[:, None] * noise)
+    def sample_all(truncation: TruncationParams | None, logits: Array) -> Array:
+        return map_rows(sample_rows, (logits, positions), (temperature, seed, truncation))
 
-        if platform() == "cpu":  # row by row: noise of all rows would be written to memory first
-            turns = logits.swapaxes(0, 1), positions.T
-            return lax.map(lambda row: some(row[0], row[1], requests, kept), turns).T
-        each, theirs = jax.tree.map(lambda of_request: jnp.repeat(of_request, rows, axis=0), (requests, kept))
-        return some(logits.reshape(-1, size), positions.reshape(-1), each, theirs).reshape(batch, rows)
-
-    # The dearest way that some request needs: the first token, a sample of all tokens, a sample of some.
-    ways: list[Callable[[Array], Array]] = [best, partial(sampled, None)]
-    need = requests.temperature > 0
-    way = jnp.any(need).astype(jnp.int32)
-    if (kept := requests.kept) is not None:
-        ways.append(partial(sampled, kept))
-        way += jnp.any(need & ((kept.top_k > 0) | (kept.top_p < 1) | (kept.min_p > 0)))
-    return lax.switch(way, ways, logits).astype(jnp.int32)
+    # The batch takes the most expensive method that any of its requests needs.
+    methods: list[Callable[[Array], Array]] = [argmax, partial(sample_all, None)]
+    is_sampled = temperature > 0
+    method = jnp.any(is_sampled).astype(jnp.int32)
+    if truncation is not None:
+        methods.append(partial(sample_all, truncation))
+        method += jnp.any(is_sampled & ((truncation.top_k > 0) | (truncation.top_p < 1) | (truncation.min_p > 0)))
+    return lax.switch(method, methods, logits).astype(jnp.int32)
 
 
 def apply_top_k_top_p_min_p(
-    logits: Float[Array, "B V"], temperature: Float[Array, " B"], kept: TruncationParams
+    logits: Float[Array, "B V"], temperature: Float[Array, " B"], truncation: TruncationParams
 ) -> Float[Array, "B V"]:
-    """The logits, -inf where a token is not among those that a request samples from.
+    """Return the logits, with -inf for the tokens that a request does not sample from.
 
-    As Hugging Face's logits processors take them out: of softmax(logits / T) the `top_k` most probable tokens; of those,
-    renormalised, the fewest that have `top_p` together; of those, the ones at least `min_p` times as probable as the first. Of
-    equally probable tokens all stay or none. At T = 0 the first token is the choice in any case.
+    The conditions apply one after the other, as Hugging Face's logits processors do, with p = softmax(logits / T):
+
+        top-k: the `top_k` most probable tokens
+        top-p: of those, renormalised, the fewest that have probability `top_p` together (nucleus, arXiv:1904.09751)
+        min-p: of those, the tokens with p >= min_p * max(p) (arXiv:2407.01082)
+
+    Equally probable tokens are kept or removed together. At T = 0 the conditions use T = 1; the most probable token,
+    which is the choice there, is always kept.
     """
-    heat, first = jnp.where(temperature > 0, temperature, 1), jnp.max(logits, axis=-1)
-    least = KERNELS.get(platform(), top_k_top_p_threshold)(logits, first, heat, kept.top_k, kept.top_p)
-    least = jnp.maximum(least, first + heat * jnp.log(kept.min_p))
-    return jnp.where(logits >= least[:, None], logits, -jnp.inf)
+    temperature = jnp.where(temperature > 0, temperature, 1)
+    max_logit = jnp.max(logits, axis=-1)
+    threshold = top_k_top_p_threshold(logits, max_logit, temperature, truncation.top_k, truncation.top_p)
+    threshold = jnp.maximum(threshold, max_logit + temperature * jnp.log(truncation.min_p))
+    return jnp.where(logits >= threshold[:, None], logits, -jnp.inf)
 
 
-def best(logits: Float[Array, "*rows V"]) -> Int[Array, "*rows"]:
-    """`argmax` over the last axis, the first of equal ones.
+def accepted_prefix_length(drafts: Int[Array, "B k"], tokens: Int[Array, "B W"]) -> Int[Array, " B"]:
+    """Return the length of the longest prefix of `drafts` whose tokens are the trunk's own, 0...k.
 
-    On a CPU as the largest value and then the first place that has it, each of them a reduction that XLA vectorises, as it
-    does not that of pairs of value and place.
+    Args:
+        tokens: sampled from the trunk's logits, W > k or W = k of them.
     """
-    if platform() != "cpu":
-        return jnp.argmax(logits, axis=-1)
-    largest = jnp.max(logits, axis=-1, keepdims=True)
-    last = logits.shape[-1] - 1
-    return jnp.min(jnp.where(logits >= largest, jnp.arange(last + 1), last), axis=-1)
+    is_same = drafts == tokens[:, : drafts.shape[1]]
+    return jnp.sum(jnp.cumprod(is_same.astype(jnp.int32), axis=1), axis=1)
 
 
-def agreeing(drafts: Int[Array, "B k"], tokens: Int[Array, "B W"]) -> Int[Array, " B"]:
-    """Length of the longest prefix in which every draft is the trunk's own token, 0...k."""
-    same = drafts == tokens[:, : drafts.shape[1]]
-    return jnp.sum(jnp.cumprod(same.astype(jnp.int32), axis=1), axis=1)
+def truncate_at_stop(
+    tokens: Int[Array, "B W"],
+    num_tokens: Int[Array, " B"],
+    num_tokens_left: Int[Array, " B"],
+    stop_token_ids: Int[Array, "B STOPS"],
+) -> tuple[Int[Array, " B"], Bool[Array, " B"]]:
+    """Return how many of the first `num_tokens` tokens belong to the text, int32, and whether a stop token is the last
+    of them.
 
-
-def emitted(
-    tokens: Int[Array, "B W"], count: Int[Array, " B"], room: Int[Array, " B"], stops: Int[Array, "B STOPS"]
-) -> tuple[Int[Array, " B"], Array]:
-    """How many of the first `count` tokens leave the loop, and whether a stop token is the last of them.
-
-    The text ends with its first stop token (included) or after `room` tokens.
+    A text ends with its first stop token, which belongs to it, or when `num_tokens_left` more tokens have been
+    generated.
     """
-    steps = jnp.arange(tokens.shape[1])
-    inside = steps < jnp.minimum(count, room)[:, None]
-    stop = jnp.any(tokens[:, :, None] == stops[:, None, :], axis=-1) & inside
-    first = jnp.argmax(stop, axis=1)
-    stopped = jnp.any(stop, axis=1)
-    return jnp.where(stopped, first + 1, jnp.minimum(count, room)).astype(jnp.int32), stopped
+    limit = jnp.minimum(num_tokens, num_tokens_left)
+    in_limit = jnp.arange(tokens.shape[1]) < limit[:, None]
+    is_stop = jnp.any(tokens[:, :, None] == stop_token_ids[:, None, :], axis=-1) & in_limit
+    first_stop = jnp.argmax(is_stop, axis=1)
+    stopped = jnp.any(is_stop, axis=1)
+    return jnp.where(stopped, first_stop + 1, limit).astype(jnp.int32), stopped

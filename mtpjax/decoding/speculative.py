@@ -1,15 +1,18 @@
-"""The draft-verify loop: one `lax.while_loop` on the device, with donated state.
+"""The draft-verify loop: one `lax.while_loop` on the device, with donated state (Leviathan et al., arXiv:2211.17192).
 
-    draft k tokens -> verify k + 1 rows -> accept the agreeing prefix -> commit -> sync the MTP cache
+A step of the loop, for k draft tokens (`num_speculative_tokens`):
 
-With k = 0 the same loop is plain decoding.
+    draft k tokens -> verify k + 1 rows -> sample -> sync the MTP cache -> accept a prefix of the drafts -> commit it
+
+With k = 0 the same loop is plain decoding. The functions are plain; whoever compiles `decode` and `insert_requests`
+jits them with the argument names `DECODE_STATIC`, `DECODE_DONATED` and `INSERT_DONATED`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any
+from dataclasses import fields
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,152 +23,206 @@ from jaxtyping import Bool, Float, Int
 from mtpjax.decoding import steps
 from mtpjax.decoding.acceptance import Acceptance, exact_match
 from mtpjax.decoding.penalties import TokenCounts, apply_penalties
-from mtpjax.decoding.sampling import BatchSamplingParams, choose, emitted
+from mtpjax.decoding.sampling import BatchSamplingParams, sample, truncate_at_stop
 from mtpjax.model import Model, commit
 from mtpjax.model.cache import Cache
 
+DECODE_STATIC = ("graph", "num_speculative_tokens", "max_steps", "vocab_size", "drafter", "acceptance")
+DECODE_DONATED = ("state",)
+INSERT_DONATED = ("state",)
+
 
 class DecodeState(struct.PyTreeNode):
-    """Where B requests stand. `token` is chosen but not yet in the cache; `hidden` is the row that chose it."""
+    """The state of B requests between two steps of the loop."""
 
     cache: Cache
-    hidden: Float[Array, "B D"]
-    token: Int[Array, " B"]
-    count: Int[Array, " B"]  # tokens emitted so far
-    done: Bool[Array, " B"]
-    stopped: Bool[Array, " B"]  # done because of a stop token
-    rounds: Int[Array, " B"]
-    accepted: Int[Array, "B k"]  # rounds in which the draft at each position was accepted
-    seen: TokenCounts | None = None  # up to and with `token`; None where no request has penalties
+    hidden: Float[Array, "B D"]  # of the last row in the cache, after the final norm
+    token: Int[Array, " B"]  # sampled from that row; not yet in the cache
+    num_tokens: Int[Array, " B"]  # generated so far
+    finished: Bool[Array, " B"]  # such requests, and empty slots, take no part in a step
+    stopped: Bool[Array, " B"]  # a stop token ended the text
+    num_steps: Int[Array, " B"]  # that the request took part in
+    num_accepted_per_pos: Int[Array, "B k"]  # steps in which the draft at each position was accepted
+    token_counts: TokenCounts | None = None  # up to and including `token`; None if no request has penalties
 
 
-# drafts `[B, k]` and the cache from (model, state, requests, k, vocab)
-Drafter = Callable[[Model, DecodeState, BatchSamplingParams, int, int], tuple[Array, Cache]]
+Drafter = Callable[[Model, DecodeState, BatchSamplingParams, int, int], tuple[Int[Array, "B k"], Cache]]
+"""Makes drafts `[B, k]` and the cache from the model, the state, the sampling parameters, k and the vocabulary size."""
 
 
 def mtp_drafter(
-    model: Model, state: DecodeState, requests: BatchSamplingParams, k: int, vocab: int
-) -> tuple[Array, Cache]:
-    """Drafts of the checkpoint's own MTP head."""
-    return steps.draft(model, state.hidden, state.token, state.done, state.cache, requests, k, vocab, state.seen)
+    model: Model,
+    state: DecodeState,
+    sampling_params: BatchSamplingParams,
+    num_speculative_tokens: int,
+    vocab_size: int,
+) -> tuple[Int[Array, "B k"], Cache]:
+    """Draft with the checkpoint's own MTP head; a `Drafter`."""
+    return steps.draft(
+        model,
+        state.hidden,
+        state.token,
+        state.finished,
+        state.cache,
+        sampling_params,
+        num_speculative_tokens,
+        vocab_size,
+        state.token_counts,
+    )
 
 
 def speculative_step(
     model: Model,
     state: DecodeState,
-    requests: BatchSamplingParams,
-    k: int,
-    vocab: int,
+    sampling_params: BatchSamplingParams,
+    num_speculative_tokens: int,
+    vocab_size: int,
     drafter: Drafter,
-    accept: Acceptance = exact_match,
-) -> tuple[DecodeState, Int[Array, "B k+1"], Int[Array, " B"]]:
-    """One round for every request that is not done. Returns the state, the window's tokens and how many of them count."""
-    idle = state.done
-    drafts, cache = drafter(model, state, requests, k, vocab) if k else (state.token[:, None][:, :0], state.cache)
+    acceptance: Acceptance = exact_match,
+) -> tuple[DecodeState, Int[Array, "B W"], Int[Array, " B"]]:
+    """Run one step for every request that is not finished; W = k + 1.
+
+    Returns:
+        the state, the tokens that the trunk sampled in the window, and how many of them, from the first on, the text
+        gets. The other tokens mean nothing.
+    """
+    k, inactive = num_speculative_tokens, state.finished
+    if k:
+        drafts, cache = drafter(model, state, sampling_params, k, vocab_size)
+    else:
+        drafts, cache = state.token[:, None][:, :0], state.cache
+
     window = jnp.concatenate([state.token[:, None], drafts], axis=1)
-    logits, hidden, cache, pending = steps.verify(model, window, idle, cache)
+    logits, hidden, cache, pending = steps.verify(model, window, inactive, cache)
+
     positions = cache.length[:, None] + 1 + jnp.arange(k + 1)
-    tokens = choose(apply_penalties(logits, requests.penalties, state.seen, drafts), positions, requests, vocab)
-    if k and model.mtp is not None:
-        cache = steps.sync(model, hidden, drafts, idle, cache)
+    logits = apply_penalties(logits, sampling_params.penalties, state.token_counts, drafts)
+    tokens = sample(logits, positions, sampling_params, vocab_size)
 
-    right = accept(drafts, tokens, cache.length, requests)
-    count, stopped = emitted(tokens, right + 1, requests.max_tokens - state.count, requests.stops)
-    count = jnp.where(idle, 0, count)
-    total = state.count + count
+    if k and model.mtp is not None:  # all rows, whether accepted or not: rejected ones are overwritten later
+        cache = steps.sync_mtp_cache(model, hidden, drafts, inactive, cache)
 
-    def pick(rows: Array) -> Array:
-        """The row behind the last accepted draft."""
-        return jnp.take_along_axis(rows, right.reshape(-1, *[1] * (rows.ndim - 1)), axis=1)[:, 0]
+    num_accepted = acceptance(drafts, tokens, cache.length, sampling_params)
+    num_tokens_left = sampling_params.max_tokens - state.num_tokens
+    num_new, stopped = truncate_at_stop(tokens, num_accepted + 1, num_tokens_left, sampling_params.stop_token_ids)
+    num_new = jnp.where(inactive, 0, num_new)
+    num_tokens = state.num_tokens + num_new
 
-    return (
-        DecodeState(
-            cache=commit(cache, pending, jnp.where(idle, 0, right + 1)),
-            hidden=jnp.where(idle[:, None], state.hidden, pick(hidden)),
-            token=jnp.where(idle, state.token, pick(tokens)),
-            count=total,
-            done=idle | stopped | (total >= requests.max_tokens),
-            stopped=jnp.where(idle, state.stopped, stopped),
-            rounds=state.rounds + ~idle,
-            accepted=state.accepted + (jnp.arange(k) < right[:, None]) * ~idle[:, None],
-            seen=None if state.seen is None else state.seen.add(tokens, count),
-        ),
-        tokens,
-        count,
+    def last_accepted(rows: Array) -> Array:
+        """Return the row of the last accepted draft, or row 0, that of `state.token`, if no draft is accepted."""
+        index = num_accepted.reshape(-1, *[1] * (rows.ndim - 1))
+        return jnp.take_along_axis(rows, index, axis=1)[:, 0]
+
+    was_accepted = jnp.arange(k) < num_accepted[:, None]
+    new_state = DecodeState(
+        cache=commit(cache, pending, jnp.where(inactive, 0, num_accepted + 1)),
+        hidden=jnp.where(inactive[:, None], state.hidden, last_accepted(hidden)),
+        token=jnp.where(inactive, state.token, last_accepted(tokens)),
+        num_tokens=num_tokens,
+        finished=inactive | stopped | (num_tokens >= sampling_params.max_tokens),
+        stopped=jnp.where(inactive, state.stopped, stopped),
+        num_steps=state.num_steps + ~inactive,
+        num_accepted_per_pos=state.num_accepted_per_pos + was_accepted * ~inactive[:, None],
+        token_counts=None if state.token_counts is None else state.token_counts.add(tokens, num_new),
     )
+    return new_state, tokens, num_new
 
 
-@partial(jax.jit, static_argnames=("graph", "k", "rounds", "vocab", "drafter", "accept"), donate_argnames=("state",))
+class _LoopCarry(NamedTuple):
+    step: Int[Array, ""]
+    state: DecodeState
+    tokens: Int[Array, "B T"]
+    num_tokens: Int[Array, " B"]  # in `tokens`
+
+
 def decode(
     params: Any,
     state: DecodeState,
-    requests: BatchSamplingParams,
-    enough: Int[Array, ""] | None = None,
+    sampling_params: BatchSamplingParams,
+    return_when_finished: Int[Array, ""] | None = None,
     *,
     graph: Any,
-    k: int,
-    rounds: int,
-    vocab: int,
+    num_speculative_tokens: int,
+    max_steps: int,
+    vocab_size: int,
     drafter: Drafter = mtp_drafter,
-    accept: Acceptance = exact_match,
-) -> tuple[DecodeState, Int[Array, "B rounds*(k+1)"], Int[Array, " B"]]:
-    """Up to `rounds` rounds, fewer once every request is done; call again with the state to go on.
+    acceptance: Acceptance = exact_match,
+) -> tuple[DecodeState, Int[Array, "B T"], Int[Array, " B"]]:
+    """Run up to `max_steps` steps, fewer if enough requests are finished. Call it again with the state to continue.
 
     Args:
-        enough: return once so many are done; all unless told.
-        k: draft length; 0 decodes without drafts.
-        vocab: ids below this exist.
-        accept: the rule of acceptance; any but the real one changes the text.
+        params: weights of the split model.
+        state: consumed, if donated.
+        return_when_finished: number of finished requests at which the loop returns; None: all.
+        graph: static half of the split model.
+        num_speculative_tokens: k, tokens drafted in a step; 0 decodes without drafts.
+        max_steps: bounds the time until the host sees tokens.
+        vocab_size: ids below this exist.
+        drafter: makes the drafts.
+        acceptance: decides which drafts are accepted; any rule but `exact_match` changes the text.
 
     Returns:
-        the state, the new tokens of each request, and how many there are.
+        the state, the new tokens of each request `[B, T]` with T = max_steps * (k + 1), and how many there are.
     """
     model = nnx.merge(graph, params)
     batch = state.token.shape[0]
-    room = rounds * (k + 1)
+    capacity = max_steps * (num_speculative_tokens + 1)
+    limit = batch if return_when_finished is None else return_when_finished
 
-    def go_on(carry: tuple[Array, DecodeState, Array, Array]) -> Array:
-        return (carry[0] < rounds) & (jnp.sum(carry[1].done) < (batch if enough is None else enough))
+    def should_continue(carry: _LoopCarry) -> Bool[Array, ""]:
+        return (carry.step < max_steps) & (jnp.sum(carry.state.finished) < limit)
 
-    def body(carry: tuple[Array, DecodeState, Array, Array]) -> tuple[Array, DecodeState, Array, Array]:
-        number, state, out, used = carry
-        state, tokens, count = speculative_step(model, state, requests, k, vocab, drafter, accept)
-        at = jnp.arange(k + 1)
-        slot = jnp.where(at < count[:, None], used[:, None] + at, room)
-        out = out.at[jnp.arange(batch)[:, None], slot].set(tokens, mode="drop")
-        return number + 1, state, out, used + count
+    def body(carry: _LoopCarry) -> _LoopCarry:
+        state, window, num_new = speculative_step(
+            model, carry.state, sampling_params, num_speculative_tokens, vocab_size, drafter, acceptance
+        )
+        rows = jnp.arange(num_speculative_tokens + 1)
+        index = jnp.where(rows < num_new[:, None], carry.num_tokens[:, None] + rows, capacity)
+        tokens = carry.tokens.at[jnp.arange(batch)[:, None], index].set(window, mode="drop")
+        return _LoopCarry(carry.step + 1, state, tokens, carry.num_tokens + num_new)
 
-    first = (jnp.int32(0), state, jnp.zeros((batch, room), jnp.int32), jnp.zeros(batch, jnp.int32))
-    _, state, out, used = lax.while_loop(go_on, body, first)
-    return state, out, used
+    no_tokens = jnp.zeros((batch, capacity), jnp.int32)
+    carry = _LoopCarry(jnp.int32(0), state, no_tokens, jnp.zeros(batch, jnp.int32))
+    carry = lax.while_loop(should_continue, body, carry)
+    return carry.state, carry.tokens, carry.num_tokens
 
 
-@partial(jax.jit, donate_argnames=("state",))
-def insert(
-    state: DecodeState, fresh: DecodeState, rows: Int[Array, " W"], slots: Int[Array, " W"], count: Int[Array, ""]
+def insert_requests(
+    state: DecodeState,
+    new: DecodeState,
+    rows: Int[Array, " N"],
+    slots: Int[Array, " N"],
+    num_requests: Int[Array, ""],
 ) -> DecodeState:
-    """The first `count` requests of `fresh` in these slots of `state`, which is changed in place.
+    """Put the first `num_requests` requests of `new` into slots of `state`.
 
-    Cache and hidden state of request w are row `rows[w]` of those of `fresh`: requests with one prompt have one row.
+    Args:
+        state: of all slots; changed in place, if donated.
+        new: of N requests. Cache and hidden state belong to prompts: requests with the same prompt share a row of them.
+        rows: for each request the row of `new.cache` and `new.hidden` that has its prompt.
+        slots: for each request its slot in `state`.
     """
 
-    def one(w: Array, state: DecodeState) -> DecodeState:
-        def put(axis: int, row: Array) -> Callable[[Array, Array], Array]:
-            def move(old: Array, new: Array) -> Array:
-                moved = lax.dynamic_slice_in_dim(new, row, 1, axis)
-                return lax.dynamic_update_slice_in_dim(old, moved, slots[w], axis)
+    def copy_entry(target: Array, source: Array, axis: int, index: Array, slot: Array) -> Array:
+        entry = lax.dynamic_slice_in_dim(source, index, 1, axis)
+        return lax.dynamic_update_slice_in_dim(target, entry, slot, axis)
 
-            return move
+    def of_request(state: DecodeState) -> dict[str, Any]:
+        names = [field.name for field in fields(state) if field.name not in ("cache", "hidden")]
+        return {name: getattr(state, name) for name in names}
 
-        def layers_first(old: Array, new: Array) -> Array:
-            return put(min(old.ndim - 1, 1), rows[w])(old, new)
+    def insert_one(i: Array, state: DecodeState) -> DecodeState:
+        def copy_request(target: Array, source: Array) -> Array:
+            return copy_entry(target, source, 0, i, slots[i])
 
-        def without_prompt(whole: DecodeState) -> DecodeState:
-            return whole.replace(cache=None, hidden=None)
+        def copy_cache(target: Array, source: Array) -> Array:
+            batch_axis = min(target.ndim - 1, 1)  # arrays are [layers, B, ...] or [B]
+            return copy_entry(target, source, batch_axis, rows[i], slots[i])
 
-        return jax.tree.map(put(0, w), without_prompt(state), without_prompt(fresh)).replace(
-            cache=jax.tree.map(layers_first, state.cache, fresh.cache),
-            hidden=put(0, rows[w])(state.hidden, fresh.hidden),
+        return state.replace(
+            cache=jax.tree.map(copy_cache, state.cache, new.cache),
+            hidden=copy_entry(state.hidden, new.hidden, 0, rows[i], slots[i]),
+            **jax.tree.map(copy_request, of_request(state), of_request(new)),
         )
 
-    return lax.fori_loop(0, count, one, state)
+    return lax.fori_loop(0, num_requests, insert_one, state)

@@ -1,69 +1,35 @@
-"""The steps of generation as pure functions of (model or params, inputs, cache): prefill, verify, draft, sync.
+"""The steps of generation as pure functions of (model or weights, inputs, cache): prefill, verify, draft, sync.
 
-`prefill` and `forward_hidden` are jitted with the cache donated; the others are pieces of the loop in `speculative.py`.
+`prefill` and `forward_hidden` are programs of their own. They are plain functions; whoever compiles them jits them
+with the argument names `PREFILL_STATIC` and `PREFILL_DONATED`, or `FORWARD_HIDDEN_STATIC` and
+`FORWARD_HIDDEN_DONATED`. The others are pieces of the loop in `speculative.py`.
 """
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from mtpjax.decoding.output_rows import NO_ROWS, OutputRows
 from mtpjax.decoding.penalties import TokenCounts, apply_penalties
-from mtpjax.decoding.sampling import BatchSamplingParams, choose
+from mtpjax.decoding.sampling import BatchSamplingParams, sample
 from mtpjax.model import Model, make_positions
 from mtpjax.model.cache import Cache, PendingDeltaUpdates
 
-
-def _chunk(model: Model, tokens: Array, pad: Array, cache: Cache, keep: int | None = None) -> tuple[Array, Cache]:
-    """A prompt chunk through the trunk: its last `keep` rows before the final norm; all rows enter the state."""
-    where = make_positions(model.cfg, cache.length, tokens.shape[1], pad, kv_len=cache.kv_len)
-    rows, cache = model.trunk(tokens, cache, where, keep)
-    return rows, cache.replace(length=cache.length + tokens.shape[1] - pad)
+PREFILL_STATIC = ("graph", "rows", "mtp_rows")
+PREFILL_DONATED = ("cache",)
+FORWARD_HIDDEN_STATIC = ("graph",)
+FORWARD_HIDDEN_DONATED = ("cache",)
 
 
-def prefill_chunk(
-    model: Model,
-    tokens: Array,
-    following: Array,
-    pad: Array,
-    cache: Cache,
-    rows: OutputRows,
-    mtp_rows: int | None = None,
-) -> tuple[Float[Array, "B R V"], Float[Array, "B D"], Cache]:
-    """`prefill` on a merged model."""
-    chunk = tokens.shape[1]
-    tapped = 0 if model.mtp is None else chunk if mtp_rows is None else min(mtp_rows, chunk)
-    out, cache = _chunk(model, tokens, pad, cache, max(tapped, rows.reach(chunk)))
-    if not tapped:
-        logits = model.head(model.final_norm(rows.take(out, chunk)))
-        return logits, jnp.zeros((out.shape[0], out.shape[2]), out.dtype), cache
-    hidden = model.final_norm(out)  # for every row that the MTP head reads
-    seen = hidden[:, hidden.shape[1] - tapped :]
-    cache = sync_prompt(model, seen, following[:, chunk - tapped :], jnp.maximum(pad - (chunk - tapped), 0), cache)
-    return model.head(rows.take(hidden, chunk)), hidden[:, -1], cache
-
-
-def sync_prompt(
-    model: Model, hidden: Float[Array, "B T D"], following: Int[Array, "B T"], pad: Array, cache: Cache
-) -> Cache:
-    """Keys and values of the MTP head for the last T rows in `cache`, of which the first `pad` are padding."""
-    rows = hidden.shape[1]
-    where = make_positions(model.cfg, cache.length - cache.mtp_start_pos - rows + pad, rows, pad, kv_len=cache.kv_len)
-    return model.mtp_sync(hidden, following, cache, where)
-
-
-@partial(jax.jit, static_argnames=("graph", "rows", "mtp_rows"), donate_argnames=("cache",))
 def prefill(
     params: Any,
     tokens: Int[Array, "B T"],
-    following: Int[Array, "B T"],
+    next_tokens: Int[Array, "B T"],
     pad: Int[Array, " B"],
     cache: Cache,
     *,
@@ -71,48 +37,107 @@ def prefill(
     rows: OutputRows = NO_ROWS,
     mtp_rows: int | None = None,
 ) -> tuple[Float[Array, "B R V"], Float[Array, "B D"], Cache]:
-    """Read one chunk of the prompts. Continues from any cache; padding stands in front and changes nothing.
+    """Read one chunk of T rows of the prompts.
+
+    It continues from any cache. Padding rows stand in front and change nothing.
 
     Args:
-        tokens: ids of the rows; anything where padded.
-        following: the token after each row, for the MTP head's keys and values.
-        pad: rows of padding in front of each sequence, 0...T.
+        params: weights of the split model.
+        tokens: ids of the rows, int32; any ids in padding rows.
+        next_tokens: the token after each row, for the keys and values of the MTP head.
+        pad: number of padding rows in front of each sequence, 0...T.
+        cache: of B sequences; consumed, if donated.
         graph: static half of the split model.
-        rows: rows whose logits are wanted. With none there is no LM head in the program.
-        mtp_rows: how many of the last rows leave keys and values for the MTP head; all unless told, and 0 makes this the
-            program of a model without the head. The first such row of a sequence must be the one at `cache.mtp_start_pos`.
+        rows: rows whose logits are returned. Without output rows there is no LM head in the program.
+        mtp_rows: how many of the last rows leave keys and values for the MTP head; None: all. 0 makes this the program
+            of a model without the head. The first such row of a sequence must be the one at position
+            `cache.mtp_start_pos`.
 
     Returns:
-        logits of the output rows (float32), hidden state of the last row (after the final norm; zero if no row is for the
-        MTP head, which alone needs it), and the cache.
+        logits of the output rows (float32), hidden state of the last row for the MTP head (after the final norm; zeros
+        if this chunk does not feed the head), and the cache.
     """
-    return prefill_chunk(nnx.merge(graph, params), tokens, following, pad, cache, rows, mtp_rows)
+    return prefill_chunk(nnx.merge(graph, params), tokens, next_tokens, pad, cache, rows, mtp_rows)
 
 
-@partial(jax.jit, static_argnames=("graph",), donate_argnames=("cache",))
+def prefill_chunk(
+    model: Model,
+    tokens: Int[Array, "B T"],
+    next_tokens: Int[Array, "B T"],
+    pad: Int[Array, " B"],
+    cache: Cache,
+    rows: OutputRows,
+    mtp_rows: int | None = None,
+) -> tuple[Float[Array, "B R V"], Float[Array, "B D"], Cache]:
+    """Run `prefill` on a merged model."""
+    chunk_rows = tokens.shape[1]
+    if model.mtp is None:
+        mtp_rows = 0
+    mtp_rows = chunk_rows if mtp_rows is None else min(mtp_rows, chunk_rows)
+    num_rows = max(mtp_rows, rows.num_trailing_rows(chunk_rows))
+    x, cache = _run_trunk(model, tokens, pad, cache, num_rows)
+    if not mtp_rows:
+        logits = model.head(model.final_norm(rows.take(x, chunk_rows)))
+        return logits, jnp.zeros((x.shape[0], x.shape[2]), x.dtype), cache
+    hidden = model.final_norm(x)  # of every row that the MTP head reads
+    mtp_hidden = hidden[:, hidden.shape[1] - mtp_rows :]
+    skipped = chunk_rows - mtp_rows
+    mtp_pad = jnp.maximum(pad - skipped, 0)
+    cache = _sync_mtp_prompt(model, mtp_hidden, next_tokens[:, skipped:], mtp_pad, cache)
+    return model.head(rows.take(hidden, chunk_rows)), hidden[:, -1], cache
+
+
 def forward_hidden(
     params: Any, tokens: Int[Array, "B T"], pad: Int[Array, " B"], cache: Cache, *, graph: Any
 ) -> tuple[Float[Array, "B T D"], Cache]:
-    """Hidden states after the final norm, of every row of a chunk (for research)."""
+    """Return the hidden states of every row of a chunk after the final norm. Arguments as in `prefill`."""
     model = nnx.merge(graph, params)
-    rows, cache = _chunk(model, tokens, pad, cache)
-    return model.final_norm(rows), cache
+    x, cache = _run_trunk(model, tokens, pad, cache)
+    return model.final_norm(x), cache
+
+
+def _run_trunk(
+    model: Model, tokens: Int[Array, "B T"], pad: Int[Array, " B"], cache: Cache, num_rows: int | None = None
+) -> tuple[Float[Array, "B rows D"], Cache]:
+    """Run a prompt chunk through the trunk; all of its rows enter the cache.
+
+    Returns:
+        the last `num_rows` rows (None: all) before the final norm, and the cache.
+    """
+    positions = make_positions(model.cfg, cache.length, tokens.shape[1], pad, kv_len=cache.kv_len)
+    x, cache = model.trunk(tokens, cache, positions, num_rows)
+    return x, cache.replace(length=cache.length + tokens.shape[1] - pad)
+
+
+def _sync_mtp_prompt(
+    model: Model,
+    mtp_hidden: Float[Array, "B T D"],
+    next_tokens: Int[Array, "B T"],
+    pad: Int[Array, " B"],
+    cache: Cache,
+) -> Cache:
+    """Write the MTP head's keys and values of the last T committed rows, of which the first `pad` are padding."""
+    num_rows = mtp_hidden.shape[1]
+    start = cache.length - cache.mtp_start_pos - num_rows + pad
+    positions = make_positions(model.cfg, start, num_rows, pad, kv_len=cache.kv_len)
+    return model.mtp_sync(mtp_hidden, next_tokens, cache, positions)
 
 
 def verify(
-    model: Model, tokens: Int[Array, "B W"], idle: Array, cache: Cache
+    model: Model, tokens: Int[Array, "B W"], inactive: Bool[Array, " B"], cache: Cache
 ) -> tuple[Float[Array, "B W V"], Float[Array, "B W D"], Cache, PendingDeltaUpdates]:
-    """The trunk on a window of W rows, all of them output rows.
+    """Run the trunk on a window of W rows, all of them output rows.
 
     Args:
-        idle: `[B]` bool; the rows of idle sequences are padding and cost no experts.
+        inactive: sequences whose rows are padding; they change nothing and cost no experts.
 
     Returns:
-        float32 logits, hidden states after the final norm, the cache, and the rows that wait for `model.commit`.
+        float32 logits, hidden states after the final norm, the cache, and the DeltaNet updates that wait for
+        `mtpjax.model.commit`.
     """
     width = tokens.shape[1]
-    where = make_positions(model.cfg, cache.length, width, jnp.where(idle, width, 0), kv_len=cache.kv_len)
-    hidden, cache, pending = model.trunk_pending(tokens, cache, where)
+    positions = make_positions(model.cfg, cache.length, width, jnp.where(inactive, width, 0), kv_len=cache.kv_len)
+    hidden, cache, pending = model.trunk_pending(tokens, cache, positions)
     return model.head(OutputRows.all().take(hidden)), hidden, cache, pending
 
 
@@ -120,40 +145,56 @@ def draft(
     model: Model,
     hidden: Float[Array, "B D"],
     token: Int[Array, " B"],
-    idle: Array,
+    inactive: Bool[Array, " B"],
     cache: Cache,
-    requests: BatchSamplingParams,
-    length: int,
-    vocab: int,
-    seen: TokenCounts | None = None,
+    sampling_params: BatchSamplingParams,
+    num_speculative_tokens: int,
+    vocab_size: int,
+    token_counts: TokenCounts | None = None,
 ) -> tuple[Int[Array, "B k"], Cache]:
-    """`length` tokens from the MTP head, applied again and again to its own hidden state (after `mtp.norm`).
+    """Draft k tokens with the MTP head, which is applied again and again to its own hidden state (after `mtp.norm`).
 
-    `hidden` belongs to the last committed row and `token` follows it. Step j writes the slot of
-    position `cache.length - 1 + j` in the head's cache; all but the first of these are provisional and overwritten by `sync`.
+    The head is that of DeepSeek-V3 (arXiv:2412.19437, section 2.2); one head drafts all tokens. Step j writes the keys
+    and values of position `cache.length - 1 + j` into the head's cache. All but those of step 0 are provisional:
+    `sync_mtp_cache` overwrites them.
+
+    Args:
+        hidden: of the last committed row, after the final norm.
+        token: the token that follows that row.
+        inactive: sequences that draft nothing; their tokens mean nothing.
+        token_counts: tokens of prompt and text, for penalties.
     """
-
     one = jnp.ones_like(token)
+    Carry = tuple[Array, Array, Cache, TokenCounts | None]
 
-    def step(carry: tuple[Array, Array, Cache, TokenCounts | None], j: Array) -> tuple[tuple, Array]:
-        hidden, token, cache, seen = carry
-        where = make_positions(
-            model.cfg, cache.length - cache.mtp_start_pos - 1 + j, 1, idle.astype(jnp.int32), kv_len=cache.kv_len
-        )
-        rows, cache = model.mtp_step(hidden[:, None], token[:, None], cache, where)
-        logits = apply_penalties(model.mtp_head(rows), requests.penalties, seen)
-        token = choose(logits, (cache.length + 1 + j)[:, None], requests, vocab)[:, 0]
-        return (rows[:, 0], token, cache, seen and seen.add(token[:, None], one)), token
+    def step(carry: Carry, j: Int[Array, ""]) -> tuple[Carry, Int[Array, " B"]]:
+        hidden, token, cache, token_counts = carry
+        start = cache.length - cache.mtp_start_pos - 1 + j
+        positions = make_positions(model.cfg, start, 1, inactive.astype(jnp.int32), kv_len=cache.kv_len)
+        mtp_hidden, cache = model.mtp_step(hidden[:, None], token[:, None], cache, positions)
+        logits = apply_penalties(model.head(mtp_hidden), sampling_params.penalties, token_counts)
+        token = sample(logits, (cache.length + 1 + j)[:, None], sampling_params, vocab_size)[:, 0]
+        if token_counts is not None:
+            token_counts = token_counts.add(token[:, None], one)
+        return (mtp_hidden[:, 0], token, cache, token_counts), token
 
-    (_, _, cache, _), drafts = lax.scan(step, (hidden, token, cache, seen), jnp.arange(length))
+    (_, _, cache, _), drafts = lax.scan(step, (hidden, token, cache, token_counts), jnp.arange(num_speculative_tokens))
     return drafts.T, cache
 
 
-def sync(model: Model, hidden: Float[Array, "B W D"], drafts: Int[Array, "B k"], idle: Array, cache: Cache) -> Cache:
-    """Replace the head's provisional keys and values by those of the trunk's own hidden states, rows 0...k-1.
+def sync_mtp_cache(
+    model: Model,
+    hidden: Float[Array, "B W D"],
+    drafts: Int[Array, "B k"],
+    inactive: Bool[Array, " B"],
+    cache: Cache,
+) -> Cache:
+    """Replace the MTP head's provisional keys and values of rows 0...k-1 by those of the trunk's own hidden states.
 
-    Row k is the first draft step of the next round. Rows past the accepted ones are stale and overwritten later.
+    Row k is the first draft step of the next step of the loop. Rows after the accepted ones are stale and overwritten
+    later.
     """
     k = drafts.shape[1]
-    where = make_positions(model.cfg, cache.length - cache.mtp_start_pos, k, jnp.where(idle, k, 0), kv_len=cache.kv_len)
-    return model.mtp_sync(hidden[:, :k], drafts, cache, where)
+    start = cache.length - cache.mtp_start_pos
+    positions = make_positions(model.cfg, start, k, jnp.where(inactive, k, 0), kv_len=cache.kv_len)
+    return model.mtp_sync(hidden[:, :k], drafts, cache, positions)

@@ -12,7 +12,7 @@ from jax import Array
 from mtpjax.decoding.penalties import Penalties, TokenCounts, round_to_bfloat16
 from mtpjax.decoding.sampling import MAX_STOP_TOKENS, BatchSamplingParams, TruncationParams
 from mtpjax.decoding.speculative import DecodeState
-from mtpjax.engine.model_runner import ModelRunner, as_host_array
+from mtpjax.engine.model_runner import ModelRunner
 from mtpjax.engine.request import Request
 from mtpjax.engine.scheduler import PrefillGroup
 from mtpjax.model.cache import Cache
@@ -33,7 +33,14 @@ class DecodedTokens(NamedTuple):
 
 
 class SlotFigures(NamedTuple):
-    """For each slot: whether its request is finished, whether a stop token ended it, its steps `[B]`, and `accepted` `[B, k]`."""
+    """What is known of B slots.
+
+    Attributes:
+        finished: whether the request is finished, `[B]`; also true for a free slot.
+        stopped: whether a stop token ended it, `[B]`.
+        num_steps: steps that it took part in, `[B]`.
+        accepted: steps in which the draft at each of k positions was accepted, `[B, k]`.
+    """
 
     finished: np.ndarray
     stopped: np.ndarray
@@ -44,8 +51,9 @@ class SlotFigures(NamedTuple):
 class DecodeBatch:
     """Cache, last token and counters of `num_slots` slots.
 
-    If `prefill_batch` is `num_slots`, prompts are read into the cache of the batch itself, which is made anew each time. A smaller
-    `prefill_batch` has a cache of its own, out of which the prompts are copied into their slots while the other slots keep theirs.
+    If `prefill_batch` is `num_slots`, prompts are read into the cache of the batch itself, which is made anew each
+    time. A smaller `prefill_batch` has a cache of its own, out of which the prompts are copied into their slots while
+    the other slots keep theirs.
     """
 
     def __init__(self, runner: ModelRunner, num_slots: int, prefill_batch: int):
@@ -86,28 +94,33 @@ class DecodeBatch:
         return runner.seconds_without_compile() - start
 
     def decode(self, return_when_finished: int) -> DecodedTokens:
-        """Advance all slots by some steps of the loop, fewer if `return_when_finished` slots are free or finished before."""
+        """Advance all slots by one call of the loop, which returns early when `return_when_finished` slots are done."""
         state = self._started()
-        steps_before, start = np.array(state.rounds), self.runner.seconds_without_compile()
+        steps_before, start = np.array(state.num_steps), self.runner.seconds_without_compile()
         self.state, out, counts = self.runner.decode(state, self._params, return_when_finished)
         seconds = self.runner.seconds_without_compile() - start
-        num_steps = int(np.max(np.asarray(self.state.rounds) - steps_before))
+        num_steps = int(np.max(np.asarray(self.state.num_steps) - steps_before))
         return DecodedTokens([row[:count].tolist() for row, count in zip(out, counts, strict=True)], num_steps, seconds)
 
     def figures(self) -> SlotFigures:
         """Copy what is known of each slot from the device."""
         state = self._started()
-        return SlotFigures(*map(np.asarray, (state.done, state.stopped, state.rounds, state.accepted)))
+        return SlotFigures(
+            *map(np.asarray, (state.finished, state.stopped, state.num_steps, state.num_accepted_per_pos))
+        )
 
     def _started(self) -> DecodeState:
         assert self.state is not None, "nothing has been prefilled"
         return self.state
 
     def _insert(self, requests: Sequence[Request], group: PrefillGroup, cache: Cache, hidden: Array) -> None:
-        """Copy the row of each prefilled prompt into the slot of every request that has it, `prefill_batch` requests a call."""
+        """Copy the row of each prefilled prompt into the slot of every request that uses it.
+
+        One call of the program copies up to `prefill_batch` rows.
+        """
         state = self._started()
-        if (state.seen is None) == (self._params.penalties is not None):
-            state = state.replace(seen=self._token_counts([None] * self.num_slots))
+        if (state.token_counts is None) == (self._params.penalties is not None):
+            state = state.replace(token_counts=self._token_counts([None] * self.num_slots))
         for start in range(0, len(requests), self.prefill_batch):
             part = slice(start, start + self.prefill_batch)
             new = self._initial_state(self._padded(requests[part]), cache, hidden)
@@ -120,20 +133,30 @@ class DecodeBatch:
     def _initial_state(
         self, requests: Sequence[Request | None], cache: Cache, hidden: Array | None = None
     ) -> DecodeState:
-        """The state before the first step; slots without a request are done."""
+        """The state before the first step; slots without a request are finished."""
         batch, runner = len(requests), self.runner
         if hidden is None:
             hidden = runner.zero_hidden(batch)
+        token, num_tokens, finished, stopped, num_steps, num_accepted_per_pos = jax.device_put(
+            (
+                np.array([r.prompt_token_ids[-1] if r else 0 for r in requests], np.int32),
+                np.zeros(batch, np.int32),
+                np.array([r is None or r.max_tokens == 0 for r in requests]),
+                np.zeros(batch, bool),
+                np.zeros(batch, np.int32),
+                np.zeros((batch, runner.num_speculative_tokens), np.int32),
+            )
+        )
         return DecodeState(
             cache=cache,
             hidden=hidden,
-            token=as_host_array(np.array([r.prompt_token_ids[-1] if r else 0 for r in requests], np.int32)),
-            count=as_host_array(np.zeros(batch, np.int32)),
-            done=as_host_array(np.array([r is None or r.max_tokens == 0 for r in requests])),
-            stopped=as_host_array(np.zeros(batch, bool)),
-            rounds=as_host_array(np.zeros(batch, np.int32)),
-            accepted=as_host_array(np.zeros((batch, runner.num_speculative_tokens), np.int32)),
-            seen=self._token_counts(requests),
+            token=token,
+            num_tokens=num_tokens,
+            finished=finished,
+            stopped=stopped,
+            num_steps=num_steps,
+            num_accepted_per_pos=num_accepted_per_pos,
+            token_counts=self._token_counts(requests),
         )
 
     def _token_counts(self, requests: Sequence[Request | None]) -> TokenCounts | None:
@@ -144,31 +167,36 @@ class DecodeBatch:
 def stack_requests(requests: Sequence[Request | None]) -> BatchSamplingParams:
     """Put the settings of the requests in B slots side by side; penalties are None if no request has any."""
 
-    def column(get: Callable[[Request], float], dtype: Any, free: float = 0) -> Array:
-        return as_host_array(np.array([free if r is None else get(r) for r in requests], dtype))
+    def column(get: Callable[[Request], float], dtype: Any, free: float = 0.0) -> np.ndarray:
+        return np.array([free if r is None else get(r) for r in requests], dtype)
 
     stop_token_ids = np.full((len(requests), MAX_STOP_TOKENS), -1, np.int32)
     for row, request in zip(stop_token_ids, requests, strict=True):
         if request is not None:
             row[: len(request.all_stop_token_ids)] = request.all_stop_token_ids
+    columns = {
+        "max_tokens": column(lambda r: r.max_tokens, np.int32),
+        "temperature": column(lambda r: r.temperature, np.float32),
+        "seed": column(lambda r: r.seed & 0xFFFFFFFF, np.uint32),
+        "stop_token_ids": stop_token_ids,
+    }
+    truncation = {
+        "top_k": column(lambda r: r.top_k, np.int32),
+        "top_p": column(lambda r: r.top_p, np.float32, 1.0),
+        "min_p": column(lambda r: r.min_p, np.float32),
+    }
     penalties = None
     if any(r is not None and r.has_penalties for r in requests):
-        penalties = Penalties(
-            presence=column(lambda r: r.presence_penalty, np.float32),
-            frequency=column(lambda r: round_to_bfloat16(r.frequency_penalty), np.float32),
-            repetition=column(lambda r: r.repetition_penalty, np.float32, 1),
-        )
+        penalties = {
+            "presence": column(lambda r: r.presence_penalty, np.float32),
+            "frequency": column(lambda r: round_to_bfloat16(r.frequency_penalty), np.float32),
+            "repetition": column(lambda r: r.repetition_penalty, np.float32, 1.0),
+        }
+    columns, truncation, penalties = jax.device_put((columns, truncation, penalties))
     return BatchSamplingParams(
-        max_tokens=column(lambda r: r.max_tokens, np.int32),
-        temperature=column(lambda r: r.temperature, np.float32),
-        seed=column(lambda r: r.seed & 0xFFFFFFFF, np.uint32),
-        stops=as_host_array(stop_token_ids),
-        kept=TruncationParams(
-            top_k=column(lambda r: r.top_k, np.int32),
-            top_p=column(lambda r: r.top_p, np.float32, 1),
-            min_p=column(lambda r: r.min_p, np.float32),
-        ),
-        penalties=penalties,
+        **columns,
+        truncation=TruncationParams(**truncation),
+        penalties=None if penalties is None else Penalties(**penalties),
     )
 
 
@@ -178,4 +206,5 @@ def count_prompt_tokens(requests: Sequence[Request | None], vocab_size: int) -> 
     for row, request in zip(prompt, requests, strict=True):
         if request is not None:
             row[list(request.prompt_token_ids)] = True
-    return TokenCounts(prompt=as_host_array(prompt), counts=as_host_array(np.zeros(prompt.shape, np.int32)))
+    prompt, counts = jax.device_put((prompt, np.zeros(prompt.shape, np.int32)))
+    return TokenCounts(in_prompt=prompt, counts=counts)

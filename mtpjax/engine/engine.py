@@ -1,4 +1,4 @@
-"""`Engine`: any number of requests through the slots of one decode loop. The host sees tokens in chunks, never per step."""
+"""`Engine`: runs any number of requests through the slots of one decode loop; the host sees tokens every few steps."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ TokenCallback = Callable[[RequestState, list[int]], None]
 
 
 class Engine:
-    """A `ModelRunner`, and for each run a `Scheduler` and a `DecodeBatch`; so runs may be interleaved or left in the middle.
+    """Generates with one `ModelRunner`.
 
-    A run uses one program for each prompt-chunk bucket, one that makes an empty cache, and one decode loop. With more requests
-    than slots, or with shared prompts, it needs one more that makes a cache and one that copies prompts into their slots.
+    Each run has a `Scheduler` and a `DecodeBatch` of its own, so runs may be interleaved or left in the middle.
+
+    A run uses one program for each prompt-chunk bucket, one that makes an empty cache, and one decode loop. With more
+    requests than slots, or with shared prompts, it needs one more that makes a cache and one that copies prompts into
+    their slots.
 
     Args:
         runner: the model.
@@ -51,7 +54,10 @@ class Engine:
     def run(
         self, requests: Sequence[Request], num_slots: int, on_tokens: TokenCallback | None = None
     ) -> list[RequestState]:
-        """Generate for all requests, `num_slots` at the same time. Returns their states in the order of the requests."""
+        """Generate for all requests. Returns their states in the order of the requests.
+
+        Arguments are those of `stream`; the requests are sorted by the lengths of their prompts all together.
+        """
         states = {s.request.index: s for s in self.stream(requests, num_slots, on_tokens, lookahead=len(requests))}
         return [states[r.index] for r in requests]
 
@@ -63,13 +69,14 @@ class Engine:
         *,
         lookahead: int | None = None,
     ) -> Iterator[RequestState]:
-        """Generate for all requests, `num_slots` at the same time. Yields the state of each request when it is finished.
+        """Generate for all requests. Yields the state of each request when it is finished, in any order.
 
         Args:
             requests: taken from as they are needed; their indices differ.
             num_slots: requests that run at the same time.
             on_tokens: called after each call of the decode loop, for each request that has a slot.
-            lookahead: requests that are taken together and started in the order of their prompts' lengths; see `Scheduler`.
+            lookahead: requests that are taken together and started in the order of their prompts' lengths; see
+                `Scheduler`.
         """
         scheduler = Scheduler(requests, num_slots, max_prefill_seqs=self.max_prefill_seqs, lookahead=lookahead)
         batch = DecodeBatch(self.runner, num_slots, scheduler.prefill_batch)

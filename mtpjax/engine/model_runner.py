@@ -15,46 +15,48 @@ from kernels_pallas.platform import compile_options
 from mtpjax.decoding.acceptance import Acceptance, exact_match
 from mtpjax.decoding.output_rows import NO_ROWS, OutputRows
 from mtpjax.decoding.sampling import BatchSamplingParams
-from mtpjax.decoding.speculative import DecodeState, Drafter, decode, insert, mtp_drafter
-from mtpjax.decoding.steps import forward_hidden, prefill
+from mtpjax.decoding.speculative import (
+    DECODE_DONATED,
+    INSERT_DONATED,
+    DecodeState,
+    Drafter,
+    decode,
+    insert_requests,
+    mtp_drafter,
+)
+from mtpjax.decoding.steps import FORWARD_HIDDEN_DONATED, PREFILL_DONATED, forward_hidden, prefill
 from mtpjax.engine.prompt_chunks import PREFILL_BUCKETS, split_prompts, usable_buckets
 from mtpjax.loading.cpu_layout import optimize_for_cpu
+from mtpjax.loading.loaded_model import LoadedModel
 from mtpjax.loading.open_model import compute_dtype_of
-from mtpjax.loading.weight_map import LoadedModel
 from mtpjax.model.cache import Cache, new_cache, padded_kv_length
 
 MAX_STEPS_PER_CALL = 32  # of the decode loop, before the host looks at the tokens
 
 CompileFn = Callable[[Any, tuple[Any, ...]], Callable[..., Any]]
-"""Makes a program: from a jitted function and arguments like those that it will get, to a callable for such arguments."""
+"""Compiles a jitted function for arguments like the given ones; returns a callable for such arguments."""
 
 # The argument whose memory the result of a step takes over.
-_DONATED: dict[Callable[..., Any], str] = {
-    prefill: "cache",
-    forward_hidden: "cache",
-    decode: "state",
-    insert: "state",
+_DONATED: dict[Callable[..., Any], tuple[str, ...]] = {
+    prefill: PREFILL_DONATED,
+    forward_hidden: FORWARD_HIDDEN_DONATED,
+    decode: DECODE_DONATED,
+    insert_requests: INSERT_DONATED,
 }
 
 
 def jit_step(fn: Callable[..., Any], /, *args: Any, **static: Any) -> Any:
     """Jit one step of `mtpjax.decoding`, with its static arguments bound and the memory of its cache or state donated.
 
-    The function is wrapped anew each time, because JAX keeps what it compiles for as long as the function lives: the programs
-    of an engine go when the engine goes.
+    The function is wrapped anew each time, because JAX keeps what it compiles for as long as the function lives: the
+    programs of an engine go when the engine goes.
     """
-    plain = getattr(fn, "__wrapped__", fn)  # TODO: remove when the steps are plain functions
-    return jax.jit(partial(plain, *args, **static), donate_argnames=_DONATED.get(fn))
+    return jax.jit(partial(fn, *args, **static), donate_argnames=_DONATED.get(fn))
 
 
 def compile_ahead(fn: Any, args: tuple[Any, ...]) -> Callable[..., Any]:
     """Compile a jitted function ahead of time for arguments like these; the default `CompileFn`."""
     return fn.lower(*args).compile(**compile_options())
-
-
-def as_host_array(value: np.ndarray) -> Array:
-    """Return a host array as an argument of a compiled program, which takes it as it is: nothing is compiled to move it."""
-    return value  # type: ignore[return-value]
 
 
 class ModelRunner:
@@ -123,7 +125,7 @@ class ModelRunner:
 
     def zero_hidden(self, batch: int) -> Array:
         """Return the hidden states `[B, D]` of sequences that nothing has been read of."""
-        return as_host_array(np.zeros((batch, self.model.cfg.hidden_size), self.compute_dtype))
+        return jax.device_put(np.zeros((batch, self.model.cfg.hidden_size), self.compute_dtype))
 
     def prefill(
         self,
@@ -141,8 +143,8 @@ class ModelRunner:
             rows: output rows of every chunk.
             return_logits: whether to collect the logits of each chunk on the host.
             cache: the cache to continue from, which is consumed; None: a new one.
-            mtp_prompt_tokens: how many of the last rows leave keys and values for the MTP head; None: all. A number needs an
-                empty cache, because what the head reads must have no gaps.
+            mtp_prompt_tokens: how many of the last rows leave keys and values for the MTP head; None: all. A number
+                needs an empty cache, because what the head reads must have no gaps.
 
         Returns:
             the cache, the hidden states of the last rows `[B, D]`, and for each chunk its logits, float32 `[B, R, V]`.
@@ -151,7 +153,7 @@ class ModelRunner:
         cache = self.new_cache(batch) if cache is None else cache
         if mtp_prompt_tokens is not None:
             num_skipped = [max(0, len(p) - mtp_prompt_tokens) for p in prompts]
-            cache = cache.replace(mtp_start_pos=as_host_array(np.array(num_skipped, np.int32)))
+            cache = cache.replace(mtp_start_pos=jax.device_put(np.array(num_skipped, np.int32)))
         hidden, all_logits = self.zero_hidden(batch), []
         for chunk in split_prompts(prompts, self.prefill_buckets):
             length = chunk.tokens.shape[1]
@@ -192,14 +194,14 @@ class ModelRunner:
             jit_step,
             decode,
             graph=self.model.graph,
-            k=self.num_speculative_tokens,
-            rounds=self.max_steps_per_call,
-            vocab=self.vocab_size,
+            num_speculative_tokens=self.num_speculative_tokens,
+            max_steps=self.max_steps_per_call,
+            vocab_size=self.vocab_size,
             drafter=self.drafter,
-            accept=self.acceptance,
+            acceptance=self.acceptance,
         )
-        limit = as_host_array(np.array(return_when_finished, np.int32))
-        key = ("decode", len(state.token), state.seen is None)
+        key = ("decode", len(state.token), state.token_counts is None)
+        limit = np.array(return_when_finished, np.int32)
         state, out, counts = self._run(key, step, self.model.params, state, params, limit)
         return state, np.asarray(out), np.asarray(counts)
 
@@ -215,8 +217,8 @@ class ModelRunner:
         rows_and_slots = np.zeros((2, len(new.token)), np.int32)
         rows_and_slots[:, : len(slots)] = rows, slots
         count = np.array(len(slots), np.int32)
-        key = ("insert", len(state.token), len(new.token), state.seen is None)
-        return self._run(key, partial(jit_step, insert), state, new, *map(as_host_array, (*rows_and_slots, count)))
+        key = ("insert", len(state.token), len(new.token), state.token_counts is None)
+        return self._run(key, partial(jit_step, insert_requests), state, new, *rows_and_slots, count)
 
     def _run(self, key: tuple[Any, ...], make_step: Callable[[], Any], *args: Any) -> Any:
         """Call the program `key`, which is compiled from the jitted function `make_step()` if there is none yet."""

@@ -27,7 +27,7 @@ class PromptChunk(NamedTuple):
 
 
 def usable_buckets(buckets: Sequence[int], max_model_len: int) -> tuple[int, ...]:
-    """Return the buckets that a prompt of less than `max_model_len` tokens can fill, ascending; at least the smallest one."""
+    """Return the buckets that are shorter than `max_model_len`, ascending, or the smallest one if there are none."""
     return tuple(sorted(b for b in set(buckets) if b < max_model_len)) or (min(buckets),)
 
 

@@ -1,4 +1,4 @@
-"""`Scheduler`: which requests wait, which run, and in which slot of the batch. It knows nothing of models and devices."""
+"""`Scheduler`: decides which requests wait, which run, and in which slot of the batch; without models and devices."""
 
 from __future__ import annotations
 
@@ -34,20 +34,21 @@ class Scheduler:
 
     There are two ways to fill the slots:
 
-    * static batch: all slots are filled when all are free, and the prompts are read into the cache of the batch itself. This
+    * static batch: all slots are filled when all are free, and the prompts are read into the cache of the batch itself.
+    This
       is the way if all requests fit into the batch at once, or if `max_prefill_seqs` is as large as the batch.
     * otherwise up to `prefill_batch` different prompts are read together, into a cache of their own, whenever that many
       slots are free. Requests of one group with the same prompt share its prefill.
 
-    Requests are taken from the source only when none waits. Those taken together start with the longest prompt, and equal
-    prompts stand next to each other.
+    Requests are taken from the source only when none waits. Those taken together start with the longest prompt, and
+    equal prompts stand next to each other.
 
     Args:
         requests: the source; taken from as needed.
         num_slots: requests that run at the same time.
         max_prefill_seqs: prompts that are read together when slots become free; None: a quarter of the slots.
-        lookahead: requests that are taken from the source together; None: `LOOKAHEAD_BATCHES` batches. At least one more
-            than there are slots.
+        lookahead: requests that are taken from the source together; None: `LOOKAHEAD_BATCHES` batches. At least one
+            more than there are slots.
 
     Attributes:
         waiting: requests without a slot, in the order in which they will start.
@@ -121,7 +122,7 @@ class Scheduler:
         return state
 
     def _next_requests(self) -> list[Request]:
-        """Take as many requests as there are free slots, with at most `prefill_batch` different prompts, from the queue."""
+        """Take requests from the queue, one for each free slot, with at most `prefill_batch` different prompts."""
         requests: list[Request] = []
         num_prompts, num_free_slots = 0, self.num_free_slots
         while self.waiting and len(requests) < num_free_slots:

@@ -14,8 +14,7 @@ from checkpoints import TINY, GgufFile, open_checkpoint
 from kernels_pallas.platform import platform
 from mtpjax.config import DEFAULT_STOP_TOKEN_IDS, ModelConfig
 from mtpjax.loading.load import load_checkpoint
-from mtpjax.loading.quantized_leaves import WEIGHTS
-from mtpjax.loading.weight_map import LoadedModel
+from mtpjax.loading.loaded_model import LoadedModel
 from mtpjax.text.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_gguf
 
 DTYPES = ("auto", "float32", "bfloat16")
@@ -58,17 +57,14 @@ def open_model(
         checkpoints.CheckpointError, mtpjax.config.ConfigError: the checkpoint cannot be read.
         ValueError: unknown `dtype` or `quantization`, an unreadable tokenizer, or a `quantization` of a loaded model.
     """
-    if quantization not in (None, *WEIGHTS):
-        names = ", ".join(map(repr, WEIGHTS))
-        raise ValueError(f"quantization is {quantization!r}; expected None or one of {names}")
-    resolved = _resolve_dtype(dtype, model)
+    resolved = resolve_dtype(dtype, model)
     loaded_tokenizer = load_tokenizer(tokenizer) if tokenizer else None
     if isinstance(model, LoadedModel):
         if quantization is not None:
             raise ValueError(f"quantization is {quantization!r}, but the model is already loaded; give a path, or None")
         return OpenedModel(model, resolved, loaded_tokenizer, {})
     source = open_checkpoint(TINY if model is None else model)
-    loaded = load_checkpoint(source, dtype=resolved, mtp=mtp, weights=quantization)
+    loaded = load_checkpoint(source, dtype=resolved, mtp=mtp, quantization=quantization)
     if loaded_tokenizer is None and source.tokenizer_file is not None:
         loaded_tokenizer = load_tokenizer(source.tokenizer_file)
     elif loaded_tokenizer is None and isinstance(source, GgufFile):
@@ -82,14 +78,14 @@ def compute_dtype_of(model: LoadedModel) -> jnp.dtype:
 
 
 def eos_token_ids(cfg: ModelConfig, generation_config: Mapping[str, Any], vocab_size: int) -> tuple[int, ...]:
-    """Return the end-of-text tokens that config.json and generation_config.json name, and the usual ones if they exist."""
+    """Return the end-of-text tokens of config.json and generation_config.json, and the usual ones if they exist."""
     eos = generation_config.get("eos_token_id")
     ids = set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
     ids |= set(cfg.stop_token_ids) | {t for t in DEFAULT_STOP_TOKEN_IDS if t < vocab_size}
     return tuple(sorted(t for t in ids if 0 <= t < cfg.vocab_size))
 
 
-def _resolve_dtype(dtype: str | DTypeLike, model: str | PathLike[str] | LoadedModel | None) -> jnp.dtype:
+def resolve_dtype(dtype: str | DTypeLike, model: str | PathLike[str] | LoadedModel | None) -> jnp.dtype:
     if isinstance(dtype, str) and dtype == "auto":
         if isinstance(model, LoadedModel):
             return compute_dtype_of(model)

@@ -1,6 +1,6 @@
-"""The Qwen3.5 text model as `flax.nnx` modules that hold weights only."""
+"""The Qwen3.5 text model as `flax.nnx` modules that hold weights only; every step is a pure function."""
 
-from mtpjax.model.gated_deltanet import commit
+from mtpjax.model.cache import commit
 from mtpjax.model.model import Model, abstract_model
 from mtpjax.model.params import Dense, Expert
 from mtpjax.model.positions import Positions, make_positions

@@ -1,4 +1,4 @@
-"""Gated attention: per-head query and gate projection, QK norm, partial RoPE, grouped queries, sigmoid gate on the output.
+"""Gated attention: query and gate in one projection, QK norm, partial RoPE, grouped queries, sigmoid output gate.
 
 Keys and values are written to the cache first, and attention then reads the cache.
 """
@@ -23,15 +23,15 @@ KVCache = tuple[Float[Array, "A B N S H"], Float[Array, "A B N S H"]]  # keys an
 class Attention(nnx.Module):
     """Weights of one gated attention layer (or a stack of them)."""
 
-    def __init__(self, cfg: ModelConfig, new: ParamFactory):
+    def __init__(self, cfg: ModelConfig, make: ParamFactory) -> None:
         self.cfg = cfg
         width = cfg.q_heads * cfg.head_dim
-        self.q = new.matrix(2 * width, cfg.hidden_size)  # per head: query rows, then gate rows
-        self.k = new.matrix(cfg.kv_heads * cfg.head_dim, cfg.hidden_size)
-        self.v = new.matrix(cfg.kv_heads * cfg.head_dim, cfg.hidden_size)
-        self.o = new.matrix(cfg.hidden_size, width)
-        self.q_norm = new.vector(cfg.head_dim)
-        self.k_norm = new.vector(cfg.head_dim)
+        self.q = make.matrix(2 * width, cfg.hidden_size)  # per head: query rows, then gate rows
+        self.k = make.matrix(cfg.kv_heads * cfg.head_dim, cfg.hidden_size)
+        self.v = make.matrix(cfg.kv_heads * cfg.head_dim, cfg.hidden_size)
+        self.o = make.matrix(cfg.hidden_size, width)
+        self.q_norm = make.vector(cfg.head_dim)
+        self.k_norm = make.vector(cfg.head_dim)
 
     def __call__(
         self,
@@ -48,7 +48,7 @@ class Attention(nnx.Module):
             cache: keys and values of all layers.
             layer: index of this layer in the cache.
             positions: positions of the rows.
-            num_output_rows: R, how many of the last rows have queries and outputs. With 0 only keys and values are computed.
+            num_output_rows: R, how many of the last rows have queries and outputs. With 0 only the cache is updated.
 
         Returns:
             the output `[P, B * R, D]` and the new cache.

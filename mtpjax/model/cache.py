@@ -1,7 +1,7 @@
-"""`Cache`: everything that a sequence remembers, as one value. It is never stored on a module; steps take it and return it.
+"""`Cache`: everything that a sequence remembers, as one value. Steps take it and return it; no module stores it.
 
-A copy of the reference is enough to fork a sequence, to keep a prefix, or to roll back. Keys and values are indexed by the token's
-position in its own sequence, so neither batch neighbours nor padding change where anything lies.
+Whoever holds on to a cache can fork the sequence, keep a prefix, or roll back. Keys and values are indexed by the
+position of the token in its own sequence, so neither batch neighbours nor padding change where anything lies.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from kernels_pallas.attention import KV_BLOCK
+from kernels_pallas.gated_delta_rule import DeltaState, PendingDeltaUpdates, replay_updates
 from mtpjax.config import ModelConfig
 
 
@@ -21,13 +22,11 @@ class Cache(struct.PyTreeNode):
     k: Float[Array, "A B N S H"]
     v: Float[Array, "A B N S H"]
     state: Float[Array, "L B M Dk Dv"]  # float32
-    conv: Float[Array, "L B past C"]  # the last `past` = `conv_width - 1` inputs of the causal convolution
+    conv: Float[Array, "L B past C"]  # the last `past` = `conv_width - 1` inputs of the causal convolutions
     mtp_k: Float[Array, "mtp_layers B N S H"]
     mtp_v: Float[Array, "mtp_layers B N S H"]
     length: Int[Array, " B"]  # number of committed tokens, which is the position of the next one
-    mtp_start_pos: Int[
-        Array, " B"
-    ]  # token position that index 0 of `mtp_k` holds; > 0 if the head skips part of the prompt
+    mtp_start_pos: Int[Array, " B"]  # token position at index 0 of `mtp_k`; > 0 if the head skips part of the prompt
 
     @property
     def kv_len(self) -> int:
@@ -35,22 +34,8 @@ class Cache(struct.PyTreeNode):
         return self.k.shape[3]
 
 
-class PendingDeltaUpdates(struct.PyTreeNode):
-    """The W rows of a verify window in the DeltaNet layers, before it is known how many of them are accepted.
-
-    A recurrent state cannot be truncated like keys and values. The rows therefore stay outside of it, as the rank-one
-    updates `k delta^T` of the recurrence. When the number of accepted rows is known, `commit` adds exactly these updates
-    ("replay").
-    """
-
-    conv: Float[Array, "L B past+W C"]  # convolution inputs, those before the window included
-    k: Float[Array, "L B W J Dk"]  # float32, normalised
-    delta: Float[Array, "L B W M Dv"]  # float32
-    decay: Float[Array, "L B W M"]  # float32, log decay summed over the window
-
-
 def padded_kv_length(max_len: int, window: int) -> int:
-    """Return the cache length for sequences of up to `max_len` tokens and one more window of rows: whole blocks of attention."""
+    """Return the cache length, in whole blocks, for sequences of up to `max_len` tokens and one more window of rows."""
     return -(-(max_len + window) // KV_BLOCK) * KV_BLOCK
 
 
@@ -86,3 +71,9 @@ def new_pending(cfg: ModelConfig, batch: int, window: int, *, dtype: jnp.dtype =
         delta=jnp.zeros((*linear, window, cfg.linear_v_heads, cfg.linear_v_dim), f32),
         decay=jnp.zeros((*linear, window, cfg.linear_v_heads), f32),
     )
+
+
+def commit(cache: Cache, pending: PendingDeltaUpdates, accepted: Int[Array, " B"]) -> Cache:
+    """Take the first `accepted` rows (0...W) of a verify window into the cache; forget the other rows."""
+    after = replay_updates(DeltaState(cache.conv, cache.state), pending, accepted)
+    return cache.replace(state=after.recurrent, conv=after.conv, length=cache.length + accepted)

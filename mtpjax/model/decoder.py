@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jaxtyping import Float
+from jax.typing import DTypeLike
+from jaxtyping import Float, Int
 
 from kernels_pallas.norm import add_rms_norm
 from kernels_pallas.partial_sums import PartialSums
@@ -22,148 +23,233 @@ from mtpjax.model.moe import Mlp, Moe
 from mtpjax.model.params import ONLY_LAYER, Expert, ParamFactory
 from mtpjax.model.positions import Positions
 
-Memory = tuple[Cache, PendingDeltaUpdates | None]
+
+class LayerState(NamedTuple):
+    """State of all layers: the cache and, in a verify window, the DeltaNet updates that wait for acceptance."""
+
+    cache: Cache
+    pending: PendingDeltaUpdates | None
 
 
 class Layer(nnx.Module):
-    """Pre-norm layer: `h = x + mixer(norm(x))`, `y = h + mlp(norm(h))`."""
+    """Pre-norm layer: `h = x + mixer(norm(x))`, `y = h + mlp(norm(h))`. The token mixer is attention or a DeltaNet.
 
-    def __init__(self, cfg: ModelConfig, new: ParamFactory, kind: str):
+    A layer receives its rows twice, as the residual stream `x` and as `normed`, which is `x` after the layer's input
+    norm: the kernel that ends one layer also computes the input norm of the next one (`next_norm`).
+    """
+
+    def __init__(self, cfg: ModelConfig, make: ParamFactory, kind: str) -> None:
         self.cfg = cfg
-        self.input_norm = new.vector(cfg.hidden_size)
-        self.post_norm = new.vector(cfg.hidden_size)
-        self.mixer: Any = Attention(cfg, new) if kind == FULL else DeltaNet(cfg, new)
-        self.mlp: Any = Moe(cfg, new) if cfg.num_experts else Mlp(cfg, new, cfg.mlp_size)
+        self.input_norm = make.vector(cfg.hidden_size)
+        self.post_norm = make.vector(cfg.hidden_size)
+        self.mixer: Any = Attention(cfg, make) if kind == FULL else DeltaNet(cfg, make)
+        self.mlp: Any = Moe(cfg, make) if cfg.num_experts else Mlp(cfg, make, cfg.mlp_size)
 
-    def feed_forward(self, x: Array, parts: PartialSums, positions: Positions, next_norm: Array) -> tuple[Array, Array]:
-        """What follows the mixer, which gave `parts`: the rows, and these normalised for what comes next."""
+    def run_attention(
+        self,
+        x: Float[Array, "B T D"],
+        normed: Float[Array, "B T D"],
+        kv_cache: KVCache,
+        layer: Int[Array, ""] | int,
+        positions: Positions,
+        next_norm: Float[Array, " D"],
+        num_output_rows: int | None = None,
+    ) -> tuple[Float[Array, "B R D"], Float[Array, "B R D"], KVCache]:
+        """Run a layer whose token mixer is attention.
+
+        Args:
+            x: the residual stream.
+            normed: `x` after the input norm.
+            kv_cache: keys and values of all attention layers.
+            layer: index of this layer in `kv_cache`.
+            positions: positions of the rows.
+            next_norm: weight of the norm that follows this layer.
+            num_output_rows: R, how many of the last rows the layer returns. None: all. The other rows only leave their
+                keys and values.
+
+        Returns:
+            the residual stream after the layer, the same after `next_norm`, and the new cache.
+        """
+        num_output_rows = x.shape[1] if num_output_rows is None else num_output_rows
+        mixer_out, kv_cache = self.mixer(normed, kv_cache, layer, positions, num_output_rows)
+        x = _last_rows(x, num_output_rows)
+        return *self._feed_forward(x, mixer_out, positions.last(num_output_rows), next_norm), kv_cache
+
+    def run_deltanet(
+        self,
+        x: Float[Array, "B T D"],
+        normed: Float[Array, "B T D"],
+        state: LayerState,
+        layer: Int[Array, ""] | int,
+        positions: Positions,
+        next_norm: Float[Array, " D"],
+        num_output_rows: int | None = None,
+    ) -> tuple[Float[Array, "B R D"], Float[Array, "B R D"], LayerState]:
+        """Run a layer whose token mixer is a DeltaNet. All rows enter the state.
+
+        Arguments and results are those of `run_attention`, with the state in place of the cache; `layer` is the index
+        among the DeltaNet layers.
+        """
+        num_output_rows = x.shape[1] if num_output_rows is None else num_output_rows
+        mixer_out, *new_state = self.mixer(normed, *state, layer, positions)
+        mixer_out = _last_rows_of_sums(mixer_out, x.shape[0], num_output_rows)
+        x = _last_rows(x, num_output_rows)
+        return *self._feed_forward(x, mixer_out, positions.last(num_output_rows), next_norm), LayerState(*new_state)
+
+    def _feed_forward(
+        self,
+        x: Float[Array, "B R D"],
+        mixer_out: PartialSums,
+        positions: Positions,
+        next_norm: Float[Array, " D"],
+    ) -> tuple[Float[Array, "B R D"], Float[Array, "B R D"]]:
+        """Add the token mixer's output, run the feed-forward block; return the rows, and the rows after `next_norm`."""
         if x.shape[1] == 0:
             return x, x
         eps, implementation = self.cfg.norm_eps, positions.implementation
-        h, normed = add_rms_norm(x, parts, self.post_norm[...], eps, implementation=implementation)
-        delta = self.mlp(normed, ONLY_LAYER, positions.valid, implementation)
-        return add_rms_norm(h, delta, next_norm, eps, implementation=implementation)
-
-    def attention(  # type: ignore[no-untyped-def]
-        self, x: Array, normed: Array, kv: KVCache, layer: Array | int, positions: Positions,
-        next_norm: Array, keep: int | None = None,
-    ):  # fmt: skip
-        """A full-attention layer over key/value stacks, on rows that are given normalised, too. Returns the rows, the last
-        `keep` of them, these normalised by `next_norm`, and the stacks."""
-        keep = x.shape[1] if keep is None else keep
-        parts, kv = self.mixer(normed, kv, layer, positions, keep)
-        return *self.feed_forward(_last(x, keep), parts, positions.last(keep), next_norm), kv
-
-    def linear(  # type: ignore[no-untyped-def]
-        self, x: Array, normed: Array, memory: Memory, layer: Array | int, positions: Positions,
-        next_norm: Array, keep: int | None = None,
-    ):  # fmt: skip
-        """A DeltaNet layer, as `attention`; its memory is that which all rows enter."""
-        batch, rows, size = x.shape
-        keep = rows if keep is None else keep
-        parts, *after = self.mixer(normed, *memory, layer, positions)
-        sums = parts.parts.reshape(-1, batch, rows, size)[:, :, rows - keep :]
-        kept = PartialSums(sums.reshape(len(sums), -1, size))
-        return *self.feed_forward(_last(x, keep), kept, positions.last(keep), next_norm), tuple(after)
+        h, normed = add_rms_norm(x, mixer_out, self.post_norm[...], eps, implementation=implementation)
+        mlp_out = self.mlp(normed, ONLY_LAYER, positions.valid, implementation)
+        return add_rms_norm(h, mlp_out, next_norm, eps, implementation=implementation)
 
 
-def _last(x: Float[Array, "B T D"], keep: int) -> Float[Array, "B keep D"]:
-    return x[:, x.shape[1] - keep :]
+def _last_rows(x: Float[Array, "B T D"], num_rows: int) -> Float[Array, "B R D"]:
+    return x[:, x.shape[1] - num_rows :]
+
+
+def _last_rows_of_sums(sums: PartialSums, batch: int, num_rows: int) -> PartialSums:
+    """Return the last rows of each sequence, `[P, B * R, D]`, of partial sums `[P, B * T, D]`."""
+    num_sums, _, size = sums.parts.shape
+    parts = sums.parts.reshape(num_sums, batch, -1, size)
+    return PartialSums(parts[:, :, parts.shape[2] - num_rows :].reshape(num_sums, -1, size))
 
 
 class SuperBlock(nnx.Module):
-    """The layers of one repeat of the pattern, every weight with a leading layer axis of size 1."""
+    """The layers of one repeat of the layer pattern. Every weight has a leading layer axis of size 1."""
 
-    def __init__(self, cfg: ModelConfig, new: ParamFactory):
+    def __init__(self, cfg: ModelConfig, make: ParamFactory) -> None:
         self.cfg = cfg
-        self.layers = nnx.List([Layer(cfg, new, kind) for kind in cfg.layer_pattern])
+        self.layers = nnx.List([Layer(cfg, make, kind) for kind in cfg.layer_pattern])
 
-    def __call__(  # type: ignore[no-untyped-def]
-        self, x: Array, normed: Array, memory: Memory, repeat: Array | int, positions: Positions,
-        next_norm: Array, keep: int | None = None,
-    ):  # fmt: skip
-        """Run repeat number `repeat` of the model.
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        normed: Float[Array, "B T D"],
+        state: LayerState,
+        block: Int[Array, ""] | int,
+        positions: Positions,
+        next_norm: Float[Array, " D"],
+        num_output_rows: int | None = None,
+    ) -> tuple[Float[Array, "B R D"], Float[Array, "B R D"], LayerState]:
+        """Run the layers as super-block number `block` of the model.
 
-        Args:
-            normed: the rows after the input norm of the first layer.
-            next_norm: norm of what follows; its rows are returned, too.
-            keep: rows that the last layer returns, the last ones; all unless told.
+        Arguments and results are those of `Layer.run_attention`: `normed` is `x` after the input norm of the first
+        layer, `next_norm` follows the last layer, and the last layer alone returns `num_output_rows` rows.
         """
         norms = [layer.input_norm[...] for layer in self.layers[1:]] + [next_norm]
-        full, lin = repeat * self.cfg.full_per_block, repeat * self.cfg.linear_per_block
+        attention_layer, deltanet_layer = block * self.cfg.full_per_block, block * self.cfg.linear_per_block
         for number, (layer, kind, norm) in enumerate(zip(self.layers, self.cfg.layer_pattern, norms, strict=True), 1):
-            wanted = keep if number == len(self.cfg.layer_pattern) else None
+            rows = num_output_rows if number == len(self.layers) else None
             if kind == FULL:
-                cache, pending = memory
-                x, normed, (k, v) = layer.attention(x, normed, (cache.k, cache.v), full, positions, norm, wanted)
-                memory, full = (cache.replace(k=k, v=v), pending), full + 1
+                cache, kv_cache = state.cache, (state.cache.k, state.cache.v)
+                x, normed, (k, v) = layer.run_attention(x, normed, kv_cache, attention_layer, positions, norm, rows)
+                state = state._replace(cache=cache.replace(k=k, v=v))
+                attention_layer = attention_layer + 1
             else:
-                x, normed, memory = layer.linear(x, normed, memory, lin, positions, norm, wanted)
-                lin = lin + 1
-        return x, normed, memory
+                x, normed, state = layer.run_deltanet(x, normed, state, deltanet_layer, positions, norm, rows)
+                deltanet_layer = deltanet_layer + 1
+        return x, normed, state
 
 
 class Decoder(nnx.Module):
     """All layers, one super-block after another.
 
-    The super-blocks are unrolled: no weight is ever sliced, and each may be stored in its own form. They are traced once
-    all the same, as one function that the program calls for every block. The cache is carried whole and updated in
-    place. Experts and packed weights are handed on whole, with their layer axis (see `mtpjax.model.params`): slicing a
-    stack for a kernel would copy what is sliced, for experts all of a layer.
+    The super-blocks are unrolled: no weight is ever sliced, and each may be stored in its own form. They are traced
+    once all the same, as one function that the program calls for every block. The cache is carried whole and updated
+    in place. Experts and quantized weights are passed on whole, with their layer axis (see `mtpjax.model.params`):
+    slicing a stack for a kernel would copy the slice, which is all experts of a layer.
     """
 
-    def __init__(self, cfg: ModelConfig, dtype: jnp.dtype) -> None:
-        self.blocks = nnx.List(
-            [SuperBlock(cfg, ParamFactory(dtype, layer_axis=True)) for _ in range(cfg.num_superblocks)]
-        )
+    def __init__(self, cfg: ModelConfig, dtype: DTypeLike) -> None:
+        make = ParamFactory(dtype, layer_axis=True)
+        self.blocks = nnx.List([SuperBlock(cfg, make) for _ in range(cfg.num_superblocks)])
 
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        memory: Memory,
+        state: LayerState,
         positions: Positions,
         final_norm: Float[Array, " D"],
-        keep: int | None = None,
-    ) -> tuple[Float[Array, "B keep D"], Float[Array, "B keep D"], Memory]:
-        """All layers on all rows; returns the last `keep` rows (all unless told), these after the final norm, and the memory.
+        num_output_rows: int | None = None,
+    ) -> tuple[Float[Array, "B R D"], Float[Array, "B R D"], LayerState]:
+        """Run all layers on all rows.
 
-        Layers do no more than these need: of the last layer, the others leave their keys and values or their part of the
-        state.
+        Args:
+            x: embedded tokens.
+            state: state of all layers.
+            positions: positions of the rows.
+            final_norm: weight of the norm that follows the last layer.
+            num_output_rows: R, how many of the last rows are returned. None: all. In the last layer the other rows
+                only leave their keys and values or their part of the recurrent state.
+
+        Returns:
+            the last rows, the same after the final norm, and the new state.
         """
-        keep = x.shape[1] if keep is None else keep
+        num_output_rows = x.shape[1] if num_output_rows is None else num_output_rows
         norms = [block.layers[0].input_norm[...][ONLY_LAYER] for block in self.blocks] + [final_norm]
         eps, implementation = self.blocks[0].cfg.norm_eps, positions.implementation
         normed = add_rms_norm(x, None, norms[0], eps, implementation=implementation)[1]
         for number, block in enumerate(self.blocks):
-            split: Any = nnx.split(block, Expert, _packed, ...)
-            graph, experts, packed, dense = split
-            rows = keep if number == len(self.blocks) - 1 else None
-            weights = experts, packed, jax.tree.map(lambda w: w[ONLY_LAYER], dense)
-            args = memory, jnp.int32(number), positions, norms[number + 1]
-            x, normed, memory = _jitted_block(weights, x, normed, *args, graph=graph, rows=rows)
-        return x, normed, memory
+            graph, *weights = _split_block(block)
+            rows = num_output_rows if number == len(self.blocks) - 1 else None
+            args = x, normed, state, jnp.int32(number), positions, norms[number + 1]
+            x, normed, state = jitted_super_block(tuple(weights), *args, graph=graph, num_output_rows=rows)
+        return x, normed, state
 
 
-def _block(  # type: ignore[no-untyped-def]
-    weights: Any, x: Array, normed: Array, memory: Memory, repeat: Array, positions: Positions, next_norm: Array, *, graph: Any,
-    rows: int | None,
-):  # fmt: skip
-    """One super-block."""
-    experts, packed, dense = weights
-    return nnx.merge(graph, experts, _layer_views(packed), dense)(x, normed, memory, repeat, positions, next_norm, rows)
+def run_super_block(
+    weights: tuple[Any, Any, Any],
+    x: Float[Array, "B T D"],
+    normed: Float[Array, "B T D"],
+    state: LayerState,
+    block: Int[Array, ""],
+    positions: Positions,
+    next_norm: Float[Array, " D"],
+    *,
+    graph: Any,
+    num_output_rows: int | None,
+) -> tuple[Float[Array, "B R D"], Float[Array, "B R D"], LayerState]:
+    """Run a super-block whose weights are arguments.
+
+    Args:
+        weights: states of its experts, of its quantized weights, and of its other weights without the layer axis.
+        graph: the static half of the split `SuperBlock`.
+    """
+    experts, quantized, dense = weights
+    super_block = nnx.merge(graph, experts, _layer_views(quantized), dense)
+    return super_block(x, normed, state, block, positions, next_norm, num_output_rows)
 
 
 # Blocks of one shape share a trace, and their kernels are lowered once.
-_jitted_block = jax.jit(_block, static_argnames=("graph", "rows"))
+jitted_super_block = jax.jit(run_super_block, static_argnames=("graph", "num_output_rows"))
 
 
-def _packed(path: Any, variable: Any) -> bool:
-    """Filter for `nnx.split`: variables that hold a packed weight."""
+def _split_block(block: SuperBlock) -> tuple[Any, Any, Any, Any]:
+    """Split a super-block into its graph, its experts, its quantized weights and its other weights.
+
+    The other weights lose their layer axis.
+    """
+    split: Any = nnx.split(block, Expert, _is_quantized, ...)
+    graph, experts, quantized, dense = split
+    return graph, experts, quantized, jax.tree.map(lambda w: w[ONLY_LAYER], dense)
+
+
+def _is_quantized(path: tuple[Any, ...], variable: Any) -> bool:
+    """Filter of `nnx.split` for variables that hold a quantized weight."""
     return isinstance(variable.get_value() if hasattr(variable, "get_value") else variable.value, QuantizedTensor)
 
 
 def _layer_views(state: Any) -> Any:
-    """The packed stacks of a state, each as its one layer, not sliced."""
+    """Return a state whose quantized stacks are views of their one layer. Nothing is sliced."""
     index = jnp.asarray(ONLY_LAYER, jnp.int32)
 
     def view(leaf: Any) -> Any:

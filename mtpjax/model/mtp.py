@@ -1,7 +1,8 @@
-"""The Multi-Token-Prediction head: one full-attention layer that reads (next token, trunk hidden) and predicts the token after.
+"""The Multi-Token-Prediction (MTP) head: one attention layer that predicts the token after the next one.
 
-Cache slot t of the head holds the pair (hidden state of row t, token t + 1), at position t. The hidden state is the one
-*after* the trunk's final norm, and when the head is applied again, its own output *after* `mtp.norm`.
+It reads pairs of a trunk hidden state and the token that follows it (DeepSeek-V3, arXiv:2412.19437, section 2.2).
+Position t of the head's keys and values holds the pair (hidden state of row t, token t + 1). The hidden state is the
+one *after* the trunk's final norm. Applied again, the head reads its own output *after* `mtp.norm` in its place.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from kernels_pallas.matmul import linear
@@ -19,44 +21,53 @@ from mtpjax.model.decoder import Layer
 from mtpjax.model.params import ParamFactory
 from mtpjax.model.positions import Positions
 
+MTP_LAYER = 0  # index of the head's layer in its own keys and values
+
 
 class Mtp(nnx.Module):
-    """Weights of the head; embedding and LM head are the trunk's."""
+    """Weights of the head. It shares the embedding and the LM head with the trunk."""
 
-    def __init__(self, cfg: ModelConfig, dtype: jnp.dtype):
+    def __init__(self, cfg: ModelConfig, dtype: DTypeLike) -> None:
         self.cfg = cfg
-        new = ParamFactory(dtype)
-        self.embed_norm = new.vector(cfg.hidden_size)
-        self.hidden_norm = new.vector(cfg.hidden_size)
-        self.fc = new.matrix(cfg.hidden_size, 2 * cfg.hidden_size)
-        self.layer = Layer(cfg, new, FULL)
-        self.norm = new.vector(cfg.hidden_size)
+        make = ParamFactory(dtype)
+        self.embed_norm = make.vector(cfg.hidden_size)
+        self.hidden_norm = make.vector(cfg.hidden_size)
+        self.fc = make.matrix(cfg.hidden_size, 2 * cfg.hidden_size)
+        self.layer = Layer(cfg, make, FULL)
+        self.norm = make.vector(cfg.hidden_size)
 
-    def _join(self, embedded: Float[Array, "B T D"], hidden: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def _combine(self, embedded: Float[Array, "B T D"], hidden: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Return `fc [norm(embedded), norm(hidden)]`, the input of the head's layer. The embedding comes first."""
         eps = self.cfg.norm_eps
         e, h = rms_norm(embedded, self.embed_norm[...], eps), rms_norm(hidden, self.hidden_norm[...], eps)
-        return linear(jnp.concatenate([e, h], axis=-1), self.fc[...])  # embedding first
+        return linear(jnp.concatenate([e, h], axis=-1), self.fc[...])
 
     def sync(
         self, embedded: Float[Array, "B T D"], hidden: Float[Array, "B T D"], cache: Cache, positions: Positions
     ) -> Cache:
-        """Leave the keys and values of the rows in the cache and nothing else: no query, attention, expert, norm or head.
+        """Write the keys and values of the rows to the cache: no query, attention, expert, final norm or LM head.
 
         Args:
             embedded: embedding of the token *after* each row.
             hidden: trunk hidden state of each row, after the final norm.
+            cache: its `mtp_k` and `mtp_v` change.
+            positions: positions of the rows in the head's cache.
         """
-        x = rms_norm(self._join(embedded, hidden), self.layer.input_norm[...], self.cfg.norm_eps)
-        _, (k, v) = self.layer.mixer(x, (cache.mtp_k, cache.mtp_v), 0, positions, 0)
+        x = rms_norm(self._combine(embedded, hidden), self.layer.input_norm[...], self.cfg.norm_eps)
+        _, (k, v) = self.layer.mixer(x, (cache.mtp_k, cache.mtp_v), MTP_LAYER, positions, 0)
         return cache.replace(mtp_k=k, mtp_v=v)
 
     def __call__(
         self, embedded: Float[Array, "B T D"], hidden: Float[Array, "B T D"], cache: Cache, positions: Positions
     ) -> tuple[Float[Array, "B T D"], Cache]:
-        """The whole head for the rows: hidden states after `mtp.norm`, ready for the LM head and for the next step."""
-        kv = (cache.mtp_k, cache.mtp_v)
-        x = self._join(embedded, hidden)
+        """Run the whole head; arguments are those of `sync`.
+
+        Returns:
+            hidden states after `mtp.norm`, ready for the LM head and for the next step of the head; and the new cache.
+        """
+        kv_cache = (cache.mtp_k, cache.mtp_v)
+        x = self._combine(embedded, hidden)
         norm, implementation = self.layer.input_norm[...], positions.implementation
         _, normed = add_rms_norm(x, None, norm, self.cfg.norm_eps, implementation=implementation)
-        _, y, (k, v) = self.layer.attention(x, normed, kv, 0, positions, self.norm[...])
+        _, y, (k, v) = self.layer.run_attention(x, normed, kv_cache, MTP_LAYER, positions, self.norm[...])
         return y, cache.replace(mtp_k=k, mtp_v=v)

@@ -1,8 +1,9 @@
-"""Variable types of the model's weights and the maker of (abstract) parameters.
+"""Variable types of the model's weights and the factory of (abstract) parameters.
 
 The layer axis: every weight inside the trunk's layers has a leading axis of size 1. Kernels take whole stacks
-`[layer, ...]` with the index of a layer, because a slice that goes to a kernel is a copy. Each super-block holds stacks of
-its own, so that no weight is ever sliced and each may be stored in its own form; `ONLY_LAYER` is the index into them.
+`[layer, ...]` with the index of a layer, because a slice that goes to a kernel is a copy. Each super-block holds
+stacks of its own, so that no weight is ever sliced and each may be stored in its own form; `ONLY_LAYER` is the index
+into them.
 """
 
 from __future__ import annotations
@@ -11,42 +12,46 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 ONLY_LAYER = 0
 
 
 class Dense(nnx.Param):
-    """A weight that is read whole by every row."""
+    """A matrix of which every row of a step reads all."""
 
 
 class Vector(nnx.Param):
-    """Norm weights, taps, decay rates: small, never packed nor turned."""
+    """A small weight that is never quantized nor transposed: norm weights, convolution taps, decay rates."""
 
 
 class Expert(nnx.Param):
-    """A stack `[layer, expert, ...]` of routed experts; always handed on whole, with the index of the layer."""
+    """A stack `[layer, expert, ...]` of routed experts. It is always passed on whole, with the index of the layer."""
 
 
 @dataclass(frozen=True)
 class ParamFactory:
-    """Makes zero parameters of a given shape. Modules are built under `nnx.eval_shape`, so nothing is allocated.
+    """Makes zero parameters of given shapes. Modules are built under `nnx.eval_shape`, so nothing is allocated.
 
-    `layer_axis` adds the layer axis (see above) to every weight; experts have one in any case.
+    Attributes:
+        dtype: dtype of matrices and experts.
+        layer_axis: add the layer axis (see above) to every weight. Experts have one in any case.
     """
 
-    dtype: jnp.dtype
+    dtype: DTypeLike
     layer_axis: bool = False
 
-    def _lead(self) -> tuple[int, ...]:
+    def _leading_axes(self) -> tuple[int, ...]:
         return (1,) if self.layer_axis else ()
 
-    def matrix(self, rows: int, columns: int) -> Dense:
-        """A linear weight, `[out, in]` as published."""
-        return Dense(jnp.zeros((*self._lead(), rows, columns), self.dtype))
+    def matrix(self, out_features: int, in_features: int) -> Dense:
+        """Return a linear weight `[out, in]`, the layout of published checkpoints."""
+        return Dense(jnp.zeros((*self._leading_axes(), out_features, in_features), self.dtype))
 
     def vector(self, *shape: int) -> Vector:
-        """Norm weights and the like: small, always float32."""
-        return Vector(jnp.zeros((*self._lead(), *shape), jnp.float32))
+        """Return a small weight, which is always float32."""
+        return Vector(jnp.zeros((*self._leading_axes(), *shape), jnp.float32))
 
-    def experts(self, experts: int, rows: int, columns: int) -> Expert:
-        return Expert(jnp.zeros((1, experts, rows, columns), self.dtype))
+    def experts(self, num_experts: int, out_features: int, in_features: int) -> Expert:
+        """Return the matrices `[layer, expert, out, in]` of all experts of a layer."""
+        return Expert(jnp.zeros((1, num_experts, out_features, in_features), self.dtype))

@@ -1,4 +1,4 @@
-"""`Positions`: where the rows of a step are in the cache, which of them are padding, and how attention computes them."""
+"""`Positions`: where the rows of a step are in the cache, which of them are padding, and how ops compute them."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ class Positions(struct.PyTreeNode):
     The first `pad[b]` rows of sequence b are padding. Padding is an exact no-op everywhere.
     """
 
+    __no_type_check__ = True  # JAX also builds pytrees of shapes and of placeholders, which jaxtyping would refuse
     positions: Int[Array, "B T"]  # in the sequence, which is also the position in the cache
     valid: Bool[Array, "B T"]  # False for padding and for rows beyond the cache
     pad: Int[Array, " B"]
@@ -61,10 +62,10 @@ def make_positions(
         rows: rows of the step, padding included.
         pad: rows of padding in front of each sequence, 0...rows.
         kv_len: length of the cache. Rows beyond it are not valid.
-        static_kv_blocks: a number of cache blocks that attention always reads. The trip count of its loop is then static, so
-            the step is differentiable. None: as many blocks as the positions need.
-        implementation: implementation of the ops that have more than one; see `kernels_pallas.platform`. Training needs "xla",
-            because kernels have no gradient.
+        static_kv_blocks: a number of cache blocks that attention always reads. The trip count of its loop is then
+            static, so the step is differentiable. None: as many blocks as the positions need.
+        implementation: implementation of the ops that have more than one; see `kernels_pallas.platform`. Training
+            needs "xla", because kernels have no gradient.
     """
     steps = jnp.arange(rows)
     positions = start[:, None] - pad[:, None] + steps

@@ -1,7 +1,7 @@
 """Angles of the partial rotary position embedding; `kernels_pallas.attention.apply_rope` rotates by them.
 
-Only the first `rotary_dim` channels of a head are rotated. With text alone the three position rows of M-RoPE are equal, so
-M-RoPE is exactly this one-dimensional form.
+Only the first `rotary_dim` channels of a head are rotated. With text alone the three position rows of M-RoPE are
+equal, so M-RoPE is exactly this one-dimensional form.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From a conversation to the text of a prompt, by the checkpoint's own chat template (Jinja, as Hugging Face stores it)."""
+"""From a conversation to the text of a prompt, by the checkpoint's own chat template (in Jinja)."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ class ChatTemplate:
             add_generation_prompt: end with the opening of the assistant's next message.
 
         Raises:
-            ValueError: the messages have another form, the template refuses them, or `chat_template_kwargs` has a variable that
-                is an argument of its own.
+            ValueError: the messages have another form, the template refuses them, or `chat_template_kwargs` has a
+                variable that is an argument of its own.
         """
         import jinja2
         from jinja2.sandbox import ImmutableSandboxedEnvironment

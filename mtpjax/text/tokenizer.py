@@ -47,7 +47,11 @@ class Tokenizer:
 
 
 def load_tokenizer(path: str | PathLike[str]) -> Tokenizer:
-    """Read a `tokenizer.json`, and the chat template beside it. Raises ValueError that names a file that cannot be read."""
+    """Read a `tokenizer.json`, and the chat template beside it.
+
+    Raises:
+        ValueError: names a file that cannot be read.
+    """
     import tokenizers  # a slow import that research on token ids does not need
 
     try:

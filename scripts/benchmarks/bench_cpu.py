@@ -34,7 +34,7 @@ def ours(max_len: int, dtype: str, draft: int = 0) -> Side:
     import jax.numpy as jnp
 
     from mtpjax import LLM, SamplingParams
-    from mtpjax.loading.weight_map import random_model
+    from mtpjax.loading.random_init import random_model
 
     model = random_model(CONFIG if draft else CONFIG.without_mtp(), dtype=getattr(jnp, dtype))
     llm = LLM(

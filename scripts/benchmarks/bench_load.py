@@ -41,7 +41,8 @@ def make(path: Path, gigabytes: float, gguf: str | None) -> None:
     import jax.numpy as jnp
 
     from checkpoints import write_gguf, write_safetensors_directory
-    from mtpjax.loading.weight_map import export_tensors, random_model
+    from mtpjax.loading.export import export_tensors
+    from mtpjax.loading.random_init import random_model
 
     model = random_model(config(gigabytes), dtype=jnp.bfloat16)
     if gguf:
@@ -66,7 +67,7 @@ def load(path: Path, form: str) -> None:
     source = open_checkpoint(path)
     opened = time.perf_counter() - start
     model = load_checkpoint(
-        source, dtype=jnp.dtype("bfloat16" if packed else form), weights="packed" if packed else None
+        source, dtype=jnp.dtype("bfloat16" if packed else form), quantization="packed" if packed else None
     )
     leaves = jax.block_until_ready(jax.tree.leaves(model.params))
     seconds = time.perf_counter() - start

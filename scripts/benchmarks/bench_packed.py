@@ -19,8 +19,9 @@ import numpy as np
 from checkpoints import open_checkpoint, write_safetensors_directory
 from mtpjax import LLM, SamplingParams
 from mtpjax.hf_config import config_to_hf
+from mtpjax.loading.export import export_tensors
 from mtpjax.loading.load import load_checkpoint
-from mtpjax.loading.weight_map import export_tensors, random_model
+from mtpjax.loading.random_init import random_model
 from scripts.benchmarks.bench_cpu import CONFIG
 from scripts.benchmarks.results import describe, ratio_table, write_json
 
@@ -41,7 +42,7 @@ def main() -> None:
         path = Path(folder) / "model"
         write_safetensors_directory(path, config_to_hf(cfg), export_tensors(random_model(cfg, dtype=jnp.bfloat16)))
         for name, weights in FORMS.items():
-            model = load_checkpoint(open_checkpoint(path), dtype=jnp.bfloat16, mtp=False, weights=weights)
+            model = load_checkpoint(open_checkpoint(path), dtype=jnp.bfloat16, mtp=False, quantization=weights)
             gigabytes[name] = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)) / 1e9
             length = args.prompt + args.new + 8
             sides[name] = LLM(

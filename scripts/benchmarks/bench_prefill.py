@@ -28,11 +28,10 @@ import numpy as np
 
 from mtpjax.config import FULL, LINEAR, ModelConfig
 from mtpjax.decoding.output_rows import NO_ROWS, OutputRows
-from mtpjax.decoding.steps import forward_hidden, prefill
 from mtpjax.loading.cpu_layout import optimize_for_cpu
-from mtpjax.loading.load import load_options
-from mtpjax.loading.weight_map import random_model
+from mtpjax.loading.random_init import random_model
 from mtpjax.model.cache import new_cache, padded_kv_length
+from scripts.benchmarks.jitted_steps import forward_hidden, prefill
 from scripts.benchmarks.results import describe, ratio_table, write_json
 
 CONFIG = ModelConfig(
@@ -60,7 +59,7 @@ class Side:
         whole: bool = False,
         read: int | None = None,
     ):
-        self.model = optimize_for_cpu(random_model(cfg, **load_options(jnp.float32)))
+        self.model = optimize_for_cpu(random_model(cfg, dtype=jnp.float32))
         self.new = jax.jit(partial(new_cache, cfg, 1, padded_kv_length(max_len, 1)))
         self.pad = jnp.zeros(1, jnp.int32)
         self.step: Any = (

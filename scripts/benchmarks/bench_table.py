@@ -31,19 +31,20 @@ from flax import nnx
 
 from checkpoints import TINY, open_checkpoint
 from kernels_pallas.platform import compile_options, platform
-from mtpjax.decoding.acceptance import exact_match, simulated
+from mtpjax.decoding.acceptance import exact_match, simulated_acceptance
 from mtpjax.decoding.output_rows import NO_ROWS, OutputRows
 from mtpjax.decoding.sampling import MAX_STOP_TOKENS, BatchSamplingParams
-from mtpjax.decoding.speculative import DecodeState, decode
-from mtpjax.decoding.steps import forward_hidden, prefill
+from mtpjax.decoding.speculative import DecodeState
 from mtpjax.loading.cpu_layout import optimize_for_cpu
-from mtpjax.loading.load import cache_dtype, load_checkpoint, load_options
-from mtpjax.loading.weight_map import LoadedModel, random_model
+from mtpjax.loading.load import cache_dtype, load_checkpoint
+from mtpjax.loading.loaded_model import LoadedModel
+from mtpjax.loading.random_init import random_model
 from mtpjax.model.cache import new_cache, padded_kv_length
 from mtpjax.presets import PRESETS, preset
 from mtpjax.text.tokenizer import load_tokenizer
 from scripts.benchmarks.bench_prefill import CONFIG
 from scripts.benchmarks.count_flops import whole_layer
+from scripts.benchmarks.jitted_steps import decode, forward_hidden, prefill
 from scripts.benchmarks.results import describe, memory_peak_mb, write_json
 from scripts.benchmarks.roofline import CEILINGS, Ceilings, chunk_work, measure_ceilings, round_work
 from scripts.benchmarks.table_output import write_table
@@ -127,20 +128,20 @@ class Decoder:
         )  # fmt: skip
         static = {
             "graph": side.model.graph,
-            "k": self.draft,
-            "rounds": MAX_STEPS_PER_CALL,
-            "vocab": self.vocab,
-            "accept": self.accept,
+            "num_speculative_tokens": self.draft,
+            "max_steps": MAX_STEPS_PER_CALL,
+            "vocab_size": self.vocab,
+            "acceptance": self.accept,
         }
         if self.program is None:
             self.program = decode.lower(side.model.params, state, asked, **static).compile(**compile_options())
         state = jax.block_until_ready(jax.device_put(state))
         start = time.perf_counter()
-        while not bool(state.done[0]):
+        while not bool(state.finished[0]):
             state, _, _ = self.program(side.model.params, state, asked)
         seconds = time.perf_counter() - start
-        rounds = int(state.rounds[0])
-        accepted = (np.asarray(state.accepted[0]) / rounds).tolist()
+        rounds = int(state.num_steps[0])
+        accepted = (np.asarray(state.num_accepted_per_pos[0]) / rounds).tolist()
         return {"seconds": seconds, "tokens_per_round": self.new / rounds, "accepted": accepted}  # type: ignore[dict-item]
 
     def dtype(self) -> Any:
@@ -161,7 +162,7 @@ def sides_of(
         )
         sides.append(side)
         rule = (
-            simulated(args.synthetic_acceptance_length or GOLDEN_LENGTH.get(k), args.acceptance, k)
+            simulated_acceptance(args.synthetic_acceptance_length or GOLDEN_LENGTH.get(k), args.acceptance, k)
             if args.simulate
             else None
         )
@@ -214,10 +215,10 @@ def load(args: argparse.Namespace) -> tuple[LoadedModel, LoadedModel, Any, Any]:
     dtype = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[args.dtype]
     if args.model == "random":
         cfg = preset(args.shape) if args.shape else CONFIG
-        model = random_model(cfg, weights=args.weights, **load_options(dtype))
+        model = random_model(cfg, quantization=args.weights, dtype=dtype)
         return model, without_mtp(model), None, cache_dtype(dtype)
     source = open_checkpoint(TINY if args.model == "tiny" else args.model)
-    models = [load_checkpoint(source, dtype=dtype, mtp=mtp, weights=args.weights) for mtp in (True, False)]
+    models = [load_checkpoint(source, dtype=dtype, mtp=mtp, quantization=args.weights) for mtp in (True, False)]
     if not models[0].cfg.mtp_layers:
         raise SystemExit(f"{args.model}: no MTP head; there is nothing to compare")
     return models[0], models[1], source.tokenizer_file and load_tokenizer(source.tokenizer_file), cache_dtype(dtype)

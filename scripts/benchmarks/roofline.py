@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from mtpjax.config import ModelConfig
-from mtpjax.loading.weight_map import flat
+from mtpjax.loading.loaded_model import flatten_params
 
 # Sizes for `measure_ceilings` that leave the caches behind.
 CEILINGS = {"cpu": {"megabytes": 256, "size": 2048}, "cuda": {"megabytes": 2048, "size": 8192}}
@@ -90,7 +90,7 @@ def weights_work(cfg: ModelConfig, params: Any, rows: int, *, mtp: bool, head_ro
     """Weights of the trunk (or of one step of the MTP head, `mtp`) for `rows` rows: each matrix read once, of the experts
     those that are chosen; and the LM head for `head_rows`."""
     total = Work(0.0, 0.0)
-    for path, variable in flat(params).items():
+    for path, variable in flatten_params(params).items():
         leaf, name = variable[...], path[-1]
         size, elements = leaf.nbytes, math.prod(leaf.shape)
         if name in ("embedding", "lm_head"):

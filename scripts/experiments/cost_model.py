@@ -24,8 +24,9 @@ from kernels_pallas.platform import compile_options
 from mtpjax.decoding import steps
 from mtpjax.decoding.sampling import MAX_STOP_TOKENS, BatchSamplingParams
 from mtpjax.loading.cpu_layout import optimize_for_cpu
-from mtpjax.loading.load import cache_dtype, load_options
-from mtpjax.loading.weight_map import LoadedModel, random_model
+from mtpjax.loading.load import cache_dtype
+from mtpjax.loading.loaded_model import LoadedModel
+from mtpjax.loading.random_init import random_model
 from mtpjax.model import commit
 from mtpjax.model.cache import new_cache, new_pending, padded_kv_length
 from scripts.benchmarks.bench_prefill import CONFIG
@@ -61,7 +62,7 @@ def pieces(model: LoadedModel, k: int, batch: int) -> dict[str, Any]:
 
     def end(params: Any, cache: Any) -> Any:
         model, pending = nnx.merge(graph, params), new_pending(cfg, batch, k + 1, dtype=stored)
-        cache = steps.sync(model, hidden, window[:, 1:], idle, cache) if k else cache
+        cache = steps.sync_mtp_cache(model, hidden, window[:, 1:], idle, cache) if k else cache
         return (), commit(cache, pending, jnp.zeros(batch, jnp.int32))
 
     def runner(fn: Any) -> Any:
@@ -84,7 +85,7 @@ def experiment(smoke: bool) -> dict[str, Any]:
     """A row for each batch and draft length: measured and modelled milliseconds of each part, break-even tokens a round."""
     drafts, batches, runs = ((0, 1), (1,), 2) if smoke else ((0, 1, 2, 4, 8), (1, 4, 16), 15)
     cfg = replace(CONFIG, num_layers=4 if smoke else 8)
-    model = random_model(cfg, **load_options(jnp.float32))
+    model = random_model(cfg, dtype=jnp.float32)
     quick = optimize_for_cpu(model)
     ceilings = measure_ceilings(jnp.float32, megabytes=64 if smoke else 256, size=512 if smoke else 2048)
     rows = []

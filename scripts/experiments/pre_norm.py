@@ -1,52 +1,64 @@
-"""Test-only variant of the model whose MTP head reads hidden states *before* the norms, to measure what that costs.
+"""A variant of the model whose MTP head reads hidden states *before* the norms, to measure what that costs.
 
-The trunk's own logits stay the same; only what the head is fed changes, from the trunk and from its own earlier step.
+The trunk's logits stay the same. Only the input of the MTP head changes, from the trunk and from the head's own
+earlier step. Hidden states are twice as wide here, `[normalised, not normalised]`: the LM head reads the first half,
+the MTP head the second half.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jaxtyping import Float, Int
 
-from kernels_pallas.norm import rms_norm
-from mtpjax.loading.weight_map import LoadedModel
-from mtpjax.model import Model
-from mtpjax.model.cache import new_pending
-from mtpjax.model.mtp import Mtp
+from kernels_pallas.norm import add_rms_norm
+from mtpjax.loading.loaded_model import LoadedModel
+from mtpjax.model import Model, Positions
+from mtpjax.model.cache import Cache, PendingDeltaUpdates, new_pending
+from mtpjax.model.decoder import LayerState
+from mtpjax.model.mtp import MTP_LAYER, Mtp
 
 
 class PreNormMtp(Mtp):
-    """Hands on its rows before `mtp.norm`."""
+    """An MTP head that reads the half of its input that is not normalised, and returns both halves."""
 
-    def __call__(self, embedded, hidden, cache, positions):  # type: ignore[no-untyped-def]
-        x, layer = self._join(embedded, hidden), self.layer
-        normed = rms_norm(x, layer.input_norm[...], self.cfg.norm_eps)
-        y, _, (k, v) = layer.attention(x, normed, (cache.mtp_k, cache.mtp_v), 0, positions, self.norm[...])
-        return y, cache.replace(mtp_k=k, mtp_v=v)
+    def _combine(self, embedded: Float[Array, "B T D"], hidden: Float[Array, "B T 2*D"]) -> Float[Array, "B T D"]:
+        return super()._combine(embedded, hidden[..., embedded.shape[-1] :])
+
+    def __call__(
+        self, embedded: Float[Array, "B T D"], hidden: Float[Array, "B T 2*D"], cache: Cache, positions: Positions
+    ) -> tuple[Float[Array, "B T 2*D"], Cache]:
+        x, kv_cache = self._combine(embedded, hidden), (cache.mtp_k, cache.mtp_v)
+        _, normed = add_rms_norm(x, None, self.layer.input_norm[...], self.cfg.norm_eps)
+        y, y_normed, (k, v) = self.layer.run_attention(x, normed, kv_cache, MTP_LAYER, positions, self.norm[...])
+        return jnp.concatenate([y_normed, y], axis=-1), cache.replace(mtp_k=k, mtp_v=v)
 
 
 class PreNormModel(Model):
-    """Hands the MTP head rows before the final norm; the norms move into the heads."""
+    """A model that returns both halves of hidden states."""
 
-    def final_norm(self, x: Array) -> Array:
-        return x
+    def final_norm(self, x: Float[Array, "B T D"]) -> Float[Array, "B T 2*D"]:
+        return jnp.concatenate([super().final_norm(x), x], axis=-1)
 
-    def trunk_pending(self, tokens, cache, positions):  # type: ignore[no-untyped-def]
-        memory = cache, new_pending(self.cfg, *tokens.shape, dtype=cache.conv.dtype)
-        rows, _, (cache, pending) = self.decoder(self.embed(tokens, positions.valid), memory, positions, self.norm[...])
-        return rows, cache, pending
+    def trunk_pending(
+        self, tokens: Int[Array, "B W"], cache: Cache, positions: Positions
+    ) -> tuple[Float[Array, "B W 2*D"], Cache, PendingDeltaUpdates]:
+        state = LayerState(cache, new_pending(self.cfg, *tokens.shape, dtype=cache.conv.dtype))
+        rows, hidden, state = self.decoder(self.embed(tokens, positions.valid), state, positions, self.norm[...])
+        assert state.pending is not None
+        return jnp.concatenate([hidden, rows], axis=-1), state.cache, state.pending
 
-    def head(self, hidden: Array) -> Array:
-        return super().head(super().final_norm(hidden))
-
-    def mtp_head(self, hidden: Array) -> Array:
-        return super().head(rms_norm(hidden, self.mtp.norm[...], self.cfg.norm_eps))
+    def head(self, hidden: Float[Array, "B R 2*D"]) -> Float[Array, "B R V"]:
+        return super().head(hidden[..., : hidden.shape[-1] // 2])
 
 
 def pre_norm(model: LoadedModel) -> LoadedModel:
-    """The same weights in the pre-norm variant."""
+    """Return the pre-norm variant with the same weights. Its config names the width of its hidden states."""
     merged = nnx.merge(model.graph, model.params)
     merged.__class__ = PreNormModel
     merged.mtp.__class__ = PreNormMtp
     graph, params = nnx.split(merged)
-    return LoadedModel(model.cfg, graph, params)
+    return LoadedModel(replace(model.cfg, hidden_size=2 * model.cfg.hidden_size), graph, params)

@@ -28,7 +28,7 @@ from kernels_pallas.weights.quantized import QuantizedTensor
 from mtpjax import LLM, SamplingParams
 from mtpjax.cli.convert import to_gguf
 from mtpjax.loading.load import load_checkpoint
-from mtpjax.loading.weight_map import LoadedModel
+from mtpjax.loading.loaded_model import LoadedModel
 from mtpjax.model.cache import KV_BLOCK
 from scripts.experiments import common
 from scripts.tiny_model import data
@@ -46,9 +46,9 @@ def load(kind: str) -> tuple[LoadedModel, float]:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "tiny.gguf"
             to_gguf(open_checkpoint(TINY), file, kind)
-            model = load_checkpoint(open_checkpoint(file), dtype=jnp.float32, weights="packed")
+            model = load_checkpoint(open_checkpoint(file), dtype=jnp.float32, quantization="packed")
             return model, file.stat().st_size / 1e6
-    model = load_checkpoint(open_checkpoint(TINY), dtype=jnp.float32, weights=kind)
+    model = load_checkpoint(open_checkpoint(TINY), dtype=jnp.float32, quantization=kind)
     return model, sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)) / 1e6
 
 

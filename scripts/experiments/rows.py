@@ -17,13 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas.platform import compile_options
-from mtpjax.decoding.steps import prefill
 from mtpjax.loading.cpu_layout import optimize_for_cpu
-from mtpjax.loading.load import load_options
-from mtpjax.loading.weight_map import random_model
+from mtpjax.loading.random_init import random_model
 from mtpjax.model.cache import new_cache, padded_kv_length
 from scripts.benchmarks.bench_prefill import CONFIG
 from scripts.benchmarks.count_flops import ROWS, VARIANTS, flops, whole_layer
+from scripts.benchmarks.jitted_steps import prefill
 from scripts.experiments import common
 
 
@@ -32,7 +31,7 @@ def experiment(smoke: bool) -> dict[str, Any]:
     chunk, context, runs = (64, 128, 2) if smoke else (512, 2048, 7)
     slots = padded_kv_length(context, 1)
     configs = {True: CONFIG, False: CONFIG.without_mtp()}
-    models = {mtp: optimize_for_cpu(random_model(cfg, **load_options(jnp.float32))) for mtp, cfg in configs.items()}
+    models = {mtp: optimize_for_cpu(random_model(cfg, dtype=jnp.float32)) for mtp, cfg in configs.items()}
     ids = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (1, context)).astype(np.int32)
     rows: list[dict[str, Any]] = []
     programs = []

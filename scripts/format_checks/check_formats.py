@@ -31,7 +31,9 @@ from checkpoints import TINY, CheckpointError, QuantizedDirectory, open_checkpoi
 from mtpjax import LLM
 from mtpjax.config import FULL, LINEAR, ModelConfig
 from mtpjax.hf_config import config_to_hf
-from mtpjax.loading.weight_map import check_source, export_tensors, random_model
+from mtpjax.loading.export import export_tensors
+from mtpjax.loading.random_init import random_model
+from mtpjax.loading.weight_map import check_source
 from scripts.benchmarks.results import describe, write_json
 from scripts.format_checks.libraries import CASES, Case, Packed
 from scripts.format_checks.pipelines import Pipeline, pipelines

@@ -222,7 +222,7 @@ def mtp_logits(params: Any, following: jax.Array, hidden: jax.Array, *, graph: A
     zero, slots = jnp.zeros(1, jnp.int32), padded_kv_length(len(following), 1)
     where = make_positions(model.cfg, zero, len(following), zero, kv_len=slots)
     rows, _ = model.mtp_step(hidden[None], following[None], new_cache(model.cfg, 1, slots), where)
-    return model.mtp_head(rows)[0]
+    return model.head(rows)[0]
 
 
 def relative(ours: np.ndarray, theirs: np.ndarray) -> float:

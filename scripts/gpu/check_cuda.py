@@ -49,7 +49,15 @@ from scripts.gpu.cuda_cases import (
 )
 from scripts.gpu.cuda_target import CARDS, CompileTarget, memory_bytes
 
-KERNELS = ("matmul_", "experts_", "attention_", "delta_", "choose_", "sampling_", "norm_")  # prefixes of their names
+KERNELS = (
+    "matmul_",
+    "experts_",
+    "attention_",
+    "gated_delta_rule_",
+    "choose_",
+    "sampling_",
+    "norm_",
+)  # prefixes of their names
 PRODUCTS = ("matmul_", "experts_")  # prefixes of the products with packed weights
 REGISTER_LAYOUTS = ("codes4", "codes5")  # decoding kernels pass these weights from register to tensor core
 MEMORY_OPERAND_CARDS = ("b200",)  # their tensor cores take weights from memory only

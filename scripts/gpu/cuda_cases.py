@@ -14,8 +14,9 @@ from flax import nnx
 from kernels_pallas.attention import CosSin, QkvProjections
 from kernels_pallas.attention.triton import attention as attention_kernel
 from kernels_pallas.attention.triton_qkv import norm_rope_update_cache
-from kernels_pallas.gated_delta_rule.triton import DeltaProjections, Fixed, delta_window
-from kernels_pallas.gated_delta_rule.triton_chunks import delta_chunks
+from kernels_pallas.gated_delta_rule import DeltaProjections, DeltaState, DeltaWeights
+from kernels_pallas.gated_delta_rule.triton import recurrent_gated_delta_rule
+from kernels_pallas.gated_delta_rule.triton_chunks import chunk_gated_delta_rule
 from kernels_pallas.grouped_matmul.triton import fused_moe
 from kernels_pallas.matmul.triton import matmul
 from kernels_pallas.norm import MoeOutput
@@ -27,13 +28,12 @@ from kernels_pallas.weights.quantized import QuantizedTensor
 from mtpjax.decoding.output_rows import NO_ROWS
 from mtpjax.decoding.penalties import Penalties, TokenCounts
 from mtpjax.decoding.sampling import MAX_STOP_TOKENS, BatchSamplingParams, TruncationParams
-from mtpjax.decoding.speculative import DecodeState, decode, insert, mtp_drafter
-from mtpjax.decoding.steps import prefill
-from mtpjax.loading.load import load_options
-from mtpjax.loading.weight_map import fill
+from mtpjax.decoding.speculative import DecodeState, mtp_drafter
+from mtpjax.loading.loaded_model import map_params
 from mtpjax.model import abstract_model
 from mtpjax.model.cache import new_cache, padded_kv_length
 from mtpjax.presets import preset
+from scripts.benchmarks.jitted_steps import decode, insert_requests, prefill
 
 Case = Callable[[], tuple[Any, tuple[Any, ...]]]  # a jitted function and its arguments
 
@@ -164,19 +164,19 @@ def kernel_cases(
             spec((1,), jnp.int32),
         )
         channels = (2 * keys + values) * each
-        gates, of_heads = spec((16, rows, values), f32), spec((values,), f32)
-        projected = DeltaProjections(spec((1, rows, channels), dtype), gates, gates)
-        fixed = Fixed(spec((channels, 4), dtype), of_heads, of_heads)
-        before, state = spec((size.layers, 1, 3, channels), dtype), spec((size.layers, 1, values, each, each), f32)
-        return jax.jit(partial(call(delta_window), dtype=dtype)), (
-            projected, fixed, before, state, spec((), jnp.int32), one, one,
-        )  # fmt: skip
+        gates, of_heads = PartialSums(spec((16, rows, values), f32)), spec((values,), f32)
+        projections = DeltaProjections(PartialSums(spec((1, rows, channels), dtype)), gates, gates)
+        weights = DeltaWeights(spec((channels, 4), dtype), of_heads, of_heads)
+        conv = spec((size.layers, 1, 3, channels), dtype)
+        state = DeltaState(conv, spec((size.layers, 1, values, each, each), f32))
+        kernel = partial(call(recurrent_gated_delta_rule), dtype=dtype)
+        return jax.jit(kernel), (projections, weights, state, spec((), jnp.int32), one, one)
 
     def chunks_case() -> tuple[Any, tuple[Any, ...]]:
         (keys, values, each), rows, f32 = size.linear, dict(size.rows)["prefill"], jnp.float32
         of_keys, of_values = spec((1, rows, keys, each), f32), spec((1, rows, values, each), f32)
         gates, state = spec((1, rows, values), f32), spec((size.layers, 1, values, each, each), f32)
-        kernels = partial(call(delta_chunks), chunk=min(64, rows), dtype=dtype)
+        kernels = partial(call(chunk_gated_delta_rule), chunk=min(64, rows), dtype=dtype)
         return jax.jit(kernels), (of_keys, of_keys, of_values, gates, gates, state, spec((), jnp.int32))
 
     def routing_case() -> tuple[Any, tuple[Any, ...]]:
@@ -266,8 +266,8 @@ def program_case(
         plain = leaf.dtype != jnp.bfloat16 or path[-1] in UNPACKED
         return spec(leaf.shape, leaf.dtype) if plain else packed(leaf.shape, type_of(path, cfg.num_layers, mixed))
 
-    graph, params = nnx.split(abstract_model(cfg, **load_options(jnp.bfloat16)))
-    graph, params = nnx.split(nnx.merge(graph, fill(params, store)))
+    graph, params = nnx.split(abstract_model(cfg, dtype=jnp.bfloat16))
+    graph, params = nnx.split(nnx.merge(graph, map_params(params, store)))
 
     def ints(*shape: int) -> Any:
         return spec(shape, jnp.int32)
@@ -276,9 +276,9 @@ def program_case(
         cache = jax.eval_shape(lambda: new_cache(cfg, batch, padded_kv_length(context, draft + 1), dtype=jnp.bfloat16))
         flags, vocab = spec((batch,), jnp.bool_), (batch, cfg.vocab_size)
         return DecodeState(
-            cache=cache, hidden=spec((batch, cfg.hidden_size), jnp.bfloat16), token=ints(batch), count=ints(batch),
-            done=flags, stopped=flags, rounds=ints(batch), accepted=ints(batch, draft),
-            seen=TokenCounts(spec(vocab, jnp.bool_), ints(*vocab)) if seen else None,
+            cache=cache, hidden=spec((batch, cfg.hidden_size), jnp.bfloat16), token=ints(batch), num_tokens=ints(batch),
+            finished=flags, stopped=flags, num_steps=ints(batch), num_accepted_per_pos=ints(batch, draft),
+            token_counts=TokenCounts(spec(vocab, jnp.bool_), ints(*vocab)) if seen else None,
         )  # fmt: skip
 
     state = state_of(1, seen=name == "decode with penalties")
@@ -286,13 +286,16 @@ def program_case(
         args: tuple[Any, ...] = (params, ints(1, chunk), ints(1, chunk), ints(1), state.cache)
         return prefill, args, {"graph": graph, "rows": NO_ROWS}, params
     if name == "insert":
-        return insert, (state_of(4, seen=False), state, ints(1), ints(1), ints()), {}, {}
+        return insert_requests, (state_of(4, seen=False), state, ints(1), ints(1), ints()), {}, {}
     share = spec((1,), jnp.float32)
     requests = BatchSamplingParams(
         ints(1), share, spec((1,), jnp.uint32), ints(1, MAX_STOP_TOKENS), TruncationParams(ints(1), share, share),
-        Penalties(share, share, share) if state.seen else None,
+        Penalties(share, share, share) if state.token_counts else None,
     )  # fmt: skip
-    static = {"graph": graph, "k": draft, "rounds": 32, "vocab": cfg.vocab_size, "drafter": mtp_drafter}
+    static = {
+        "graph": graph, "num_speculative_tokens": draft, "max_steps": 32, "vocab_size": cfg.vocab_size,
+        "drafter": mtp_drafter,
+    }  # fmt: skip
     return decode, (params, state, requests, ints()), static, params
 
 

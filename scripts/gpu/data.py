@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas.attention import CosSin, QkvProjections, apply_rope
-from kernels_pallas.gated_delta_rule import DeltaProjections, Fixed
+from kernels_pallas.gated_delta_rule import DeltaProjections, DeltaState, DeltaWeights
 from kernels_pallas.norm import rms_norm
 from kernels_pallas.norm.reference import gated_rms_norm
 from kernels_pallas.top_k_top_p import top_k_top_p_threshold
@@ -86,11 +86,11 @@ def data_of(name: str, args: tuple[Any, ...], size: KernelSizes, seed: int = 0) 
 
 def delta_data(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """A window whose rows are all live; gates of moderate size."""
-    leaves, tree = jax.tree.flatten(args[:4])
+    leaves, tree = jax.tree.flatten(args[:3])
     keys = jax.random.split(jax.random.key(0), len(leaves))
     made = [jax.random.normal(key, x.shape, x.dtype) / 2 for key, x in zip(keys, leaves, strict=True)]
-    rows = jnp.full(1, args[0].qkv.shape[1], jnp.int32)
-    return *jax.tree.unflatten(tree, made), jnp.int32(args[3].shape[0] - 1), 0 * rows, rows
+    rows = jnp.full(1, args[0].qkv.parts.shape[1], jnp.int32)
+    return *jax.tree.unflatten(tree, made), jnp.int32(args[2].recurrent.shape[0] - 1), 0 * rows, rows
 
 
 def chunk_data(args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -147,7 +147,7 @@ def reference(name: str, args: tuple[Any, ...], chosen: int) -> jax.Array:
     if name.startswith("deltanet prefill"):
         return jnp.array(through_chunks(*args)[-CHECKED:], jnp.float32)
     if op == "deltanet":
-        return jnp.array(recurrence(*args[:5])[-CHECKED:], jnp.float32)
+        return jnp.array(recurrence(*args[:4])[-CHECKED:], jnp.float32)
     x, gate_up, down, layer, numbers, weights, _ = args
     rows, numbers, weights = x[-CHECKED:].astype(jnp.float32), numbers[-CHECKED:], weights[-CHECKED:]
     gates, downs = whole(gate_up, layer), whole(down, layer)
@@ -179,11 +179,11 @@ def through_chunks(q: Any, k: Any, v: Any, beta: Any, decay: Any, states: Any, l
     return out
 
 
-def recurrence(projected: DeltaProjections, fixed: Fixed, before: Any, states: Any, layer: Any) -> np.ndarray:
-    """Outputs `[W, M, V]` of a window behind the state of a layer, row by row in float64."""
-    taps, a_log, dt_bias = (np.float64(x) for x in fixed)
-    qkv, b, a = (np.float64(parts).sum(0) for parts in projected)
-    state, inputs = np.float64(states[layer, 0]), np.concatenate([np.float64(before[layer, 0]), qkv])
+def recurrence(projections: DeltaProjections, weights: DeltaWeights, before: DeltaState, layer: Any) -> np.ndarray:
+    """Outputs `[W, M, Dv]` of a window after the state of a layer, row by row in float64."""
+    taps, a_log, dt_bias = (np.float64(x) for x in weights)
+    qkv, b, a = (np.float64(sums.parts).sum(0) for sums in projections)
+    state, inputs = np.float64(before.recurrent[layer, 0]), np.concatenate([np.float64(before.conv[layer, 0]), qkv])
     heads, each, width = state.shape
     keys, out = (qkv.shape[1] - heads * width) // (2 * each), []
     g, beta = -np.exp(a_log) * np.log1p(np.exp(a + dt_bias)), 1 / (1 + np.exp(-b))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas.platform import platform
-from kernels_pallas.top_k_top_p.triton import LISTED
+from kernels_pallas.top_k_top_p.triton import TOP_PER_TILE
 from scripts.benchmarks.roofline import Ceilings, seconds
 from scripts.gpu.cuda_cases import FORMS, Case, KernelSizes, kernel_cases
 from scripts.gpu.data import CHECKED, data_of, reference
@@ -45,13 +45,13 @@ def least(name: str, args: tuple[Any, ...], size: KernelSizes) -> tuple[float, f
     if op == "routing":
         return args[0].nbytes, 4.0 * args[0].size
     if op == "sampling":
-        return args[0].nbytes, 3.0 * LISTED * args[0].size
+        return args[0].nbytes, 3.0 * TOP_PER_TILE * args[0].size
     if name == "deltanet prefill":
         q, k, v, _, _, state, _ = args
         one = state.nbytes / state.shape[0]
         return 2 * one + q.nbytes + k.nbytes + 2 * v.nbytes, 8.0 * v.shape[1] * one / 4
     if op == "deltanet":
-        (qkv, *_), _, _, state, *_ = args
+        qkv, state = args[0].qkv.parts, args[2].recurrent
         one = state.nbytes / state.shape[0]
         return one + 2 * qkv.nbytes, 8.0 * qkv.shape[1] * one / 4
     x, gate_up, down, _, chosen = args[:5]

@@ -29,14 +29,15 @@ import numpy as np
 from kernels_pallas.platform import platform
 from mtpjax.decoding.acceptance import SimulatedAcceptance, exact_match
 from mtpjax.decoding.output_rows import NO_ROWS
-from mtpjax.decoding.steps import prefill
-from mtpjax.loading.load import cache_dtype, load_options
-from mtpjax.loading.weight_map import LoadedModel, random_model
+from mtpjax.loading.load import cache_dtype
+from mtpjax.loading.loaded_model import LoadedModel
+from mtpjax.loading.random_init import random_model
 from mtpjax.model.cache import padded_kv_length
 from mtpjax.presets import PRESETS, preset
 from scripts.benchmarks import bench_table
 from scripts.benchmarks.bench_prefill import CONFIG
 from scripts.benchmarks.bench_table import GOLDEN_LENGTH, Decoder, Side, without_mtp
+from scripts.benchmarks.jitted_steps import prefill
 from scripts.benchmarks.profile_decode import events, kind
 from scripts.benchmarks.results import describe, memory_peak_mb, write_json
 from scripts.benchmarks.roofline import CEILINGS, Ceilings, chunk_work, measure_ceilings, round_work
@@ -76,7 +77,7 @@ class Suite:
         """With the MTP head, and without it (the same arrays)."""
         if self._model is None:
             cfg = TOY if self.smoke else preset(self.args.shape)
-            self._model = random_model(cfg, weights=self.args.weights, **load_options(self.dtype))
+            self._model = random_model(cfg, quantization=self.args.weights, dtype=self.dtype)
         return {True: self._model, False: without_mtp(self._model)}
 
     def side(self, mtp: bool, chunk: int) -> Side:
@@ -161,7 +162,7 @@ def read_chunks(suite: Suite) -> dict[str, Any]:
 
 
 def decoder_at(suite: Suite, side: Side, draft: int, context: int, new: int) -> Callable[[], dict[str, float]]:
-    rule = SimulatedAcceptance.of_length(GOLDEN_LENGTH[draft], draft) if draft else exact_match
+    rule = SimulatedAcceptance.from_mean_length(GOLDEN_LENGTH[draft], draft) if draft else exact_match
     decoder = Decoder(side, draft, rule, new, side.model.cfg.vocab_size)
 
     def run(at: int = context) -> dict[str, float]:

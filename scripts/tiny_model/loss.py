@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 
 from kernels_pallas.topk_softmax import ExpertChoice
 from mtpjax.config import ModelConfig
-from mtpjax.loading.weight_map import LoadedModel
+from mtpjax.loading.loaded_model import LoadedModel
 from mtpjax.model import Positions, decoder, make_positions
 from mtpjax.model.cache import KV_BLOCK, new_cache
 from mtpjax.model.moe import Moe
@@ -84,7 +84,10 @@ def recording(seen: list[Array]) -> Iterator[None]:
         seen.append(balance(choice.probs, choice.topk_ids))
         return choice
 
-    with mock.patch.object(Moe, "route", recorded), mock.patch.object(decoder, "_jitted_block", decoder._block):
+    with (
+        mock.patch.object(Moe, "route", recorded),
+        mock.patch.object(decoder, "jitted_super_block", decoder.run_super_block),
+    ):
         yield
 
 
@@ -115,7 +118,7 @@ def losses(
             some = max(1, tokens.shape[0] >> step - 1)
             cache, where = fresh(cfg, some)
             hidden, _ = model.mtp_step(hidden[:some], tokens[:some, step : ROWS + step], cache, where)
-            parts[f"mtp{step}"] = distillation(model.mtp_head(hidden[:, :-step]), trunk[:some, step:])
+            parts[f"mtp{step}"] = distillation(model.head(hidden[:, :-step]), trunk[:some, step:])
     parts["balance"] = jnp.mean(jnp.stack(seen))
     weights = {"lm": 1.0, "balance": BALANCE_WEIGHT} | {f"mtp{s + 1}": w for s, w in enumerate(MTP_WEIGHTS)}
     return sum((weights[name] * part for name, part in parts.items()), jnp.zeros(())), parts

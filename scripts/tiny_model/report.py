@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 from checkpoints import open_checkpoint
 from mtpjax import LLM
 from mtpjax.loading.load import load_checkpoint
-from mtpjax.loading.weight_map import LoadedModel
+from mtpjax.loading.loaded_model import LoadedModel
 from mtpjax.model.cache import KV_BLOCK
 from scripts.benchmarks.draft_rounds import DEPTH, count_agreeing
 from scripts.tiny_model import data

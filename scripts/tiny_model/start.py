@@ -16,8 +16,8 @@ from jax import Array
 from checkpoints import open_checkpoint
 from mtpjax.config import ModelConfig
 from mtpjax.loading.load import load_checkpoint
-from mtpjax.loading.orbax_io import ParamPath
-from mtpjax.loading.weight_map import LoadedModel, fill, flat, random_model
+from mtpjax.loading.loaded_model import LoadedModel, ParamPath, flatten_params, map_params
+from mtpjax.loading.random_init import random_model
 from mtpjax.model import abstract_model
 from scripts.tiny_model.loss import spread_gains
 from scripts.tiny_model.state import Plan
@@ -31,14 +31,14 @@ def stacked(model: LoadedModel, layers: int) -> LoadedModel:
     """
     cfg = replace(model.cfg, num_layers=layers)
     graph, params = nnx.split(abstract_model(cfg, jnp.float32))
-    given = flat(model.params)
+    given = flatten_params(model.params)
 
     def take(path: ParamPath, leaf: Any) -> Array:
         if path[:2] == ("decoder", "blocks"):
             path = (*path[:2], int(path[2]) % model.cfg.num_superblocks, *path[3:])
         return jnp.copy(given[path])
 
-    return LoadedModel(cfg, graph, fill(params, take))
+    return LoadedModel(cfg, graph, map_params(params, take))
 
 
 def read_start(folder: Path, cfg: ModelConfig, option: str) -> LoadedModel:

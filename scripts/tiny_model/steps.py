@@ -16,7 +16,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from mtpjax.config import ModelConfig
-from mtpjax.loading.weight_map import LoadedModel
+from mtpjax.loading.loaded_model import LoadedModel
 from mtpjax.model import abstract_model
 from scripts.tiny_model import data
 from scripts.tiny_model.loss import ROWS, losses

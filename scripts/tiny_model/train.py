@@ -31,7 +31,8 @@ from jax import Array
 from checkpoints import write_safetensors_directory
 from mtpjax.config import FULL, LINEAR, ModelConfig
 from mtpjax.hf_config import config_to_hf
-from mtpjax.loading.weight_map import LoadedModel, export_tensors
+from mtpjax.loading.export import export_tensors
+from mtpjax.loading.loaded_model import LoadedModel
 from scripts.tiny_model import data
 from scripts.tiny_model.loss import MTP_WEIGHTS, ROWS, window_loss
 from scripts.tiny_model.start import first_state, history

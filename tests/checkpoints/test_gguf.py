@@ -23,7 +23,7 @@ from mtpjax import LLM, SamplingParams
 from mtpjax.cli import convert
 from mtpjax.config import FULL, LINEAR, ModelConfig
 from mtpjax.hf_config import config_to_hf
-from mtpjax.loading.weight_map import export_tensors
+from mtpjax.loading.export import export_tensors
 from mtpjax.text.tokenizer import load_tokenizer
 from tests.helpers.models import numpy_model, tiny_config
 
@@ -84,7 +84,7 @@ def test_the_same_weights_give_the_same_logits(moe: bool, v_heads: int, mtp: int
     model = save_random_model(cfg, tmp_path / "m.gguf", "f32")
     in_memory, from_file = (
         LLM(model, num_speculative_tokens=2 * mtp, max_model_len=64),
-        LLM(tmp_path / "m.gguf", num_speculative_tokens=2 * mtp, max_model_len=64),
+        LLM(tmp_path / "m.gguf", dtype="float32", num_speculative_tokens=2 * mtp, max_model_len=64),
     )
     ids = np.random.default_rng(1).integers(0, 90, 40).tolist()
     np.testing.assert_allclose(from_file.logits(ids), in_memory.logits(ids), atol=1e-4)
@@ -143,8 +143,8 @@ def test_a_model_of_mixed_types_computes_the_same_packed_and_dequantized(
         if (packed := source.read_packed(name)) is not None:
             np.testing.assert_array_equal(packed.dequantize(), source.read(name), err_msg=name)
     ids = np.random.default_rng(1).integers(0, 90, 30).tolist()
-    expected = LLM(tmp_path / "m.gguf", num_speculative_tokens=2, max_model_len=64).logits(ids)
-    packed_logits = LLM(tmp_path / "m.gguf", num_speculative_tokens=2, max_model_len=64, quantization="packed").logits(
+    expected = LLM(tmp_path / "m.gguf", dtype="float32", num_speculative_tokens=2, max_model_len=64).logits(ids)
+    packed_logits = LLM(tmp_path / "m.gguf", dtype="float32", num_speculative_tokens=2, max_model_len=64, quantization="packed").logits(
         ids
     )
     assert np.isfinite(expected).all() and expected.std() > 0
@@ -228,7 +228,7 @@ def test_the_embedded_model_survives_the_conversion_to_gguf(tmp_path: Path, caps
     """After a conversion by the script, tokenizer, chat template and greedy text are those of the original folder."""
     target = tmp_path / "tiny.gguf"
     assert convert.main([str(TINY), str(target), "--type", "bf16"]) == 0 and "as gguf" in capsys.readouterr().out
-    original, converted = LLM(max_model_len=256), LLM(target, max_model_len=256)
+    original, converted = LLM(dtype="float32", max_model_len=256), LLM(target, dtype="float32", max_model_len=256)
     for text in ("“Curiouser!” cried Alice; 1865, cafe\u0301.\n\n  x", "<|im_start|>user\nHé<|im_end|>\n"):
         assert original.tokenizer is not None and converted.tokenizer is not None
         ids = original.tokenizer.encode(text)

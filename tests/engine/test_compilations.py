@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,16 +22,16 @@ BUCKETS = (16, 32, 64)
 
 
 @pytest.fixture
-def events() -> Iterator[Counter]:
-    """What jax reports while the test runs: name of the event -> how often."""
-    seen: Counter = Counter()
+def events() -> Iterator[Counter[str]]:
+    """How often jax reports each event while the test runs."""
+    counts: Counter[str] = Counter()
 
-    def count(name: str, *_: float, **__: str | int) -> None:
-        seen[name] += 1
+    def count(event: str, duration_secs: float, **_: str | int) -> None:
+        counts[event] += 1
 
     jax.clear_caches()  # an operation that another test has compiled would not show
     jax.monitoring.register_event_duration_secs_listener(count)
-    yield seen
+    yield counts
     jax.monitoring.unregister_event_duration_listener(count)
 
 
@@ -39,35 +40,37 @@ def prompts(number: int, longest: int, vocab: int) -> list[list[int]]:
     return [rng.integers(0, vocab, length).tolist() for length in rng.integers(1, longest, number, endpoint=True)]
 
 
-@pytest.mark.parametrize(("draft", "admit", "more"), [(2, None, 4), (0, 3, 4), (2, 8, 2)])
-def test_a_job_compiles_as_many_programs_as_chunk_lengths_and_a_few(events, draft, admit, more):
-    """The loop and an empty cache; where slots are filled again, an empty cache for the slots and what fills them, too."""
-    model = numpy_model(tiny_config(moe=draft > 0, num_superblocks=1))
+@pytest.mark.parametrize(("num_speculative_tokens", "max_prefill_seqs", "others"), [(2, None, 4), (0, 3, 4), (2, 8, 2)])
+def test_a_job_compiles_as_many_programs_as_chunk_lengths_and_a_few(
+    events: Counter[str], num_speculative_tokens: int, max_prefill_seqs: int | None, others: int
+) -> None:
+    """The others are the loop and an empty cache; to refill slots also an empty cache for them and an insertion."""
+    model = numpy_model(tiny_config(moe=num_speculative_tokens > 0, num_superblocks=1))
     before = events[COMPILED]
     llm = LLM(
         model,
-        num_speculative_tokens=draft,
+        num_speculative_tokens=num_speculative_tokens,
         max_model_len=240,
         max_num_seqs=8,
-        max_prefill_seqs=admit,
+        max_prefill_seqs=max_prefill_seqs,
         prefill_buckets=BUCKETS,
     )
     job = prompts(100, 200, model.cfg.vocab_size)
     sampling = [SamplingParams(max_tokens=n % 7, temperature=0.5 * (n % 3), seed=n) for n in range(len(job))]
     assert len({len(p) for p in job}) > 60
-    out = llm.generate(job, sampling)
+    outputs = llm.generate(job, sampling)
     # A stop token ends a text before its limit.
-    assert all(len(o.token_ids) == n % 7 or o.finish_reason == "stop" for n, o in enumerate(out))
+    assert all(len(output.token_ids) == n % 7 or output.finish_reason == "stop" for n, output in enumerate(outputs))
     compiled = events[COMPILED] - before
-    assert compiled == llm.engine.programs == len(BUCKETS) + more
+    assert compiled == llm.engine.num_programs == len(BUCKETS) + others
 
     # Other prompts, other lengths, other sampling: nothing new.
     for number, longest in ((9, 239), (20, 50)):
         llm.generate(prompts(number, longest, model.cfg.vocab_size), SamplingParams(max_tokens=1, temperature=1.0))
-    assert events[COMPILED] - before == llm.engine.programs == compiled
+    assert events[COMPILED] - before == llm.engine.num_programs == compiled
 
 
-def test_the_count_sees_a_single_operation(events):
+def test_the_count_sees_a_single_operation(events: Counter[str]) -> None:
     x = jax.device_put(np.ones(3, np.float32))
     before = events[COMPILED]
     _ = x + x
@@ -75,7 +78,6 @@ def test_the_count_sees_a_single_operation(events):
 
 
 CHILD = """
-import gc
 import json
 from collections import Counter
 import jax
@@ -88,15 +90,15 @@ from mtpjax import LLM, SamplingParams
 
 model = numpy_model(tiny_config(moe=True, num_superblocks=1))
 seen.clear()
-llm = LLM(model, draft=2, max_len=64, max_batch=2, prefill_chunks=(16,))
+llm = LLM(model, num_speculative_tokens=2, max_model_len=64, max_num_seqs=2, prefill_buckets=(16,))
 tokens = [o.token_ids for o in llm.generate([[5, 6, 7], [8] * 20], SamplingParams(max_tokens=9))]
 cache = "/jax/compilation_cache/cache_"
-counts = [seen[cache + "hits"], seen[cache + "misses"], llm.engine.programs]
+counts = [seen[cache + "hits"], seen[cache + "misses"], llm.engine.num_programs]
 print(json.dumps({"counts": counts, "tokens": tokens}))
 """
 
 
-def test_a_second_process_compiles_nothing(tmp_path):
+def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:
     env = os.environ | {
         "PYTHONPATH": str(Path(__file__).parent.parent.parent),
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
@@ -104,7 +106,7 @@ def test_a_second_process_compiles_nothing(tmp_path):
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
 
-    def run() -> dict:
+    def run() -> dict[str, Any]:
         child = subprocess.run([sys.executable, "-c", CHILD], env=env, capture_output=True, text=True, timeout=300)
         assert child.returncode == 0, child.stderr
         return json.loads(child.stdout)
@@ -115,7 +117,7 @@ def test_a_second_process_compiles_nothing(tmp_path):
     assert first["tokens"] == second["tokens"]
 
 
-def test_programs_go_with_their_llm():
+def test_programs_go_with_their_llm() -> None:
     """JAX keeps a program as long as the function that it wraps; a process that makes many LLMs must not keep theirs.
 
     Each holds hundreds of memory mappings, of which Linux gives a process 65,530.
@@ -126,14 +128,14 @@ def test_programs_go_with_their_llm():
         gc.collect()
         return len(jax.devices()[0].client.live_executables())
 
-    def use(max_len: int) -> int:
-        llm = LLM(model, num_speculative_tokens=1, max_model_len=max_len)
+    def use(max_model_len: int) -> int:
+        llm = LLM(model, num_speculative_tokens=1, max_model_len=max_model_len)
         llm.generate([[1, 2, 3]], SamplingParams(max_tokens=2))
-        llm.hidden([1, 2, 3])
-        return llm.engine.programs
+        llm.hidden_states([1, 2, 3])
+        return llm.engine.num_programs
 
     assert use(80) >= 4
     before = alive()
-    for max_len in (100, 2000):
-        use(max_len)
+    for max_model_len in (100, 2000):
+        use(max_model_len)
     assert alive() <= before

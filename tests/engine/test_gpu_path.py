@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from kernels_pallas import gated_delta_rule, grouped_matmul, matmul, top_k_top_p, topk_softmax
+from kernels_pallas import grouped_matmul, matmul, top_k_top_p, topk_softmax
 from kernels_pallas.platform import override_platform
 from mtpjax.config import FULL, LINEAR
 from mtpjax.decoding import steps
 from mtpjax.engine.request import Request
-from mtpjax.loading.load import load_options
-from mtpjax.loading.weight_map import LoadedModel, random_model
+from mtpjax.loading.loaded_model import LoadedModel
+from mtpjax.loading.random_init import random_model
 from mtpjax.model.cache import new_cache
 from tests.helpers.models import make_engine, tiny_config
 
@@ -29,9 +29,6 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
         (grouped_matmul.api.KERNELS, inter(grouped_matmul.triton.grouped_mlp)),
         (grouped_matmul.EACH_KERNELS, inter(grouped_matmul.triton.each_expert)),
         (topk_softmax.KERNELS, inter(topk_softmax.triton.choose_experts)),
-        (top_k_top_p.KERNELS, inter(top_k_top_p.triton.top_k_top_p_threshold)),
-        (gated_delta_rule.api.KERNELS, inter(gated_delta_rule.triton.delta_window)),
-        (gated_delta_rule.api.CHUNK_KERNELS, inter(gated_delta_rule.triton_chunks.delta_chunks)),
     ]
     for table, kernel in tables:
         monkeypatch.setitem(table, "cuda", kernel)
@@ -56,7 +53,7 @@ def packed_model(mtp: bool) -> LoadedModel:
     }
     cfg = tiny_config(moe=True, **sizes)
     return random_model(
-        cfg if mtp else cfg.without_mtp(), weights="int8", scale=0.3, **load_options(jnp.dtype("bfloat16"))
+        cfg if mtp else cfg.without_mtp(), quantization="int8", scale=0.3, dtype=jnp.dtype("bfloat16")
     )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from checkpoints import write_safetensors_directory
 from mtpjax.config import FULL, LINEAR
 from mtpjax.hf_config import config_to_hf
-from mtpjax.loading.weight_map import export_tensors
+from mtpjax.loading.export import export_tensors
 from tests.helpers import quantized_encoders as encoders
 from tests.helpers.models import numpy_model, tiny_config
 from tests.helpers.quantized_encoders import BF16, E8M0, GROUP, Encoder, encode_by_shape

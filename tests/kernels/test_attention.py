@@ -23,9 +23,9 @@ from mtpjax.config import FULL
 from mtpjax.model import make_positions
 from mtpjax.model.rope import rope_angles
 from mtpjax.presets import PRESETS
-from scripts.benchmarks.flops import arrays
+from scripts.benchmarks.dataflow import arrays
 from tests.helpers.models import numpy_model, tiny_config
-from tests.helpers.numerics import assert_close
+from tests.helpers.numerics import as_float64, assert_close
 
 DTYPES = ["float32", "bfloat16"]
 EPS = 1e-6
@@ -77,10 +77,10 @@ class TestNormRopeUpdateCache:
 
     def heads(self, sums: PartialSums, norm: Any, dtype: str, rows: slice) -> np.ndarray:
         """Float64 heads `[B, T, heads, H]` of a projection; normalised and rotated if there is a norm weight."""
-        x = np.float64(sums.sum(dtype)).reshape(3, -1, sums.parts.shape[-1] // 16, 16)
+        x = as_float64(sums.sum(dtype)).reshape(3, -1, sums.parts.shape[-1] // 16, 16)
         if norm is None:
             return x
-        x = x / np.sqrt((x**2).mean(-1, keepdims=True) + EPS) * (1 + np.float64(norm))
+        x = x / np.sqrt((x**2).mean(-1, keepdims=True) + EPS) * (1 + as_float64(norm))
         half = self.SHAPE.rotary_dim // 2
         angle = self.POSITIONS[:, rows, None, None] * 100.0 ** (-np.arange(half) / half)
         a, b = x[..., :half], x[..., half : 2 * half]
@@ -102,9 +102,10 @@ class TestNormRopeUpdateCache:
             assert_close(q, self.heads(PartialSums(queries), q_norm, dtype, last) / 4, dtype)
         else:
             assert q is None
-        new = [self.heads(*kv, dtype, slice(None)) for kv in ((projections.k, k_norm), (projections.v, None))]
+        every = slice(None)
+        new = self.heads(projections.k, k_norm, dtype, every), self.heads(projections.v, None, dtype, every)
         for array, before, heads in zip(after, cache, new, strict=True):
-            want = np.float64(before)
+            want = as_float64(before)
             for b, t in zip(*self.VALID.nonzero(), strict=True):
                 want[1, b, :, self.POSITIONS[b, t]] = heads[b, t]
             assert_close(array, want, dtype)
@@ -137,8 +138,8 @@ class TestNormRopeUpdateCache:
 def exact_attention(args: tuple[Any, ...]) -> np.ndarray:
     """Softmax attention in float64, row by row; rows that are not valid give zero."""
     q, keys, values, layer, positions, valid, gates = args
-    q, k, v = (np.float64(x) for x in (q, keys[layer], values[layer]))
-    gate = np.float64(gates.sum(args[0].dtype)).reshape(*q.shape[:3], 2, -1)[..., 1, :]
+    q, k, v = (as_float64(x) for x in (q, keys[layer], values[layer]))
+    gate = as_float64(gates.sum(args[0].dtype)).reshape(*q.shape[:3], 2, -1)[..., 1, :]
     group, out = q.shape[2] // k.shape[1], np.zeros(q.shape)
     for b, t in zip(*np.asarray(valid).nonzero(), strict=True):
         seen = int(positions[b, t]) + 1
@@ -232,7 +233,7 @@ class TestAttention:
         want = jax.jit(jax.grad(plain_loss, (0, 1, 2)))(q, keys, values)
         for gradient, plain in zip(got, want, strict=True):
             assert np.asarray(plain).any()
-            assert_close(gradient, np.float64(plain), "float32")
+            assert_close(gradient, as_float64(plain), "float32")
 
     def test_memory_grows_with_rows_times_a_block_and_never_with_rows_times_the_context(self) -> None:
         shape, rows = AttentionShape(2, 4, 2, head_dim=16, kv_len=12 * KV_BLOCK), 48

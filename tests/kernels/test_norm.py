@@ -12,7 +12,7 @@ from kernels_pallas.norm.shapes import ROWS, SHAPES, add_rms_norm_inputs, gated_
 from kernels_pallas.partial_sums import PartialSums
 from kernels_pallas.platform import override_platform
 from mtpjax.presets import PRESETS
-from tests.helpers.numerics import assert_close
+from tests.helpers.numerics import as_float64, assert_close
 
 EPS = 1e-6
 DTYPES = ["float32", "bfloat16"]
@@ -43,9 +43,9 @@ def random_rows(dtype: str, rows: int = 6, size: int = 80) -> tuple[jax.Array, j
 
 
 def exact_moe_output(output: MoeOutput) -> np.ndarray:
-    gate = 1 / (1 + np.exp(-np.float64(output.shared_gate.parts).sum(0)))
-    routed = np.nan_to_num(np.float64(output.expert_outputs)).sum(1)
-    return np.where(output.valid[:, None], routed, 0) + gate * np.float64(output.shared.parts).sum(0)
+    gate = 1 / (1 + np.exp(-as_float64(output.shared_gate.parts).sum(0)))
+    routed = np.nan_to_num(as_float64(output.expert_outputs)).sum(1)
+    return np.where(output.valid[:, None], routed, 0) + gate * as_float64(output.shared.parts).sum(0)
 
 
 class TestAddRmsNorm:
@@ -55,14 +55,14 @@ class TestAddRmsNorm:
         x, w, sums, moe_output = random_rows(dtype)
         delta: Any = {"nothing": None, "partial sums": sums, "experts": moe_output}[kind]
         h, y = add(x, delta, w, eps=EPS, implementation=implementation)
-        want = np.float64(x)
+        want = as_float64(x)
         if kind == "partial sums":
-            want = want + np.float64(sums.parts).sum(0)
+            want = want + as_float64(sums.parts).sum(0)
         if kind == "experts":
             want = want + exact_moe_output(moe_output)
         assert h.dtype == y.dtype == x.dtype
         assert_close(h, want, dtype)
-        assert_close(y, normalised(want) * (1 + np.float64(w)), dtype)
+        assert_close(y, normalised(want) * (1 + as_float64(w)), dtype)
 
     def test_leading_axes_are_kept(self, implementation: str) -> None:
         x, w, sums, _ = random_rows("float32")
@@ -99,11 +99,11 @@ class TestGatedRmsNorm:
         rng = np.random.default_rng(1)
         x, w = jnp.asarray(rng.normal(size=(5, 3, 24)), dtype), jnp.asarray(rng.normal(size=24), jnp.float32)
         z = PartialSums(jnp.asarray(rng.normal(size=(2, 5, 72)), jnp.float32))
-        exact_z = np.float64(z.sum(dtype)).reshape(x.shape)
+        exact_z = as_float64(z.sum(dtype)).reshape(x.shape)
         act = 1 / (1 + np.exp(-exact_z)) * (exact_z if gate == "silu" else 1)
         got = gated(x, z, w, eps=EPS, gate=gate, implementation=implementation)
         assert got.dtype == x.dtype
-        assert_close(got.reshape(x.shape), normalised(np.float64(x)) * np.float64(w) * act, dtype)
+        assert_close(got.reshape(x.shape), normalised(as_float64(x)) * as_float64(w) * act, dtype)
 
     def test_a_head_is_invariant_to_the_batch_bit_for_bit(self) -> None:
         rng = np.random.default_rng(2)
@@ -116,8 +116,8 @@ class TestGatedRmsNorm:
 
 def test_norms_of_single_vectors() -> None:
     x, w, *_ = random_rows("float32")
-    assert_close(rms_norm(x, w, EPS), normalised(np.float64(x)) * (1 + np.float64(w)), "float32")
-    want = np.float64(x) / np.sqrt((np.float64(x) ** 2).sum(-1, keepdims=True) + 1e-6)
+    assert_close(rms_norm(x, w, EPS), normalised(as_float64(x)) * (1 + as_float64(w)), "float32")
+    want = as_float64(x) / np.sqrt((as_float64(x) ** 2).sum(-1, keepdims=True) + 1e-6)
     assert_close(l2_norm(x), want, "float32")
 
 
@@ -145,8 +145,10 @@ def test_the_table_has_the_shapes_of_the_published_models(name: str, implementat
     assert shape.value_dim == cfg.linear_v_dim
     for rows in ROWS.values():
         x, delta, w = add_rms_norm_inputs(shape, rows, jnp.bfloat16)
-        h, y = jax.eval_shape(lambda *args: add_rms_norm(*args, EPS, implementation=implementation), x, delta, w)
+        h, y = jax.eval_shape(
+            lambda x, delta, w: add_rms_norm(x, delta, w, EPS, implementation=implementation), x, delta, w
+        )
         assert h.shape == y.shape == (rows, cfg.hidden_size) and h.dtype == y.dtype == jnp.bfloat16
         args = gated_rms_norm_inputs(shape, rows, jnp.bfloat16)
-        y = jax.eval_shape(lambda *args: gated_rms_norm(*args, EPS, "silu", implementation=implementation), *args)
+        y = jax.eval_shape(lambda x, z, w: gated_rms_norm(x, z, w, EPS, "silu", implementation=implementation), *args)
         assert y.shape == (rows, cfg.value_size)

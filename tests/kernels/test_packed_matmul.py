@@ -23,7 +23,7 @@ from kernels_pallas.packed.dequantize import few_rows, words
 from kernels_pallas.platform import compile_options, override_platform, platform
 from kernels_pallas.weights.layer_view import LayerView
 from kernels_pallas.weights.quantized import INDICES, QuantizedTensor
-from mtpjax.loading.weight_map import fill
+from mtpjax.loading.loaded_model import map_params
 from tests.helpers.models import numpy_model, tiny_config
 
 IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
@@ -324,7 +324,7 @@ def test_a_model_with_packed_matrices_is_the_dequantised_one(interpreted: None) 
     from mtpjax.decoding.steps import forward_hidden
     from mtpjax.model.cache import new_cache
 
-    cfg = tiny_config(moe=False, repeats=1, hidden_size=64, linear_v_dim=16, mlp_size=64)
+    cfg = tiny_config(moe=False, num_superblocks=1, hidden_size=64, linear_v_dim=16, mlp_size=64)
     model = numpy_model(cfg)
 
     def pack(path: Any, leaf: Any) -> Any:
@@ -343,9 +343,10 @@ def test_a_model_with_packed_matrices_is_the_dequantised_one(interpreted: None) 
     tokens = np.arange(1, 9, dtype=np.int32)[None]
     rows = []
     for make in (pack, widen):
-        graph, params = nnx.split(nnx.merge(model.graph, fill(model.params, make)))
+        graph, params = nnx.split(nnx.merge(model.graph, map_params(model.params, make)))
         cache = new_cache(cfg, 1, 256)
-        rows.append(np.asarray(forward_hidden(params, tokens, np.zeros(1, np.int32), cache, graph=graph)[0]))
+        step = jax.jit(partial(forward_hidden, graph=graph))
+        rows.append(np.asarray(step(params, tokens, np.zeros(1, np.int32), cache)[0]))
     assert np.isfinite(rows[0]).all()
     assert_close(rows[0], rows[1].astype(np.float64), "float32")
 

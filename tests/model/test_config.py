@@ -3,6 +3,7 @@
 import copy
 import re
 from dataclasses import FrozenInstanceError, replace
+from typing import Any
 
 import jax
 import pytest
@@ -18,7 +19,7 @@ ROPE = {
     "mrope_interleaved": True,
 }  # fmt: skip
 # The text part of the published config.json of Qwen3.6-35B-A3B.
-MOE = {
+MOE: dict[str, Any] = {
     "model_type": "qwen3_5_moe_text", "hidden_size": 2048, "num_hidden_layers": 40,
     "layer_types": ([LINEAR] * 3 + [FULL]) * 10, "full_attention_interval": 4, "num_attention_heads": 16,
     "num_key_value_heads": 2, "head_dim": 256, "attn_output_gate": True, "attention_bias": False,
@@ -30,7 +31,7 @@ MOE = {
     "mlp_only_layers": [], "vocab_size": 248_320, "tie_word_embeddings": False, "eos_token_id": 248_044,
     "pad_token_id": None, "mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": False, "dtype": "bfloat16",
 }  # fmt: skip
-DENSE = {
+DENSE: dict[str, Any] = {
     **{k: v for k, v in MOE.items() if "expert" not in k and k not in ("moe_intermediate_size", "output_gate_type")},
     "model_type": "qwen3_5_text", "hidden_size": 1024, "num_hidden_layers": 24,
     "layer_types": ([LINEAR] * 3 + [FULL]) * 6, "num_attention_heads": 8, "linear_num_value_heads": 16,
@@ -38,8 +39,8 @@ DENSE = {
 }  # fmt: skip
 
 
-def nested(text: dict, **top) -> dict:
-    """As the multimodal repositories publish it."""
+def nested(text: dict[str, Any], **top: Any) -> dict[str, Any]:
+    """Return a config as the multimodal repositories publish it."""
     outer = {"model_type": text["model_type"].removesuffix("_text"), "vision_config": {"depth": 27}}
     return outer | {"text_config": text, "image_token_id": 248_056, "tie_word_embeddings": False} | top
 
@@ -48,18 +49,18 @@ def nested(text: dict, **top) -> dict:
 
 
 @pytest.mark.parametrize(("raw", "name"), [(MOE, "35b-a3b"), (DENSE, "0.8b")], ids=["moe", "dense"])
-def test_published_config_is_the_preset_nested_or_flat(raw, name):
+def test_published_config_is_the_preset_nested_or_flat(raw: Any, name: str) -> None:
     want = replace(PRESETS[name], output_gate_act=raw.get("output_gate_type", "silu"), stop_token_ids=(248_044,))
     assert config_from_hf(raw) == want
     assert config_from_hf(nested(raw)) == want
 
 
-def test_model_type_may_stand_only_on_the_outside():
+def test_model_type_may_stand_only_on_the_outside() -> None:
     inner = {k: v for k, v in MOE.items() if k != "model_type"}
     assert config_from_hf(nested(MOE) | {"text_config": inner}) == config_from_hf(MOE)
 
 
-def test_values_inside_win_over_those_outside():
+def test_values_inside_win_over_those_outside() -> None:
     assert config_from_hf(nested(DENSE, tie_word_embeddings=False, eos_token_id=1)).tied_embeddings
     assert config_from_hf(nested(DENSE, eos_token_id=1)).stop_token_ids == (248_044,)
     outside = {k: v for k, v in DENSE.items() if k not in ("tie_word_embeddings", "eos_token_id")}
@@ -67,7 +68,7 @@ def test_values_inside_win_over_those_outside():
     assert cfg.tied_embeddings and cfg.stop_token_ids == (7, 8)
 
 
-def test_absent_values_have_the_published_defaults():
+def test_absent_values_have_the_published_defaults() -> None:
     optional = (
         "layer_types", "head_dim", "rope_parameters", "attn_output_gate", "attention_bias", "hidden_act",
         "rms_norm_eps", "max_position_embeddings", "linear_conv_kernel_dim", "output_gate_type",
@@ -80,7 +81,7 @@ def test_absent_values_have_the_published_defaults():
     assert config_from_hf(bare) == PRESETS["35b-a3b"].without_mtp()
 
 
-def test_layer_types_follow_the_interval_or_the_list():
+def test_layer_types_follow_the_interval_or_the_list() -> None:
     raw = {k: v for k, v in DENSE.items() if k != "layer_types"}
     three = config_from_hf(raw | {"full_attention_interval": 3})
     assert three.layer_pattern == (LINEAR, LINEAR, FULL) and three.num_superblocks == 8
@@ -91,7 +92,7 @@ def test_layer_types_follow_the_interval_or_the_list():
     assert same.layer_pattern == (LINEAR,) and same.num_superblocks == 5 and same.full_layers == 0
 
 
-def test_rope_values_may_stand_flat():
+def test_rope_values_may_stand_flat() -> None:
     flat = {k: v for k, v in MOE.items() if k != "rope_parameters"}
     cfg = config_from_hf(flat | {"rope_theta": 5e6, "partial_rotary_factor": 0.5})
     assert (cfg.rope_theta, cfg.rotary_dim) == (5e6, 128)
@@ -103,7 +104,7 @@ def test_rope_values_may_stand_flat():
     assert config_from_hf(MOE | {"rope_scaling": {"rope_type": "default"}}) == config_from_hf(MOE)
 
 
-def test_derived_sizes():
+def test_derived_sizes() -> None:
     cfg = PRESETS["35b-a3b"]
     assert (cfg.key_size, cfg.value_size, cfg.conv_channels) == (2048, 4096, 8192)
     assert (cfg.num_superblocks, cfg.linear_per_block, cfg.full_per_block) == (10, 3, 1)
@@ -115,7 +116,7 @@ def test_derived_sizes():
 
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("mtp", [1, 0])
-def test_to_hf_is_read_back_equal(name, mtp):
+def test_to_hf_is_read_back_equal(name: str, mtp: int) -> None:
     cfg = replace(
         PRESETS[name], mtp_layers=mtp, norm_eps=1e-5, output_gate_act="sigmoid", max_position=99, stop_token_ids=(3, 4)
     )
@@ -124,7 +125,7 @@ def test_to_hf_is_read_back_equal(name, mtp):
     assert config_from_hf({"model_type": "qwen3_5", "text_config": config_to_hf(cfg)}) == cfg
 
 
-def test_every_rotary_size_survives_the_fraction():
+def test_every_rotary_size_survives_the_fraction() -> None:
     for head in (24, 64, 88, 100, 256):  # 58 / 88 * 88 < 58
         for rotary in range(2, head + 1, 2):
             cfg = replace(PRESETS["0.8b"], head_dim=head, rotary_dim=rotary)
@@ -145,7 +146,7 @@ REQUIRED = (
     + [(MOE, "shared_expert_intermediate_size")]
     + [(DENSE, k) for k in (*REQUIRED, "intermediate_size")],
 )
-def test_missing_value_is_named(raw, key):
+def test_missing_value_is_named(raw: Any, key: str) -> None:
     less = {k: v for k, v in raw.items() if k != key}
     with pytest.raises(ConfigError, match=f"^some/config.json: '{key}' is missing; .*a whole number"):
         config_from_hf(less, source="some/config.json")
@@ -190,7 +191,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("key", "value", "supported"), WRONG, ids=[f"{k}-{v!r:.20}" for k, v, _ in WRONG])
-def test_wrong_value_is_named_with_what_is_supported(key, value, supported):
+def test_wrong_value_is_named_with_what_is_supported(key: str, value: object, supported: str) -> None:
     with pytest.raises(ConfigError, match="^here: ") as caught:
         config_from_hf(MOE | {key: value}, source="here")
     message = str(caught.value)
@@ -210,24 +211,24 @@ def test_wrong_value_is_named_with_what_is_supported(key, value, supported):
         ({"partial_rotary_factor": 5 / 256}, "partial_rotary_factor", "0.01953125"),
     ],
 )
-def test_unsupported_rope_is_named(rope, key, found):
+def test_unsupported_rope_is_named(rope: dict[str, Any], key: str, found: str) -> None:
     with pytest.raises(ConfigError, match=rf"^here: rope_parameters: '{key}' is {re.escape(found)}; supported: "):
         config_from_hf(MOE | {"rope_parameters": ROPE | rope}, source="here")
 
 
 @pytest.mark.parametrize("key", ["rope_type", "type"])
-def test_rope_scaling_of_another_type_is_named(key):
+def test_rope_scaling_of_another_type_is_named(key: str) -> None:
     with pytest.raises(ConfigError, match="'rope_scaling' type is 'linear'; supported: default"):
         config_from_hf(MOE | {"rope_scaling": {key: "linear", "factor": 2.0}})
 
 
 @pytest.mark.parametrize("raw", [[], "config", None, 3])
-def test_only_objects_are_read(raw):
+def test_only_objects_are_read(raw: Any) -> None:
     with pytest.raises(ConfigError, match=f"^here: expected a JSON object, found {type(raw).__name__}"):
         config_from_hf(raw, source="here")
 
 
-def test_unknown_type_in_a_nested_config_says_where():
+def test_unknown_type_in_a_nested_config_says_where() -> None:
     with pytest.raises(ConfigError, match="^config.json: text_config: 'model_type' is 'llama'; supported: qwen3_5, "):
         config_from_hf(nested(MOE | {"model_type": "llama"}))
     with pytest.raises(ConfigError, match="'model_type' is None; supported: "):
@@ -245,7 +246,7 @@ def sizes(cfg: ModelConfig) -> tuple[int, int]:
     return whole - mtp, mtp
 
 
-def test_parameters_of_35b_are_those_of_the_specification():
+def test_parameters_of_35b_are_those_of_the_specification() -> None:
     assert sizes(PRESETS["35b-a3b"]) == (34_660_610_688, 844_640_768)
     assert sizes(PRESETS["35b-a3b"].without_mtp()) == (34_660_610_688, 0)
 
@@ -275,7 +276,7 @@ def layer_sizes(cfg: ModelConfig) -> tuple[int, int]:
         ("397b-a17b", 396.3),
     ],
 )
-def test_parameters_of_the_other_sizes(name, billions):
+def test_parameters_of_the_other_sizes(name: str, billions: float) -> None:
     cfg = PRESETS[name]
     linear, full = layer_sizes(cfg)
     d = cfg.hidden_size
@@ -285,30 +286,35 @@ def test_parameters_of_the_other_sizes(name, billions):
     assert trunk / 1e9 == pytest.approx(billions, rel=0.01)
 
 
-def test_expert_share_of_35b_by_the_same_sum():
+def test_expert_share_of_35b_by_the_same_sum() -> None:
     linear, full = layer_sizes(PRESETS["35b-a3b"])
     mlp = 805_306_368 + 524_288 + 3_145_728 + 2_048  # routed, router, shared, its gate
     assert (linear - mlp, full - mlp) == (33_722_560, 27_267_584)
 
 
 @pytest.mark.parametrize("alias", ["35b-a3b", "35B-A3B", "Qwen3.5-35B-A3B", "qwen3.6-35b-a3b"])
-def test_preset_names(alias):
+def test_preset_names(alias: str) -> None:
     assert preset(alias) is PRESETS["35b-a3b"]
 
 
-def test_unknown_preset_lists_the_names():
+def test_unknown_preset_lists_the_names() -> None:
     with pytest.raises(ConfigError, match="no preset '7b'; there are: 0.8b, 2b, .*397b-a17b"):
         preset("7b")
 
 
-def test_config_is_a_value():
+def test_config_is_a_value() -> None:
     one, other = config_from_hf(MOE), config_from_hf(nested(MOE))
     assert hash(one) == hash(other) and len({one, other, one.without_mtp()}) == 2
     for cfg in PRESETS.values():
         hash(cfg)
     with pytest.raises(FrozenInstanceError):
-        one.num_layers = 1
+        one.num_layers = 1  # type: ignore[misc]
     # A static argument of a jitted function: an equal config is the same program.
-    traces = []
-    f = jax.jit(lambda x, cfg: traces.append(cfg) or x + cfg.num_layers, static_argnums=1)
+    traces: list[ModelConfig] = []
+
+    def add_layers(x: int, cfg: ModelConfig) -> int:
+        traces.append(cfg)
+        return x + cfg.num_layers
+
+    f = jax.jit(add_layers, static_argnums=1)
     assert f(1, one) == f(1, other) == 41 and len(traces) == 1

@@ -55,7 +55,7 @@ def whole(params, tokens, *, graph):
     hidden = model.final_norm(rows)
     pairs = make_positions(model.cfg, zero, len(tokens) - 1, none, kv_len=KV_BLOCK)
     mtp, cache = model.mtp_step(hidden[:, :-1], tokens[None, 1:], cache, pairs)
-    return model.head(hidden)[0], hidden[0], model.mtp_head(mtp)[0]
+    return model.head(hidden)[0], hidden[0], model.head(mtp)[0]
 
 
 @partial(jax.jit, static_argnames="graph")
@@ -84,7 +84,7 @@ def drafts(params, hidden, token, cache, *, graph, length):
         where = make_positions(model.cfg, cache.length - 1 + j, 1, jnp.zeros(1, jnp.int32), kv_len=cache.kv_len)
         rows, cache = model.mtp_step(hidden[:, None], token[:, None], cache, where)
         hidden = rows[:, 0]
-        logits.append(model.mtp_head(rows)[0, 0])
+        logits.append(model.head(rows)[0, 0])
         token = jnp.argmax(logits[-1])[None]
     return jnp.stack(logits), told[0], cache.mtp_k, after.mtp_k
 
@@ -118,7 +118,7 @@ def test_hidden_states_of_chunks(name, golden):
 def test_as_shipped(golden, shipped_code):
     """From the folder, with the storage and the compiler settings of this device."""
     gold = golden("moe_r3")
-    agree(LLM(gold.path, prefill_buckets=(64,)).logits(gold["tokens"].tolist()), gold["logits"])
+    agree(LLM(gold.path, dtype="float32", prefill_buckets=(64,)).logits(gold["tokens"].tolist()), gold["logits"])
 
 
 def test_decoding_from_the_cache(case):

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,7 @@ from mtpjax.cli.generate import main
 from mtpjax.text.chat_template import ChatTemplate, find_chat_template
 
 HELLO = [{"role": "user", "content": "Hello!"}]
-# What published templates lean on: white space control, namespace, loop controls, tojson, strings, options, nested access.
+# Published templates use white space control, namespace, loop controls, tojson, strings, options, nested access.
 RICH = """{%- set ns = namespace(last=-1) %}
 {%- for message in messages %}
     {%- if message.role == "user" %}
@@ -51,12 +52,12 @@ def rich() -> ChatTemplate:
     return ChatTemplate(RICH, "there", {"eos_token": "<|im_end|>"})
 
 
-def test_a_template_with_all_that_published_ones_use() -> None:
-    messages = [
+def test_a_template_may_use_whatever_published_ones_use() -> None:
+    messages: list[dict[str, Any]] = [
         {"role": "system", "content": " Be <brief>. "},
         {"role": "user", "content": [{"type": "text", "text": "Hé"}]},
     ]
-    text = rich().render(messages, tools=[{"name": "é<"}], enable_thinking=False)
+    text = rich().render(messages, tools=[{"name": "é<"}], chat_template_kwargs={"enable_thinking": False})
     assert text == (
         '<tools>\n{"name": "é<"}</tools>\n<|im_start|>system\nBe <brief>.<|im_end|>\n<|im_start|>user\nHé<|im_end|>\n'
         "<|im_start|>assistant\n<think>\n\n</think>\n\n1 <|im_end|>"
@@ -66,7 +67,7 @@ def test_a_template_with_all_that_published_ones_use() -> None:
 
 
 @pytest.mark.parametrize(
-    ("messages", "said"),
+    ("messages", "message"),
     [
         ([], "a list of messages"),
         ("Hello", "a list of messages"),
@@ -76,9 +77,15 @@ def test_a_template_with_all_that_published_ones_use() -> None:
         ([{"role": "user", "content": 3}], "message 0 has a 'content' of type int"),
     ],
 )
-def test_what_is_no_conversation(messages, said) -> None:  # type: ignore[no-untyped-def]
-    with pytest.raises(ValueError, match=said):
+def test_messages_of_another_form_are_refused(messages: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         rich().render(messages)
+
+
+@pytest.mark.parametrize("name", ["messages", "tools", "add_generation_prompt"])
+def test_a_variable_that_is_an_argument_is_given_there(name: str) -> None:
+    with pytest.raises(ValueError, match=f"chat_template_kwargs has '{name}', which is an argument of its own"):
+        rich().render(HELLO, chat_template_kwargs={name: None})
 
 
 def test_a_template_may_refuse_and_may_not_reach_out() -> None:
@@ -89,26 +96,32 @@ def test_a_template_may_refuse_and_may_not_reach_out() -> None:
             ChatTemplate(bad, "there", {}).render(HELLO)
 
 
-def test_where_templates_are_found(tmp_path: Path) -> None:
+def find(folder: Path) -> ChatTemplate:
+    template = find_chat_template(folder)
+    assert template is not None
+    return template
+
+
+def test_templates_are_found_in_a_file_or_in_the_tokenizer_config(tmp_path: Path) -> None:
     """A file of its own goes before tokenizer_config.json, whose template may be a text or a list by name."""
     assert find_chat_template(tmp_path) is None
     config = tmp_path / "tokenizer_config.json"
     config.write_text(json.dumps({"eos_token": {"content": "<end>"}}))
     assert find_chat_template(tmp_path) is None
     config.write_text(json.dumps({"chat_template": "plain"}))
-    assert find_chat_template(tmp_path).render(HELLO) == "plain"  # type: ignore[union-attr]
+    assert find(tmp_path).render(HELLO) == "plain"
     several = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "{{ eos_token }}"}]
     config.write_text(json.dumps({"chat_template": several, "eos_token": {"content": "<end>"}}))
-    assert find_chat_template(tmp_path).render(HELLO) == "<end>"  # type: ignore[union-attr]
+    assert find(tmp_path).render(HELLO) == "<end>"
     (tmp_path / "chat_template.jinja").write_text("file {{ eos_token }}")
-    assert find_chat_template(tmp_path).render(HELLO) == "file <end>"  # type: ignore[union-attr]
+    assert find(tmp_path).render(HELLO) == "file <end>"
     config.write_text("{")
     with pytest.raises(CheckpointError, match="tokenizer_config.json: is not valid JSON"):
         find_chat_template(tmp_path)
 
 
 def test_the_embedded_model_answers() -> None:
-    """One conversation or several; the prompt is the template's text; the answer ends with <|im_end|>, which is not shown."""
+    """It answers one conversation or several. An answer ends with <|im_end|>, which its text does not show."""
     llm = LLM(max_model_len=256)
     prompt = llm.chat_prompt(HELLO)
     assert prompt == "<|im_start|>user\nHello!<|im_end|>\n<|im_start|>assistant\n"
@@ -135,9 +148,25 @@ def test_conversations_in_a_file_of_json_lines(tmp_path: Path, capsys: pytest.Ca
     rows = [{"messages": HELLO}, {"messages": HELLO, "prompt": "Hello!"}, {"messages": "Hello!"}, {"messages": odd}]
     lines, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     lines.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert main(["--input", str(lines), "--output", str(out), "--max-len", "256", "--max-tokens", "12"]) == 1
+    assert (
+        main(
+            [
+                "--input",
+                str(lines),
+                "--output",
+                str(out),
+                "--max-len",
+                "256",
+                "--max-tokens",
+                "12",
+                "--dtype",
+                "float32",
+            ]
+        )
+        == 1
+    )
     (row,) = (json.loads(line) for line in out.read_text(encoding="utf-8").splitlines())
-    (answer,) = LLM(max_model_len=256).chat(HELLO, SamplingParams(max_tokens=12))
+    (answer,) = LLM(max_model_len=256, dtype="float32").chat(HELLO, SamplingParams(max_tokens=12))
     assert row["text"] == answer.text
     errors = capsys.readouterr().err
     for said in ("has both 'prompt' and 'messages'", "has 'messages' of type str", "Unexpected role wizard"):

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from mtpjax.loading.weight_map import flat
+from mtpjax.loading.loaded_model import flatten_params
 from scripts.gpu.check_cuda import problems
 from scripts.gpu.compiled_code import CompiledProgram, float_instructions, loop_overheads
 from scripts.gpu.count_instructions import bits_per_weight, loop_instructions, weights_per_iteration
@@ -72,7 +72,9 @@ def test_a_mixed_file_keeps_the_type_of_every_matrix() -> None:
     """The mixture of llama.cpp: of 41 layers with the MTP block, 22 have down projections of six bits, 19 of four."""
     _, args, _, params = program_case("decode q4_k_m")
     assert args[0] is params
-    down = {path: leaf[...] for path, leaf in flat(params).items() if path[-1] == "down" and "shared" not in path}
+    down = {
+        path: leaf[...] for path, leaf in flatten_params(params).items() if path[-1] == "down" and "shared" not in path
+    }
     six_bits = [
         int(path[2]) * 4 + int(path[4]) for path, w in down.items() if w.layout == "codes6" and path[0] == "decoder"
     ]

@@ -1,0 +1,40 @@
+"""The console command `mtpjax`: `generate`, `convert`, `info`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import jax
+
+import mtpjax
+from mtpjax.cli import convert, generate, info
+
+COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
+    "generate": (generate.main, "generate text for a file of prompts"),
+    "convert": (convert.main, "convert a checkpoint: Hugging Face, Orbax, GGUF"),
+    "info": (info.main, "describe a checkpoint: sizes, quantisation, MTP head, memory, cards"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command. Returns its exit status; 2 if there is no such command."""
+    args = sys.argv[1:] if argv is None else argv
+    if args and args[0] in COMMANDS:
+        if args[0] != "generate":
+            jax.config.update("jax_platforms", "cpu")  # nothing is computed: leave a GPU alone
+        return COMMANDS[args[0]][0](args[1:])
+    if args and args[0] == "--version":
+        print(f"mtpjax {mtpjax.__version__}")
+        return 0
+    lines = [f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items()]
+    usage = "\n".join(["usage: mtpjax COMMAND ...", "", *lines, "", "mtpjax COMMAND --help explains a command."])
+    if not args or args[0] in ("-h", "--help"):
+        print(usage)
+        return 0
+    print(f"mtpjax: there is no command {args[0]!r}; expected one of {', '.join(COMMANDS)}\n\n{usage}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""What `mtpjax generate` prints: answers for the terminal, and the figures of a job."""
+
+from __future__ import annotations
+
+import textwrap
+from dataclasses import dataclass, field
+
+from mtpjax import RequestOutput
+from mtpjax.cli.jsonl import PromptLine
+from mtpjax.engine.engine import Engine
+
+
+@dataclass
+class JobTotals:
+    """Sums over the answers of a job."""
+
+    num_prompts: int = 0
+    num_prompt_tokens: int = 0
+    num_new_tokens: int = 0
+    num_steps: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens_per_pos: list[int] = field(default_factory=list)
+
+    @property
+    def num_accepted_tokens(self) -> int:
+        """Accepted draft tokens, all positions together."""
+        return sum(self.num_accepted_tokens_per_pos)
+
+    def add(self, output: RequestOutput) -> None:
+        """Add the figures of one answer."""
+        metrics = output.metrics
+        self.num_prompts += 1
+        self.num_prompt_tokens += metrics.num_prompt_tokens
+        self.num_new_tokens += len(output.token_ids)
+        self.num_steps += metrics.num_steps
+        self.num_draft_tokens += metrics.num_draft_tokens
+        before = self.num_accepted_tokens_per_pos or [0] * len(metrics.num_accepted_tokens_per_pos)
+        pairs = zip(before, metrics.num_accepted_tokens_per_pos, strict=True)
+        self.num_accepted_tokens_per_pos = [a + b for a, b in pairs]
+
+    def summary(self, engine: Engine, seconds: float) -> str:
+        """Return the figures of a job that took `seconds`, a line each.
+
+        Rates divide by time on the device, without compilation.
+        """
+
+        def rate(count: int, seconds: float) -> str:
+            return f"{count / seconds:>9,.1f} tokens/s" if seconds else f"{'-':>9} tokens/s"
+
+        drafts = "none"
+        if self.num_draft_tokens:
+            by_position = ", ".join(f"{n / self.num_steps:.0%}" for n in self.num_accepted_tokens_per_pos)
+            share = self.num_accepted_tokens / self.num_draft_tokens
+            drafts = f"{share:.1%} of {self.num_draft_tokens:,} accepted; by position {by_position}"
+        lines = [
+            f"prompts  {self.num_prompts:>9,} with {self.num_prompt_tokens:,} tokens",
+            f"prefill  {rate(engine.num_prompt_tokens, engine.prefill_seconds)}",
+            f"decode   {rate(self.num_new_tokens, engine.decode_seconds)}: {self.num_new_tokens:,} tokens in "
+            f"{self.num_steps:,} rounds, {self.num_new_tokens / max(self.num_steps, 1):.2f} a round",
+            f"drafts   {drafts}",
+            f"slots    {self.num_steps / max(engine.slot_steps, 1):>9.0%} busy",
+            f"seconds  {seconds:>9,.1f} in all, {engine.compile_seconds:,.1f} of them compiling",
+        ]
+        return "\n".join(lines)
+
+
+def format_answer(line: PromptLine, output: RequestOutput) -> str:
+    """Return a prompt, its answer and how it was drafted, wrapped for the terminal."""
+    prompt = line.prompt if isinstance(line.prompt, str) else f"{len(line.prompt)} token ids"
+    text = output.text if output.text is not None else f"{output.token_ids}"
+    metrics, num_tokens = output.metrics, len(output.token_ids)
+    figures = f"{num_tokens} new tokens in {metrics.num_steps} rounds"
+    if metrics.num_draft_tokens:
+        # Every round adds one token of the trunk to the accepted drafts.
+        num_drafted = max(num_tokens - metrics.num_steps, 0)
+        share = metrics.num_accepted_tokens / metrics.num_draft_tokens
+        figures += f": {num_drafted} were drafted and accepted ({share:.0%} of the drafts)"
+    question, answer = _wrap(prompt, f"[{line.id}] ", "    "), _wrap(text, "  > ", "  > ")
+    return f"{question}\n{answer}\n  {figures}\n"
+
+
+def _wrap(text: str, first_indent: str, indent: str) -> str:
+    wrapped = []
+    for number, line in enumerate(text.strip().splitlines() or [""]):
+        initial = indent if number else first_indent
+        wrapped.append(textwrap.fill(line, 100, initial_indent=initial, subsequent_indent=indent) or indent)
+    return "\n".join(wrapped)

@@ -1,0 +1,191 @@
+"""`recurrent_gated_delta_rule` and `replay_updates`: verify windows against the recurrence in float64."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels_pallas.gated_delta_rule import recurrent_gated_delta_rule, replay_updates
+from kernels_pallas.gated_delta_rule.shapes import NUM_PARTIAL_SUMS, ROWS, SHAPES, DeltaShape, gated_delta_rule_inputs
+from kernels_pallas.gated_delta_rule.triton import DECODE_ROWS, supports
+from kernels_pallas.platform import override_platform
+from mtpjax.presets import PRESETS
+from tests.helpers.gated_delta_rule import (
+    LAYER,
+    exact_conv_inputs,
+    exact_inputs,
+    random_args,
+    select,
+    step_through,
+)
+from tests.helpers.numerics import assert_close
+
+SMALL = DeltaShape(layers=2, value_heads=4, key_heads=2, key_size=32, value_size=64)
+run = jax.jit(recurrent_gated_delta_rule, static_argnames=("layer", "dtype", "implementation"))
+
+
+@pytest.fixture(params=["xla", "triton"], scope="module")
+def implementation(request: pytest.FixtureRequest) -> str:
+    """Kernels run compiled on a CUDA device and in interpret mode everywhere else."""
+    return request.param
+
+
+def window_args(rows: int, shape: DeltaShape = SMALL, dtype: str = "float32") -> tuple[Any, ...]:
+    """Three sequences; the second begins with padding and ends beyond the cache, the third is idle."""
+    pad, end = [0, rows // 2, rows], [rows, max(rows - 1, rows // 2), rows]
+    return random_args(shape, pad, end, rows, dtype)
+
+
+def results(args: tuple[Any, ...], implementation: str, dtype: str = "float32") -> tuple[jax.Array, ...]:
+    """o, delta, k, log decay and convolution inputs."""
+    o, pending = run(*args, dtype=dtype, implementation=implementation)
+    return o, pending.delta, pending.k, pending.decay, pending.conv
+
+
+def exact_results(args: tuple[Any, ...]) -> tuple[np.ndarray, ...]:
+    inputs = exact_inputs(args)
+    want = step_through(inputs, args[2].recurrent[LAYER])
+    return want.o, want.delta, np.asarray(inputs.k), np.cumsum(inputs.g, axis=1), exact_conv_inputs(args)
+
+
+class TestRecurrentGatedDeltaRule:
+    @pytest.mark.parametrize(
+        ("rows", "shape"),
+        [
+            (1, SMALL),
+            (5, SMALL),
+            (9, DeltaShape(layers=2, value_heads=2, key_heads=2, key_size=16, value_size=16)),
+            (16, DeltaShape(layers=2, value_heads=3, key_heads=1, key_size=64, value_size=32)),
+        ],
+    )
+    def test_it_steps_through_the_recurrence(self, rows: int, shape: DeltaShape, implementation: str) -> None:
+        args = window_args(rows, shape)
+        for got, want in zip(results(args, implementation), exact_results(args), strict=True):
+            assert_close(got, want, "float32")
+
+    def test_bfloat16_is_rounded_where_the_formula_says(self, implementation: str) -> None:
+        args = window_args(5, dtype="bfloat16")
+        o, *others, conv = results(args, implementation, "bfloat16")
+        assert o.dtype == conv.dtype == jnp.bfloat16 and all(other.dtype == jnp.float32 for other in others)
+        for got, want in zip((o, *others, conv), exact_results(args), strict=True):
+            assert_close(got, want, "bfloat16")
+            off = np.abs(np.float64(got) - want) > (2**-8 if got.dtype == o.dtype else 1e-4) * np.abs(want).max()
+            assert off.mean() < 0.02  # where the last bit of a convolution falls the other way
+
+    @given(
+        ranges=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)).map(sorted), min_size=3, max_size=3),
+        seed=st.integers(0, 2**16),
+    )
+    @settings(max_examples=15, deadline=None)
+    def test_padding_changes_nothing(self, ranges: list[Sequence[int]], seed: int, implementation: str) -> None:
+        """Any rows may be valid. The projections of the other rows do not matter, bit for bit."""
+        args = random_args(SMALL, [start for start, _ in ranges], [end for _, end in ranges], 4)
+        got = results(args, implementation)
+        for one, want in zip(got, exact_results(args), strict=True):
+            assert_close(one, want, "float32")
+        projections, *others, valid = args
+        rng, is_padding = np.random.default_rng(seed), ~valid.reshape(-1, 1)
+        noisy = jax.tree.map(lambda x: jnp.where(is_padding, rng.normal(size=x.shape), x).astype(x.dtype), projections)
+        again = results((noisy, *others, valid), implementation)
+        for one, other in zip(got, again, strict=True):
+            assert np.array_equal(one, other)
+
+    def test_a_window_is_invariant_to_later_rows_and_to_the_batch_bit_for_bit(self) -> None:
+        """A property of the kernel, which is one program for any number of rows. XLA makes other loops for one row."""
+        args = window_args(5)
+        *_, whole_conv = whole = results(args, "triton")
+        for rows in (2, 3):
+            first = results(select(args, slice(None), slice(rows)), "triton")
+            for got, want in zip(first[:-1], whole, strict=False):
+                assert np.array_equal(got, want[:, :rows])
+        sequence = slice(1, 2)
+        for got, want in zip(results(select(args, sequence, slice(None)), "triton"), whole, strict=True):
+            assert np.array_equal(got, want[sequence])
+        assert whole_conv.shape[1] == 5 + 3
+
+    def test_a_window_may_be_longer_than_the_kernel_supports(self) -> None:
+        args = window_args(DECODE_ROWS + 60)
+        for got, want in zip(results(args, "xla"), exact_results(args), strict=True):
+            assert_close(got, want, "float32")
+
+
+class TestImplementations:
+    def test_unsupported_shapes_raise_if_the_kernel_was_asked_for(self) -> None:
+        with pytest.raises(ValueError, match="17 rows of heads of 32 x 64; expected at most 16 rows"):
+            recurrent_gated_delta_rule(*window_args(17), dtype="float32", implementation="triton")
+
+    def test_an_unknown_implementation_raises(self) -> None:
+        with pytest.raises(ValueError, match="implementation is 'mosaic'"):
+            recurrent_gated_delta_rule(*window_args(1), dtype="float32", implementation="mosaic")
+
+    def test_supported_shapes(self) -> None:
+        assert supports(5, 128, 128)
+        for rows, key_size, value_size in ((17, 128, 128), (5, 24, 128), (5, 128, 8)):
+            assert not supports(rows, key_size, value_size)
+
+    @pytest.mark.parametrize(("rows", "uses_kernel"), [(5, True), (17, False)])
+    def test_a_cuda_device_uses_the_kernel_where_it_supports_the_shapes(self, rows: int, uses_kernel: bool) -> None:
+        args = window_args(rows)
+        for name, expected in (("cuda", uses_kernel), ("cpu", False)):
+            with override_platform(name, (9, 0)):
+                program = str(jax.make_jaxpr(partial(recurrent_gated_delta_rule, dtype="float32"))(*args))
+            assert ("pallas_call" in program) == expected
+
+    @pytest.mark.parametrize("size", SHAPES)
+    def test_real_shapes(self, size: str) -> None:
+        shape, cfg = SHAPES[size], PRESETS[size]
+        assert shape == DeltaShape(
+            cfg.linear_layers,
+            cfg.linear_v_heads,
+            cfg.linear_k_heads,
+            cfg.linear_k_dim,
+            cfg.linear_v_dim,
+            cfg.conv_width,
+        )
+        assert shape.channels == cfg.conv_channels
+        rows, num_partial_sums = ROWS["decode"], NUM_PARTIAL_SUMS["decode"]
+        args = gated_delta_rule_inputs(shape, rows, jnp.bfloat16, num_partial_sums=num_partial_sums)
+        op = partial(recurrent_gated_delta_rule, dtype=jnp.bfloat16, implementation="triton")
+        o, pending = jax.eval_shape(op, *args)
+        assert o.shape == pending.delta.shape == (1, rows, shape.value_heads, shape.value_size)
+        assert pending.conv.shape == (1, rows + shape.conv_width - 1, shape.channels)
+
+
+class TestReplayUpdates:
+    @pytest.mark.parametrize("rows", [1, 2, 5, 9])
+    def test_it_steps_through_the_accepted_rows(self, rows: int, implementation: str) -> None:
+        """Every count 0...W at once, as a batch of W + 1 sequences, in two layers with their own state."""
+        counts = np.arange(rows + 1)
+        args = random_args(SMALL, [0] * (rows + 1), [rows] * (rows + 1), rows)
+        projections, weights, state, _, pad, valid = args
+        pending, exact = [], []
+        for layer in range(2):
+            layer_args = projections, weights, state, layer, pad, valid
+            pending.append(run(*layer_args, dtype="float32", implementation=implementation)[1])
+            states = step_through(exact_inputs(layer_args), state.recurrent[layer]).states
+            exact.append(states[counts, counts])
+        stacked = jax.tree.map(lambda *layers: jnp.stack(layers), *pending)
+        after = jax.jit(replay_updates)(state, stacked, counts)
+        assert_close(after.recurrent, np.stack(exact), "float32")
+        for n in counts:  # the inputs that end at the last accepted row
+            assert np.array_equal(after.conv[:, n], stacked.conv[:, n, n : n + 3])
+        assert np.array_equal(after.recurrent[:, 0], state.recurrent[:, 0])  # none accepted: every bit as it was
+        assert np.array_equal(after.conv[:, 0], state.conv[:, 0])
+
+    def test_an_idle_window_keeps_every_bit(self, implementation: str) -> None:
+        """All rows of the second sequence are padding, and none of them is accepted."""
+        projections, weights, state, _, pad, valid = random_args(SMALL, [0, 4], [4, 4], 4)
+        windows = [
+            run(projections, weights, state, layer, pad, valid, dtype="float32", implementation=implementation)[1]
+            for layer in range(2)
+        ]
+        stacked = jax.tree.map(lambda *layers: jnp.stack(layers), *windows)
+        after = jax.jit(replay_updates)(state, stacked, np.array([3, 0]))
+        for got, before in zip(after, state, strict=True):
+            assert np.array_equal(got[:, 1], before[:, 1]) and not np.array_equal(got[:, 0], before[:, 0])
