@@ -1,4 +1,6 @@
-"""What `check_cuda.py` compiles: every kernel in the shapes of the 35B-A3B, and the programs of the whole model. Shapes only."""
+"""What `check_cuda.py` compiles: every kernel in the shapes of the 35B-A3B, and the programs of the whole model. Shapes
+only.
+"""
 
 from __future__ import annotations
 
@@ -237,8 +239,8 @@ def kernel_cases(
 def type_of(path: Sequence[str | int], layers: int, mixed: bool) -> str:
     """The form of a matrix in an IQ4_NL file, or in a mixed one as llama.cpp's quantiser makes them under "Q4_K_M".
 
-    There an eighth of the layers at either end and every third one between have their values and down projections in Q6_K
-    (`llama_tensor_get_type` in llama-quant.cpp); fused projections of DeltaNet layers are Q5_K, the LM head Q6_K.
+    There an eighth of the layers at either end and every third one between have their values and down projections in
+    Q6_K (`llama_tensor_get_type` in llama-quant.cpp); fused projections of DeltaNet layers are Q5_K, the LM head Q6_K.
     """
     if not mixed:
         return "iq4_nl"
@@ -254,9 +256,11 @@ def type_of(path: Sequence[str | int], layers: int, mixed: bool) -> str:
 def program_case(
     name: str, *, context: int = CONTEXT, draft: int = DRAFT, chunk: int = CHUNK
 ) -> tuple[Any, tuple[Any, ...], dict[str, Any], Any]:
-    """One of `PROGRAMS`, of the whole model: jitted step, arguments, static arguments, parameters. Draft 0: no MTP head.
+    """One of `PROGRAMS`, of the whole model: jitted step, arguments, static arguments, parameters. Draft 0: no MTP
+    head.
 
-    All are for one sequence, but "insert": there one sequence comes to four. Weights are IQ4_NL unless the name says more.
+    All are for one sequence, but "insert": there one sequence comes to four. Weights are IQ4_NL unless the name says
+    more.
     """
     cfg, spec = preset(MODEL) if draft else preset(MODEL).without_mtp(), jax.ShapeDtypeStruct
     mixed = name.endswith(MIXED)

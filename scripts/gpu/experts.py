@@ -1,8 +1,9 @@
-"""The experts of one layer of the 35B-A3B, packed, by the kernels and by what else JAX has: seconds, errors, the roofline.
+"""The experts of one layer of the 35B-A3B, packed, by the kernels and by what else JAX has: seconds, errors, the
+roofline.
 
-`kernels` multiplies packed weights. `unpack` dequantises to bfloat16 first: of few rows the experts of every assignment, of
-many rows all of the layer for `jax.lax.ragged_dot`. `ragged_dot` has all weights in bfloat16 from the start, four times the
-memory.
+`kernels` multiplies packed weights. `unpack` dequantises to bfloat16 first: of few rows the experts of every
+assignment, of many rows all of the layer for `jax.lax.ragged_dot`. `ragged_dot` has all weights in bfloat16 from the
+start, four times the memory.
 """
 
 from __future__ import annotations

@@ -61,8 +61,10 @@ def least(name: str, args: tuple[Any, ...], size: KernelSizes) -> tuple[float, f
 
 
 def all_layers(name: str, fn: Any, args: tuple[Any, ...], size: KernelSizes) -> Callable[[], Any]:
-    """Runs the kernel once for each layer, in one program: what a launch by itself takes is mostly the host's, and data that
-    was read a moment ago comes from a cache that decoding does not have. Kernels without layers get other data instead."""
+    """Runs the kernel once for each layer, in one program: what a launch by itself takes is mostly the host's, and data
+    that was read a moment ago comes from a cache that decoding does not have. Kernels without layers get other data
+    instead.
+    """
     layers = range(size.layers)
     if name.startswith(LAYERLESS):
         sets = [data_of(name, args, size, seed) for seed in layers]

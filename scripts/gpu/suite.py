@@ -4,9 +4,9 @@
     python -m scripts.gpu.suite --smoke                    # all parts at a toy size, on any device
 
 The model is a 35B-A3B with random IQ4_NL weights (`--shape`, `--weights`), so acceptance is simulated. Each part writes
-FOLDER/gpu_PART.json with device, versions, commit, the measured copy bandwidth and matmul rate, and beside every figure its share
-of the roofline that these two allow. What `--seconds` left no time for is listed as not measured. Needs jax, flax, orbax, numpy,
-safetensors, tokenizers; matplotlib for the table.
+FOLDER/gpu_PART.json with device, versions, commit, the measured copy bandwidth and matmul rate, and beside every figure
+its share of the roofline that these two allow. What `--seconds` left no time for is listed as not measured. Needs jax,
+flax, orbax, numpy, safetensors, tokenizers; matplotlib for the table.
 """
 
 from __future__ import annotations
@@ -108,7 +108,8 @@ def kernels(suite: Suite) -> dict[str, Any]:
 
 
 def experts(suite: Suite) -> dict[str, Any]:
-    """The experts of a layer beside what else multiplies them. Goals: 0.6 of the roofline up to 8 rows, 0.4 at 2,048."""
+    """The experts of a layer beside what else multiplies them. Goals: 0.6 of the roofline up to 8 rows, 0.4 at 2,048.
+    """
     rows = []
     for row in gpu_experts.measure_all(suite.smoke, suite.ceilings, suite.go_on):
         rows.append(row)
@@ -176,7 +177,8 @@ def decoder_at(suite: Suite, side: Side, draft: int, context: int, new: int) -> 
 
 
 def rounds(suite: Suite) -> dict[str, Any]:
-    """Milliseconds of a decoding round and tok/s by draft length and context, the drafts in turn, simulated acceptance."""
+    """Milliseconds of a decoding round and tok/s by draft length and context, the drafts in turn, simulated acceptance.
+    """
     new = 8 if suite.smoke else 64
     sides = {mtp: suite.side(mtp, min(suite.chunks)) for mtp in (True, False)}
     runs = {k: decoder_at(suite, sides[k > 0], k, 0, new) for k in suite.drafts}
