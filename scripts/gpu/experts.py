@@ -45,7 +45,8 @@ def unpacked(args: tuple[Any, ...], layer: int) -> jax.Array:
     x, gate_up, down, _, chosen, weights, _ = args
     if chosen.size > GATHERED:
         whole = (jax.tree.map(lambda part: part[layer], w).dequantize(x.dtype) for w in (gate_up, down))
-        return ragged(x, *(jnp.swapaxes(w, 1, 2) for w in whole), chosen, weights)
+        all_gate_up, all_down = (jnp.swapaxes(w, 1, 2) for w in whole)
+        return ragged(x, all_gate_up, all_down, chosen, weights)
     gates, downs = (jax.tree.map(lambda part: part[layer, chosen], w).dequantize(x.dtype) for w in (gate_up, down))
     hidden = swiglu(jnp.einsum("nd,nkod->nko", x, gates), x.dtype)
     return jnp.einsum("nki,nkdi,nk->nd", hidden, downs, weights, preferred_element_type=jnp.float32).astype(x.dtype)
@@ -62,7 +63,7 @@ def sides(fn: Any, args: tuple[Any, ...], layers: int) -> dict[str, Callable[[],
     ]
     kernels = jax.jit(lambda args: [fn(*args[:3], jnp.int32(i), *args[4:]) for i in range(layers)])
     unpack = jax.jit(lambda args: [unpacked(args, i) for i in range(layers)])
-    plain = jax.jit(lambda args, a, b: [ragged(args[0], a[i], b[i], *args[4:6]) for i in range(layers)])
+    plain = jax.jit(lambda args, a, b: [ragged(args[0], a[i], b[i], args[4], args[5]) for i in range(layers)])
     return {"kernels": lambda: kernels(args), "unpack": lambda: unpack(args), "ragged_dot": lambda: plain(args, *wide)}
 
 
@@ -75,14 +76,14 @@ def measure_all(smoke: bool, ceilings: Ceilings, go_on: Callable[[str], bool]) -
         size = replace(many, rows=(("decode", rows),))
         fn, specs = kernel_cases(size, ("iq4_nl",), interpret=platform() != "cuda")["experts iq4_nl decode"]()
         args = data_of("experts", specs, size)
-        want, runs = reference("experts", args, size.chosen), sides(fn, args, size.layers)
+        want, runs = reference("experts", args, size.experts_per_token), sides(fn, args, size.layers)
         moved, flops = least("experts", args, size)
         for name in [name for name in runs if name != "kernels"]:
             try:
                 jax.block_until_ready(runs[name]())
-            except jax.errors.JaxRuntimeError as error:  # `ragged_dot` may want a copy of the rows for every expert
+            except jax.errors.JaxRuntimeError as refused:  # `ragged_dot` may want a copy of the rows for every expert
                 del runs[name]
-                yield {"rows": rows, "side": name, "impossible": str(error).splitlines()[0][:200]}
+                yield {"rows": rows, "side": name, "impossible": str(refused).splitlines()[0][:200]}
         times: dict[str, list[float]] = {name: [] for name in runs}
         for _ in range(2 if smoke else 5):
             for name, run in runs.items():
@@ -92,7 +93,12 @@ def measure_all(smoke: bool, ceilings: Ceilings, go_on: Callable[[str], bool]) -
             error = float(jnp.max(jnp.abs(got - want)) / jnp.max(jnp.abs(want)))
             ratios = [mine / its for mine, its in zip(times["kernels"], times[name], strict=True)]
             yield {
-                "rows": rows, "side": name, "error": error, "right": error <= BOUND, "seconds": times[name],
-                "of_kernels_time": 1 / statistics.median(ratios), "limit": ceilings.limit(moved, flops),
+                "rows": rows,
+                "side": name,
+                "error": error,
+                "right": error <= BOUND,
+                "seconds": times[name],
+                "of_kernels_time": 1 / statistics.median(ratios),
+                "limit": ceilings.limit(moved, flops),
                 "of_roofline": ceilings.floor(moved, flops) / statistics.median(times[name]),
-            }  # fmt: skip
+            }

@@ -100,7 +100,8 @@ def kernels(suite: Suite) -> dict[str, Any]:
         rows.append(row)
         verdict = "right" if row["right"] else "WRONG"
         print(
-            f"{row['case']:28} {verdict} (error {row['error']:.1e})  {statistics.median(row['seconds']) * 1e6:9.1f} us, "
+            f"{row['case']:28} {verdict} (error {row['error']:.1e})  {statistics.median(row['seconds']) * 1e6:9.1f} "
+            "us, "
             f"{row['of_roofline']:.2f} of the roofline ({row['limit']})",
             flush=True,
         )
@@ -149,11 +150,18 @@ def read_chunks(suite: Suite) -> dict[str, Any]:
                 work = chunk_work(side.model.cfg, side.model.params, chunk, context, suite.dtype.itemsize)
                 middle = statistics.median(times[side.name])
                 ratio = statistics.median(b / a for a, b in zip(times[side.name], times["MTP off"], strict=True))
-                rows.append({
-                    "chunk": chunk, "context": context, "side": side.name, "seconds": times[side.name], "speed_ratio": ratio,
-                    "of_roofline": suite.ceilings.floor(work.bytes, work.flops) / middle,
-                    "limit": suite.ceilings.limit(work.bytes, work.flops), "temporary_mb": side.temporary_mb,
-                })  # fmt: skip
+                rows.append(
+                    {
+                        "chunk": chunk,
+                        "context": context,
+                        "side": side.name,
+                        "seconds": times[side.name],
+                        "speed_ratio": ratio,
+                        "of_roofline": suite.ceilings.floor(work.bytes, work.flops) / middle,
+                        "limit": suite.ceilings.limit(work.bytes, work.flops),
+                        "temporary_mb": side.temporary_mb,
+                    }
+                )
                 print(
                     f"chunk {chunk:5} at {context:7} {side.name:7} {chunk / middle:9.1f} tok/s, {ratio:.3f} x off, "
                     f"{rows[-1]['of_roofline']:.2f} of the roofline ({rows[-1]['limit']})",
@@ -200,12 +208,20 @@ def rounds(suite: Suite) -> dict[str, Any]:
             ).values()
             floor = sum(suite.ceilings.floor(w.bytes, w.flops) for w in parts)
             ratio = statistics.median(b["seconds"] / a["seconds"] for a, b in zip(each, found[0], strict=True))
-            rows.append({
-                "context": context, "draft": k, "seconds": times, "new": new, "tokens_per_round": each[0]["tokens_per_round"],
-                "speed_ratio": ratio, "of_roofline": floor / per_round,
-            })  # fmt: skip
+            rows.append(
+                {
+                    "context": context,
+                    "draft": k,
+                    "seconds": times,
+                    "new": new,
+                    "tokens_per_round": each[0]["tokens_per_round"],
+                    "speed_ratio": ratio,
+                    "of_roofline": floor / per_round,
+                }
+            )
             print(
-                f"at {context:7} draft {k}: {per_round * 1e3:8.3f} ms a round, {new / statistics.median(times):7.1f} tok/s, "
+                f"at {context:7} draft {k}: {per_round * 1e3:8.3f} ms a round, {new / statistics.median(times):7.1f} "
+                "tok/s, "
                 f"{ratio:.2f} x draft 0, {floor / per_round:.2f} of the roofline (simulated acceptance)",
                 flush=True,
             )
