@@ -2,6 +2,7 @@
 
 import gc
 import os
+import platform
 from collections.abc import Iterator
 from functools import cache, partialmethod
 from importlib.metadata import version
@@ -30,6 +31,18 @@ from tests.helpers.models import Golden  # noqa: E402
 # The same examples in every run, and no limit on the time of one: it may compile a program.
 settings.register_profile("ci", derandomize=True, deadline=None)
 settings.load_profile("ci")
+
+
+# The instruction sets of vectors by which a CPU's rounding differs, the widest first, as Linux names them.
+INSTRUCTION_SETS = ("avx512f", "avx2", "avx", "sse4_2")
+CPUINFO = Path("/proc/cpuinfo")
+
+
+def pytest_report_header() -> list[str]:
+    """Say where the session runs: bits of sums depend on it."""
+    names = CPUINFO.read_text().split() if CPUINFO.exists() else []
+    widest = next((name for name in INSTRUCTION_SETS if name in names), f"unknown ({platform.machine()})")
+    return [f"XLA_FLAGS: {os.environ.get('XLA_FLAGS', '(none)')}", f"widest vectors of the processor: {widest}"]
 
 
 @pytest.fixture(scope="session", autouse=True)
