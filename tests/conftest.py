@@ -11,16 +11,16 @@ from typing import Any
 
 # A test runs a program for milliseconds and compiles it for seconds, nearly all of them in LLVM. These flags make that
 # five times faster and leave the mathematics alone; `shipped_code` undoes them where a test is about what users run.
-# They are not for GPUs and do not replace flags that somebody has set: XLA_FLAGS=--xla_backend_optimization_level=3
+# They are not for GPUs, and a flag that is set already stays: XLA_FLAGS=--xla_backend_optimization_level=3
 SHIPPED = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-if tuple(map(int, version("jaxlib").split(".")[:2])) >= (
-    0,
-    11,
-):  # the flag is gone there, and an unknown one ends the process
+if tuple(map(int, version("jaxlib").split(".")[:2])) >= (0, 11):
+    # The flag is gone there, and an unknown flag ends the process.
     del SHIPPED["xla_cpu_use_fusion_emitters"], QUICK["xla_cpu_use_fusion_emitters"]
 if not os.path.exists("/dev/nvidiactl"):
-    os.environ.setdefault("XLA_FLAGS", " ".join(f"--{name}={str(value).lower()}" for name, value in QUICK.items()))
+    given = os.environ.get("XLA_FLAGS", "")
+    quick = [f"--{name}={str(value).lower()}" for name, value in QUICK.items() if name not in given]
+    os.environ["XLA_FLAGS"] = " ".join([given, *quick]).strip()
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

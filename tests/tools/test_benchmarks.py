@@ -1,5 +1,4 @@
-"""The benchmark scripts: they run on the embedded model, say what is simulated, and the comparison flags what changed.
-"""
+"""The benchmark scripts: they run on the embedded model, say what is simulated, and the comparison flags what changed."""
 
 import csv
 import json
