@@ -45,6 +45,13 @@ def pytest_report_header() -> list[str]:
     return [f"XLA_FLAGS: {os.environ.get('XLA_FLAGS', '(none)')}", f"widest vectors of the processor: {widest}"]
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatus: int) -> None:
+    """Repeat the header behind failures of a quiet session, which prints none."""
+    if exitstatus and terminalreporter.verbosity < 0:
+        for line in pytest_report_header():
+            terminalreporter.write_line(line)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache() -> None:
     """Where JAX_COMPILATION_CACHE_DIR names a folder, every program is kept there for the next session."""
