@@ -80,7 +80,7 @@ def about(result: dict[str, Any]) -> str:
 def the_table(result: dict[str, Any]) -> list[str]:
     return [
         "## The table",
-        f"`python -m scripts.benchmarks.bench_table --contexts 512 2048 8192 32768 --new 48 --out docs/benchmarks/table`: {result['model']} "
+        f"`python -m scripts.benchmarks.bench_table --prompt-tokens 512 2048 8192 32768 --max-tokens 48 --out docs/benchmarks/table`: {result['model']} "
         f"model of about 50 M active parameters in {result['dtype']}, prompts of {result['prompts']}, **{result['acceptance']}** "
         "(the published lengths of Qwen3.5-397B-A17B's head). " + about(result),
         'A ratio is the median of the ratios within each run. "Spread" is (slowest − fastest) ÷ median of the prefill\'s '
@@ -99,8 +99,8 @@ def the_table(result: dict[str, Any]) -> list[str]:
 def the_tiny_table(result: dict[str, Any]) -> list[str]:
     return [
         "## The embedded model, real acceptance",
-        "`python -m scripts.benchmarks.bench_table --model tiny --dtype bfloat16 --text talk --contexts 128 512 2048 --chunk 128 --drafts 0 "
-        f"1 2 3 4 --new 96 --runs 5 --no-ablations --out docs/benchmarks/table_tiny`, in {result['dtype']}, prompts of "
+        "`python -m scripts.benchmarks.bench_table --model tiny --dtype bfloat16 --text talk --prompt-tokens 128 512 2048 --chunk 128 "
+        f"--num-speculative-tokens 0 1 2 3 4 --max-tokens 96 --runs 5 --no-ablations --out docs/benchmarks/table_tiny`, in {result['dtype']}, prompts of "
         f"{result['prompts']}: conversations that the model was not trained on, {result['acceptance']}. "
         + about(result),
         "The model was trained on windows of 256 tokens; longer prompts are out of its experience, and of its head's: behind "

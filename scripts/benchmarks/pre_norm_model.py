@@ -1,9 +1,12 @@
-"""Test-only variant of the model whose MTP head reads hidden states *before* the norms, to measure what that costs.
+"""A variant of the model whose MTP head reads hidden states *before* the norms, to measure what that costs.
 
-The trunk's own logits stay the same; only what the head is fed changes, from the trunk and from its own earlier step.
+The trunk's own logits stay the same. Only the head's inputs change, from the trunk and from the head's own earlier
+step.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from flax import nnx
 from jax import Array
@@ -16,22 +19,22 @@ from mtpjax.model.norm import rms_norm
 
 
 class PreNormMtp(Mtp):
-    """Hands on its rows before `mtp.norm`."""
+    """An MTP head that returns its rows before `mtp.norm`."""
 
-    def __call__(self, embedded, hidden, cache, where):  # type: ignore[no-untyped-def]
+    def __call__(self, embedded: Any, hidden: Any, cache: Any, where: Any) -> Any:
         x, layer = self._join(embedded, hidden), self.layer
         normed = rms_norm(x, layer.input_norm[...], self.cfg.norm_eps)
-        y, _, (k, v) = layer.attention(x, normed, (cache.mtp_k, cache.mtp_v), 0, 0, where, self.norm[...])
+        y, _, (k, v) = layer.attention(x, normed, (cache.mtp_k, cache.mtp_v), 0, where, self.norm[...])
         return y, cache.replace(mtp_k=k, mtp_v=v)
 
 
 class PreNormModel(Model):
-    """Hands the MTP head rows before the final norm; the norms move into the heads."""
+    """A model that gives the MTP head rows before the final norm; the norms move into the heads."""
 
     def final_norm(self, x: Array) -> Array:
         return x
 
-    def trunk_pending(self, tokens, cache, where):  # type: ignore[no-untyped-def]
+    def trunk_pending(self, tokens: Any, cache: Any, where: Any) -> Any:
         memory = cache, new_pending(self.cfg, *tokens.shape, dtype=cache.conv.dtype)
         rows, _, (cache, pending) = self.decoder(self.embed(tokens, where.live), memory, where, self.norm[...])
         return rows, cache, pending
@@ -44,7 +47,7 @@ class PreNormModel(Model):
 
 
 def pre_norm(model: LoadedModel) -> LoadedModel:
-    """The same weights in the pre-norm variant."""
+    """Return the pre-norm variant with the same weights."""
     merged = nnx.merge(model.graph, model.params)
     merged.__class__ = PreNormModel
     merged.mtp.__class__ = PreNormMtp
