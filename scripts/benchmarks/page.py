@@ -41,6 +41,8 @@ EXPERIMENTS = {
 }
 
 
+MODULES = {"quantisation": "quantization"}  # where the module has another name than its files
+
 FIGURES = """## Figures at a glance
 
 Measured on two shared, noisy CPU cores (jax 0.10.2, float32) where the row does not name another device or say "counted".
@@ -174,7 +176,12 @@ def page() -> str:
         if (file := FILES / f"{name}.json").exists():
             result = json.loads(file.read_text())
             picture = f"![{title}](benchmarks/{name}.png)"
-            parts += [f"## {title}", text, f"`python -m scripts.experiments.{name}`. " + about(result), picture]
+            parts += [
+                f"## {title}",
+                text,
+                f"`python -m scripts.experiments.{MODULES.get(name, name)}`. " + about(result),
+                picture,
+            ]
             shown.add(name)
     others = sorted(f for f in FILES.glob("*.json") if f.stem not in shown)
     lines = [f"| [{f.name}](benchmarks/{f.name}) | {json.loads(f.read_text()).get('what', f.stem)} |" for f in others]
