@@ -33,8 +33,8 @@ from mtpjax.loading.weight_map import LoadedModel
 from mtpjax.model.cache import KV_BLOCK
 from scripts.experiments import experiment
 from scripts.tiny_model import data
-from scripts.tiny_model.loss import window_loss
 from scripts.tiny_model.evaluation import acceptance, in_batches
+from scripts.tiny_model.loss import window_loss
 
 GGUF_TYPES = ("bf16", "q8_0", "q4_0", "iq4_nl")
 TYPES = (*GGUF_TYPES, "int4")

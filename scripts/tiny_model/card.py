@@ -250,8 +250,8 @@ next true token: the share of all rounds (in brackets: of the rounds that accept
 
 The texts are not picked: greedy, then with the first three seeds as `generation_config.json` advises
 ({recommended_sampling(folder)}), then with the same seeds at that temperature alone, from all
-tokens; {TOKENS} tokens at most. Of 100 such texts after {OPENING} tokens of held-out text ({NUM_PLACES} if greedy), this
-share ran into a loop, a stretch of at most {LONGEST_LOOP} tokens three times in a row:
+tokens; {TOKENS} tokens at most. Of 100 such texts after {OPENING} tokens of held-out text ({NUM_PLACES} if greedy),
+this share ran into a loop, a stretch of at most {LONGEST_LOOP} tokens three times in a row:
 
 {loop_table(report["loops"])}
 
