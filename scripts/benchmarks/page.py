@@ -47,6 +47,9 @@ EXPERIMENTS = {
 }
 
 
+MODULES = {"quantisation": "quantization"}  # where the module has another name than its files
+
+
 def about(result: dict[str, Any]) -> str:
     """Where a file's figures come from."""
     versions = ", ".join(f"{k} {v}" for k, v in result.get("versions", {}).items())
@@ -57,24 +60,24 @@ def about(result: dict[str, Any]) -> str:
 def the_table(result: dict[str, Any]) -> list[str]:
     return [
         "## The table",
-        f"`python -m scripts.benchmarks.bench_table --contexts 512 2048 8192 32768 --new 48 --out "
+        f"`python -m scripts.benchmarks.bench_table --prompt-tokens 512 2048 8192 32768 --max-tokens 48 --out "
         f"docs/benchmarks/table`: {result['model']} "
         f"model of about 50 M active parameters in {result['dtype']}, prompts of {result['prompts']}, "
         f"**{result['acceptance']}** "
         "(the published lengths of Qwen3.5-397B-A17B's head). " + about(result),
         'A ratio is the median of the ratios within each run. "Spread" is (slowest − fastest) ÷ median of the '
-        'prefill\'s '
+        "prefill's "
         "runs; where it exceeds a difference, the difference is not measured. Drafts 2, 3 and 4 read the prompt with "
         "the same "
         "program, so what lies between them is noise. " + all_drafts(result),
         '"Draft 0" leaves out the last layer\'s queries, attention and experts, since nothing reads their rows: a '
-        'saving that '
+        "saving that "
         "MTP cannot have while its head reads the last layer's output of every row. It is one layer of 12 here, one "
         "of 40 in "
         'a 35B-A3B; at 32,768 tokens it is also a third of all attention here, a tenth there. "Draft 0, whole" is '
-        'MTP off in '
+        "MTP off in "
         'engines that run every layer for every row. "Last 64 tokens" is `LLM(mtp_prompt_tokens=64)`: the head reads '
-        'the end of the '
+        "the end of the "
         "prompt only, and every chunk before is the very program of draft 0.",
         markdown(result),
         "![prefill ratio, decode speed and elapsed seconds by prompt length](benchmarks/table.png)",
@@ -84,9 +87,11 @@ def the_table(result: dict[str, Any]) -> list[str]:
 def the_tiny_table(result: dict[str, Any]) -> list[str]:
     return [
         "## The embedded model, real acceptance",
-        "`python -m scripts.benchmarks.bench_table --model tiny --dtype bfloat16 --text talk --contexts 128 512 2048 "
-        "--chunk 128 --drafts 0 "
-        f"1 2 3 4 --new 96 --runs 5 --no-ablations --out docs/benchmarks/table_tiny`, in {result['dtype']}, prompts of "
+        "`python -m scripts.benchmarks.bench_table --model tiny --dtype bfloat16 --text talk --prompt-tokens 128 512 "
+        "2048 "
+        "--chunk 128 --num-speculative-tokens 0 "
+        f"1 2 3 4 --max-tokens 96 --runs 5 --no-ablations --out docs/benchmarks/table_tiny`, in {result['dtype']}, "
+        "prompts of "
         f"{result['prompts']}: conversations that the model was not trained on, {result['acceptance']}. "
         + about(result),
         "The model was trained on windows of 256 tokens; longer prompts are out of its experience, and of its "
@@ -168,7 +173,12 @@ def page() -> str:
         if (file := FILES / f"{name}.json").exists():
             result = json.loads(file.read_text())
             picture = f"![{title}](benchmarks/{name}.png)"
-            parts += [f"## {title}", text, f"`python -m scripts.experiments.{name}`. " + about(result), picture]
+            parts += [
+                f"## {title}",
+                text,
+                f"`python -m scripts.experiments.{MODULES.get(name, name)}`. " + about(result),
+                picture,
+            ]
             shown.add(name)
     others = sorted(f for f in FILES.glob("*.json") if f.stem not in shown)
     lines = [f"| [{f.name}](benchmarks/{f.name}) | {json.loads(f.read_text()).get('what', f.stem)} |" for f in others]

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.platform import platform
-from scripts.benchmarks.roofline import Ceilings, seconds
+from scripts.benchmarks.roofline import Ceilings, measure_seconds
 from scripts.gpu.cuda_cases import KernelSizes, kernel_cases
 from scripts.gpu.data import CHECKED, data_of, reference
 from scripts.gpu.kernels import BOUND, SMOKE, least
@@ -87,7 +87,7 @@ def measure_all(smoke: bool, ceilings: Ceilings, go_on: Callable[[str], bool]) -
         times: dict[str, list[float]] = {name: [] for name in runs}
         for _ in range(2 if smoke else 5):
             for name, run in runs.items():
-                times[name] += [each / size.layers for each in seconds(run, 1 if smoke else 4)]
+                times[name] += [each / size.layers for each in measure_seconds(run, 1 if smoke else 4)]
         for name, run in runs.items():
             got = run()[-1].astype(jnp.float32)[-CHECKED:]
             error = float(jnp.max(jnp.abs(got - want)) / jnp.max(jnp.abs(want)))

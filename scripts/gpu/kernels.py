@@ -14,7 +14,7 @@ import numpy as np
 
 from kernels_pallas.platform import platform
 from kernels_pallas.top_k_top_p.triton import TOP_PER_TILE
-from scripts.benchmarks.roofline import Ceilings, seconds
+from scripts.benchmarks.roofline import Ceilings, measure_seconds
 from scripts.gpu.cuda_cases import FORMS, Case, KernelSizes, kernel_cases
 from scripts.gpu.data import CHECKED, data_of, reference
 
@@ -112,7 +112,7 @@ def measure(name: str, make: Case, size: KernelSizes, ceilings: Ceilings, runs: 
     got = jax.tree.leaves(fn(*args) if name.startswith(LAYERLESS) else run()[-1])[-1 if name.startswith("norm") else 0]
     rows = jnp.asarray(got, jnp.float32).reshape(-1, *want.shape[1:])[-CHECKED:]
     error = float(jnp.max(jnp.abs(rows - want)) / jnp.max(jnp.abs(want)))
-    times = [each / size.layers for each in seconds(run, runs)]
+    times = [each / size.layers for each in measure_seconds(run, runs)]
     return {
         "case": name,
         "error": error,

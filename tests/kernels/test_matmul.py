@@ -64,7 +64,9 @@ class TestLinear:
 
     @pytest.mark.parametrize("rows", [5, 80])
     def test_several_weights_give_what_each_gives_alone(self, rows: int, implementation: str) -> None:
-        """Bit for bit: in one launch, of other formats and sizes, with other numbers of splits, stacks and plain arrays."""
+        """Bit for bit: in one launch, of other formats and sizes, with other numbers of splits, stacks and plain
+        arrays.
+        """
         weights = [
             random_weight("q5_k", (4096, 512)),
             LayerView(random_weight("iq4_nl", (3, 72, 512)), jnp.int32(2)),
