@@ -79,7 +79,7 @@ def resolve_implementation(implementation: str | None, *, supported: bool = True
 
 
 def interpret_kernels() -> bool:
-    """Return whether Pallas kernels run in interpret mode: on any platform but CUDA, or if `override_platform` says so."""
+    """Return whether Pallas kernels run in interpret mode: not on CUDA, or if `override_platform` says so."""
     override = _override.get()
     return platform() != "cuda" if override is None else override.interpret or override.platform != "cuda"
 

@@ -1,10 +1,10 @@
 """The project's table: tokens/s of prefill and decode and elapsed seconds by prompt length, MTP off and by draft
 length.
 
-    python -m scripts.benchmarks.bench_table                                       # random weights, simulated
-    acceptance python -m scripts.benchmarks.bench_table --shape 35b-a3b --quantization iq4nl --interleave prompt python
-    -m scripts.benchmarks.bench_table --model FOLDER_OR_GGUF --text FILE    # real acceptance python -m
-    scripts.benchmarks.bench_table --model tiny --text talk --prompt-tokens 128 512 1024 --chunk 128 --out PREFIX
+    python -m scripts.benchmarks.bench_table                       (random weights, simulated acceptance)
+    python -m scripts.benchmarks.bench_table --shape 35b-a3b --quantization iq4nl --interleave prompt
+    python -m scripts.benchmarks.bench_table --model FOLDER_OR_GGUF --text FILE                (real acceptance)
+    python -m scripts.benchmarks.bench_table --model tiny --text talk --prompt-tokens 128 512 --chunk 128 --out PREFIX
 
 The random model is a Mixture-of-Experts with 50 M active parameters, if `--shape` names no other.
 

@@ -110,7 +110,7 @@ def kernels(suite: Suite) -> dict[str, Any]:
 
 
 def experts(suite: Suite) -> dict[str, Any]:
-    """The experts of a layer beside what else multiplies them. Goals: 0.6 of the roofline up to 8 rows, 0.4 at 2,048."""
+    """Compare our expert kernels with `ragged_dot` and with dequantised products, for several numbers of rows."""
     rows = []
     for row in gpu_experts.measure_all(suite.smoke, suite.ceilings, suite.go_on):
         rows.append(row)
@@ -185,7 +185,7 @@ def decoder_at(suite: Suite, side: Variant, draft: int, context: int, new: int) 
 
 
 def rounds(suite: Suite) -> dict[str, Any]:
-    """Milliseconds of a decoding round and tok/s by draft length and context, the drafts in turn, simulated acceptance."""
+    """Measure a decoding round by draft length and context, alternating the drafts, with simulated acceptance."""
     new = 8 if suite.smoke else 64
     sides = {mtp: suite.side(mtp, min(suite.chunks)) for mtp in (True, False)}
     runs = {k: decoder_at(suite, sides[k > 0], k, 0, new) for k in suite.drafts}

@@ -41,7 +41,7 @@ def packed_model(mtp: bool) -> LoadedModel:
 
 @pytest.mark.slow
 def test_rows_do_not_depend_on_the_window_bit_for_bit() -> None:
-    """The logits of the first rows of a window of five are those of windows of two and of four, through every kernel."""
+    """Through every kernel, the logits of the first rows of a window of five are those of shorter windows."""
     model = packed_model(mtp=False)
     merged, rng = nnx.merge(model.graph, model.params), np.random.default_rng(2)
     with override_platform("cuda", interpret=True):

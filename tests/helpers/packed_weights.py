@@ -18,7 +18,7 @@ from kernels_pallas.weights.quantized import FP8_BLOCK, INDEX_BITS
 
 @cache
 def random_weight(name: str, shape: tuple[int, ...], seed: int = 0) -> Any:
-    """Make a weight in the format `name` of random codes and scales, with values of about unit size; "plain": float32."""
+    """Make a weight in the format `name` of random codes and scales, of about unit size; "plain": float32."""
     rng = np.random.default_rng(seed)
     if name == "plain":
         return jnp.asarray(rng.normal(size=shape), jnp.float32)

@@ -96,7 +96,7 @@ class TestKernel:
     @pytest.mark.parametrize("rows", [5, 80])
     @pytest.mark.parametrize("name", ["iq4_nl", "q6_k", "q8_0", "fp8"])
     def test_splits_that_are_not_of_one_length(self, name: str, rows: int) -> None:
-        """20 steps in 8 splits of 3, as in models of 2,560 channels: what lies behind the end of a row does not count."""
+        """20 steps in 8 splits of 3, as with 2,560 channels: what lies behind the end of a row does not count."""
         x, w = random_rows(rows, 2560), random_weight(name, (128, 2560))
         assert_close(self.run(x, w), np.float64(x) @ dense(w, "float32").T, "float32")
 

@@ -23,7 +23,7 @@ FOREIGN = re.compile(
 
 @functools.cache
 def symbols() -> set[str]:
-    """Collect the names of all Python files and their folders, and every name that one defines or takes as an argument."""
+    """Collect the names of all Python files and folders, and every name that a file defines or takes as an argument."""
     names: set[str] = set()
     for folder in ("mtpjax", "kernels_pallas", "checkpoints", "tests", "scripts"):
         for file in (ROOT / folder).rglob("*.py"):
