@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float
 class PartialSums(struct.PyTreeNode):
     """P partial sums of the product of token rows with a weight: float32, or, if P = 1, in the dtype of the result."""
 
+    __no_type_check__ = True  # JAX also builds pytrees of shapes and of placeholders, which jaxtyping would refuse
     parts: Float[Array, "P rows O"]
 
     def sum(self, dtype: DTypeLike) -> Float[Array, "rows O"]:

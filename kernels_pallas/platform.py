@@ -45,8 +45,8 @@ def capability() -> tuple[int, int]:
 def override_platform(name: str, capability: tuple[int, int] = (0, 0), *, interpret: bool = False) -> Iterator[None]:
     """Trace programs for the platform `name` inside the context, on a machine that may be another one.
 
-    JAX caches traced programs and does not know the platform they were traced for: clear its caches, or use one process for
-    each platform.
+    JAX caches traced programs and does not know the platform they were traced for: clear its caches, or use one process
+    for each platform.
 
     Args:
         name: "cpu", "cuda" or another platform of JAX.
@@ -64,8 +64,8 @@ def resolve_implementation(implementation: str | None, *, supported: bool = True
     """Return the implementation that an op uses: the one that was asked for, or the best for the platform.
 
     Args:
-        implementation: "xla" (plain JAX), "triton" (a Pallas kernel through the Triton lowering), or None: "triton" on a CUDA
-            device if the kernel supports the shapes, else "xla".
+        implementation: "xla" (plain JAX), "triton" (a Pallas kernel through the Triton lowering), or None: "triton" on
+            a CUDA device if the kernel supports the shapes, else "xla".
         supported: whether the kernel supports the shapes of this call.
 
     Raises:
@@ -79,7 +79,7 @@ def resolve_implementation(implementation: str | None, *, supported: bool = True
 
 
 def interpret_kernels() -> bool:
-    """Return whether Pallas kernels run in interpret mode: on any platform but CUDA, or if `override_platform` says so."""
+    """Return whether Pallas kernels run in interpret mode: not on CUDA, or if `override_platform` says so."""
     override = _override.get()
     return platform() != "cuda" if override is None else override.interpret or override.platform != "cuda"
 
@@ -89,5 +89,6 @@ def compile_options() -> dict[str, dict[str, str | bool]]:
     if platform() != "cuda":
         return {}
     # Rematerialization: where weights fill most of the memory, XLA recomputes small values to save kilobytes.
-    # Excess precision: XLA would drop roundings to bfloat16 inside a fusion, and the text would depend on fusion decisions.
+    # Excess precision: XLA would drop roundings to bfloat16 inside a fusion, and the text would depend on fusion
+    # decisions.
     return {"compiler_options": {"xla_disable_hlo_passes": "rematerialization", "xla_allow_excess_precision": False}}

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import platform
 from collections.abc import Iterator
 from functools import cache, partialmethod
 from importlib.metadata import version
@@ -10,16 +11,16 @@ from typing import Any
 
 # A test runs a program for milliseconds and compiles it for seconds, nearly all of them in LLVM. These flags make that
 # five times faster and leave the mathematics alone; `shipped_code` undoes them where a test is about what users run.
-# They are not for GPUs and do not replace flags that somebody has set: XLA_FLAGS=--xla_backend_optimization_level=3
+# They are not for GPUs, and a flag that is set already stays: XLA_FLAGS=--xla_backend_optimization_level=3
 SHIPPED = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-if tuple(map(int, version("jaxlib").split(".")[:2])) >= (
-    0,
-    11,
-):  # the flag is gone there, and an unknown one ends the process
+if tuple(map(int, version("jaxlib").split(".")[:2])) >= (0, 11):
+    # The flag is gone there, and an unknown flag ends the process.
     del SHIPPED["xla_cpu_use_fusion_emitters"], QUICK["xla_cpu_use_fusion_emitters"]
 if not os.path.exists("/dev/nvidiactl"):
-    os.environ.setdefault("XLA_FLAGS", " ".join(f"--{name}={str(value).lower()}" for name, value in QUICK.items()))
+    given = os.environ.get("XLA_FLAGS", "")
+    quick = [f"--{name}={str(value).lower()}" for name, value in QUICK.items() if name not in given]
+    os.environ["XLA_FLAGS"] = " ".join([given, *quick]).strip()
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -30,6 +31,25 @@ from tests.helpers.models import Golden  # noqa: E402
 # The same examples in every run, and no limit on the time of one: it may compile a program.
 settings.register_profile("ci", derandomize=True, deadline=None)
 settings.load_profile("ci")
+
+
+# The instruction sets of vectors by which a CPU's rounding differs, the widest first, as Linux names them.
+INSTRUCTION_SETS = ("avx512f", "avx2", "avx", "sse4_2")
+CPUINFO = Path("/proc/cpuinfo")
+
+
+def pytest_report_header() -> list[str]:
+    """Say where the session runs: bits of sums depend on it."""
+    names = CPUINFO.read_text().split() if CPUINFO.exists() else []
+    widest = next((name for name in INSTRUCTION_SETS if name in names), f"unknown ({platform.machine()})")
+    return [f"XLA_FLAGS: {os.environ.get('XLA_FLAGS', '(none)')}", f"widest vectors of the processor: {widest}"]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatus: int) -> None:
+    """Repeat the header behind failures of a quiet session, which prints none."""
+    if exitstatus and terminalreporter.verbosity < 0:
+        for line in pytest_report_header():
+            terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session", autouse=True)

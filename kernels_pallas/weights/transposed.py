@@ -1,8 +1,18 @@
 """Small weights in the order in which a CPU multiplies a few rows with them fastest: inputs first, `[..., F, O]`.
 
-XLA's CPU backend reads such a weight once for all rows and adds the products of a row in the order of its inputs, so a
-row has the same bits whatever the other rows are, if there are two rows or more. A weight `[O, F]`, as it is published,
-is reordered first, which takes several times as long as the product.
+XLA's CPU backend reads such a weight once for all rows. It reorders a weight `[O, F]`, as it is published, first, which
+takes several times as long as the product.
+
+A row's product has the same bits whatever the other rows are, for numbers of rows that a test checks on several
+instruction sets (`kernels_pallas.matmul.reference.dot_in_fixed_order` says how):
+
+* bfloat16: any number of rows, one included.
+* float32, at most 64 outputs: any number from 2 on.
+* float32, more outputs: from 2 to 32. From the 34th, 41st, 52nd or 61st row on (it depends on the processor and on the
+  shape of the weight) the product may be cut in other places, or may add up every second input apart.
+
+In float32 this holds for up to 128 inputs, for a multiple of 128, and for at most 64 outputs for up to 512 inputs. A
+single float32 row has bits of its own. The bits differ between processors, with fused multiply-add and without.
 """
 
 from __future__ import annotations
@@ -18,6 +28,15 @@ from jaxtyping import Float
 from kernels_pallas.weights.bitcast import bitcast, slice_expert, to_movable
 from kernels_pallas.weights.stored import DenseMatrix, StoredWeight
 
+# Outputs in the widest vector (AVX-512, float32), and outputs from which on a product is summed in the order of its
+# inputs.
+VECTOR_OUTPUTS, FIXED_ORDER_OUTPUTS = 16, 64
+
+
+def padded_outputs(outputs: int) -> int:
+    """Return the number of columns, zeros behind `outputs`, with which a product is always summed in one order."""
+    return max(FIXED_ORDER_OUTPUTS, -(-outputs // VECTOR_OUTPUTS) * VECTOR_OUTPUTS)
+
 
 class TransposedWeight(StoredWeight):
     """A weight or a stack of weights `[..., O, F]`, held as `[..., F, O]`.
@@ -25,7 +44,8 @@ class TransposedWeight(StoredWeight):
     Attributes:
         array: the weight, its last two axes exchanged.
         output_sizes: the outputs O of each of the weights that lie side by side in the array and read the same rows.
-            One product reads all of them; see `kernels_pallas.matmul.fused_linears`. Empty for a single weight.
+            One product reads all of them; see `kernels_pallas.matmul.fused_linears`. The columns behind them are zeros,
+            up to `padded_outputs`. Empty for a single weight without such columns.
     """
 
     array: Float[Array, "*stack F O"]
@@ -34,7 +54,7 @@ class TransposedWeight(StoredWeight):
     @property
     def shape(self) -> tuple[int, ...]:
         *lead, inputs, outputs = self.array.shape
-        return (*lead, outputs, inputs)
+        return (*lead, sum(self.output_sizes) or outputs, inputs)
 
     def __getitem__(self, index: Any) -> Self:
         """Return the weight itself for `...`, else some of the weights of a stack."""

@@ -12,7 +12,7 @@ from jax import Array
 from mtpjax.decoding.penalties import Penalties, TokenCounts, round_to_bfloat16
 from mtpjax.decoding.sampling import MAX_STOP_TOKENS, BatchSamplingParams, TruncationParams
 from mtpjax.decoding.speculative import DecodeState
-from mtpjax.engine.model_runner import ModelRunner, as_host_array
+from mtpjax.engine.model_runner import ModelRunner
 from mtpjax.engine.request import Request
 from mtpjax.engine.scheduler import PrefillGroup
 from mtpjax.model.cache import Cache
@@ -137,15 +137,25 @@ class DecodeBatch:
         batch, runner = len(requests), self.runner
         if hidden is None:
             hidden = runner.zero_hidden(batch)
+        token, num_tokens, finished, stopped, num_steps, num_accepted_per_pos = jax.device_put(
+            (
+                np.array([r.prompt_token_ids[-1] if r else 0 for r in requests], np.int32),
+                np.zeros(batch, np.int32),
+                np.array([r is None or r.max_tokens == 0 for r in requests]),
+                np.zeros(batch, bool),
+                np.zeros(batch, np.int32),
+                np.zeros((batch, runner.num_speculative_tokens), np.int32),
+            )
+        )
         return DecodeState(
             cache=cache,
             hidden=hidden,
-            token=as_host_array(np.array([r.prompt_token_ids[-1] if r else 0 for r in requests], np.int32)),
-            num_tokens=as_host_array(np.zeros(batch, np.int32)),
-            finished=as_host_array(np.array([r is None or r.max_tokens == 0 for r in requests])),
-            stopped=as_host_array(np.zeros(batch, bool)),
-            num_steps=as_host_array(np.zeros(batch, np.int32)),
-            num_accepted_per_pos=as_host_array(np.zeros((batch, runner.num_speculative_tokens), np.int32)),
+            token=token,
+            num_tokens=num_tokens,
+            finished=finished,
+            stopped=stopped,
+            num_steps=num_steps,
+            num_accepted_per_pos=num_accepted_per_pos,
             token_counts=self._token_counts(requests),
         )
 
@@ -157,31 +167,36 @@ class DecodeBatch:
 def stack_requests(requests: Sequence[Request | None]) -> BatchSamplingParams:
     """Put the settings of the requests in B slots side by side; penalties are None if no request has any."""
 
-    def column(get: Callable[[Request], float], dtype: Any, free: float = 0) -> Array:
-        return as_host_array(np.array([free if r is None else get(r) for r in requests], dtype))
+    def column(get: Callable[[Request], float], dtype: Any, free: float = 0.0) -> np.ndarray:
+        return np.array([free if r is None else get(r) for r in requests], dtype)
 
     stop_token_ids = np.full((len(requests), MAX_STOP_TOKENS), -1, np.int32)
     for row, request in zip(stop_token_ids, requests, strict=True):
         if request is not None:
             row[: len(request.all_stop_token_ids)] = request.all_stop_token_ids
+    columns = {
+        "max_tokens": column(lambda r: r.max_tokens, np.int32),
+        "temperature": column(lambda r: r.temperature, np.float32),
+        "seed": column(lambda r: r.seed & 0xFFFFFFFF, np.uint32),
+        "stop_token_ids": stop_token_ids,
+    }
+    truncation = {
+        "top_k": column(lambda r: r.top_k, np.int32),
+        "top_p": column(lambda r: r.top_p, np.float32, 1.0),
+        "min_p": column(lambda r: r.min_p, np.float32),
+    }
     penalties = None
     if any(r is not None and r.has_penalties for r in requests):
-        penalties = Penalties(
-            presence=column(lambda r: r.presence_penalty, np.float32),
-            frequency=column(lambda r: round_to_bfloat16(r.frequency_penalty), np.float32),
-            repetition=column(lambda r: r.repetition_penalty, np.float32, 1),
-        )
+        penalties = {
+            "presence": column(lambda r: r.presence_penalty, np.float32),
+            "frequency": column(lambda r: round_to_bfloat16(r.frequency_penalty), np.float32),
+            "repetition": column(lambda r: r.repetition_penalty, np.float32, 1.0),
+        }
+    columns, truncation, penalties = jax.device_put((columns, truncation, penalties))
     return BatchSamplingParams(
-        max_tokens=column(lambda r: r.max_tokens, np.int32),
-        temperature=column(lambda r: r.temperature, np.float32),
-        seed=column(lambda r: r.seed & 0xFFFFFFFF, np.uint32),
-        stop_token_ids=as_host_array(stop_token_ids),
-        truncation=TruncationParams(
-            top_k=column(lambda r: r.top_k, np.int32),
-            top_p=column(lambda r: r.top_p, np.float32, 1),
-            min_p=column(lambda r: r.min_p, np.float32),
-        ),
-        penalties=penalties,
+        **columns,
+        truncation=TruncationParams(**truncation),
+        penalties=None if penalties is None else Penalties(**penalties),
     )
 
 
@@ -191,4 +206,5 @@ def count_prompt_tokens(requests: Sequence[Request | None], vocab_size: int) -> 
     for row, request in zip(prompt, requests, strict=True):
         if request is not None:
             row[list(request.prompt_token_ids)] = True
-    return TokenCounts(in_prompt=as_host_array(prompt), counts=as_host_array(np.zeros(prompt.shape, np.int32)))
+    prompt, counts = jax.device_put((prompt, np.zeros(prompt.shape, np.int32)))
+    return TokenCounts(in_prompt=prompt, counts=counts)

@@ -59,11 +59,6 @@ def compile_ahead(fn: Any, args: tuple[Any, ...]) -> Callable[..., Any]:
     return fn.lower(*args).compile(**compile_options())
 
 
-def as_host_array(value: np.ndarray) -> Array:
-    """Return a host array in place of a device array: compiled programs take it, and nothing is compiled to move it."""
-    return value  # type: ignore[return-value]
-
-
 class ModelRunner:
     """Compiled programs for one model, one maximal length and one number of draft tokens.
 
@@ -130,7 +125,7 @@ class ModelRunner:
 
     def zero_hidden(self, batch: int) -> Array:
         """Return the hidden states `[B, D]` of sequences that nothing has been read of."""
-        return as_host_array(np.zeros((batch, self.model.cfg.hidden_size), self.compute_dtype))
+        return jax.device_put(np.zeros((batch, self.model.cfg.hidden_size), self.compute_dtype))
 
     def prefill(
         self,
@@ -158,7 +153,7 @@ class ModelRunner:
         cache = self.new_cache(batch) if cache is None else cache
         if mtp_prompt_tokens is not None:
             num_skipped = [max(0, len(p) - mtp_prompt_tokens) for p in prompts]
-            cache = cache.replace(mtp_start_pos=as_host_array(np.array(num_skipped, np.int32)))
+            cache = cache.replace(mtp_start_pos=jax.device_put(np.array(num_skipped, np.int32)))
         hidden, all_logits = self.zero_hidden(batch), []
         for chunk in split_prompts(prompts, self.prefill_buckets):
             length = chunk.tokens.shape[1]
@@ -205,8 +200,8 @@ class ModelRunner:
             drafter=self.drafter,
             acceptance=self.acceptance,
         )
-        limit = as_host_array(np.array(return_when_finished, np.int32))
         key = ("decode", len(state.token), state.token_counts is None)
+        limit = np.array(return_when_finished, np.int32)
         state, out, counts = self._run(key, step, self.model.params, state, params, limit)
         return state, np.asarray(out), np.asarray(counts)
 
@@ -223,9 +218,7 @@ class ModelRunner:
         rows_and_slots[:, : len(slots)] = rows, slots
         count = np.array(len(slots), np.int32)
         key = ("insert", len(state.token), len(new.token), state.token_counts is None)
-        return self._run(
-            key, partial(jit_step, insert_requests), state, new, *map(as_host_array, (*rows_and_slots, count))
-        )
+        return self._run(key, partial(jit_step, insert_requests), state, new, *rows_and_slots, count)
 
     def _run(self, key: tuple[Any, ...], make_step: Callable[[], Any], *args: Any) -> Any:
         """Call the program `key`, which is compiled from the jitted function `make_step()` if there is none yet."""

@@ -13,6 +13,7 @@ from flax import nnx
 
 from kernels_pallas.platform import platform
 from kernels_pallas.weights import BitcastBfloat16, FusedExperts, FusedPlaceholder, TransposedWeight
+from kernels_pallas.weights.transposed import padded_outputs
 from mtpjax.loading.loaded_model import LoadedModel, ParamPath, flatten_params, map_params
 from mtpjax.model.params import Dense, Expert
 
@@ -39,10 +40,13 @@ def optimize_for_cpu(model: LoadedModel) -> LoadedModel:
         return model
     weights = {path: _cpu_weight(path, variable) for path, variable in flatten_params(model.params).items()}
     _fuse_weights_that_share_input(weights)
+    for path, variable in flatten_params(model.params).items():
+        if isinstance(variable, Dense) and isinstance(weight := weights[path], TransposedWeight):
+            weights[path] = _pad_outputs(weight)
     merged: Any = nnx.merge(model.graph, map_params(model.params, lambda path, variable: weights[path]))
     embedding = merged.embedding[...]
     if model.cfg.tied_embeddings and _is_small(embedding, 2, MAX_HEAD_ELEMENTS):
-        merged.lm_head = nnx.data(Dense(TransposedWeight(_transpose(embedding, 1, 0))))
+        merged.lm_head = nnx.data(Dense(_pad_outputs(TransposedWeight(_transpose(embedding, 1, 0)))))
     graph, params = nnx.split(merged)
     return replace(model, graph=graph, params=params)
 
@@ -68,10 +72,23 @@ def _fuse_weights_that_share_input(weights: dict[ParamPath, Any]) -> None:
         members = [path, *((*path[:-1], *other) for other in SHARE_INPUT.get(str(path[-1]), ()))]
         transposed = [w for p in members if isinstance(w := weights.get(p), TransposedWeight) and not w.output_sizes]
         if len(transposed) == len(members) > 1:
-            arrays = [np.asarray(w.array) for w in transposed]
-            fused = jax.device_put(np.concatenate(arrays, axis=-1))  # jnp.concatenate would be a program to compile
-            weights[path] = TransposedWeight(fused, tuple(array.shape[-1] for array in arrays))
+            weights[path] = _fuse(transposed)
             weights |= dict.fromkeys(members[1:], FusedPlaceholder())
+
+
+def _fuse(weights: list[TransposedWeight]) -> TransposedWeight:
+    """Return one weight with the outputs of all, and zeros behind them up to `padded_outputs`."""
+    arrays = [np.asarray(weight.array) for weight in weights]
+    sizes = tuple(array.shape[-1] for array in arrays)
+    zeros = np.zeros((*arrays[0].shape[:-1], padded_outputs(sum(sizes)) - sum(sizes)), arrays[0].dtype)
+    fused = np.concatenate([*arrays, zeros], axis=-1)  # jnp.concatenate would be a program to compile
+    return TransposedWeight(jax.device_put(fused), sizes)
+
+
+def _pad_outputs(weight: TransposedWeight) -> TransposedWeight:
+    """Return the weight with zeros behind its outputs, if `padded_outputs` asks for them."""
+    outputs = weight.array.shape[-1]
+    return weight if outputs == padded_outputs(outputs) else _fuse([weight])
 
 
 def _is_small(weight: Any, axes: int, limit: int) -> bool:

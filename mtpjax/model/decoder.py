@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from kernels_pallas.norm import add_rms_norm
@@ -168,7 +169,7 @@ class Decoder(nnx.Module):
     slicing a stack for a kernel would copy the slice, which is all experts of a layer.
     """
 
-    def __init__(self, cfg: ModelConfig, dtype: jnp.dtype) -> None:
+    def __init__(self, cfg: ModelConfig, dtype: DTypeLike) -> None:
         make = ParamFactory(dtype, layer_axis=True)
         self.blocks = nnx.List([SuperBlock(cfg, make) for _ in range(cfg.num_superblocks)])
 

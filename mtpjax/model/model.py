@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
 from kernels_pallas.matmul import embedding_lookup, linear
@@ -29,7 +30,7 @@ class Model(nnx.Module):
     """
 
     def __init__(
-        self, cfg: ModelConfig, dtype: jnp.dtype = jnp.float32, *, compute_dtype: jnp.dtype | None = None
+        self, cfg: ModelConfig, dtype: DTypeLike = jnp.float32, *, compute_dtype: DTypeLike | None = None
     ) -> None:
         self.cfg = cfg
         self.compute_dtype = jnp.dtype(compute_dtype or dtype)
@@ -101,7 +102,7 @@ class Model(nnx.Module):
 
 
 def abstract_model(
-    cfg: ModelConfig, dtype: jnp.dtype = jnp.float32, *, compute_dtype: jnp.dtype | None = None
+    cfg: ModelConfig, dtype: DTypeLike = jnp.float32, *, compute_dtype: DTypeLike | None = None
 ) -> Model:
     """Return a `Model` of shapes only; nothing is allocated."""
     return nnx.eval_shape(lambda: Model(cfg, dtype, compute_dtype=compute_dtype))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from kernels_pallas.matmul import linear
@@ -26,7 +27,7 @@ MTP_LAYER = 0  # index of the head's layer in its own keys and values
 class Mtp(nnx.Module):
     """Weights of the head. It shares the embedding and the LM head with the trunk."""
 
-    def __init__(self, cfg: ModelConfig, dtype: jnp.dtype) -> None:
+    def __init__(self, cfg: ModelConfig, dtype: DTypeLike) -> None:
         self.cfg = cfg
         make = ParamFactory(dtype)
         self.embed_norm = make.vector(cfg.hidden_size)

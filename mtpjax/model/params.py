@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 ONLY_LAYER = 0
 
@@ -37,7 +38,7 @@ class ParamFactory:
         layer_axis: add the layer axis (see above) to every weight. Experts have one in any case.
     """
 
-    dtype: jnp.dtype
+    dtype: DTypeLike
     layer_axis: bool = False
 
     def _leading_axes(self) -> tuple[int, ...]:

@@ -19,6 +19,7 @@ class Positions(struct.PyTreeNode):
     The first `pad[b]` rows of sequence b are padding. Padding is an exact no-op everywhere.
     """
 
+    __no_type_check__ = True  # JAX also builds pytrees of shapes and of placeholders, which jaxtyping would refuse
     positions: Int[Array, "B T"]  # in the sequence, which is also the position in the cache
     valid: Bool[Array, "B T"]  # False for padding and for rows beyond the cache
     pad: Int[Array, " B"]

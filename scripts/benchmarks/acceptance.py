@@ -1,75 +1,89 @@
-"""Acceptance of a checkpoint's MTP head per position, greedy, through the real loop, on whole held-out text.
+"""Acceptance of a checkpoint's MTP head per position, greedy, through the real loop, on whole held-out texts.
 
-    python -m scripts.benchmarks.acceptance --text FILE [FILE ...] --draft 4
-    python -m scripts.benchmarks.acceptance --text FILE --pre-norm      # the head fed with hidden states before the norms (ablation)
+    python -m scripts.benchmarks.acceptance --text FILE [FILE ...] --num-speculative-tokens 4
+    python -m scripts.benchmarks.acceptance --text FILE --pre-norm
 
-The text is cut into prompts of `--prompt` tokens; each is continued by `--new` tokens of the model's own greedy choice.
+The texts are cut into prompts of `--prompt-tokens` tokens. Each one is continued by `--max-tokens` tokens of the
+model's own greedy choice. `--pre-norm` also measures an ablation: the head reads hidden states before the norms.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
 
 from checkpoints import TINY, open_checkpoint
 from mtpjax import LLM, SamplingParams
+from mtpjax.loading.load import load_checkpoint
+from scripts.benchmarks.pre_norm_model import pre_norm
 from scripts.benchmarks.results import describe, write_json
 
 
-def measure(llm: LLM, prompts: list[list[int]], new: int) -> dict[str, object]:
-    """Rounds, tokens a round, and acceptance per position: of all rounds, and of those that accepted all before."""
-    outputs = llm.generate(prompts, SamplingParams(max_tokens=new, ignore_eos=True))
+def measure(llm: LLM, prompts: list[list[int]], max_tokens: int) -> dict[str, Any]:
+    """Return the rounds, the tokens a round, and the acceptance of each draft position.
+
+    "accepted" are shares of all rounds, "accepted_given_earlier" of the rounds that accepted every draft before.
+    """
+    outputs = llm.generate(prompts, SamplingParams(max_tokens=max_tokens, ignore_eos=True))
     rounds = sum(o.metrics.num_steps for o in outputs)
-    taken = [sum(o.metrics.num_accepted_tokens_per_pos[i] for o in outputs) for i in range(llm.num_speculative_tokens)]
-    before = [rounds, *taken[:-1]]
+    accepted = [
+        sum(o.metrics.num_accepted_tokens_per_pos[i] for o in outputs) for i in range(llm.num_speculative_tokens)
+    ]
+    accepted_before = [rounds, *accepted[:-1]]
     return {
         "prompts": len(prompts),
         "rounds": rounds,
         "tokens_per_round": sum(len(o.token_ids) for o in outputs) / rounds,
-        "accepted": [t / rounds for t in taken],
-        "accepted_given_earlier": [t / max(b, 1) for t, b in zip(taken, before, strict=True)],
+        "accepted": [count / rounds for count in accepted],
+        "accepted_given_earlier": [
+            count / max(before, 1) for count, before in zip(accepted, accepted_before, strict=True)
+        ],
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--text", nargs="+", required=True, help="UTF-8 text files, held out from training")
-    parser.add_argument("--model", default=str(TINY))
-    parser.add_argument("--draft", type=int, default=4)
-    parser.add_argument("--prompt", type=int, default=128, help="tokens of a prompt")
-    parser.add_argument("--new", type=int, default=64, help="tokens generated for each")
-    parser.add_argument("--limit", type=int, default=64, help="prompts of a file, evenly spread")
-    parser.add_argument(
-        "--pre-norm", action="store_true", help="also measure the head on hidden states before the norms"
-    )
-    parser.add_argument("--json", help="write the figures to this file")
+    add = parser.add_argument
+    add("--text", nargs="+", required=True, help="UTF-8 texts, held out from training")
+    add("--model", default=str(TINY))
+    add("--num-speculative-tokens", type=int, default=4)
+    add("--prompt-tokens", type=int, default=128, help="tokens of a prompt")
+    add("--max-tokens", type=int, default=64, help="tokens to generate for each prompt")
+    add("--limit", type=int, default=64, help="prompts of a text, evenly spread")
+    add("--pre-norm", action="store_true", help="also measure the head on hidden states before the norms")
+    add("--json", help="write the figures to this file")
     args = parser.parse_args()
 
-    llm = LLM(args.model, num_speculative_tokens=args.draft, dtype="float32", max_model_len=args.prompt + args.new)
+    options = {
+        "num_speculative_tokens": args.num_speculative_tokens,
+        "max_model_len": args.prompt_tokens + args.max_tokens,
+    }
+    llm = LLM(args.model, dtype="float32", **options)
     if llm.tokenizer is None:
         raise SystemExit(f"{args.model}: no tokenizer.json, so text cannot be read")
     prompts = []
     for name in args.text:
         ids = llm.tokenizer.encode(Path(name).read_text(encoding="utf-8"))
-        cuts = [ids[i : i + args.prompt] for i in range(0, len(ids) - args.prompt, args.prompt)]
-        prompts += cuts[:: max(1, len(cuts) // args.limit)][: args.limit]
+        starts = range(0, len(ids) - args.prompt_tokens, args.prompt_tokens)
+        pieces = [ids[start : start + args.prompt_tokens] for start in starts]
+        prompts += pieces[:: max(1, len(pieces) // args.limit)][: args.limit]
     variants = {"post-norm": llm}
     if args.pre_norm:
-        from mtpjax.loading.load import load_checkpoint
-        from scripts.experiments.pre_norm import pre_norm
-
-        loaded = load_checkpoint(open_checkpoint(args.model), dtype=llm.engine.runner.compute_dtype)
-        variants["pre-norm"] = LLM(
-            pre_norm(loaded), num_speculative_tokens=args.draft, max_model_len=args.prompt + args.new
-        )
-    figures = {name: measure(variant, prompts, args.new) for name, variant in variants.items()}
+        model = load_checkpoint(open_checkpoint(args.model), dtype=jnp.dtype(jnp.float32))
+        variants["pre-norm"] = LLM(pre_norm(model), **options)
+    figures = {name: measure(variant, prompts, args.max_tokens) for name, variant in variants.items()}
     for name, row in figures.items():
-        each = ", ".join(f"{x:.3f}" for x in row["accepted"])  # type: ignore[attr-defined]
-        given = ", ".join(f"{x:.3f}" for x in row["accepted_given_earlier"])  # type: ignore[attr-defined]
+        accepted, given = (
+            ", ".join(f"{share:.3f}" for share in row[key]) for key in ("accepted", "accepted_given_earlier")
+        )
         head = f"{name}: {row['rounds']} rounds, {row['tokens_per_round']:.3f} tokens a round"
-        print(f"{head}; accepted {each}; given all earlier {given}")
+        print(f"{head}; accepted {accepted}; given all earlier {given}")
     if args.json:
-        write_json(args.json, {"what": "acceptance", **describe(), "draft": args.draft, "figures": figures})
+        about = {"what": "acceptance", **describe(), "draft": args.num_speculative_tokens}
+        write_json(args.json, about | {"figures": figures})
 
 
 if __name__ == "__main__":

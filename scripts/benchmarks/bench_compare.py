@@ -1,9 +1,9 @@
-"""Ratios of two JSON files of the same benchmark; flags changes beyond the spread of their runs.
+"""Ratios of two JSON files of the same benchmark; changes beyond the spread of their runs are flagged.
 
     python -m scripts.benchmarks.bench_compare docs/benchmarks/table.json new.json [--at-least 1.05]
 
-Exit status 1 when something is flagged. Numbers are matched by their place in the file; rows of a list by the values that name
-them (prompt_tokens, side, draft, batch, ...).
+The exit status is 1 if anything is flagged. Figures are matched by their path in the file. The path of a row in a list
+is made of the values that name it (prompt_tokens, side, draft, batch, ...).
 """
 
 from __future__ import annotations
@@ -14,83 +14,107 @@ import statistics
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-NAMES = (
-    "part", "prompt_tokens", "side", "variant", "domain", "rows", "mtp", "batch", "temperature", "draft", "type", "name",
-)  # fmt: skip
+# Keys whose values name a row.
+ROW_KEYS = (
+    "part",
+    "prompt_tokens",
+    "side",
+    "variant",
+    "domain",
+    "rows",
+    "mtp",
+    "batch",
+    "temperature",
+    "draft",
+    "type",
+    "name",
+)
+NOT_FIGURES = ("versions", "cores", "new_tokens")
 
 
-def figures(content: Any, place: str = "") -> Iterator[tuple[str, list[float]]]:
-    """(place, runs): a list of numbers is the runs of one figure, a lone number a figure of one run."""
+class Comparison(NamedTuple):
+    """One figure of both files: its path, the medians, their ratio new / old, and whether the change is flagged."""
+
+    path: str
+    old: float
+    new: float
+    ratio: float
+    flagged: bool
+
+
+def figures(content: Any, path: str = "") -> Iterator[tuple[str, list[float]]]:
+    """Yield (path, runs): a list of numbers holds the runs of one figure, a single number is a figure of one run."""
     if isinstance(content, bool) or content is None or isinstance(content, str):
         return
     if isinstance(content, int | float):
-        yield place, [float(content)]
+        yield path, [float(content)]
     elif isinstance(content, list):
         if content and all(isinstance(x, int | float) and not isinstance(x, bool) for x in content):
-            yield place, [float(x) for x in content]
+            yield path, [float(x) for x in content]
             return
-        for number, each in enumerate(content):
-            label = number
-            if isinstance(each, dict):
-                named = [f"{n}={each[n]}" for n in NAMES if isinstance(each.get(n), str | int | float)]
-                label = " ".join(named) or number  # type: ignore[assignment]
-            yield from figures(each, f"{place}[{label}]")
+        for number, item in enumerate(content):
+            label = str(number)
+            if isinstance(item, dict):
+                named = [f"{key}={item[key]}" for key in ROW_KEYS if isinstance(item.get(key), str | int | float)]
+                label = " ".join(named) or label
+            yield from figures(item, f"{path}[{label}]")
     elif isinstance(content, dict):
         for key, value in content.items():
-            named = key in NAMES and not isinstance(value, list | dict)
-            if not named and key not in ("versions", "cores", "new_tokens"):
-                yield from figures(value, f"{place}.{key}" if place else key)
+            names_the_row = key in ROW_KEYS and not isinstance(value, list | dict)
+            if not names_the_row and key not in NOT_FIGURES:
+                yield from figures(value, f"{path}.{key}" if path else key)
 
 
-def compare(old: Any, new: Any, at_least: float) -> list[tuple[str, float, float, float, bool]]:
-    """(place, old median, new median, ratio, flagged): flagged if the runs do not overlap and the ratio is beyond `at_least`.
+def compare(old: Any, new: Any, at_least: float) -> list[Comparison]:
+    """Compare the figures that both contents have.
 
-    A figure of one run each has no spread; `at_least` alone decides.
+    A figure is flagged if the runs do not overlap and the ratio is beyond `at_least`. Figures of a single run have no
+    spread, so `at_least` alone decides.
     """
-    before, lines = dict(figures(old)), []
-    for place, runs in figures(new):
-        if place not in before:
+    old_figures, comparisons = dict(figures(old)), []
+    for path, new_runs in figures(new):
+        if path not in old_figures:
             continue
-        a, b = statistics.median(before[place]), statistics.median(runs)
+        old_runs = old_figures[path]
+        a, b = statistics.median(old_runs), statistics.median(new_runs)
         if a == 0:
             ratio = 1.0 if b == 0 else float("inf")
         else:
             ratio = b / a
-        apart = min(runs) > max(before[place]) or max(runs) < min(before[place])
-        lines.append((place, a, b, ratio, apart and not 1 / at_least <= ratio <= at_least))
-    return lines
+        apart = min(new_runs) > max(old_runs) or max(new_runs) < min(old_runs)
+        comparisons.append(Comparison(path, a, b, ratio, apart and not 1 / at_least <= ratio <= at_least))
+    return comparisons
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("old", type=Path)
     parser.add_argument("new", type=Path)
-    parser.add_argument(
-        "--at-least", type=float, default=1.05, help="ratios nearer to 1 are never flagged (%(default)s)"
-    )
+    parser.add_argument("--at-least", type=float, default=1.05, help="smaller changes are never flagged (%(default)s)")
     args = parser.parse_args()
     if args.at_least < 1:
         parser.error(f"--at-least is {args.at_least}; expected 1 or more")
     contents = []
-    for path in (args.old, args.new):
+    for file in (args.old, args.new):
         try:
-            contents.append(json.loads(path.read_text(encoding="utf-8")))
+            contents.append(json.loads(file.read_text(encoding="utf-8")))
         except (OSError, ValueError) as error:
-            parser.error(f"{path}: cannot be read as JSON ({error})")
+            parser.error(f"{file}: cannot be read as JSON ({error})")
+    old, new = contents
     for key in ("what", "device"):
-        a, b = (c.get(key) if isinstance(c, dict) else None for c in contents)
+        a, b = (content.get(key) if isinstance(content, dict) else None for content in contents)
         if a != b:
             print(f"note: {key} is {a!r} in {args.old} and {b!r} in {args.new}")
-    lines = compare(*contents, args.at_least)
-    if not lines:
+    comparisons = compare(old, new, args.at_least)
+    if not comparisons:
         parser.error(f"{args.old} and {args.new} have no figure in common")
-    for place, a, b, ratio, flagged in lines:
-        print(f"{'CHANGED' if flagged else '       '} {ratio:8.3f}  {a:.5g} -> {b:.5g}  {place}")
-    flagged_count = sum(line[-1] for line in lines)
-    print(f"{len(lines)} figures, {flagged_count} changed beyond the spread of their runs and {args.at_least} x")
-    sys.exit(1 if flagged_count else 0)
+    for c in comparisons:
+        print(f"{'CHANGED' if c.flagged else '       '} {c.ratio:8.3f}  {c.old:.5g} -> {c.new:.5g}  {c.path}")
+    num_flagged = sum(c.flagged for c in comparisons)
+    print(f"{len(comparisons)} figures, {num_flagged} changed beyond the spread of their runs and {args.at_least} x")
+    sys.exit(1 if num_flagged else 0)
 
 
 if __name__ == "__main__":

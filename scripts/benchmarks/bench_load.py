@@ -1,10 +1,10 @@
-"""Host memory and seconds to load a random checkpoint of a given size, each step in a process of its own.
+"""Host memory and seconds to load a random checkpoint of a given size; every step runs in a process of its own.
 
     python -m scripts.benchmarks.bench_load --gigabytes 1
     python -m scripts.benchmarks.bench_load --gigabytes 3.7 --gguf q8_0    # a file of 2 GB, kept packed
 
-Peak resident memory is the operating system's own figure. The parameters themselves live in host memory on a CPU; what
-counts is how far the peak lies above them.
+Peak resident memory is the operating system's own figure. On a CPU the parameters themselves are in host memory, so the
+figure to look at is how far the peak lies above them.
 """
 
 from __future__ import annotations
@@ -22,29 +22,48 @@ from mtpjax.config import FULL, LINEAR, ModelConfig
 from mtpjax.hf_config import config_to_hf
 from scripts.benchmarks.results import describe, write_json
 
+SUPERBLOCK_PARAMETERS = 82e6  # of four layers
+
 
 def config(gigabytes: float) -> ModelConfig:
-    """A model of about this many bytes in BF16: the number of layers is what grows."""
-    repeats = max(1, round(gigabytes * 1e9 / 2 / 82e6))
+    """Return a model of about this many bytes in BF16; only the number of layers depends on it."""
+    num_superblocks = max(1, round(gigabytes * 1e9 / 2 / SUPERBLOCK_PARAMETERS))
     return ModelConfig(
-        hidden_size=1024, num_layers=4 * repeats, layer_pattern=(LINEAR, LINEAR, LINEAR, FULL), q_heads=8, kv_heads=2,
-        head_dim=256, rotary_dim=64, rope_theta=1e7, linear_k_heads=8, linear_v_heads=16, linear_k_dim=128, linear_v_dim=128,
-        conv_width=4, vocab_size=8192, num_experts=16, experts_per_token=4, expert_size=256, shared_expert_size=256,
-    )  # fmt: skip
+        hidden_size=1024,
+        num_layers=4 * num_superblocks,
+        layer_pattern=(LINEAR, LINEAR, LINEAR, FULL),
+        q_heads=8,
+        kv_heads=2,
+        head_dim=256,
+        rotary_dim=64,
+        rope_theta=1e7,
+        linear_k_heads=8,
+        linear_v_heads=16,
+        linear_k_dim=128,
+        linear_v_dim=128,
+        conv_width=4,
+        vocab_size=8192,
+        num_experts=16,
+        experts_per_token=4,
+        expert_size=256,
+        shared_expert_size=256,
+    )
 
 
 def peak_mb() -> float:
+    """Return the peak resident memory of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def make(path: Path, gigabytes: float, gguf: str | None) -> None:
+    """Write the checkpoint: a safetensors folder in BF16, or a GGUF file of the type `gguf`."""
     import jax.numpy as jnp
 
     from checkpoints import write_gguf, write_safetensors_directory
     from mtpjax.loading.export import export_tensors
     from mtpjax.loading.random_init import random_model
 
-    model = random_model(config(gigabytes), dtype=jnp.bfloat16)
+    model = random_model(config(gigabytes), dtype=jnp.dtype(jnp.bfloat16))
     if gguf:
         tensors = [(name.removeprefix("model."), read) for name, _, _, read in export_tensors(model)]
         write_gguf(path, config_to_hf(model.cfg), tensors, gguf)
@@ -53,29 +72,34 @@ def make(path: Path, gigabytes: float, gguf: str | None) -> None:
 
 
 def load(path: Path, form: str) -> None:
-    """`form` is a dtype, or "packed" for a GGUF file."""
+    """Load the checkpoint and print the figures as JSON. `form` is a dtype, or "packed" for a GGUF file."""
     import jax
     import jax.numpy as jnp
 
     from checkpoints import open_checkpoint
     from mtpjax.loading.load import load_checkpoint
 
-    jax.block_until_ready(jnp.zeros(8) + 1)  # the runtime itself is not what is measured
+    jax.block_until_ready(jnp.zeros(8) + 1)  # start the runtime, which is not to be measured
     before = peak_mb()
     packed = form == "packed"
+    dtype = jnp.dtype("bfloat16" if packed else form)
     start = time.perf_counter()
     source = open_checkpoint(path)
-    opened = time.perf_counter() - start
-    model = load_checkpoint(
-        source, dtype=jnp.dtype("bfloat16" if packed else form), quantization="packed" if packed else None
-    )
+    seconds_to_open = time.perf_counter() - start
+    model = load_checkpoint(source, dtype=dtype, quantization="packed" if packed else None)
     leaves = jax.block_until_ready(jax.tree.leaves(model.params))
     seconds = time.perf_counter() - start
-    size = [leaf.nbytes / 2**20 for leaf in leaves]
-    print(json.dumps({
-        "dtype": form, "seconds_to_open": opened, "seconds": seconds, "parameters_mb": sum(size), "largest_leaf_mb": max(size),
-        "peak_above_start_mb": peak_mb() - before, "peak_above_parameters_mb": peak_mb() - before - sum(size),
-    }))  # fmt: skip
+    sizes = [leaf.nbytes / 2**20 for leaf in leaves]
+    figures = {
+        "dtype": form,
+        "seconds_to_open": seconds_to_open,
+        "seconds": seconds,
+        "parameters_mb": sum(sizes),
+        "largest_leaf_mb": max(sizes),
+        "peak_above_start_mb": peak_mb() - before,
+        "peak_above_parameters_mb": peak_mb() - before - sum(sizes),
+    }
+    print(json.dumps(figures))
 
 
 def main() -> None:
@@ -90,19 +114,21 @@ def main() -> None:
         return make(Path(path), args.gigabytes, args.gguf) if step == "make" else load(Path(path), step)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / ("model.gguf" if args.gguf else "model")
-        again = [sys.executable, __file__, "--gigabytes", str(args.gigabytes)]
-        again += ["--gguf", args.gguf] if args.gguf else []
-        again.append("--step")
-        subprocess.run([*again, "make", str(path)], check=True)
+        command = [sys.executable, "-m", "scripts.benchmarks.bench_load", "--gigabytes", str(args.gigabytes)]
+        command += ["--gguf", args.gguf] if args.gguf else []
+        command.append("--step")
+        subprocess.run([*command, "make", str(path)], check=True)
         size = sum(f.stat().st_size for f in ([path] if args.gguf else path.iterdir())) / 2**20
-        rows = [
-            json.loads(subprocess.run([*again, dtype, str(path)], check=True, capture_output=True, text=True).stdout)
-            for dtype in (("packed",) if args.gguf else ("bfloat16", "float32"))
-        ]
+        rows = []
+        for form in ("packed",) if args.gguf else ("bfloat16", "float32"):
+            done = subprocess.run([*command, form, str(path)], check=True, stdout=subprocess.PIPE, text=True)
+            rows.append(json.loads(done.stdout))
     for row in rows:
-        print(f"checkpoint {size:.0f} MB ({args.gguf or 'BF16'}), loaded as {row['dtype']}: {row['seconds']:.1f} s, parameters "
-              f"{row['parameters_mb']:.0f} MB, largest leaf {row['largest_leaf_mb']:.0f} MB, peak above the parameters "
-              f"{row['peak_above_parameters_mb']:.0f} MB")  # fmt: skip
+        print(
+            f"checkpoint {size:.0f} MB ({args.gguf or 'BF16'}), loaded as {row['dtype']}: {row['seconds']:.1f} s, "
+            f"parameters {row['parameters_mb']:.0f} MB, largest leaf {row['largest_leaf_mb']:.0f} MB, "
+            f"peak above the parameters {row['peak_above_parameters_mb']:.0f} MB"
+        )
     if args.json:
         write_json(args.json, {"what": "loading", **describe(), "checkpoint_mb": size, "loads": rows})
 

@@ -1,4 +1,4 @@
-"""The prompts that benchmarks of the embedded model share."""
+"""The prompts that the benchmarks of the embedded model share."""
 
 from __future__ import annotations
 
@@ -9,19 +9,24 @@ from mtpjax import LLM
 from mtpjax.text.tokenizer import Tokenizer
 
 STORIES = (
-    "Tell me a story about a fox and a lantern.", "Tell me a story about a mouse.", "Write a short story about a bridge.",
+    "Tell me a story about a fox and a lantern.",
+    "Tell me a story about a mouse.",
+    "Write a short story about a bridge.",
     "I would like to hear a story about a bear and someone who is afraid of the dark.",
-)  # fmt: skip
+)
 
 
 def excerpts(tokenizer: Tokenizer) -> list[list[int]]:
-    """Token ids of the embedded excerpts of held-out books."""
+    """Return the token ids of the embedded excerpts of held-out books."""
     lines = (TINY / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
     return [tokenizer.encode(json.loads(line)["prompt"]) for line in lines]
 
 
-def by_domain(llm: LLM, count: int) -> dict[str, list[list[int]]]:
-    """Token ids of at most `count` prompts a domain: excerpts, and requests for stories in chat, which the model ends itself."""
+def prompts_by_domain(llm: LLM, count: int) -> dict[str, list[list[int]]]:
+    """Return token ids of at most `count` prompts of each domain.
+
+    "books" are excerpts; "talk" are requests for stories in chat, which the model ends itself.
+    """
     assert llm.tokenizer is not None
-    asked = [llm.chat_prompt([{"role": "user", "content": story}]) for story in STORIES[:count]]
-    return {"books": excerpts(llm.tokenizer)[:count], "talk": [llm.tokenizer.encode(text) for text in asked]}
+    requests = [llm.chat_prompt([{"role": "user", "content": story}]) for story in STORIES[:count]]
+    return {"books": excerpts(llm.tokenizer)[:count], "talk": [llm.tokenizer.encode(text) for text in requests]}

@@ -1,4 +1,6 @@
-"""Single rounds of drafting on given text: how many drafts the trunk would take, and what feeding the head otherwise does."""
+"""Single rounds of drafting on a given text: how many drafts the trunk would accept, also with a head that is fed
+wrongly.
+"""
 
 from __future__ import annotations
 
@@ -15,45 +17,56 @@ from jaxtyping import Array, Int
 from mtpjax.model import make_positions
 from mtpjax.model.cache import KV_BLOCK, new_cache
 
-DEPTH = 4  # drafts a round
-PREFIXES = (64, 128, 192, 248)  # rows before the drafts; with them they fit in one block of attention
+DEPTH = 4  # drafts of a round
+PREFIXES = (64, 128, 192, 248)  # tokens before the drafts; with the drafts they fit in one block of attention
 
 
-@partial(jax.jit, static_argnames=("graph", "prefix", "shift", "seen"))
-def agreeing_drafts(
-    graph: Any, params: Any, tokens: Int[Array, "B T"], prefix: int, shift: int = 0, seen: int | None = None
+@partial(jax.jit, static_argnames=("graph", "prefix", "shift", "mtp_prompt_tokens"))
+def count_accepted_drafts(
+    graph: Any,
+    params: Any,
+    tokens: Int[Array, "B T"],
+    prefix: int,
+    shift: int = 0,
+    mtp_prompt_tokens: int | None = None,
 ) -> Int[Array, " B"]:
-    """How many of `DEPTH` greedy drafts after `prefix` rows the trunk would take, as in one round of decoding.
+    """Return how many of `DEPTH` greedy drafts after `prefix` tokens the trunk would accept, as in one decoding round.
 
-    The head reads the hidden state of the last row and the text's next token, then its own output and draft; the trunk
-    reads the same token and drafts. A draft counts when it and all before it are the trunk's first choices.
+    The head reads the hidden state of the last row and the text's next token, then its own output and draft. The trunk
+    reads the same token and the drafts. A draft counts if it and all drafts before it are the trunk's first choices.
 
     Args:
-        shift: 1 pairs every hidden state with the token that made it instead of the token that follows it (wrong).
-        seen: prompt rows whose keys and values the head has, the last ones; all unless told. Only distances matter to
-            it, so that row `prefix - seen` takes its slot 0.
+        shift: 0 pairs each hidden state with the token that follows; 1 pairs it (wrongly) with the token that made it.
+        mtp_prompt_tokens: how many of the last prompt tokens the head has keys and values of; None: all. Only
+            distances matter to the head, so the first of these tokens takes position 0 of its cache.
     """
     model = nnx.merge(graph, params)
     cfg, batch = model.cfg, tokens.shape[0]
-    seen = prefix if seen is None else seen
+    num_read = prefix if mtp_prompt_tokens is None else mtp_prompt_tokens
     zeros = jnp.zeros(batch, jnp.int32)
     at = partial(make_positions, cfg, pad=zeros, kv_len=KV_BLOCK, static_kv_blocks=1, implementation="xla")
     y, cache = model.trunk(tokens[:, :prefix], new_cache(cfg, batch, KV_BLOCK), at(zeros, prefix))
-    following = tokens[:, prefix - seen + 1 - shift : prefix + 1 - shift]
-    m, cache = model.mtp_step(model.final_norm(y)[:, prefix - seen :], following, cache, at(zeros, seen))
+    next_tokens = tokens[:, prefix - num_read + 1 - shift : prefix + 1 - shift]
+    m, cache = model.mtp_step(model.final_norm(y)[:, prefix - num_read :], next_tokens, cache, at(zeros, num_read))
     window = [tokens[:, prefix]]
     for depth in range(1, DEPTH + 1):
-        window.append(jnp.argmax(model.head(m[:, -1:])[:, 0], axis=-1))
-        m, cache = model.mtp_step(m[:, -1:], window[-1 - shift][:, None], cache, at(zeros + seen - 1 + depth, 1))
+        window.append(jnp.argmax(model.mtp_head(m[:, -1:])[:, 0], axis=-1))
+        m, cache = model.mtp_step(m[:, -1:], window[-1 - shift][:, None], cache, at(zeros + num_read - 1 + depth, 1))
     drafts = jnp.stack(window[1:], axis=1)
     y, _ = model.trunk(jnp.stack(window[:-1], axis=1), cache, at(zeros + prefix, DEPTH))
-    right = drafts == jnp.argmax(model.head(model.final_norm(y)), axis=-1)
-    return jnp.sum(jnp.cumprod(right, axis=1), axis=1)
+    agrees = drafts == jnp.argmax(model.head(model.final_norm(y)), axis=-1)
+    return jnp.sum(jnp.cumprod(agrees, axis=1), axis=1)
 
 
-def count_agreeing(
-    graph: Any, params: Any, tokens: np.ndarray, prefixes: Sequence[int] = PREFIXES, batch: int = 16, **fed: int
+def count_accepted(
+    graph: Any,
+    params: Any,
+    tokens: np.ndarray,
+    prefixes: Sequence[int] = PREFIXES,
+    batch: int = 16,
+    **options: int,
 ) -> np.ndarray:
-    """`agreeing_drafts` of every window `[N, T]` after each of the prefixes: int `[prefixes * N]`."""
+    """Return `count_accepted_drafts` of every window `[N, T]` after each of the prefixes: int `[prefixes * N]`."""
     groups = [tokens[i : i + batch] for i in range(0, len(tokens), batch)]
-    return np.concatenate([np.asarray(agreeing_drafts(graph, params, g, p, **fed)) for p in prefixes for g in groups])
+    counts = [count_accepted_drafts(graph, params, group, prefix, **options) for prefix in prefixes for group in groups]
+    return np.concatenate([np.asarray(count) for count in counts])

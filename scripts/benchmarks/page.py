@@ -14,23 +14,29 @@ FILES = DOCS / "benchmarks"
 EXPERIMENTS = {
     "rows": (
         "Output rows and the MTP head while reading",
-        "Which rows leave the trunk (none, the last, all) x what the MTP head does with a prompt (nothing, keys and values, its "
+        "Which rows leave the trunk (none, the last, all) x what the MTP head does with a prompt (nothing, keys and "
+        "values, its "
         "whole layer). Operations are counted from the program, seconds measured.",
     ),
     "hidden_state": (
         "What the MTP head is fed",
-        "Hidden states after or before the norms; paired with the following token or one off; with keys and values of the whole "
-        "prompt, of its last rows, or of none of it (what an engine does that lets the head begin with the first draft).",
+        "Hidden states after or before the norms; paired with the following token or one off; with keys and values "
+        "of the whole "
+        "prompt, of its last rows, or of none of it (what an engine does that lets the head begin with the first "
+        "draft).",
     ),
     "draft_length": (
         "Draft length, temperature and domain",
-        "Real acceptance and decode speed of the embedded model in bfloat16, batch 1: excerpts of held-out books, requests for "
+        "Real acceptance and decode speed of the embedded model in bfloat16, batch 1: excerpts of held-out books, "
+        "requests for "
         "stories in chat, and code.",
     ),
     "cost_model": (
         "Cost of a round",
-        "Draft, verify and commit timed by themselves, beside the longer of bytes ÷ copy bandwidth and operations ÷ matmul "
-        "rate, both measured in the same run. A draft length pays where more tokens a round are expected than its break-even "
+        "Draft, verify and commit timed by themselves, beside the longer of bytes ÷ copy bandwidth and operations ÷ "
+        "matmul "
+        "rate, both measured in the same run. A draft length pays where more tokens a round are expected than its "
+        "break-even "
         "line asks for.",
     ),
     "quantisation": (
@@ -41,33 +47,7 @@ EXPERIMENTS = {
 }
 
 
-FIGURES = """## Figures at a glance
-
-Measured on two shared, noisy CPU cores (jax 0.10.2, float32) where the row does not name another device or say "counted".
-
-| what | command | figure |
-|---|---|---|
-| logits against transformers, six random models (dense, MoE, head ratios 1, 2, 3) | `make test` | max abs difference 3.6e-5, arg-max identical |
-| operations of a prompt chunk, MTP on ÷ off, 35B-A3B (counted) | `python -m scripts.benchmarks.count_flops` | **1.003**; every row an output row: 1.16; the whole MTP layer too: 1.35 |
-| operations of a whole prompt of 8,192 tokens, `mtp_prompt_tokens=64` ÷ off (counted) | `python -m scripts.benchmarks.count_flops --model 35b-a3b checkpoints/tiny --chunk 512 --mtp-prompt-tokens 64` | **1.0003** for the 35B-A3B, **1.006** for the embedded model |
-| prefill, MTP on ÷ off with every layer computed for every row, 512 / 2,048 / 8,192 tokens | `python -m scripts.benchmarks.bench_prefill` | **1.01 / 1.00 / 1.00** (every row an output row: 0.81 / 0.85 / 0.89) |
-| the same, ÷ off as the engine runs it | | 0.95 / 0.93 / 0.88: with MTP off, no later layer reads the last of 12 layers, and most of it is left out |
-| the same, `mtp_prompt_tokens=64` | | **0.99 / 1.01 / 1.01** |
-| embedded model on held-out titles ([model card](../checkpoints/tiny/README.md)) | `python -m scripts.tiny_model.report` | 1.457 bits a byte (`xz -9e`: 2.36) |
-| its greedy drafts there, by position, given that all before were accepted | | 70 %, 70 %, 70 %, 67 %; 2.76 tokens a round |
-| the same in the loop, on its own greedy continuations, four drafts | `python -m scripts.benchmarks.acceptance` | 74 %, 55 %, 42 %, 31 % of rounds by position; 2.95 tokens a round |
-| the same, head fed before the norms | `--pre-norm` | 59 %, 34 %, 17 %, 9 %; 2.16 tokens a round |
-| its decode speed with drafts ÷ without, greedy, batch 1, bfloat16, at 1 / 2 / 3 / 4 / 6 drafts | `python -m scripts.benchmarks.bench_decode` | stories in chat: 1.24 / 1.54 / 1.70 / 1.95 / **2.46×**; books: 1.07 / 1.25 / **1.41** / 1.27 / 1.28× |
-| the same in float32 | | stories: 0.89 / 1.13 / 1.33 / 1.41 / **1.74×**; books: 0.78 / 0.88 / 0.97 / 0.93 / 0.91× |
-| tokens/s of a batch job of 96 texts of 5 to 256 tokens, slots refilled ÷ static batches, 8 / 32 sequences | `python -m scripts.benchmarks.bench_batch` | float32 **1.80 / 1.58×**, bfloat16 **1.81 / 1.64×**; slots are 85 / 57 % busy against 41 / 34 % |
-| loading 1.06 GB (BF16) | `python -m scripts.benchmarks.bench_load` | 2.8 s, peak 6 MB above the parameters |
-| 0.78 B MoE ÷ transformers, each in its faster dtype (bfloat16) | `python -m scripts.benchmarks.bench_cpu` | prefill **1.95×** (512), **2.00×** (2,048); decode without drafts **1.60×** |
-
-Drafts pay most where they are good: in chat, where six drafts give six tokens a round. In float32 a single row is so cheap on
-a CPU that books gain nothing ([decode.json](benchmarks/decode.json) has batch 4 and T = 0.7, too; the processor was shared, so look
-at its ranges). The 8 M parameters of the embedded model lie in the cache of the CPU. For a small model the engine stores weights
-`[in, out]`, fuses projections that share an input, and concatenates the experts of a layer, so that the rows of a verification
-share one reading of them."""
+MODULES = {"quantisation": "quantization"}  # where the module has another name than its files
 
 
 def about(result: dict[str, Any]) -> str:
@@ -80,16 +60,24 @@ def about(result: dict[str, Any]) -> str:
 def the_table(result: dict[str, Any]) -> list[str]:
     return [
         "## The table",
-        f"`python -m scripts.benchmarks.bench_table --contexts 512 2048 8192 32768 --new 48 --out docs/benchmarks/table`: {result['model']} "
-        f"model of about 50 M active parameters in {result['dtype']}, prompts of {result['prompts']}, **{result['acceptance']}** "
+        f"`python -m scripts.benchmarks.bench_table --prompt-tokens 512 2048 8192 32768 --max-tokens 48 --out "
+        f"docs/benchmarks/table`: {result['model']} "
+        f"model of about 50 M active parameters in {result['dtype']}, prompts of {result['prompts']}, "
+        f"**{result['acceptance']}** "
         "(the published lengths of Qwen3.5-397B-A17B's head). " + about(result),
-        'A ratio is the median of the ratios within each run. "Spread" is (slowest − fastest) ÷ median of the prefill\'s '
-        "runs; where it exceeds a difference, the difference is not measured. Drafts 2, 3 and 4 read the prompt with the same "
+        'A ratio is the median of the ratios within each run. "Spread" is (slowest − fastest) ÷ median of the '
+        "prefill's "
+        "runs; where it exceeds a difference, the difference is not measured. Drafts 2, 3 and 4 read the prompt with "
+        "the same "
         "program, so what lies between them is noise. " + all_drafts(result),
-        '"Draft 0" leaves out the last layer\'s queries, attention and experts, since nothing reads their rows: a saving that '
-        "MTP cannot have while its head reads the last layer's output of every row. It is one layer of 12 here, one of 40 in "
-        'a 35B-A3B; at 32,768 tokens it is also a third of all attention here, a tenth there. "Draft 0, whole" is MTP off in '
-        'engines that run every layer for every row. "Last 64 tokens" is `LLM(mtp_prompt_tokens=64)`: the head reads the end of the '
+        '"Draft 0" leaves out the last layer\'s queries, attention and experts, since nothing reads their rows: a '
+        "saving that "
+        "MTP cannot have while its head reads the last layer's output of every row. It is one layer of 12 here, one "
+        "of 40 in "
+        'a 35B-A3B; at 32,768 tokens it is also a third of all attention here, a tenth there. "Draft 0, whole" is '
+        "MTP off in "
+        'engines that run every layer for every row. "Last 64 tokens" is `LLM(mtp_prompt_tokens=64)`: the head reads '
+        "the end of the "
         "prompt only, and every chunk before is the very program of draft 0.",
         markdown(result),
         "![prefill ratio, decode speed and elapsed seconds by prompt length](benchmarks/table.png)",
@@ -99,11 +87,15 @@ def the_table(result: dict[str, Any]) -> list[str]:
 def the_tiny_table(result: dict[str, Any]) -> list[str]:
     return [
         "## The embedded model, real acceptance",
-        "`python -m scripts.benchmarks.bench_table --model tiny --dtype bfloat16 --text talk --contexts 128 512 2048 --chunk 128 --drafts 0 "
-        f"1 2 3 4 --new 96 --runs 5 --no-ablations --out docs/benchmarks/table_tiny`, in {result['dtype']}, prompts of "
+        "`python -m scripts.benchmarks.bench_table --model tiny --dtype bfloat16 --text talk --prompt-tokens 128 512 "
+        "2048 "
+        "--chunk 128 --num-speculative-tokens 0 "
+        f"1 2 3 4 --max-tokens 96 --runs 5 --no-ablations --out docs/benchmarks/table_tiny`, in {result['dtype']}, "
+        "prompts of "
         f"{result['prompts']}: conversations that the model was not trained on, {result['acceptance']}. "
         + about(result),
-        "The model was trained on windows of 256 tokens; longer prompts are out of its experience, and of its head's: behind "
+        "The model was trained on windows of 256 tokens; longer prompts are out of its experience, and of its "
+        "head's: behind "
         "them a head that has read the last 64 tokens only drafts better. What draft 0 drops while it "
         "reads a prompt is most of one layer of eight. " + all_drafts(result),
         markdown(result, reference=False),
@@ -114,15 +106,18 @@ def the_tiny_table(result: dict[str, Any]) -> list[str]:
 def memory(result: dict[str, Any]) -> list[str]:
     lines = ["| rows of a chunk | draft | context | temporaries | cache (updated in place) |", "|---|---|---|---|---|"]
     lines += [
-        f"| {r['chunk']} | {r['draft']} | {r['context']:,} | {r['temp'] / 2**20:.1f} MiB | {r['alias'] / 2**20:,.0f} MiB |"
+        f"| {r['chunk']} | {r['draft']} | {r['context']:,} | {r['temp'] / 2**20:.1f} MiB | {r['alias'] / 2**20:,.0f} "
+        "MiB |"
         for r in result["rows"]
     ]
     return [
         "## Memory of reading a long prompt",
-        f"`.venv-cuda/bin/python -m scripts.gpu.prefill_memory --json docs/benchmarks/prefill_memory.json`: the prefill program of a "
+        f"`.venv-cuda/bin/python -m scripts.gpu.prefill_memory --json docs/benchmarks/prefill_memory.json`: the "
+        "prefill program of a "
         f"35B-A3B with IQ4_NL weights, compiled for an {result['card']} (what XLA knows of an RTX 3090) without one. "
         + about(result),
-        "One program reads every prompt that fits its cache: the position is data, and attention's loop over the cache has as "
+        "One program reads every prompt that fits its cache: the position is data, and attention's loop over the "
+        "cache has as "
         "many turns as it needs.",
         "\n".join(lines),
     ]
@@ -146,14 +141,18 @@ def h100(result: dict[str, Any], llama: dict[str, Any]) -> list[str]:
     )
     return [
         "## On an H100",
-        f"{result['date']}, {result['device']}, jax {result['jax']}, commit {result['commit']}. {result['note']}. Kernel times are in "
+        f"{result['date']}, {result['device']}, jax {result['jax']}, commit {result['commit']}. {result['note']}. "
+        "Kernel times are in "
         "[h100_model.json](benchmarks/h100_model.json), numerics of all 54 kernel cases in "
-        "[h100_kernels.json](benchmarks/h100_kernels.json), tile constants in [h100_tiles.json](benchmarks/h100_tiles.json).",
+        "[h100_kernels.json](benchmarks/h100_kernels.json), tile constants in "
+        "[h100_tiles.json](benchmarks/h100_tiles.json).",
         "\n".join(rows),
         "\n".join(chunks),
-        f"llama.cpp v0.5.0 on the same card and day ([figures](benchmarks/h100_llama_cpp.json)): decoding without drafts {decode}; "
+        f"llama.cpp v0.5.0 on the same card and day ([figures](benchmarks/h100_llama_cpp.json)): decoding without "
+        f"drafts {decode}; "
         f"prompts {prompts}. Its prompts with MTP ran at 0.941 (2k) and 0.890 (8k) of the speed without.",
-        "All kernels were right. In bfloat16 three of ten greedy texts of the embedded model (IQ4_NL) changed with drafts or batch size; "
+        "All kernels were right. In bfloat16 three of ten greedy texts of the embedded model (IQ4_NL) changed with "
+        "drafts or batch size; "
         "at T = 0.8 all were equal. The cause is known: reductions over features in prompts that are left to XLA.",
     ]
 
@@ -161,7 +160,7 @@ def h100(result: dict[str, Any], llama: dict[str, Any]) -> list[str]:
 def page() -> str:
     """The Markdown text."""
     parts = ["# Benchmarks", "Made by `python -m scripts.benchmarks.page` from the JSON files in `docs/benchmarks/`."]
-    parts.append(FIGURES)
+    parts.append((FILES / "figures.md").read_text(encoding="utf-8").strip())
     shown = set()
     if (file := FILES / "h100_model.json").exists():
         parts += h100(json.loads(file.read_text()), json.loads((FILES / "h100_llama_cpp.json").read_text()))
@@ -174,15 +173,22 @@ def page() -> str:
         if (file := FILES / f"{name}.json").exists():
             result = json.loads(file.read_text())
             picture = f"![{title}](benchmarks/{name}.png)"
-            parts += [f"## {title}", text, f"`python -m scripts.experiments.{name}`. " + about(result), picture]
+            parts += [
+                f"## {title}",
+                text,
+                f"`python -m scripts.experiments.{MODULES.get(name, name)}`. " + about(result),
+                picture,
+            ]
             shown.add(name)
     others = sorted(f for f in FILES.glob("*.json") if f.stem not in shown)
     lines = [f"| [{f.name}](benchmarks/{f.name}) | {json.loads(f.read_text()).get('what', f.stem)} |" for f in others]
     parts += ["## Other results", "| file | what |\n|---|---|\n" + "\n".join(lines)]
     parts += [
         "## Not measured",
-        "The table for a trained 35B-A3B on a GPU, and any GPU other than the H100. `python -m scripts.gpu.suite` makes the "
-        "figures of a CUDA GPU; with `--smoke` it runs anywhere at a toy size, and those figures mean nothing. On the CPU, "
+        "The table for a trained 35B-A3B on a GPU, and any GPU other than the H100. `python -m scripts.gpu.suite` "
+        "makes the "
+        "figures of a CUDA GPU; with `--smoke` it runs anywhere at a toy size, and those figures mean nothing. On "
+        "the CPU, "
         "contexts above those of the table were not run.",
     ]
     return "\n\n".join(parts) + "\n"

@@ -1,4 +1,4 @@
-"""What every benchmark shares: where it ran, a table of medians, and a JSON file that appears whole or not at all."""
+"""Output that all benchmarks share: a description of the run, a table of medians, and JSON files written atomically."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "transformers")
 
 
 def describe(device: str | None = None) -> dict[str, Any]:
-    """Date, device (JAX's own, unless it is told and JAX need not start), versions and commit of this run."""
+    """Describe this run: date, device, machine, versions and commit. Pass `device` to avoid initialising JAX."""
     if device is None:
         import jax
 
@@ -42,30 +42,33 @@ def describe(device: str | None = None) -> dict[str, Any]:
 
 
 def memory_peak_mb() -> float:
-    """The device's peak so far; the process's peak resident memory where the device does not count."""
+    """Return the device's peak memory so far, or the process's peak resident memory if the device does not count."""
     import resource
 
     import jax
 
-    found = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-    return found / 2**20 if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    return peak / 2**20 if peak else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def ratio_table(figures: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
-    """Markdown: a row a measurement, a column a side; median (lowest ... highest) of the runs."""
-    sides = list(dict.fromkeys(side for row in figures.values() for side in row))
-    lines = ["| | " + " | ".join(sides) + " |", "|---|" + "---|" * len(sides)]
+    """Return a Markdown table with a row for each figure and a column for each variant.
+
+    Cells are the median (lowest … highest) of the runs, which are `figures[figure][variant]`.
+    """
+    variants = list(dict.fromkeys(variant for row in figures.values() for variant in row))
+    lines = ["| | " + " | ".join(variants) + " |", "|---|" + "---|" * len(variants)]
     for name, row in figures.items():
         cells = [
-            f"{statistics.median(row[s]):.4g} ({min(row[s]):.4g} … {max(row[s]):.4g})" if s in row else ""
-            for s in sides
+            f"{statistics.median(row[v]):.4g} ({min(row[v]):.4g} … {max(row[v]):.4g})" if v in row else ""
+            for v in variants
         ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def write_json(path: str, content: Mapping[str, Any]) -> None:
-    """Write `content`, through a temporary file beside it."""
+    """Write `content` to a temporary file beside `path`, then rename that file to `path`."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(target.name + ".part")

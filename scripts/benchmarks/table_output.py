@@ -1,4 +1,4 @@
-"""What bench_table.py prints and writes: CSV, Markdown and plots, with the reference system's ratios beside ours."""
+"""Output of bench_table.py: CSV, Markdown and plots, with the ratios of a fork of llama.cpp beside ours."""
 
 from __future__ import annotations
 
@@ -7,61 +7,73 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-# Ratios of the reference system to its own run without MTP (llama.cpp TurboQuant fork, Qwen3.6-35B-A3B IQ4_NL, RTX 3090, one
-# request; TheTom/llama-cpp-turboquant issue 147): (build, prompt tokens, draft) -> tok/s of prefill, of decode.
-REFERENCE = {
-    ("before", 1024): {0: (1461.19, 98.36), 2: (480.90, 115.37), 3: (471.46, 126.36), 4: (455.82, 143.21)},
-    ("before", 8192): {0: (3277.07, 87.38), 2: (1568.59, 110.49), 3: (1626.07, 109.00), 4: (1671.36, 142.32)},
-    ("before", 32768): {0: (2867.22, 61.33), 2: (1704.29, 100.82), 3: (1805.61, 119.21), 4: (1805.14, 128.24)},
-    ("after", 1024): {0: (1288.02, 118.10), 2: (1190.01, 147.63), 3: (1145.07, 152.45), 4: (1277.92, 149.66)},
-    ("after", 8192): {0: (3945.67, 104.42), 2: (3528.47, 148.37), 3: (3558.33, 157.01), 4: (3367.78, 156.47)},
-    ("after", 32768): {0: (3452.69, 76.57), 2: (3065.30, 121.60), 3: (2942.63, 128.69), 4: (2922.91, 129.17)},
-}
+from scripts.benchmarks.published import LLAMA_CPP_FORK
+
 HEADER = (
-    "prompt tokens", "side", "prefill tok/s", "/ draft 0", "/ draft 0 whole", "decode tok/s", "/ draft 0", "tokens a round",
-    "elapsed s", "spread", "prefill of roofline", "decode of roofline",
-)  # fmt: skip
+    "prompt tokens",
+    "side",
+    "prefill tok/s",
+    "/ draft 0",
+    "/ draft 0 whole",
+    "decode tok/s",
+    "/ draft 0",
+    "tokens a round",
+    "elapsed s",
+    "spread",
+    "prefill of roofline",
+    "decode of roofline",
+)
 
 
 def table_rows(result: dict[str, Any]) -> list[tuple[Any, ...]]:
-    """A row a context and side: medians over the runs; ratios are medians of the ratios within each run."""
-    lines = []
-    by = {(r["prompt_tokens"], r["side"]): r for r in result["rows"]}
+    """Return a row in the order of `HEADER` for each prompt length and variant.
 
-    def against(context: int, side: str, base: str, what: str) -> float | None:
-        a, b = by[context, side][what], by.get((context, base), {what: []})[what]
+    Figures are medians over the runs; ratios are medians of the ratios within each run.
+    """
+    lines = []
+    measured = {(r["prompt_tokens"], r["side"]): r for r in result["rows"]}
+
+    def ratio(context: int, variant: str, base: str, key: str) -> float | None:
+        a, b = measured[context, variant][key], measured.get((context, base), {key: []})[key]
         return statistics.median(y / x for x, y in zip(a, b, strict=True)) if a and b else None
 
-    for (context, side), row in by.items():
-        read, wrote = row["prefill_seconds"], row["decode_seconds"]
-        lines.append((
-            context, side, context / statistics.median(read), against(context, side, "draft 0", "prefill_seconds"),
-            against(context, side, "draft 0, whole", "prefill_seconds"),
-            row["new_tokens"] / statistics.median(wrote) if wrote else None,
-            against(context, side, "draft 0", "decode_seconds"), row.get("tokens_per_round"),
-            statistics.median(map(sum, zip(read, wrote, strict=True))) if wrote else None,
-            (max(read) - min(read)) / statistics.median(read),
-            row["prefill_floor"] / statistics.median(read) if "prefill_floor" in row else None,
-            row["decode_floor"] / statistics.median(wrote) if wrote and "decode_floor" in row else None,
-        ))  # fmt: skip
+    for (context, variant), row in measured.items():
+        prefill, decode = row["prefill_seconds"], row["decode_seconds"]
+        prefill_seconds = statistics.median(prefill)
+        decode_seconds = statistics.median(decode) if decode else None
+        cells = (
+            context,
+            variant,
+            context / prefill_seconds,
+            ratio(context, variant, "draft 0", "prefill_seconds"),
+            ratio(context, variant, "draft 0, whole", "prefill_seconds"),
+            row["new_tokens"] / decode_seconds if decode_seconds else None,
+            ratio(context, variant, "draft 0", "decode_seconds"),
+            row.get("tokens_per_round"),
+            statistics.median(map(sum, zip(prefill, decode, strict=True))) if decode else None,
+            (max(prefill) - min(prefill)) / prefill_seconds,
+            row["prefill_floor"] / prefill_seconds if "prefill_floor" in row else None,
+            row["decode_floor"] / decode_seconds if decode_seconds and "decode_floor" in row else None,
+        )
+        lines.append(cells)
     return lines
 
 
 def all_drafts(result: dict[str, Any]) -> str:
-    """Prefill of all drafts that read the whole prompt ÷ MTP off with whole layers: the median over all their runs."""
+    """Describe the prefill of drafts that read the whole prompt ÷ MTP off with whole layers: medians of all runs."""
     seconds = {(r["prompt_tokens"], r["side"]): r["prefill_seconds"] for r in result["rows"]}
-    found: dict[int, list[float]] = {}
-    for (context, side), mine in seconds.items():
-        name, _, k = side.partition(" ")
+    ratios: dict[int, list[float]] = {}
+    for (context, variant), runs in seconds.items():
+        name, _, k = variant.partition(" ")
         if name == "draft" and k.isdigit() and k != "0":
             base = seconds[context, "draft 0, whole"]
-            found.setdefault(context, []).extend(off / on for on, off in zip(mine, base, strict=True))
-    ratios = ", ".join(f"{statistics.median(each):.3f} at {context:,}" for context, each in found.items())
-    return f"All drafts' runs together, prefill tok/s with MTP ÷ draft 0, whole: **{ratios}** prompt tokens."
+            ratios.setdefault(context, []).extend(off / on for on, off in zip(runs, base, strict=True))
+    medians = ", ".join(f"{statistics.median(values):.3f} at {context:,}" for context, values in ratios.items())
+    return f"All drafts' runs together, prefill tok/s with MTP ÷ draft 0, whole: **{medians}** prompt tokens."
 
 
 def markdown(result: dict[str, Any], reference: bool = True) -> str:
-    """The table, and the reference's ratios."""
+    """Return the table, and with `reference` also the ratios of the llama.cpp fork."""
 
     def cell(x: Any) -> str:
         if not isinstance(x, float):
@@ -76,15 +88,15 @@ def markdown(result: dict[str, Any], reference: bool = True) -> str:
         return "\n".join(lines)
     lines += ["", "The reference, as ratios to its own run without MTP:", ""]
     lines += ["| build | prompt tokens | draft | prefill | decode |", "|---|---|---|---|---|"]
-    for (build, context), drafts in REFERENCE.items():
+    for (build, context), drafts in LLAMA_CPP_FORK.items():
         for k in (2, 3, 4):
-            read, wrote = (drafts[k][i] / drafts[0][i] for i in (0, 1))
-            lines.append(f"| {build} | {context} | {k} | {read:.2f} | {wrote:.2f} |")
+            prefill, decode = (drafts[k][i] / drafts[0][i] for i in (0, 1))
+            lines.append(f"| {build} | {context} | {k} | {prefill:.2f} | {decode:.2f} |")
     return "\n".join(lines)
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Prefill ratio, decode tok/s and elapsed seconds by prompt length."""
+    """Draw the prefill ratio, decode tokens/s and elapsed seconds by prompt length."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -92,16 +104,16 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
     figure, axes = plt.subplots(1, 3, figsize=(16, 4.8), constrained_layout=True)
     rows = table_rows(result)
-    for side in dict.fromkeys(r[1] for r in rows):
-        mine = [r for r in rows if r[1] == side]
-        xs = [r[0] for r in mine]
-        axes[0].plot(xs, [r[4] for r in mine], "o-", label=side)
-        if mine[0][5] is not None:
-            axes[1].plot(xs, [r[5] for r in mine], "o-", label=side)
-            axes[2].plot(xs, [r[8] for r in mine], "o-", label=side)
+    for variant in dict.fromkeys(r[1] for r in rows):
+        own = [r for r in rows if r[1] == variant]
+        xs = [r[0] for r in own]
+        axes[0].plot(xs, [r[4] for r in own], "o-", label=variant)
+        if own[0][5] is not None:
+            axes[1].plot(xs, [r[5] for r in own], "o-", label=variant)
+            axes[2].plot(xs, [r[8] for r in own], "o-", label=variant)
     for build, style in (("before", ":"), ("after", "--")):
-        found = [(c, d[4][0] / d[0][0]) for (b, c), d in REFERENCE.items() if b == build]
-        axes[0].plot(*zip(*found, strict=True), f"k{style}", label=f"llama.cpp {build} its fix, draft 4")
+        points = [(c, d[4][0] / d[0][0]) for (b, c), d in LLAMA_CPP_FORK.items() if b == build]
+        axes[0].plot(*zip(*points, strict=True), f"k{style}", label=f"llama.cpp {build} its fix, draft 4")
     axes[0].axhline(1, color="grey", lw=0.8)
     axes[0].set_ylabel("prefill tok/s ÷ MTP off, whole layers")
     axes[1].set_ylabel("decode (tok/s)")
@@ -124,14 +136,13 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 def write_table(result: dict[str, Any], prefix: str | None) -> None:
     """Print the table; with a prefix also write PREFIX.csv, PREFIX.md and PREFIX.png."""
+    about = f"{result['acceptance']}, prompts of {result['prompts']}"
     text = markdown(result)
-    print(f"\n{result['acceptance']}, prompts of {result['prompts']}\n\n{text}")
+    print(f"\n{about}\n\n{text}")
     if prefix:
         with open(prefix + ".csv", "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow([*HEADER, "acceptance"])
             writer.writerows([*row, result["acceptance"]] for row in table_rows(result))
-        Path(prefix + ".md").write_text(
-            f"{result['acceptance']}, prompts of {result['prompts']}\n\n{text}\n", encoding="utf-8"
-        )
+        Path(prefix + ".md").write_text(f"{about}\n\n{text}\n", encoding="utf-8")
         plot(result, Path(prefix + ".png"))

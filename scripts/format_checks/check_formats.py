@@ -1,12 +1,13 @@
-"""Compare what this program reads of quantised Hugging Face folders with the libraries that make them, tensor by tensor.
+"""Compare how this program reads quantised Hugging Face folders with the libraries that write them, tensor by tensor.
 
     pip install torch transformers compressed-tensors llmcompressor nvidia-modelopt auto-round gptqmodel autoawq
     python -m scripts.format_checks.check_formats [--only gptqmodel] [--out docs/benchmarks/formats.json]
 
-Each library packs the matrices of two random models on a CPU; the folder is read, its values are compared with the library's own
-in float32, bit by bit, and its logits, computed with packed weights, with those of a plain folder of the library's values. Then
-libraries quantise the whole models, as transformers has them, and their folders are compared with their models' own logits. A
-library that is missing is reported and left out; a source folder of one (`--path`) serves as well as an installation.
+Each library packs the matrices of two random models on a CPU. The folder is read, its values are compared bit by bit
+with the library's own in float32, and its logits, computed with packed weights, with those of a plain folder of the
+library's values. Then libraries quantise the whole models, in the form that transformers gives them, and the logits of
+their folders are compared with those of their own models. A missing library is reported and left out; a folder with its
+sources (`--path`) serves as well as an installation.
 """
 
 from __future__ import annotations
@@ -35,10 +36,11 @@ from mtpjax.loading.export import export_tensors
 from mtpjax.loading.random_init import random_model
 from mtpjax.loading.weight_map import check_source
 from scripts.benchmarks.results import describe, write_json
-from scripts.format_checks.libraries import CASES, Case, Packed
+from scripts.format_checks.cases import CASES
+from scripts.format_checks.packing import Case, Packed
 from scripts.format_checks.pipelines import Pipeline, pipelines
 
-PLAIN = (
+NOT_QUANTIZED = (  # parts of names
     "norm",
     "conv1d",
     "gate.weight",
@@ -51,33 +53,49 @@ PLAIN = (
     "dt_bias",
 )
 IDS = np.random.default_rng(0).integers(0, 250, 48).tolist()
-KINDS = ("moe", "dense")
+MODEL_KINDS = ("moe", "dense")
 
 
 def model_config(moe: bool) -> ModelConfig:
-    """Two layers and an MTP head, with rows and columns that all formats can cut into groups of 128."""
-    experts: dict[str, int] = {"num_experts": 4, "experts_per_token": 2, "expert_size": 128, "shared_expert_size": 128}
+    """Return a model of two layers and an MTP head, whose rows and columns all formats can cut into groups of 128."""
+    mlp: dict[str, Any] = {"num_experts": 4, "experts_per_token": 2, "expert_size": 128, "shared_expert_size": 128}
+    if not moe:
+        mlp = {"mlp_size": 384}
     return ModelConfig(
-        hidden_size=256, num_layers=2, layer_pattern=(LINEAR, FULL), q_heads=4, kv_heads=2, head_dim=64,
-        rotary_dim=16, rope_theta=1e7, linear_k_heads=2, linear_v_heads=4, linear_k_dim=64, linear_v_dim=64, conv_width=4,
-        vocab_size=256, stop_token_ids=(255,),
-        **(experts if moe else {"mlp_size": 384}),
-    )  # fmt: skip
+        hidden_size=256,
+        num_layers=2,
+        layer_pattern=(LINEAR, FULL),
+        q_heads=4,
+        kv_heads=2,
+        head_dim=64,
+        rotary_dim=16,
+        rope_theta=1e7,
+        linear_k_heads=2,
+        linear_v_heads=4,
+        linear_k_dim=64,
+        linear_v_dim=64,
+        conv_width=4,
+        vocab_size=256,
+        stop_token_ids=(255,),
+        **mlp,
+    )
 
 
 def random_weights(cfg: ModelConfig) -> dict[str, torch.Tensor]:
-    """bfloat16, by published name, one tensor a matrix of an expert. Many columns are of one sign, as zeros at the ends of
-    their range need."""
+    """Return random bfloat16 weights by published name, with a tensor for each matrix of an expert.
+
+    A quarter of the columns has one sign only, so that asymmetric formats get zero points at the ends of their range.
+    """
     out = {}
     for name, shape, _, read in export_tensors(random_model(cfg, scale=0.08)):
         weight = torch.from_numpy(read().astype(np.float32).copy()).to(torch.bfloat16)
-        if quantised(name) or len(shape) == 3 and "experts" in name:
+        if is_matrix(name) or len(shape) == 3 and "experts" in name:
             weight[..., : weight.shape[-2] // 4, :] = weight[..., : weight.shape[-2] // 4, :].abs()
         if name.endswith("gate_up_proj"):
             for e, pair in enumerate(weight):
                 prefix = f"{name.removesuffix('gate_up_proj')}{e}"
-                for part, matrix in zip(("gate_proj", "up_proj"), pair.chunk(2), strict=True):
-                    out[f"{prefix}.{part}.weight"] = matrix.clone()
+                for projection, matrix in zip(("gate_proj", "up_proj"), pair.chunk(2), strict=True):
+                    out[f"{prefix}.{projection}.weight"] = matrix.clone()
         elif len(shape) == 3 and name.endswith("down_proj"):
             out |= {
                 f"{name.removesuffix('down_proj')}{e}.down_proj.weight": matrix.clone()
@@ -88,11 +106,13 @@ def random_weights(cfg: ModelConfig) -> dict[str, torch.Tensor]:
     return out
 
 
-def quantised(name: str) -> bool:
-    return name.endswith(".weight") and not any(part in name for part in PLAIN)
+def is_matrix(name: str) -> bool:
+    """Return whether the weight is a matrix that is quantised."""
+    return name.endswith(".weight") and not any(part in name for part in NOT_QUANTIZED)
 
 
 def write(folder: Path, cfg: ModelConfig, tensors: dict[str, torch.Tensor], **extra: Any) -> Path:
+    """Write a checkpoint; `extra` are further entries of config.json."""
     folder.mkdir()
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config_to_hf(cfg) | extra))
@@ -100,39 +120,38 @@ def write(folder: Path, cfg: ModelConfig, tensors: dict[str, torch.Tensor], **ex
 
 
 def compare(folder: Path, cfg: ModelConfig, weights: dict[str, torch.Tensor], packed: Packed) -> dict[str, Any]:
-    """Every quantised tensor, and logits, of one model."""
+    """Compare every quantised tensor and the logits of one model."""
     plain = write(folder / "plain", cfg, {n: packed.values.get(n, w).float() for n, w in weights.items()})
     source = open_checkpoint(write(folder / "packed", cfg, packed.tensors, quantization_config=packed.config))
     assert isinstance(source, QuantizedDirectory)
-    equal, kept, worst, layouts = 0, 0, 0.0, set()
+    num_equal, num_packed, worst, layouts = 0, 0, 0.0, set()
     for raw, value in packed.values.items():
         name, want = raw.removeprefix("model."), value.numpy()
         got = source.read(name)
-        equal += np.array_equal(got, want)
+        num_equal += np.array_equal(got, want)
         worst = max(worst, float(np.abs(got - want).max() / np.abs(want).max()))
-        if (form := source.read_packed(name)) is not None:
-            kept += 1
-            layouts.add(form.layout)
-    theirs = LLM(plain, dtype="float32", max_model_len=64).logits(IDS)
+        if (array := source.read_packed(name)) is not None:
+            num_packed += 1
+            layouts.add(array.layout)
+    wanted = LLM(plain, dtype="float32", max_model_len=64).logits(IDS)
     return {
         "tensors": len(packed.values),
-        "equal": int(equal),
-        "kept_packed": kept,
+        "equal": int(num_equal),
+        "kept_packed": num_packed,
         "layouts": sorted(layouts),
         "largest_difference": worst,
-        "logits_difference": logits_difference(folder / "packed", theirs),
+        "logits_difference": logits_difference(folder / "packed", wanted),
     }
 
 
 def logits_difference(folder: Path, wanted: np.ndarray) -> float:
-    """Of this program with packed weights, relative to the largest logit."""
-    return float(
-        np.abs(LLM(folder, dtype="float32", max_model_len=64, quantization="packed").logits(IDS) - wanted).max()
-        / np.abs(wanted).max()
-    )
+    """Return the largest difference of this program's logits, with packed weights, relative to the largest logit."""
+    logits = LLM(folder, dtype="float32", max_model_len=64, quantization="packed").logits(IDS)
+    return float(np.abs(logits - wanted).max() / np.abs(wanted).max())
 
 
-def installed(library: str) -> str | None:
+def installed_version(library: str) -> str | None:
+    """Return the version of a distribution, or None if it is not installed."""
     try:
         return version(library)
     except PackageNotFoundError:
@@ -140,17 +159,20 @@ def installed(library: str) -> str | None:
 
 
 def check(case: Case) -> dict[str, Any]:
-    """One format with both models. `skipped`, `failed`: why the library says nothing; `refused`: why the folder is not read."""
-    row: dict[str, Any] = {"library": case.library, "version": installed(case.library), "format": case.name}
-    for kind in KINDS:
+    """Check one format with both models.
+
+    "skipped" and "failed" say why the library packed nothing, "refused" why this program does not read the folder.
+    """
+    row: dict[str, Any] = {"library": case.library, "version": installed_version(case.library), "format": case.name}
+    for kind in MODEL_KINDS:
         cfg = model_config(kind == "moe")
         weights = random_weights(cfg)
         try:
-            with redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # they talk a lot
-                packed = case.make(weights, quantised)
+            with redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # the libraries print a lot
+                packed = case.make(weights, is_matrix)
         except ImportError as error:
             return row | {"skipped": f"{type(error).__name__}: {error}"}
-        except Exception as error:  # of a library: the others are to be asked all the same
+        except Exception as error:  # of a library; the other libraries are still checked
             return row | {"failed": f"{type(error).__name__}: {error}"}
         with tempfile.TemporaryDirectory() as folder:
             try:
@@ -161,9 +183,13 @@ def check(case: Case) -> dict[str, Any]:
 
 
 def check_whole(pipeline: Pipeline) -> dict[str, Any]:
-    """A checkpoint that a library made of a whole model: whether all its tensors are the model's, and its logits."""
-    row: dict[str, Any] = {"library": pipeline.library, "version": installed(pipeline.library), "format": pipeline.name}
-    for kind in KINDS:
+    """Check a checkpoint that a library made of a whole model: that it has the tensors of the model, and its logits."""
+    row: dict[str, Any] = {
+        "library": pipeline.library,
+        "version": installed_version(pipeline.library),
+        "format": pipeline.name,
+    }
+    for kind in MODEL_KINDS:
         cfg = model_config(kind == "moe")
         weights = {
             name: torch.from_numpy(read().astype(np.float32).copy())
@@ -180,10 +206,10 @@ def check_whole(pipeline: Pipeline) -> dict[str, Any]:
                 return row | {"failed": f"{type(error).__name__}: {error}"}
             try:
                 source = open_checkpoint(target)
+                assert isinstance(source, QuantizedDirectory)
                 check_source(source)
             except CheckpointError as error:
                 return row | {"refused": str(error).replace(folder, "").lstrip("/")}
-            assert isinstance(source, QuantizedDirectory)
             row[kind] = {
                 "kept_packed": sum(source.read_packed(name) is not None for name in source.tensors),
                 "logits_difference": None if wanted is None else logits_difference(target, wanted.numpy()),
@@ -192,24 +218,25 @@ def check_whole(pipeline: Pipeline) -> dict[str, Any]:
 
 
 def show(row: dict[str, Any]) -> str:
-    """A line of either table."""
+    """Return a line of either table."""
     title = f"{row['library']:19}{row['version'] or '-':9}{row['format']:30}"
     if why := row.keys() & {"skipped", "failed", "refused"}:
         return f"{title}{min(why)}: {row[min(why)]}"
-    both = [row[kind] for kind in KINDS]
-    kept, found = sum(model["kept_packed"] for model in both), [model["logits_difference"] for model in both]
-    logits = "not compared" if None in found else f"{max(found):.1e}"
+    both = [row[kind] for kind in MODEL_KINDS]
+    num_packed = sum(model["kept_packed"] for model in both)
+    differences = [model["logits_difference"] for model in both]
+    logits = "not compared" if None in differences else f"{max(differences):.1e}"
     if "tensors" not in both[0]:
-        return f"{title}{kept:>9}{logits:>14}"
+        return f"{title}{num_packed:>9}{logits:>14}"
     tensors, equal = (sum(model[key] for model in both) for key in ("tensors", "equal"))
     difference = max(model["largest_difference"] for model in both)
     layouts = ", ".join(sorted({layout for model in both for layout in model["layouts"]})) or "unpacked"
-    return f"{title}{f'{equal}/{tensors}':>9}{difference:10.1e}{logits:>10}  {layouts} ({kept} packed)"
+    return f"{title}{f'{equal}/{tensors}':>9}{difference:10.1e}{logits:>10}  {layouts} ({num_packed} packed)"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", nargs="*", help="libraries, or parts of the names of formats")
+    parser.add_argument("--only", nargs="*", help="names of libraries or of formats")
     parser.add_argument("--path", nargs="*", default=[], help="source folders of libraries that are not installed")
     parser.add_argument("--out", default="docs/benchmarks/formats.json")
     args = parser.parse_args()
@@ -218,24 +245,28 @@ def main() -> None:
     warnings.simplefilter("ignore")
     print(f"{'library':19}{'version':9}{'format':30}{'equal':>9}{'tensors':>10}{'logits':>10}  in memory")
     rows = []
-    every = (*CASES, *pipelines(TINY / "tokenizer.json"))
-    chosen = [case for case in every if not args.only or {case.library, case.name} & {*args.only}]
-    for case in (case for case in chosen if isinstance(case, Case)):
+
+    def is_chosen(case: Case | Pipeline) -> bool:
+        return not args.only or bool({case.library, case.name} & {*args.only})
+
+    for case in filter(is_chosen, CASES):
         rows.append(check(case))
         print(show(rows[-1]), flush=True)
     print(f"\n{'whole models by':28}{'':30}{'packed':>9}{'logits':>14}")
     whole = []
-    for pipeline in (case for case in chosen if isinstance(case, Pipeline)):
+    for pipeline in filter(is_chosen, pipelines(TINY / "tokenizer.json")):
         whole.append(check_whole(pipeline))
         print(show(whole[-1]), flush=True)
-    libraries = {name: installed(name) for name in ("llmcompressor", *dict.fromkeys(case.library for case in CASES))}
+    libraries = {
+        name: installed_version(name) for name in ("llmcompressor", *dict.fromkeys(case.library for case in CASES))
+    }
     write_json(
         args.out,
         {"run": describe(), "libraries": libraries, "positions": len(IDS), "rows": rows, "whole_models": whole},
     )
-    wrong = [row for row in rows for kind in KINDS if kind in row and row[kind]["equal"] < row[kind]["tensors"]]
+    wrong = [row for row in rows for kind in MODEL_KINDS if kind in row and row[kind]["equal"] < row[kind]["tensors"]]
     if wrong or any(row.keys() & {"failed", "refused"} for row in rows + whole):
-        raise SystemExit("check_formats.py: values differ, a library failed, or a folder is refused")
+        raise SystemExit("check_formats: values differ, a library failed, or a folder is refused")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Damage a GGUF file at random and see that every outcome is a load or a clear error.
+"""Damage a GGUF file at random; every outcome must be a load or a clear error.
 
 python -m scripts.format_checks.fuzz_gguf FILE.gguf [--cases 10000]
 """
@@ -23,35 +23,40 @@ SECONDS = 2.0
 
 
 def flipped(raw: bytes, seed: int) -> bytes:
-    """One to eight bytes replaced, mostly near the front, where lengths and counts are; now and then cut short as well."""
+    """Replace one to eight bytes, mostly near the front with its lengths and counts; cut one file in ten short, too."""
     rng = np.random.default_rng(seed)
     damaged = bytearray(raw)
     for _ in range(rng.integers(1, 9)):
-        reach = len(raw) if rng.random() < 0.2 else min(len(raw), int(2 ** rng.uniform(3, 14)))
-        damaged[rng.integers(reach)] = rng.integers(256)
+        end = len(raw) if rng.random() < 0.2 else min(len(raw), int(2 ** rng.uniform(3, 14)))
+        damaged[rng.integers(end)] = rng.integers(256)
     return bytes(damaged[: rng.integers(len(raw))] if rng.random() < 0.1 else damaged)
 
 
 def outcome(raw: bytes, file: Path, limit: float | None = None) -> str:
-    """ "loaded" or "refused"; anything else is raised, more than `limit` seconds of computing too. Every tensor is read."""
+    """Read the header and every tensor; return "loaded" or "refused".
+
+    Raises:
+        TimeoutError: that took more than `limit` seconds of processor time.
+        Exception: reading failed with anything but a CheckpointError or ConfigError.
+    """
     file.write_bytes(raw)
-    began = time.process_time()
+    start = time.process_time()
     try:
         source = GgufFile(file)
         check_source(source)
         for name in source.tensors:
             source.read(name)
-        found = "loaded"
+        result = "loaded"
     except (CheckpointError, ConfigError):
-        found = "refused"
-    if limit is not None and (seconds := time.process_time() - began) > limit:
+        result = "refused"
+    if limit is not None and (seconds := time.process_time() - start) > limit:
         raise TimeoutError(f"{seconds:.1f} s for a file of {len(raw):,} bytes, expected at most {limit:.0f}")
-    return found
+    return result
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("file", type=Path, help="a small, whole GGUF file")
+    parser.add_argument("file", type=Path, help="a small, valid GGUF file")
     parser.add_argument("--cases", type=int, default=10_000)
     args = parser.parse_args()
     raw, counts = args.file.read_bytes(), collections.Counter[str]()

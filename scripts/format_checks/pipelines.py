@@ -1,7 +1,7 @@
-"""Whole checkpoints by the libraries that quantise a model of transformers: their own folder, names and config, on a CPU.
+"""Whole checkpoints of the libraries that quantise a model of transformers, with their own folder, names and config.
 
-Each of `pipelines` makes the folder `target` from the float32 folder `plain` and returns logits `[T, V]` of the library's own
-quantised model in float32, or None where it has none that runs here or one that quantises activations, too.
+Each of `pipelines` makes the folder `target` from the float32 folder `plain` on a CPU. It returns logits `[T, V]` of
+the library's own quantised model in float32, or None if that model does not run on a CPU or also quantises activations.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Pipeline(NamedTuple):
 
 
 def _load(folder: Path) -> Any:
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is to be asked there
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no downloads
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -37,6 +37,7 @@ def _logits(model: Any, ids: Sequence[int]) -> torch.Tensor:
 
 
 def llm_compressor(plain: Path, target: Path, ids: Sequence[int], scheme: str) -> torch.Tensor:
+    """Quantise with a preset scheme of llm-compressor."""
     from llmcompressor import oneshot
     from llmcompressor.modifiers.quantization import QuantizationModifier
 
@@ -48,9 +49,10 @@ def llm_compressor(plain: Path, target: Path, ids: Sequence[int], scheme: str) -
 
 
 def modelopt(plain: Path, target: Path, ids: Sequence[int], name: str) -> torch.Tensor | None:
-    """Its INT8 export rounds an element here and there to the other neighbour than its model does: logits differ by 1e-4.
+    """Quantise with a config of modelopt.
 
-    No logits where it simulates NVFP4, which needs a GPU, or where activations are quantised, too.
+    The INT8 export rounds a few elements to the other neighbour than its model does, so logits differ by 1e-4. There
+    are no logits for NVFP4, which modelopt simulates on a GPU only, and for configs that quantise activations.
     """
     import modelopt.torch.quantization as mtq
     from modelopt.torch.export import export_hf_checkpoint
@@ -63,20 +65,23 @@ def modelopt(plain: Path, target: Path, ids: Sequence[int], name: str) -> torch.
 
 
 def auto_round(plain: Path, target: Path, ids: Sequence[int], tokenizer: Path, **settings: Any) -> None:
-    """Quantises the MTP head, too. Its own kernels run on no CPU without another package, so there are no logits."""
+    """Quantise with auto-round, which includes the MTP head.
+
+    Its own kernels need a further package on a CPU, so there are no logits.
+    """
     from auto_round import AutoRound
     from transformers import PreTrainedTokenizerFast
 
-    words = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer))
-    rounder = AutoRound(_load(plain), words, iters=0, disable_opt_rtn=True, device_map="cpu", **settings)
+    hf_tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer))
+    rounder = AutoRound(_load(plain), hf_tokenizer, iters=0, disable_opt_rtn=True, device_map="cpu", **settings)
     rounder.quantize_and_save(str(target), format="auto_round")
-    for config in target.glob("*/config.json"):  # it makes a folder of its own in there
+    for config in target.glob("*/config.json"):  # it makes a folder of its own inside
         for file in config.parent.iterdir():
             file.rename(target / file.name)
 
 
 def pipelines(tokenizer: Path) -> list[Pipeline]:
-    """`tokenizer`: a tokenizer.json, which one library insists on."""
+    """Return all pipelines. `tokenizer` is a tokenizer.json, which auto-round requires."""
     compressor = ("W4A16", "W4A16_ASYM", "W8A16", "NVFP4A16", "MXFP4A16")
     return [
         *(Pipeline(name, "llmcompressor", partial(llm_compressor, scheme=name)) for name in compressor),

@@ -25,16 +25,17 @@ from typing import Any
 
 import jax
 
+from kernels_pallas.packed.formats import FORMATS, abstract_weight
 from scripts.benchmarks.results import describe, write_json
 from scripts.gpu.compiled_code import cuda_tool, longest_loop
-from scripts.gpu.cuda_cases import FORMS, Case, KernelSizes, kernel_cases, packed
+from scripts.gpu.cuda_cases import FORMS, Case, KernelSizes, kernel_cases
 from scripts.gpu.cuda_target import CARDS, Card, CompileTarget
 
 WARP_SIZE, SCHEDULERS = 32, 4  # each scheduler of a multiprocessor issues one instruction of a warp a clock
 ALU = frozenset(
     "PRMT LOP3 SHF IADD3 VIADD LEA ISETP FSETP IMNMX FMNMX SEL FSEL F2FP I2F F2F F2I SGXT PLOP3 IABS".split()
 )
-PACKED = [form for form, stored in FORMS.items() if stored.layout != "plain"]
+PACKED = [form for form in FORMS if FORMATS[form].layout != "plain"]
 TILES = {"matmul": 1, "experts_gate_up": 2, "experts_down": 1}  # weight tiles per iteration, by prefix of the kernel
 BLOCK_THREADS, TILE_ROWS, TILE_COLUMNS = 128, 64, 128
 
@@ -48,7 +49,7 @@ def weights_per_iteration(kernel: str) -> int:
 def bits_per_weight(form: str) -> float:
     """Return the stored bits per weight, scales and offsets included."""
     size = 4096
-    leaves = jax.tree.leaves(packed((size, size), form))
+    leaves = jax.tree.leaves(abstract_weight((size, size), form))
     return 8 * sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) / size**2
 
 

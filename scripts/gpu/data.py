@@ -75,7 +75,7 @@ def data_of(name: str, args: tuple[Any, ...], size: KernelSizes, seed: int = 0) 
         elif not spec.shape:
             made.append(jnp.int32(size.layers - 1))
         elif name.startswith("experts"):
-            chosen = [rng.choice(size.experts, size.chosen, replace=False) for _ in range(spec.shape[0])]
+            chosen = [rng.choice(size.experts, size.experts_per_token, replace=False) for _ in range(spec.shape[0])]
             made.append(jnp.array(chosen, jnp.int32))
         else:
             made.append(jnp.arange(size.context - spec.shape[1], size.context, dtype=jnp.int32)[None])
@@ -129,9 +129,10 @@ def reference(name: str, args: tuple[Any, ...], chosen: int) -> jax.Array:
             "tqs,qsh->tqh", jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1), values
         )
     if op == "entering":
-        return entered(*args[:4], args[4][0].shape[-1])
+        rows, k_norm, q_norm, rope, (keys, _) = args[:5]
+        return entered(rows, k_norm, q_norm, rope, keys.shape[-1])
     if op == "routing":
-        p = jax.nn.softmax(jnp.sum(args[0], axis=0)[-CHECKED:])
+        p = jax.nn.softmax(args[0].sum(jnp.float32)[-CHECKED:])
         weights, _ = jax.lax.top_k(p, chosen)
         return weights / jnp.sum(weights, axis=-1, keepdims=True)
     if op == "norm":
@@ -160,6 +161,7 @@ def reference(name: str, args: tuple[Any, ...], chosen: int) -> jax.Array:
 
 def entered(rows: QkvProjections, k_norm: Any, q_norm: Any, rope: CosSin, each: int) -> jax.Array:
     """The last queries, normalised, turned and scaled."""
+    assert rows.q_gate is not None
     q = rows.q_gate.parts[0, -CHECKED:].astype(jnp.float32)
     q = q.reshape(len(q), -1, 2, each)[:, :, 0]
     q = q * jax.lax.rsqrt(jnp.mean(q * q, axis=-1, keepdims=True) + 1e-6) * (1 + q_norm.astype(jnp.float32))
@@ -179,11 +181,14 @@ def through_chunks(q: Any, k: Any, v: Any, beta: Any, decay: Any, states: Any, l
     return out
 
 
-def recurrence(projections: DeltaProjections, weights: DeltaWeights, before: DeltaState, layer: Any) -> np.ndarray:
+def recurrence(
+    projections: DeltaProjections, weights: DeltaWeights, before: DeltaState, layer: Any
+) -> np.ndarray[Any, Any]:
     """Outputs `[W, M, Dv]` of a window after the state of a layer, row by row in float64."""
-    taps, a_log, dt_bias = (np.float64(x) for x in weights)
-    qkv, b, a = (np.float64(sums.parts).sum(0) for sums in projections)
-    state, inputs = np.float64(before.recurrent[layer, 0]), np.concatenate([np.float64(before.conv[layer, 0]), qkv])
+    taps, a_log, dt_bias = (np.asarray(x, np.float64) for x in weights)
+    qkv, b, a = (np.asarray(sums.parts, np.float64).sum(0) for sums in projections)
+    state = np.asarray(before.recurrent[layer, 0], np.float64)
+    inputs = np.concatenate([np.asarray(before.conv[layer, 0], np.float64), qkv])
     heads, each, width = state.shape
     keys, out = (qkv.shape[1] - heads * width) // (2 * each), []
     g, beta = -np.exp(a_log) * np.log1p(np.exp(a + dt_bias)), 1 / (1 + np.exp(-b))

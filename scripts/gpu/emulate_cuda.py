@@ -42,7 +42,7 @@ SIZES = KernelSizes(
     hidden=1024,
     layers=2,
     experts=4,
-    chosen=2,
+    experts_per_token=2,
     expert_size=512,
     heads=(4, 2, 256),
     linear=(2, 4, 128),
@@ -122,7 +122,7 @@ def kernel_report(device: EmulatedDevice, name: str) -> Result:
     outputs = jax.tree.leaves(device.compile(fn, args)(*args))
     interpreted_fn, _ = all_kernel_cases(interpret=True)[name]()
     interpreted = jax.tree.leaves(interpreted_fn(*args))
-    formula = reference(name, args, SIZES.chosen)
+    formula = reference(name, args, SIZES.experts_per_token)
     output = np.asarray(outputs[-1 if name.startswith("norm") else 0], np.float32)
     return {
         "of_formula": relative_difference(output.reshape(-1, *formula.shape[1:])[-CHECKED:], formula),

@@ -1,8 +1,9 @@
-"""The experts of one layer of the 35B-A3B, packed, by the kernels and by what else JAX has: seconds, errors, the roofline.
+"""The experts of one layer of the 35B-A3B, packed, by the kernels and by what else JAX has: seconds, errors, the
+roofline.
 
-`kernels` multiplies packed weights. `unpack` dequantises to bfloat16 first: of few rows the experts of every assignment, of
-many rows all of the layer for `jax.lax.ragged_dot`. `ragged_dot` has all weights in bfloat16 from the start, four times the
-memory.
+`kernels` multiplies packed weights. `unpack` dequantises to bfloat16 first: of few rows the experts of every
+assignment, of many rows all of the layer for `jax.lax.ragged_dot`. `ragged_dot` has all weights in bfloat16 from the
+start, four times the memory.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.platform import platform
-from scripts.benchmarks.roofline import Ceilings, seconds
+from scripts.benchmarks.roofline import Ceilings, measure_seconds
 from scripts.gpu.cuda_cases import KernelSizes, kernel_cases
 from scripts.gpu.data import CHECKED, data_of, reference
 from scripts.gpu.kernels import BOUND, SMOKE, least
@@ -44,7 +45,8 @@ def unpacked(args: tuple[Any, ...], layer: int) -> jax.Array:
     x, gate_up, down, _, chosen, weights, _ = args
     if chosen.size > GATHERED:
         whole = (jax.tree.map(lambda part: part[layer], w).dequantize(x.dtype) for w in (gate_up, down))
-        return ragged(x, *(jnp.swapaxes(w, 1, 2) for w in whole), chosen, weights)
+        all_gate_up, all_down = (jnp.swapaxes(w, 1, 2) for w in whole)
+        return ragged(x, all_gate_up, all_down, chosen, weights)
     gates, downs = (jax.tree.map(lambda part: part[layer, chosen], w).dequantize(x.dtype) for w in (gate_up, down))
     hidden = swiglu(jnp.einsum("nd,nkod->nko", x, gates), x.dtype)
     return jnp.einsum("nki,nkdi,nk->nd", hidden, downs, weights, preferred_element_type=jnp.float32).astype(x.dtype)
@@ -61,7 +63,7 @@ def sides(fn: Any, args: tuple[Any, ...], layers: int) -> dict[str, Callable[[],
     ]
     kernels = jax.jit(lambda args: [fn(*args[:3], jnp.int32(i), *args[4:]) for i in range(layers)])
     unpack = jax.jit(lambda args: [unpacked(args, i) for i in range(layers)])
-    plain = jax.jit(lambda args, a, b: [ragged(args[0], a[i], b[i], *args[4:6]) for i in range(layers)])
+    plain = jax.jit(lambda args, a, b: [ragged(args[0], a[i], b[i], args[4], args[5]) for i in range(layers)])
     return {"kernels": lambda: kernels(args), "unpack": lambda: unpack(args), "ragged_dot": lambda: plain(args, *wide)}
 
 
@@ -74,24 +76,29 @@ def measure_all(smoke: bool, ceilings: Ceilings, go_on: Callable[[str], bool]) -
         size = replace(many, rows=(("decode", rows),))
         fn, specs = kernel_cases(size, ("iq4_nl",), interpret=platform() != "cuda")["experts iq4_nl decode"]()
         args = data_of("experts", specs, size)
-        want, runs = reference("experts", args, size.chosen), sides(fn, args, size.layers)
+        want, runs = reference("experts", args, size.experts_per_token), sides(fn, args, size.layers)
         moved, flops = least("experts", args, size)
         for name in [name for name in runs if name != "kernels"]:
             try:
                 jax.block_until_ready(runs[name]())
-            except jax.errors.JaxRuntimeError as error:  # `ragged_dot` may want a copy of the rows for every expert
+            except jax.errors.JaxRuntimeError as refused:  # `ragged_dot` may want a copy of the rows for every expert
                 del runs[name]
-                yield {"rows": rows, "side": name, "impossible": str(error).splitlines()[0][:200]}
+                yield {"rows": rows, "side": name, "impossible": str(refused).splitlines()[0][:200]}
         times: dict[str, list[float]] = {name: [] for name in runs}
         for _ in range(2 if smoke else 5):
             for name, run in runs.items():
-                times[name] += [each / size.layers for each in seconds(run, 1 if smoke else 4)]
+                times[name] += [each / size.layers for each in measure_seconds(run, 1 if smoke else 4)]
         for name, run in runs.items():
             got = run()[-1].astype(jnp.float32)[-CHECKED:]
             error = float(jnp.max(jnp.abs(got - want)) / jnp.max(jnp.abs(want)))
             ratios = [mine / its for mine, its in zip(times["kernels"], times[name], strict=True)]
             yield {
-                "rows": rows, "side": name, "error": error, "right": error <= BOUND, "seconds": times[name],
-                "of_kernels_time": 1 / statistics.median(ratios), "limit": ceilings.limit(moved, flops),
+                "rows": rows,
+                "side": name,
+                "error": error,
+                "right": error <= BOUND,
+                "seconds": times[name],
+                "of_kernels_time": 1 / statistics.median(ratios),
+                "limit": ceilings.limit(moved, flops),
                 "of_roofline": ceilings.floor(moved, flops) / statistics.median(times[name]),
-            }  # fmt: skip
+            }

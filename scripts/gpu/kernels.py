@@ -14,14 +14,22 @@ import numpy as np
 
 from kernels_pallas.platform import platform
 from kernels_pallas.top_k_top_p.triton import TOP_PER_TILE
-from scripts.benchmarks.roofline import Ceilings, seconds
+from scripts.benchmarks.roofline import Ceilings, measure_seconds
 from scripts.gpu.cuda_cases import FORMS, Case, KernelSizes, kernel_cases
 from scripts.gpu.data import CHECKED, data_of, reference
 
 SMOKE = KernelSizes(
-    hidden=256, layers=2, experts=4, chosen=2, expert_size=256, heads=(4, 2, 64), context=512, linear=(2, 4, 32),
-    vocab=9_000, rows=(("decode", 3), ("prefill", 32)),
-)  # fmt: skip
+    hidden=256,
+    layers=2,
+    experts=4,
+    experts_per_token=2,
+    expert_size=256,
+    heads=(4, 2, 64),
+    context=512,
+    linear=(2, 4, 32),
+    vocab=9_000,
+    rows=(("decode", 3), ("prefill", 32)),
+)
 LAYERLESS = ("routing", "sampling", "norm", "gating")  # kernels without a layer's number
 BOUND = 2e-2  # of the largest magnitude: bfloat16 operands and results
 
@@ -61,8 +69,10 @@ def least(name: str, args: tuple[Any, ...], size: KernelSizes) -> tuple[float, f
 
 
 def all_layers(name: str, fn: Any, args: tuple[Any, ...], size: KernelSizes) -> Callable[[], Any]:
-    """Runs the kernel once for each layer, in one program: what a launch by itself takes is mostly the host's, and data that
-    was read a moment ago comes from a cache that decoding does not have. Kernels without layers get other data instead."""
+    """Runs the kernel once for each layer, in one program: what a launch by itself takes is mostly the host's, and data
+    that was read a moment ago comes from a cache that decoding does not have. Kernels without layers get other data
+    instead.
+    """
     layers = range(size.layers)
     if name.startswith(LAYERLESS):
         sets = [data_of(name, args, size, seed) for seed in layers]
@@ -96,22 +106,26 @@ def measure(name: str, make: Case, size: KernelSizes, ceilings: Ceilings, runs: 
     """One case: the largest error over the largest magnitude, seconds a layer, and the share of the roofline."""
     fn, specs = make()
     args = data_of(name, specs, size)
-    want = reference(name, args, size.chosen)
+    want = reference(name, args, size.experts_per_token)
     moved, flops = least(name, args, size)
     run = all_layers(name, fn, args, size)
     got = jax.tree.leaves(fn(*args) if name.startswith(LAYERLESS) else run()[-1])[-1 if name.startswith("norm") else 0]
     rows = jnp.asarray(got, jnp.float32).reshape(-1, *want.shape[1:])[-CHECKED:]
     error = float(jnp.max(jnp.abs(rows - want)) / jnp.max(jnp.abs(want)))
-    times = [each / size.layers for each in seconds(run, runs)]
+    times = [each / size.layers for each in measure_seconds(run, runs)]
     return {
-        "case": name, "error": error, "right": error <= BOUND, "seconds": times,
-        "of_roofline": ceilings.floor(moved, flops) / statistics.median(times), "limit": ceilings.limit(moved, flops),
-    }  # fmt: skip
+        "case": name,
+        "error": error,
+        "right": error <= BOUND,
+        "seconds": times,
+        "of_roofline": ceilings.floor(moved, flops) / statistics.median(times),
+        "limit": ceilings.limit(moved, flops),
+    }
 
 
 def measure_all(smoke: bool, ceilings: Ceilings, go_on: Callable[[str], bool]) -> Iterator[dict[str, Any]]:
     """Every kernel; `go_on(case)` is asked before each."""
-    size, forms = (SMOKE, ("iq4_nl", "q6_k")) if smoke else (KernelSizes(), tuple(FORMS))
+    size, forms = (SMOKE, ("iq4_nl", "q6_k")) if smoke else (KernelSizes(), FORMS)
     for name, make in kernel_cases(size, forms, interpret=platform() != "cuda").items():
         if go_on(name):
             yield measure(name, make, size, ceilings, 2 if smoke else 20)

@@ -4,9 +4,9 @@
     python -m scripts.gpu.suite --smoke                    # all parts at a toy size, on any device
 
 The model is a 35B-A3B with random IQ4_NL weights (`--shape`, `--weights`), so acceptance is simulated. Each part writes
-FOLDER/gpu_PART.json with device, versions, commit, the measured copy bandwidth and matmul rate, and beside every figure its share
-of the roofline that these two allow. What `--seconds` left no time for is listed as not measured. Needs jax, flax, orbax, numpy,
-safetensors, tokenizers; matplotlib for the table.
+FOLDER/gpu_PART.json with device, versions, commit, the measured copy bandwidth and matmul rate, and beside every figure
+its share of the roofline that these two allow. What `--seconds` left no time for is listed as not measured. Needs jax,
+flax, orbax, numpy, safetensors, tokenizers; matplotlib for the table.
 """
 
 from __future__ import annotations
@@ -35,17 +35,18 @@ from mtpjax.loading.random_init import random_model
 from mtpjax.model.cache import padded_kv_length
 from mtpjax.presets import PRESETS, preset
 from scripts.benchmarks import bench_table
-from scripts.benchmarks.bench_prefill import CONFIG
-from scripts.benchmarks.bench_table import GOLDEN_LENGTH, Decoder, Side, without_mtp
 from scripts.benchmarks.jitted_steps import prefill
-from scripts.benchmarks.profile_decode import events, kind
+from scripts.benchmarks.published import ACCEPTANCE_LENGTHS
+from scripts.benchmarks.random_models import MOE_50M_ACTIVE
 from scripts.benchmarks.results import describe, memory_peak_mb, write_json
 from scripts.benchmarks.roofline import CEILINGS, Ceilings, chunk_work, measure_ceilings, round_work
+from scripts.benchmarks.trace_events import op_kind, read_op_times
+from scripts.benchmarks.variants import Decoder, Variant, without_mtp
 from scripts.gpu import experts as gpu_experts
 from scripts.gpu import kernels as gpu_kernels
 
 TOY = replace(
-    CONFIG, num_layers=4, hidden_size=128, vocab_size=1024, num_experts=8, expert_size=64, shared_expert_size=64
+    MOE_50M_ACTIVE, num_layers=4, hidden_size=128, vocab_size=1024, num_experts=8, expert_size=64, shared_expert_size=64
 )
 HOLDERS = ("while", "call", "conditional")  # their time is that of what they hold, which is counted itself
 PARTS = ("kernels", "experts", "prefill", "decode", "table", "profile")
@@ -80,12 +81,12 @@ class Suite:
             self._model = random_model(cfg, quantization=self.args.weights, dtype=self.dtype)
         return {True: self._model, False: without_mtp(self._model)}
 
-    def side(self, mtp: bool, chunk: int) -> Side:
+    def side(self, mtp: bool, chunk: int) -> Variant:
         model = self.models()[mtp]
         step, slots = partial(prefill, graph=model.graph, rows=NO_ROWS), padded_kv_length(max(self.contexts) + 64, 16)
-        return Side(f"MTP {'on' if mtp else 'off'}", model, step, chunk, slots, cache_dtype(self.dtype))
+        return Variant(f"MTP {'on' if mtp else 'off'}", model, step, chunk, slots, cache_dtype(self.dtype))
 
-    def standing_at(self, side: Side, length: int) -> None:
+    def standing_at(self, side: Variant, length: int) -> None:
         """Begin with a cache that holds `length` tokens (of zeros: the time does not depend on them)."""
         side.begin()
         side.cache = side.cache.replace(length=jnp.full(1, length, jnp.int32))
@@ -100,7 +101,8 @@ def kernels(suite: Suite) -> dict[str, Any]:
         rows.append(row)
         verdict = "right" if row["right"] else "WRONG"
         print(
-            f"{row['case']:28} {verdict} (error {row['error']:.1e})  {statistics.median(row['seconds']) * 1e6:9.1f} us, "
+            f"{row['case']:28} {verdict} (error {row['error']:.1e})  {statistics.median(row['seconds']) * 1e6:9.1f} "
+            "us, "
             f"{row['of_roofline']:.2f} of the roofline ({row['limit']})",
             flush=True,
         )
@@ -108,7 +110,7 @@ def kernels(suite: Suite) -> dict[str, Any]:
 
 
 def experts(suite: Suite) -> dict[str, Any]:
-    """The experts of a layer beside what else multiplies them. Goals: 0.6 of the roofline up to 8 rows, 0.4 at 2,048."""
+    """Compare our expert kernels with `ragged_dot` and with dequantised products, for several numbers of rows."""
     rows = []
     for row in gpu_experts.measure_all(suite.smoke, suite.ceilings, suite.go_on):
         rows.append(row)
@@ -148,11 +150,18 @@ def read_chunks(suite: Suite) -> dict[str, Any]:
                 work = chunk_work(side.model.cfg, side.model.params, chunk, context, suite.dtype.itemsize)
                 middle = statistics.median(times[side.name])
                 ratio = statistics.median(b / a for a, b in zip(times[side.name], times["MTP off"], strict=True))
-                rows.append({
-                    "chunk": chunk, "context": context, "side": side.name, "seconds": times[side.name], "speed_ratio": ratio,
-                    "of_roofline": suite.ceilings.floor(work.bytes, work.flops) / middle,
-                    "limit": suite.ceilings.limit(work.bytes, work.flops), "temporary_mb": side.temporary_mb,
-                })  # fmt: skip
+                rows.append(
+                    {
+                        "chunk": chunk,
+                        "context": context,
+                        "side": side.name,
+                        "seconds": times[side.name],
+                        "speed_ratio": ratio,
+                        "of_roofline": suite.ceilings.floor(work.bytes, work.flops) / middle,
+                        "limit": suite.ceilings.limit(work.bytes, work.flops),
+                        "temporary_mb": side.temporary_mb,
+                    }
+                )
                 print(
                     f"chunk {chunk:5} at {context:7} {side.name:7} {chunk / middle:9.1f} tok/s, {ratio:.3f} x off, "
                     f"{rows[-1]['of_roofline']:.2f} of the roofline ({rows[-1]['limit']})",
@@ -161,8 +170,8 @@ def read_chunks(suite: Suite) -> dict[str, Any]:
     return {"rows": rows}
 
 
-def decoder_at(suite: Suite, side: Side, draft: int, context: int, new: int) -> Callable[[], dict[str, float]]:
-    rule = SimulatedAcceptance.from_mean_length(GOLDEN_LENGTH[draft], draft) if draft else exact_match
+def decoder_at(suite: Suite, side: Variant, draft: int, context: int, new: int) -> Callable[[], dict[str, float]]:
+    rule = SimulatedAcceptance.from_mean_length(ACCEPTANCE_LENGTHS[draft], draft) if draft else exact_match
     decoder = Decoder(side, draft, rule, new, side.model.cfg.vocab_size)
 
     def run(at: int = context) -> dict[str, float]:
@@ -176,7 +185,7 @@ def decoder_at(suite: Suite, side: Side, draft: int, context: int, new: int) -> 
 
 
 def rounds(suite: Suite) -> dict[str, Any]:
-    """Milliseconds of a decoding round and tok/s by draft length and context, the drafts in turn, simulated acceptance."""
+    """Measure a decoding round by draft length and context, alternating the drafts, with simulated acceptance."""
     new = 8 if suite.smoke else 64
     sides = {mtp: suite.side(mtp, min(suite.chunks)) for mtp in (True, False)}
     runs = {k: decoder_at(suite, sides[k > 0], k, 0, new) for k in suite.drafts}
@@ -198,12 +207,20 @@ def rounds(suite: Suite) -> dict[str, Any]:
             ).values()
             floor = sum(suite.ceilings.floor(w.bytes, w.flops) for w in parts)
             ratio = statistics.median(b["seconds"] / a["seconds"] for a, b in zip(each, found[0], strict=True))
-            rows.append({
-                "context": context, "draft": k, "seconds": times, "new": new, "tokens_per_round": each[0]["tokens_per_round"],
-                "speed_ratio": ratio, "of_roofline": floor / per_round,
-            })  # fmt: skip
+            rows.append(
+                {
+                    "context": context,
+                    "draft": k,
+                    "seconds": times,
+                    "new": new,
+                    "tokens_per_round": each[0]["tokens_per_round"],
+                    "speed_ratio": ratio,
+                    "of_roofline": floor / per_round,
+                }
+            )
             print(
-                f"at {context:7} draft {k}: {per_round * 1e3:8.3f} ms a round, {new / statistics.median(times):7.1f} tok/s, "
+                f"at {context:7} draft {k}: {per_round * 1e3:8.3f} ms a round, {new / statistics.median(times):7.1f} "
+                "tok/s, "
                 f"{ratio:.2f} x draft 0, {floor / per_round:.2f} of the roofline (simulated acceptance)",
                 flush=True,
             )
@@ -216,22 +233,22 @@ def table(suite: Suite) -> dict[str, Any]:
         sizes = [
             "--model",
             "tiny",
-            "--contexts",
+            "--prompt-tokens",
             "32",
             "--chunk",
             "16",
-            "--drafts",
+            "--num-speculative-tokens",
             "0",
             "2",
-            "--new",
+            "--max-tokens",
             "8",
             "--runs",
             "1",
         ]
     else:
         contexts = [str(c) for c in suite.contexts if c <= 32768 or suite.args.contexts]
-        sizes = ["--shape", suite.args.shape, "--contexts", *contexts, "--chunk", "1024", "--runs", "2"]
-    extra = ["--weights", suite.args.weights, "--turns", "prompt", "--no-ablations", "--roofline"]
+        sizes = ["--shape", suite.args.shape, "--prompt-tokens", *contexts, "--chunk", "1024", "--runs", "2"]
+    extra = ["--quantization", suite.args.weights, "--interleave", "prompt", "--no-ablations", "--roofline"]
     return bench_table.main([*sizes, *extra, "--out", str(suite.args.out / "gpu_table")])
 
 
@@ -253,7 +270,7 @@ def profile(suite: Suite) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             with jax.profiler.trace(folder):
                 run()
-            seen = {k: v for k, v in events(Path(folder), program).items() if kind(k) not in HOLDERS}
+            seen = {k: v for k, v in read_op_times(Path(folder), program).items() if op_kind(k) not in HOLDERS}
         total = sum(spent for _, spent in seen.values())
         longest = sorted(seen.items(), key=lambda item: -item[1][1])[:10]
         print(f"{name}: {sum(n for n, _ in seen.values())} kernels, {total * 1e3:.2f} ms")

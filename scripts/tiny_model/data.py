@@ -1,4 +1,4 @@
-"""What the embedded model reads: books, Python's standard library, generated talk; their tokenizer, windows of tokens."""
+"""Data of the embedded model: books, Python's standard library, generated talk; tokenizer and windows of tokens."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HELD_OUT = ("lewis-carroll_through-the-looking-glass", "l-frank-baum_the-road-to
 HELD_OUT_MODULES = ("csv", "fractions", "heapq", "shlex", "textwrap")
 LARGEST_MODULE = 40_000  # bytes
 TALKS, HELD_OUT_TALKS = 6_500, 300
-SMALL_TALK, SMALL_TALKS = "small talk", 5_000  # its name; conversations
+SMALL_TALK, SMALL_TALKS = "small talk", 5_000  # the name of its text; conversations in it
 LICENCES = {
     "books": "public domain in the United States; editions of Standard Ebooks, CC0 1.0",
     "python": "PSF-2.0",
@@ -45,22 +45,24 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Document:
-    """One text of a domain, "books", "python" or "talk"; `split` is "train" or "held-out"."""
+    """One text. `domain` is "books", "python" or "talk"; `split` is "train" or "held-out"."""
 
     domain: str
     name: str
     text: str
     split: str
 
-    def manifest_line(self) -> dict[str, str | int]:
+    def manifest_entry(self) -> dict[str, str | int]:
+        """Return name, size, SHA-256 of the UTF-8 text, and split."""
         raw = self.text.encode()
         return {"name": self.name, "bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest(), "split": self.split}
 
 
 def read_books(folder: Path) -> list[Document]:
-    """Every `author_title.txt` of `folder`, by name.
+    """Read every `author_title.txt` of `folder`, in the order of the names.
 
-    Raises SystemExit, with a line for the user, when the folder or a held-out title is missing.
+    Raises:
+        SystemExit: the folder or a held-out title is missing.
     """
     if not folder.is_dir():
         raise SystemExit(f"{folder}: no such folder. --books wants a folder of plain texts named author_title.txt.")
@@ -79,7 +81,7 @@ def read_books(folder: Path) -> list[Document]:
 
 
 def read_python() -> list[Document]:
-    """The modules of this interpreter's standard library: single files, not private, of 40 kB at most."""
+    """Read the modules of this interpreter's standard library: single public files of at most 40 kB."""
     folder = Path(sysconfig.get_path("stdlib"))
     files = sorted(f for f in folder.glob("[a-z]*.py") if f.stat().st_size <= LARGEST_MODULE)
     return [
@@ -89,7 +91,7 @@ def read_python() -> list[Document]:
 
 
 def read_talk() -> list[Document]:
-    """Generated conversations, through the chat template; what is held out has other numbers and occurs nowhere else."""
+    """Generate conversations in the chat template. The held-out ones have other numbers and differ from all others."""
     template = jinja2.Template(CHAT_TEMPLATE)
     texts = [template.render(messages=talk(number)) for number in range(TALKS + 4 * HELD_OUT_TALKS)]
     training = texts[:TALKS]
@@ -103,12 +105,14 @@ def read_talk() -> list[Document]:
 
 
 def read_all(books: Path) -> list[Document]:
-    """The three domains, in order."""
+    """Read the three domains, in order."""
     return read_books(books) + read_python() + read_talk()
 
 
 def manifest(documents: list[Document], cfg: Any, ids: dict[str, int]) -> dict[str, Any]:
-    """manifest.json: every document by name, size, SHA-256 of its UTF-8 text and split, and the ids that texts cannot say."""
+    """Return the content of manifest.json: an entry for each document, and the token ids that cannot be read from
+    texts.
+    """
     return {
         "vocab_size": cfg.vocab_size,
         "special_tokens": ids,
@@ -117,7 +121,7 @@ def manifest(documents: list[Document], cfg: Any, ids: dict[str, int]) -> dict[s
         "domains": {
             domain: {
                 "licence": licence,
-                "documents": [document.manifest_line() for document in documents if document.domain == domain],
+                "documents": [document.manifest_entry() for document in documents if document.domain == domain],
             }
             for domain, licence in LICENCES.items()
         },
@@ -125,27 +129,32 @@ def manifest(documents: list[Document], cfg: Any, ids: dict[str, int]) -> dict[s
 
 
 def check_manifest(documents: list[Document], file: Path) -> None:
-    """Raises SystemExit that names the first text which is not the one that `file` was written for."""
+    """Compare the documents with the manifest in `file`.
+
+    Raises:
+        SystemExit: names the first text that differs, is missing, or is not listed.
+    """
     wanted = json.loads(file.read_text())
     for domain, listed in wanted["domains"].items():
-        ours = {document.name: document.manifest_line() for document in documents if document.domain == domain}
-        for line in listed["documents"]:
-            if ours.pop(line["name"], None) != line:
+        entries = {document.name: document.manifest_entry() for document in documents if document.domain == domain}
+        for entry in listed["documents"]:
+            if entries.pop(entry["name"], None) != entry:
                 hint = f" It lists the library of Python {wanted['python']}." if domain == "python" else ""
                 raise SystemExit(
-                    f"{file}: {domain}: {line['name']} is not the text that is listed there, or is missing.{hint} "
+                    f"{file}: {domain}: {entry['name']} is not the text that is listed there, or is missing.{hint} "
                     "Without --manifest, training takes the texts as they are."
                 )
-        if ours:
+        if entries:
             raise SystemExit(
-                f"{file}: {domain}: {min(ours)} is not listed there. Leave it out, or leave out --manifest."
+                f"{file}: {domain}: {min(entries)} is not listed there. Leave it out, or leave out --manifest."
             )
 
 
 def train_tokenizer(texts: Iterable[str], vocab: int = VOCAB) -> Tokenizer:
-    """A byte-level BPE of `vocab` ids, the special tokens last; the same texts give the same tokenizer.
+    """Train a byte-level BPE with `vocab` ids, the special tokens last. The same texts give the same tokenizer.
 
-    Raises SystemExit when the texts are too small for that many merges.
+    Raises:
+        SystemExit: the texts are too small for that many merges.
     """
     tokenizer = byte_level_bpe(models.BPE(), "qwen35")
     merges = vocab - len(SPECIAL)
@@ -161,13 +170,14 @@ def train_tokenizer(texts: Iterable[str], vocab: int = VOCAB) -> Tokenizer:
 
 
 def without_special(text: str) -> str:
+    """Return the text without the special tokens."""
     for name in SPECIAL:
         text = text.replace(name, "")
     return text
 
 
 def pack(documents: Iterable[Document], tokenizer: Tokenizer) -> NDArray[np.int32]:
-    """All tokens of the documents, `<|endoftext|>` before, between and after them."""
+    """Return all tokens of the documents, with `<|endoftext|>` before, between and after them."""
     end = tokenizer.token_to_id(END_OF_TEXT)
     ids = [end]
     for document in documents:
@@ -176,8 +186,10 @@ def pack(documents: Iterable[Document], tokenizer: Tokenizer) -> NDArray[np.int3
 
 
 def batches(tokens: NDArray[np.int32], batch: int, width: int, stride: int, seed: int) -> Iterator[NDArray[np.int32]]:
-    """Endless `[batch, width]` windows. Each pass cuts the text anew every `stride` tokens, from a random first token
-    on, and visits the windows in random order."""
+    """Yield windows `[batch, width]` without end.
+
+    Each pass cuts the text every `stride` tokens, beginning at a random token, and takes the windows in random order.
+    """
     rng = np.random.default_rng(seed)
     room = len(tokens) - width + 1
     if room < batch * stride:
@@ -189,12 +201,12 @@ def batches(tokens: NDArray[np.int32], batch: int, width: int, stride: int, seed
 
 
 def windows(tokens: NDArray[np.int32], width: int, stride: int) -> NDArray[np.int32]:
-    """Every whole window of the text, `[N, width]`, one each `stride` tokens."""
+    """Return the windows `[N, width]` that begin every `stride` tokens and are complete."""
     return tokens[np.arange(0, len(tokens) - width + 1, stride)[:, None] + np.arange(width)]
 
 
 def demo_prompts(documents: list[Document]) -> list[dict[str, str]]:
-    """Five openings of held-out paragraphs, of 15 to 60 words each, in unequal lengths."""
+    """Return five openings of held-out paragraphs, of different lengths from 15 to 60 words."""
     wanted = ((0, 40, 17), (0, 200, 30), (1, 60, 44), (1, 150, 24), (0, 320, 58))  # title, paragraph, words
     prompts = []
     for number, (title, paragraph, words) in enumerate(wanted):
@@ -206,4 +218,5 @@ def demo_prompts(documents: list[Document]) -> list[dict[str, str]]:
 
 
 def write_json_lines(file: Path, rows: list[dict[str, str]]) -> None:
+    """Write a JSON object a line."""
     file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

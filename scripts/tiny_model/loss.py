@@ -1,8 +1,8 @@
-"""The loss of the embedded model: the trunk's next token, the MTP head as it drafts, the balance of the experts.
+"""The loss of the embedded model: the trunk's next token, the drafts of the MTP head, and the balance of the experts.
 
-The MTP head is trained as it drafts: step 1 reads the trunk's hidden states, each further step its own output, all with
-the true next token. Its target is the trunk's own distribution, because a draft counts when it is the trunk's choice,
-whatever the text says.
+The MTP head is trained in the way it drafts. Step 1 reads the trunk's hidden states, each further step the head's own
+output, and all steps read the true next token. The target is the trunk's own distribution, because a draft counts if it
+is the trunk's choice, whatever the text says.
 """
 
 from __future__ import annotations
@@ -35,46 +35,50 @@ BALANCE_WEIGHT = 0.01
 
 
 def cross_entropy(logits: Float[Array, "B T V"], target: Int[Array, "B T"]) -> Float[Array, ""]:
-    """Mean over rows, in nats."""
+    """Return the mean over rows, in nats."""
     return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, target))
 
 
 def distillation(logits: Float[Array, "B T V"], target: Float[Array, "B T V"]) -> Float[Array, ""]:
-    """Mean over rows of the cross entropy with `softmax(target)`, in nats; no gradient enters the target."""
+    """Return the mean over rows of the cross entropy with `softmax(target)`, in nats; the target gets no gradient."""
     return jnp.mean(optax.softmax_cross_entropy(logits, jax.nn.softmax(jax.lax.stop_gradient(target))))
 
 
 def spread_gains(model: LoadedModel, seed: int) -> LoadedModel:
-    """Log-normal gains in the two norms whose output the MTP head reads, the final one and its own.
+    """Give log-normal gains to the two norms whose output the MTP head reads: the final norm and its own.
 
-    Those of published checkpoints are far from uniform. Uniform gains, where training starts and nearly stays at this
-    size, would hide from every measurement whether the head is fed before or after them: it normalises what it reads.
+    Gains of published checkpoints are far from uniform. Training starts with uniform gains, which hardly change in a
+    model of this size. Then no measurement could tell whether the head is fed before or after the norms, because it
+    normalises its input itself.
     """
-
-    places = ("norm", "mtp.norm")
+    norms = ("norm", "mtp.norm")
 
     def spread(path: tuple[Any, ...], leaf: Array) -> Array:
-        place = ".".join(str(getattr(key, "key", "")) for key in path).strip(".")
-        if place not in places:
+        name = ".".join(str(getattr(key, "key", "")) for key in path).strip(".")
+        if name not in norms:
             return leaf
-        rng = np.random.default_rng([seed, places.index(place)])
+        rng = np.random.default_rng([seed, norms.index(name)])
         return jnp.asarray(np.expm1(rng.normal(0.0, GAIN_SPREAD, leaf.shape)), leaf.dtype)
 
     return replace(model, params=jax.tree_util.tree_map_with_path(spread, model.params))
 
 
-def balance(p: Float[Array, "N E"], chosen: Int[Array, "N K"]) -> Float[Array, ""]:
-    """The load-balancing loss of Switch Transformer (Fedus et al. 2021, eq. 4): 1 when every expert gets as much."""
-    experts = p.shape[1]
-    share = jnp.mean(jax.nn.one_hot(chosen, experts), axis=(0, 1))
-    return experts * jnp.sum(share * jnp.mean(p, axis=0))
+def balance(p: Float[Array, "N E"], topk_ids: Int[Array, "N K"]) -> Float[Array, ""]:
+    """Return the load-balancing loss of Switch Transformer (Fedus et al. 2021, eq. 4).
+
+    It is 1 if all experts get equally many rows. `p` are the router's probabilities, `topk_ids` the chosen experts.
+    """
+    num_experts = p.shape[1]
+    share = jnp.mean(jax.nn.one_hot(topk_ids, num_experts), axis=(0, 1))
+    return num_experts * jnp.sum(share * jnp.mean(p, axis=0))
 
 
 @contextmanager
 def recording(seen: list[Array]) -> Iterator[None]:
     """While these patches are on, `Moe.route` leaves its balance loss in `seen`: the model itself returns none.
 
-    The blocks of layers are then no jitted calls of their own, so the values belong to the trace that calls the model.
+    Unrolled layers with a plain number of blocks are no call of their own, so the values belong to the trace that
+    called the model.
     """
     route = Moe.route
 
@@ -92,7 +96,7 @@ def recording(seen: list[Array]) -> Iterator[None]:
 
 
 def fresh(cfg: ModelConfig, batch: int) -> tuple[Any, Positions]:
-    """An empty cache and the placement of `ROWS` rows in it; the static block count makes attention differentiable."""
+    """Return an empty cache and positions of `ROWS` rows in it; a static block count makes attention differentiable."""
     zeros = jnp.zeros(batch, jnp.int32)
     return new_cache(cfg, batch, ROWS), make_positions(
         cfg, zeros, ROWS, zeros, kv_len=ROWS, static_kv_blocks=1, implementation="xla"
@@ -102,30 +106,31 @@ def fresh(cfg: ModelConfig, batch: int) -> tuple[Any, Positions]:
 def losses(
     graph: Any, cfg: ModelConfig, params: Any, tokens: Int[Array, "B T"], steps: int
 ) -> tuple[Array, dict[str, Array]]:
-    """The loss of windows of `ROWS + 1 + steps` tokens, and its parts: "lm", "mtp1"..., "balance"."""
-    seen: list[Array] = []
+    """Return the loss of windows of `ROWS + 1 + steps` tokens, and its parts: "lm", "mtp1", ..., "balance"."""
+    balance_losses: list[Array] = []
     model = nnx.merge(graph, params)
     cache, where = fresh(cfg, tokens.shape[0])
-    with recording(seen):
+    with recording(balance_losses):
         y, cache = model.trunk(tokens[:, :ROWS], cache, where)
         hidden = model.final_norm(y)
-        trunk = model.head(hidden)
-        parts = {"lm": cross_entropy(trunk, tokens[:, 1 : ROWS + 1])}
+        logits = model.head(hidden)
+        parts = {"lm": cross_entropy(logits, tokens[:, 1 : ROWS + 1])}
         for step in range(1, steps + 1):
-            # Row t of step s: its hidden state knows the tokens up to t + s - 1, reads t + s and predicts t + s + 1.
-            # RoPE counts distances only, so the rows may stay at position t. Each further step has half the windows.
-            # The trunk predicts that token at row t + s, which the last s rows of a window lack.
-            some = max(1, tokens.shape[0] >> step - 1)
-            cache, where = fresh(cfg, some)
-            hidden, _ = model.mtp_step(hidden[:some], tokens[:some, step : ROWS + step], cache, where)
-            parts[f"mtp{step}"] = distillation(model.head(hidden[:, :-step]), trunk[:some, step:])
-    parts["balance"] = jnp.mean(jnp.stack(seen))
+            # The hidden state of row t of step s knows the tokens up to t + s - 1; the row reads token t + s and
+            # predicts token t + s + 1. RoPE depends on distances only, so the rows may stay at position t. The trunk
+            # predicts the same token at row t + s, which does not exist for the last s rows of a window. Each further
+            # step has half as many windows.
+            windows = max(1, tokens.shape[0] >> step - 1)
+            cache, where = fresh(cfg, windows)
+            hidden, _ = model.mtp_step(hidden[:windows], tokens[:windows, step : ROWS + step], cache, where)
+            parts[f"mtp{step}"] = distillation(model.mtp_head(hidden[:, :-step]), logits[:windows, step:])
+    parts["balance"] = jnp.mean(jnp.stack(balance_losses))
     weights = {"lm": 1.0, "balance": BALANCE_WEIGHT} | {f"mtp{s + 1}": w for s, w in enumerate(MTP_WEIGHTS)}
     return sum((weights[name] * part for name, part in parts.items()), jnp.zeros(())), parts
 
 
 def window_loss(graph: Any, params: Any, tokens: Int[Array, "B T"]) -> Float[Array, ""]:
-    """Sum over the rows of -log p(next token), in nats, each window read from nothing."""
+    """Return the sum over the rows of -log p(next token), in nats, each window read from an empty cache."""
     model = nnx.merge(graph, params)
     batch, rows = tokens.shape[0], tokens.shape[1] - 1
     zeros = jnp.zeros(batch, jnp.int32)

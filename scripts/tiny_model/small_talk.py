@@ -1,6 +1,6 @@
-"""Small questions and small talk out of a seeded generator, as tiny_stories.py has stories.
+"""Small questions and small talk from a seeded generator; stories.py generates stories in the same way.
 
-`chatter(number)` is a function of its number alone.
+`chatter(number)` depends on its number alone.
 """
 
 from __future__ import annotations
@@ -15,43 +15,61 @@ OPPOSITES = (
 )
 SOUNDS = "cow moo|dog woof|cat meow|duck quack|sheep baa|pig oink|owl hoot|lion roar|bee buzz|frog croak|mouse squeak"
 COLOUR_OF = (
-    "grass green|the sky blue|snow white|a lemon yellow|coal black|a strawberry red|the sea blue|a leaf green|milk white|"
-    "a frog green|a crow black|the sun yellow"
+    "grass green|the sky blue|snow white|a lemon yellow|coal black|a strawberry red|the sea blue|a leaf green|"
+    "milk white|a frog green|a crow black|the sun yellow"
 )
 GREETINGS = "Hello!|Hello.|Hi!|Hi there!|Good morning!|Good evening!|Hello there!".split("|")
 SMALL_TALK = (
-    (("How are you?", "How are you today?", "Are you well?", "How do you do?"),
-     ("I am very well, thank you. How are you?", "I am well, thank you. Shall I tell you a story?", "Very well, thank you!")),
-    (("Thank you!", "Thank you very much.", "Thanks!", "That was a nice story.", "That was kind of you."),
-     ("You are welcome!", "You are very welcome.", "I am glad that you like it.")),
-    (("Goodbye!", "Good night!", "See you tomorrow.", "I must go now."),
-     ("Goodbye! It was nice to talk to you.", "Goodbye! Come back soon.")),
-    (("What is your name?", "Do you have a name?", "Who are you?", "What are you?"),
-     ("I am a very small model, and I have no name.",)),
-    (("What can you do?", "Can you help me?", "What do you know?"),
-     ("I can tell you a story, and I can add small numbers.", "I know some stories. Shall I tell you one?")),
-    (("I am sad.", "I am tired.", "I had a bad day."),
-     ("I am sorry to hear that. Shall I tell you a story?",)),
-    (("I am well, thank you.", "I am happy today.", "It is a fine day."),
-     ("I am glad to hear that.", "That is good to hear.")),
-)  # fmt: skip
+    (
+        ("How are you?", "How are you today?", "Are you well?", "How do you do?"),
+        (
+            "I am very well, thank you. How are you?",
+            "I am well, thank you. Shall I tell you a story?",
+            "Very well, thank you!",
+        ),
+    ),
+    (
+        ("Thank you!", "Thank you very much.", "Thanks!", "That was a nice story.", "That was kind of you."),
+        ("You are welcome!", "You are very welcome.", "I am glad that you like it."),
+    ),
+    (
+        ("Goodbye!", "Good night!", "See you tomorrow.", "I must go now."),
+        ("Goodbye! It was nice to talk to you.", "Goodbye! Come back soon."),
+    ),
+    (
+        ("What is your name?", "Do you have a name?", "Who are you?", "What are you?"),
+        ("I am a very small model, and I have no name.",),
+    ),
+    (
+        ("What can you do?", "Can you help me?", "What do you know?"),
+        ("I can tell you a story, and I can add small numbers.", "I know some stories. Shall I tell you one?"),
+    ),
+    (("I am sad.", "I am tired.", "I had a bad day."), ("I am sorry to hear that. Shall I tell you a story?",)),
+    (
+        ("I am well, thank you.", "I am happy today.", "It is a fine day."),
+        ("I am glad to hear that.", "That is good to hear."),
+    ),
+)
 NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 
 
 def article(word: str) -> str:
+    """Return the word after "a" or "an"."""
     return ("an " if word[0] in "aeiou" else "a ") + word
 
 
 def upper(text: str) -> str:
+    """Return the text with a capital first letter."""
     return text[0].upper() + text[1:]
 
 
 def pairs(text: str) -> list[tuple[str, str]]:
+    """Split "a b|c d" into [("a", "b"), ("c", "d")]."""
     return [(left, right) for left, _, right in (pair.rpartition(" ") for pair in text.split("|"))]
 
 
 def question(rng: random.Random) -> tuple[str, str]:
-    """A small question and its answer, a sentence."""
+    """Return a small question and its answer, a sentence."""
     kind = rng.randrange(6)
     if kind == 0:
         a, b = rng.randrange(1, 11), rng.randrange(1, 11)
@@ -73,20 +91,20 @@ def question(rng: random.Random) -> tuple[str, str]:
 
 
 def small_talk(rng: random.Random) -> tuple[str, str]:
-    """One turn: a greeting, a kind word, a sum, a number, or a small question."""
+    """Return one turn: a greeting, a kind word, a sum, a number, or a small question."""
     kind = rng.randrange(8)
     if kind < 3:
-        said, answers = rng.choice(SMALL_TALK[:1] * 3 + SMALL_TALK)
-        line = rng.choice(said)
+        lines, answers = rng.choice(SMALL_TALK[:1] * 3 + SMALL_TALK)
+        line = rng.choice(lines)
         return (f"{rng.choice(GREETINGS)} {line}" if rng.random() < 0.4 else line), rng.choice(answers)
     if kind == 3:
         return rng.choice(GREETINGS), rng.choice(("Hello! How are you?", "Hello! Shall I tell you a story?"))
     if kind < 6:
         a, b = rng.randrange(0, 11), rng.randrange(0, 11)
-        asked = rng.choice(
+        request = rng.choice(
             (f"What is {a} plus {b}?", f"What is {a} + {b}?", f"How much is {a} plus {b}?", f"Add {a} and {b}.")
         )
-        return asked, f"{a} plus {b} is {a + b}."
+        return request, f"{a} plus {b} is {a + b}."
     if kind == 6:
         at = rng.randrange(0, len(NUMBERS) - 1)
         if rng.random() < 0.5:
@@ -96,10 +114,10 @@ def small_talk(rng: random.Random) -> tuple[str, str]:
 
 
 def chatter(number: int) -> list[Message]:
-    """Conversation `number` of small talk: one to four turns."""
+    """Return conversation `number` of small talk: one to four turns."""
     rng = random.Random(f"chatter {number}")
     messages = []
     for _ in range(rng.randrange(1, 5)):
-        asked, answered = small_talk(rng)
-        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+        request, answer = small_talk(rng)
+        messages += [{"role": "user", "content": request}, {"role": "assistant", "content": answer}]
     return messages

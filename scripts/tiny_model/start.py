@@ -1,4 +1,4 @@
-"""The weights that a training run begins with: random ones, those of an earlier run, or the mean of two."""
+"""The first weights of a training run: random ones, those of an earlier run, or the mean of two runs."""
 
 from __future__ import annotations
 
@@ -25,39 +25,49 @@ from scripts.tiny_model.steps import new_state
 
 
 def stacked(model: LoadedModel, layers: int) -> LoadedModel:
-    """The model with its layers repeated in order until there are `layers`: a deeper one that need not learn from nothing.
+    """Return a deeper model: the layers are repeated in order until there are `layers` of them.
 
-    Depth-wise stacking as in Du et al. 2024 ("Stacking Your Transformers"). The MTP head stays as it is.
+    A deeper model then need not learn from random weights. This is the depth-wise stacking of Du et al. 2024 ("Stacking
+    Your Transformers"). The MTP head stays as it is.
     """
     cfg = replace(model.cfg, num_layers=layers)
     graph, params = nnx.split(abstract_model(cfg, jnp.float32))
-    given = flatten_params(model.params)
+    leaves = flatten_params(model.params)
 
     def take(path: ParamPath, leaf: Any) -> Array:
         if path[:2] == ("decoder", "blocks"):
             path = (*path[:2], int(path[2]) % model.cfg.num_superblocks, *path[3:])
-        return jnp.copy(given[path])
+        return jnp.copy(leaves[path])
 
     return LoadedModel(cfg, graph, map_params(params, take))
 
 
 def read_start(folder: Path, cfg: ModelConfig, option: str) -> LoadedModel:
-    """The weights in `folder`, stacked up to the layers of `cfg`."""
-    start = load_checkpoint(open_checkpoint(folder), dtype=jnp.float32)
+    """Load the weights in `folder`, stacked up to the layers of `cfg`.
+
+    Raises:
+        SystemExit: the folder has another model; `option` names the option that gave the folder.
+    """
+    start = load_checkpoint(open_checkpoint(folder), dtype=jnp.dtype(jnp.float32))
     if replace(start.cfg, num_layers=cfg.num_layers) == cfg and cfg.num_layers % start.cfg.num_layers == 0:
         start = stacked(start, cfg.num_layers)
     if start.cfg != cfg:
-        raise SystemExit(f"{option} {folder}: another model than the one trained here:\n{start.cfg}\n{cfg}")
+        raise SystemExit(
+            f"{option} {folder}: another model than the one trained here:\nfound    {start.cfg}\nexpected {cfg}"
+        )
     return start
 
 
 def averaged(model: LoadedModel, other: LoadedModel, share: float) -> LoadedModel:
-    """Weights between those of two models, `share` of the way from `other` to `model` (WiSE-FT, Wortsman et al. 2022)."""
+    """Return the weights `share` of the way from `other` to `model` (WiSE-FT, Wortsman et al. 2022)."""
     return replace(model, params=jax.tree.map(lambda a, b: share * a + (1 - share) * b, model.params, other.params))
 
 
 def first_state(args: argparse.Namespace, cfg: ModelConfig, plan: Plan) -> dict[str, Any]:
-    """Random weights with spread gains, or those of --start, which --average may pull back to those of an earlier run."""
+    """Return the state before the first step.
+
+    The weights are random with spread gains, or those of `--start`, averaged with those of `--average` if it is given.
+    """
     if args.start is None:
         return new_state(spread_gains(random_model(cfg, seed=plan.seed), plan.seed), plan)
     start = read_start(args.start, cfg, "--start")
@@ -67,15 +77,19 @@ def first_state(args: argparse.Namespace, cfg: ModelConfig, plan: Plan) -> dict[
 
 
 def history(args: argparse.Namespace) -> dict[str, Any]:
-    """What training.json says of the weights that a run begins with."""
+    """Return the entries of training.json that describe the first weights of a run.
 
-    def told(folder: Path) -> dict[str, Any] | None:
+    Raises:
+        SystemExit: `--average` is not the folder that the run in `--start` started from.
+    """
+
+    def training(folder: Path) -> dict[str, Any] | None:
         file = folder / "training.json"
         return json.loads(file.read_text()) if file.is_file() else None
 
-    start = told(args.start) if args.start else None
+    start = training(args.start) if args.start else None
     if args.average is None:
         return {"start": start} if start else {}
-    if not start or not (before := start.get("start")) or before != told(args.average):
+    if not start or not (before := start.get("start")) or before != training(args.average):
         raise SystemExit(f"--average {args.average}: expected the folder that the run in {args.start} started from.")
     return {"start": start, "share": args.share}

@@ -1,4 +1,4 @@
-"""What a training run keeps: its plan, its state through Orbax, and its loss curve."""
+"""Files of a training run: its plan and its state, saved with Orbax, and its loss curve."""
 
 from __future__ import annotations
 
@@ -12,17 +12,38 @@ from typing import Any
 import orbax.checkpoint as ocp
 
 COLUMNS = (
-    "stage", "step", "tokens", "seconds", "rate", "lm", "mtp1", "mtp2", "mtp3", "mtp4", "balance", "held_out", "held_out_ema",
-    "held_out_mtp", "held_out_mtp_ema",
-)  # fmt: skip
+    "stage",
+    "step",
+    "tokens",
+    "seconds",
+    "rate",
+    "lm",
+    "mtp1",
+    "mtp2",
+    "mtp3",
+    "mtp4",
+    "balance",
+    "held_out",
+    "held_out_ema",
+    "held_out_mtp",
+    "held_out_mtp_ema",
+)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How to train. `rate` is the peak of the learning rate, reached after `warm_up` steps; it falls as a cosine.
+    """How to train.
 
-    `batch` windows a step are read `accumulate` times over smaller ones: the gradient is their mean, the memory that of one.
-    Either `steps` or `minutes` says when the run ends. With `frozen_trunk` the MTP head alone learns.
+    Attributes:
+        batch: windows of a step.
+        accumulate: parts that a batch is read in; the gradient is their mean, and the memory is that of one part.
+        rate: peak of the learning rate, reached after `warm_up` steps; then it falls like a cosine.
+        optimizer: "muon" or "adamw".
+        mtp_steps: steps of the MTP head that are trained.
+        frozen_trunk: only the MTP head learns.
+        ema: decay of the moving average of the weights.
+        dtype: of computing.
+        steps, minutes: one of them says when the run ends; the other is None.
     """
 
     batch: int = 8
@@ -41,7 +62,7 @@ class Plan:
 
 @dataclass
 class Progress:
-    """How far a run is: `step` steps in `seconds` of training, and the rows of its curve."""
+    """Progress of a run: `step` steps in `seconds` of training, and the rows of its loss curve."""
 
     step: int = 0
     seconds: float = 0.0
@@ -49,9 +70,9 @@ class Progress:
 
 
 class Saves:
-    """The saved states of one run in `folder`, the two latest; a save that is cut short does not count.
+    """The two latest saved states of one run, in `folder`.
 
-    Orbax writes a state beside the others and renames it when it is whole.
+    Orbax writes a state beside the others and renames it when it is complete, so an interrupted save does not count.
     """
 
     def __init__(self, folder: Path, plan: Plan):
@@ -73,19 +94,23 @@ class Saves:
             )
 
     def latest(self, like: Any) -> tuple[Any, Progress] | None:
-        """The state saved last, and how far it is; None without any. `like` has the shapes and dtypes.
+        """Return the last saved state and its progress, or None if there is none.
 
-        Raises SystemExit when the saved run had another plan.
+        Args:
+            like: a state with the same shapes and dtypes.
+
+        Raises:
+            SystemExit: the saved run had another plan.
         """
         with self._manager() as manager:
             if (step := manager.latest_step()) is None:
                 return None
             about = manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about
-            saved, ours = about["plan"], json.loads(json.dumps(asdict(self.plan)))
-            if differing := [name for name in ours if saved.get(name) != ours[name]]:
+            saved, plan = about["plan"], json.loads(json.dumps(asdict(self.plan)))
+            if differing := [name for name in plan if saved.get(name) != plan[name]]:
                 name = differing[0]
                 raise SystemExit(
-                    f"{self.folder}: the run saved there has {name} = {saved.get(name)!r}, this one {ours[name]!r}. "
+                    f"{self.folder}: the run saved there has {name} = {saved.get(name)!r}, this one {plan[name]!r}. "
                     "Resume with the same options, or start anew without --resume."
                 )
             restored = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like)))
@@ -93,16 +118,21 @@ class Saves:
 
 
 def read_curve(folder: Path) -> list[dict[str, float]]:
-    """The rows of loss.csv in `folder`; none without such a file."""
+    """Return the rows of loss.csv in `folder`; none if there is no such file."""
     if not (file := folder / "loss.csv").is_file():
         return []
     with file.open(newline="") as lines:
-        given = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(lines)]
-    return [{"stage": 1.0} | row for row in given]  # a file of a single run may not count it
+        rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(lines)]
+    return [{"stage": 1.0} | row for row in rows]  # the file of a single run may have no stage
 
 
 def write_curve(folder: Path, rows: list[dict[str, float]], before: list[dict[str, float]]) -> None:
-    """loss.csv and loss.png: the parts of the loss by step, in nats a token. `before` are the rows of the earlier stages."""
+    """Write loss.csv and loss.png: the parts of the loss by step, in nats a token.
+
+    Args:
+        rows: of this run.
+        before: the rows of the stages before it.
+    """
     stage = 1 + max((row["stage"] for row in before), default=0)
     rows = before + [{"stage": stage} | row for row in rows]
     with (folder / "loss.csv").open("w", newline="") as file:
@@ -116,17 +146,22 @@ def write_curve(folder: Path, rows: list[dict[str, float]], before: list[dict[st
 
 
 def draw_curve(file: Path, rows: list[dict[str, float]]) -> None:
-    """The stages one after the other, a line between them."""
+    """Draw the stages one after the other, with a line between them."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     names = {
-        "lm": "trunk, training", "mtp1": "MTP step 1 (target: the trunk)", "mtp2": "MTP step 2", "mtp3": "MTP step 3",
-        "mtp4": "MTP step 4", "held_out": "trunk, held-out books", "held_out_mtp": "MTP steps, held-out books",
-    }  # fmt: skip
-    last = {row["stage"]: row["step"] for row in rows}  # of every stage
+        "lm": "trunk, training",
+        "mtp1": "MTP step 1 (target: the trunk)",
+        "mtp2": "MTP step 2",
+        "mtp3": "MTP step 3",
+        "mtp4": "MTP step 4",
+        "held_out": "trunk, held-out books",
+        "held_out_mtp": "MTP steps, held-out books",
+    }
+    last = {row["stage"]: row["step"] for row in rows}  # last step of each stage
     begin = {stage: sum(steps for earlier, steps in last.items() if earlier < stage) for stage in last}
     figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
     for number, (name, label) in enumerate(names.items()):

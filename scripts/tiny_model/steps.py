@@ -1,4 +1,4 @@
-"""One training step of the embedded model, and the steps in order: the optimiser, the rate, the moving average."""
+"""Training steps of the embedded model: the optimiser, the learning rate and the moving average of the weights."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _name(path: tuple[Any, ...]) -> str:
 
 
 def decayed(params: Any) -> Any:
-    """True for the leaves that decay: matrices, not norms, taps or decay rates."""
+    """Return True for the leaves with weight decay: matrices, not norms, convolution taps or decay rates."""
 
     def is_matrix(path: tuple[Any, ...], leaf: Array) -> bool:
         return not (_name(path).endswith("norm") or _name(path) in ("conv", "a_log", "dt_bias"))
@@ -39,10 +39,11 @@ def decayed(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(is_matrix, params)
 
 
-def orthogonalised(params: Any) -> Any:
-    """The two axes of each matrix that Muon orthogonalises; None for what Adam trains: vectors, embedding, router, gates.
+def muon_axes(params: Any) -> Any:
+    """Return the two axes of each matrix that Muon orthogonalises.
 
-    Stacked layers and experts are matrices of their own.
+    The leaf is None if Adam trains it: vectors, embedding, router and gates. Each layer and each expert of a stack is a
+    matrix of its own.
     """
     adam = ("embedding", "head", "router", "shared_gate", "in_a", "in_b")
 
@@ -53,39 +54,48 @@ def orthogonalised(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(axes, params, decayed(params))
 
 
-def learning(params: Any) -> Any:
-    """True for the leaves that learn under a frozen trunk: those of the MTP head. It shares embedding and LM head: frozen."""
+def trainable(params: Any) -> Any:
+    """Return True for the leaves that learn with a frozen trunk: those of the MTP head.
+
+    The head shares embedding and LM head with the trunk, which stay frozen.
+    """
     return jax.tree_util.tree_map_with_path(lambda path, leaf: path[0].key == "mtp", params)
 
 
 @cache
 def optimizer(name: str, frozen_trunk: bool) -> optax.GradientTransformation:
-    """ "muon" or "adamw", without the rate, which each step is given. A frozen trunk gets no update at all.
+    """Return the optimiser "muon" or "adamw" with a learning rate of 1; `train_step` multiplies the updates by the
+    rate.
 
-    Muon (Jordan 2024) in the scaling of Moonlight (Liu et al. 2025), whose updates are as large as AdamW's.
+    A frozen trunk gets no update at all. Muon (Jordan 2024) is scaled as in Moonlight (Liu et al. 2025), where its
+    updates are as large as those of AdamW.
     """
     if name == "adamw":
         rest = optax.adamw(1.0, b1=0.9, b2=0.95, weight_decay=WEIGHT_DECAY, mask=decayed)
     else:
         rest = optax.contrib.muon(
-            1.0, muon_weight_dimension_numbers=orthogonalised, consistent_rms=0.2, weight_decay=WEIGHT_DECAY,
-            adam_b1=0.9, adam_b2=0.95,
-        )  # fmt: skip
+            1.0,
+            muon_weight_dimension_numbers=muon_axes,
+            consistent_rms=0.2,
+            weight_decay=WEIGHT_DECAY,
+            adam_b1=0.9,
+            adam_b2=0.95,
+        )
     clipped = optax.chain(optax.clip_by_global_norm(CLIP), rest)
-    return optax.partition({True: clipped, False: optax.set_to_zero()}, learning) if frozen_trunk else clipped
+    return optax.partition({True: clipped, False: optax.set_to_zero()}, trainable) if frozen_trunk else clipped
 
 
 @cache
 def computed_in(cfg: ModelConfig, dtype: str) -> tuple[Any, Any]:
-    """Graph and leaves of the model that computes in `dtype`; the parameters that are trained stay float32."""
+    """Return graph and leaves of the model that computes in `dtype`; the trained parameters stay float32."""
     return nnx.split(abstract_model(cfg, DTYPES[dtype]))
 
 
 def objective(cfg: ModelConfig, plan: Plan, params: Any, tokens: Int[Array, "B T"]) -> tuple[Array, dict[str, Array]]:
-    """`losses` in the plan's dtype; no gradient enters a frozen trunk."""
+    """Return `losses` in the plan's dtype; a frozen trunk gets no gradient."""
     graph, like = computed_in(cfg, plan.dtype)
     if plan.frozen_trunk:
-        params = jax.tree.map(lambda p, learns: p if learns else jax.lax.stop_gradient(p), params, learning(params))
+        params = jax.tree.map(lambda p, learns: p if learns else jax.lax.stop_gradient(p), params, trainable(params))
     return losses(graph, cfg, jax.tree.map(lambda p, to: p.astype(to.dtype), params, like), tokens, plan.mtp_steps)
 
 
@@ -93,29 +103,30 @@ def objective(cfg: ModelConfig, plan: Plan, params: Any, tokens: Int[Array, "B T
 def train_step(
     state: dict[str, Any], tokens: Int[Array, "B T"], rate: Float[Array, ""], *, cfg: ModelConfig, plan: Plan
 ) -> tuple[dict[str, Any], dict[str, Array]]:
-    """One step. `state` has "params", their moving average "ema" and "optimizer". Returns it and the parts of the loss."""
+    """Make one step. Return the state (see `new_state`) and the parts of the loss."""
     params = state["params"]
-    parts_of = tokens.reshape(plan.accumulate, -1, tokens.shape[1])
+    token_parts = tokens.reshape(plan.accumulate, -1, tokens.shape[1])
     gradient = jax.value_and_grad(partial(objective, cfg, plan), has_aux=True)
 
-    def add(total: Any, some: Array) -> tuple[Any, None]:
-        (_, parts), grads = gradient(params, some)
+    def add(total: Any, token_part: Array) -> tuple[Any, None]:
+        (_, parts), grads = gradient(params, token_part)
         return jax.tree.map(lambda t, new: t + new / plan.accumulate, total, (grads, parts)), None
 
     if plan.accumulate == 1:
         (_, parts), grads = gradient(params, tokens)
     else:
-        shapes = jax.eval_shape(gradient, params, parts_of[0])
+        shapes = jax.eval_shape(gradient, params, token_parts[0])
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (shapes[1], shapes[0][1]))
-        (grads, parts), _ = jax.lax.scan(add, zeros, parts_of)
+        (grads, parts), _ = jax.lax.scan(add, zeros, token_parts)
     updates, inner = optimizer(plan.optimizer, plan.frozen_trunk).update(grads, state["optimizer"], params)
     params = jax.tree.map(lambda p, u: p + rate * u, params, updates)
-    # So that the average of what does not change is what it was, to the last bit.
+    # In this form the average of a weight that does not change keeps its bits.
     ema = jax.tree.map(lambda old, new: old + (1 - plan.ema) * (new - old), state["ema"], params)
     return {"params": params, "ema": ema, "optimizer": inner}, parts
 
 
 def new_state(model: LoadedModel, plan: Plan) -> dict[str, Any]:
+    """Return the state of a run: "params", their moving average "ema", and the state of the "optimizer"."""
     return {
         "params": model.params,
         "ema": jax.tree.map(jnp.copy, model.params),
@@ -124,7 +135,7 @@ def new_state(model: LoadedModel, plan: Plan) -> dict[str, Any]:
 
 
 def rate_at(plan: Plan, step: int, done: float) -> float:
-    """The learning rate of a step (counted from 0) when `done` of the run, 0...1, is over."""
+    """Return the learning rate of a step, counted from 0; `done` is the finished share of the run, 0 … 1."""
     return plan.rate * min(1.0, (step + 1) / plan.warm_up) * (0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * done)))
 
 
@@ -138,7 +149,7 @@ def train(
 ) -> Iterator[tuple[dict[str, Any], dict[str, float]]]:
     """Yield the state and the parts of the loss after each step from `first` on, until `done(step)` is 1.
 
-    The given and the yielded states are donated to the next step: what is to be kept must be copied.
+    The given and the yielded states are donated to the next step, so a caller that keeps one must copy it.
     """
     width = ROWS + 1 + plan.mtp_steps
     order = data.batches(tokens, plan.batch, width, ROWS, plan.seed)

@@ -1,7 +1,7 @@
-"""Short stories out of a seeded generator: the domain in which the embedded model learns to answer.
+"""Short stories from a seeded generator: the domain in which the embedded model learns to answer.
 
-Everything here was written for this project and has its licence. `talk(number)` is a function of its number alone, so a
-range of numbers is a data set, and another range a held-out one.
+All sentences were written for this project and have its licence. `talk(number)` depends on its number alone, so one
+range of numbers is a training set and another range a held-out set.
 """
 
 from __future__ import annotations
@@ -21,20 +21,31 @@ THINGS = "kite ball hat bell lantern drum scarf boat whistle basket spoon button
 FOODS = "bread|cake|soup|apples|berries|cheese|honey|nuts|plums|porridge|pears|biscuits".split("|")
 HELPERS = "owl|crow|old tortoise|robin|otter|beaver|swan|heron|hare|goose|swallow|wise cat".split("|")
 PLACES = (
-    "at the edge of the forest", "in a village by the sea", "on a farm beside the river", "in a cottage on the hill",
-    "in a house with a green door", "near the old mill", "under a great oak tree", "in a quiet valley",
-    "beside a deep blue lake", "at the end of a long lane",
-)  # fmt: skip
+    "at the edge of the forest",
+    "in a village by the sea",
+    "on a farm beside the river",
+    "in a cottage on the hill",
+    "in a house with a green door",
+    "near the old mill",
+    "under a great oak tree",
+    "in a quiet valley",
+    "beside a deep blue lake",
+    "at the end of a long lane",
+)
 WEATHER = (
-    "The sun was shining and the birds were singing.", "The wind was blowing and the leaves were dancing.",
-    "It had rained all night, and everything was wet.", "There was snow on the ground.", "The sky was clear and blue.",
-    "It was a warm day, and the bees were busy in the flowers.", "A thin mist lay over the fields.",
-)  # fmt: skip
+    "The sun was shining and the birds were singing.",
+    "The wind was blowing and the leaves were dancing.",
+    "It had rained all night, and everything was wet.",
+    "There was snow on the ground.",
+    "The sky was clear and blue.",
+    "It was a warm day, and the bees were busy in the flowers.",
+    "A thin mist lay over the fields.",
+)
 
 
 @dataclass(frozen=True)
 class Hero:
-    """Who a story is about: `name`, what it is (`kind`), and its pronouns."""
+    """The hero of a story: `name`, `kind` of person or animal, a trait, and pronouns."""
 
     name: str
     kind: str
@@ -49,6 +60,7 @@ class Hero:
 
 
 def hero(rng: random.Random) -> Hero:
+    """Draw a hero."""
     girl = rng.random() < 0.5
     pronouns = ("she", "her", "her") if girl else ("he", "him", "his")
     if rng.random() < 0.5:
@@ -57,6 +69,7 @@ def hero(rng: random.Random) -> Hero:
 
 
 def opening(rng: random.Random, who: Hero) -> str:
+    """Draw the first sentences, up to "One day, "."""
     place = rng.choice(PLACES)
     first = rng.choice(
         (
@@ -71,6 +84,7 @@ def opening(rng: random.Random, who: Hero) -> str:
 
 
 def ending(rng: random.Random, who: Hero, lesson: str) -> str:
+    """Draw the last sentence."""
     return rng.choice(
         (
             f"{who.name} never forgot that {lesson}.",
@@ -83,13 +97,18 @@ def ending(rng: random.Random, who: Hero, lesson: str) -> str:
 
 
 def lost(rng: random.Random, who: Hero) -> tuple[str, str]:
+    """Draw a topic and a plot: a thing is lost and found again."""
     thing, colour, helper = rng.choice(THINGS), rng.choice(COLOURS), rng.choice(HELPERS)
     where, there = rng.choice(
         (
-            ("the river", "the river"), ("a deep hole", "the hole"), ("the long grass", "the grass"),
-            ("a thorn bush", "the bush"), ("the old well", "the well"), ("a tall tree", "the tree"),
+            ("the river", "the river"),
+            ("a deep hole", "the hole"),
+            ("the long grass", "the grass"),
+            ("a thorn bush", "the bush"),
+            ("the old well", "the well"),
+            ("a tall tree", "the tree"),
         )
-    )  # fmt: skip
+    )
     topic = f"{article(colour)} {thing}"
     a = rng.choice(
         (
@@ -114,9 +133,11 @@ def lost(rng: random.Random, who: Hero) -> tuple[str, str]:
     )
     d = rng.choice(
         (
-            f'{upper(article(helper))} came by and asked, "Why are you so sad?" "My {thing} is in {where}," said {who.name}.',
+            f'{upper(article(helper))} came by and asked, "Why are you so sad?" '
+            f'"My {thing} is in {where}," said {who.name}.',
             f'Just then {article(helper)} heard {who.him}. "Do not be sad," said the {helper}. "I will help you."',
-            f'{who.name} asked {article(helper)} for help. "Of course," said the {helper}. "That is what friends are for."',
+            f"{who.name} asked {article(helper)} for help. "
+            f'"Of course," said the {helper}. "That is what friends are for."',
         )
     )
     e = rng.choice(
@@ -140,6 +161,7 @@ def lost(rng: random.Random, who: Hero) -> tuple[str, str]:
 
 
 def afraid(rng: random.Random, who: Hero) -> tuple[str, str]:
+    """Draw a topic and a plot: a fear is overcome."""
     helper = rng.choice(HELPERS)
     fear, place, good = rng.choice(
         (
@@ -166,7 +188,8 @@ def afraid(rng: random.Random, who: Hero) -> tuple[str, str]:
     )
     c = rng.choice(
         (
-            f'{upper(article(helper))} saw {who.him} and said, "Everyone is afraid of something. Do you know that {good}?"',
+            f"{upper(article(helper))} saw {who.him} and said, "
+            f'"Everyone is afraid of something. Do you know that {good}?"',
             f"Then {article(helper)} sat down beside {who.him}. "
             f'"I was afraid too," said the {helper}, "until I learned that {good}."',
         )
@@ -190,6 +213,7 @@ def afraid(rng: random.Random, who: Hero) -> tuple[str, str]:
 
 
 def sharing(rng: random.Random, who: Hero) -> tuple[str, str]:
+    """Draw a topic and a plot: food is shared, and the kindness comes back."""
     food, other = rng.choice(FOODS), rng.choice(HELPERS)
     later = rng.choice(("winter came", "a storm came", "the river rose", "the snow fell"))
     a = rng.choice(
@@ -235,6 +259,7 @@ def sharing(rng: random.Random, who: Hero) -> tuple[str, str]:
 
 
 def building(rng: random.Random, who: Hero) -> tuple[str, str]:
+    """Draw a topic and a plot: something is built at the second attempt."""
     made, part = rng.choice(
         (
             ("boat", "wood"),
@@ -291,7 +316,7 @@ def building(rng: random.Random, who: Hero) -> tuple[str, str]:
 
 
 def story(rng: random.Random) -> tuple[str, str]:
-    """A request for a story and the story."""
+    """Return a request for a story, and the story."""
     who = hero(rng)
     start = opening(rng, who)
     topic, rest = rng.choice((lost, afraid, sharing, building))(rng, who)
@@ -309,12 +334,12 @@ def story(rng: random.Random) -> tuple[str, str]:
 
 
 def talk(number: int) -> list[Message]:
-    """Conversation `number`: one or two turns, most of them with a story."""
+    """Return conversation `number`: one or two turns, most of them with a story."""
     rng = random.Random(f"talk {number}")
     turns = [story(rng)] if rng.random() < 0.75 else [question(rng) for _ in range(rng.randrange(1, 4))]
     if rng.random() < 0.1:
         turns.insert(0, question(rng))
     messages = []
-    for asked, answered in turns:
-        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+    for request, answer in turns:
+        messages += [{"role": "user", "content": request}, {"role": "assistant", "content": answer}]
     return messages

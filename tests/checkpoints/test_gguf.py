@@ -144,9 +144,9 @@ def test_a_model_of_mixed_types_computes_the_same_packed_and_dequantized(
             np.testing.assert_array_equal(packed.dequantize(), source.read(name), err_msg=name)
     ids = np.random.default_rng(1).integers(0, 90, 30).tolist()
     expected = LLM(tmp_path / "m.gguf", dtype="float32", num_speculative_tokens=2, max_model_len=64).logits(ids)
-    packed_logits = LLM(tmp_path / "m.gguf", dtype="float32", num_speculative_tokens=2, max_model_len=64, quantization="packed").logits(
-        ids
-    )
+    packed_logits = LLM(
+        tmp_path / "m.gguf", dtype="float32", num_speculative_tokens=2, max_model_len=64, quantization="packed"
+    ).logits(ids)
     assert np.isfinite(expected).all() and expected.std() > 0
     assert np.abs(packed_logits - expected).max() <= 1e-3 * np.abs(expected).max()
 

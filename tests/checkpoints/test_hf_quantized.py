@@ -51,7 +51,9 @@ def test_a_quantised_folder_is_the_model_of_its_values(name: str, tmp_path: Path
     ids = np.random.default_rng(0).integers(0, 90, 20).tolist()
     expected = LLM(tmp_path / "plain", dtype="float32", num_speculative_tokens=2, max_model_len=64).logits(ids)
     for weights in (None, "packed"):
-        llm = LLM(tmp_path / "packed", dtype="float32", num_speculative_tokens=2, max_model_len=64, quantization=weights)
+        llm = LLM(
+            tmp_path / "packed", dtype="float32", num_speculative_tokens=2, max_model_len=64, quantization=weights
+        )
         assert np.abs(llm.logits(ids) - expected).max() <= 1e-4 * np.abs(expected).max()
     model = load_checkpoint(source, dtype=np.dtype("float32"), quantization="packed")
     leaves = jax.tree.leaves(model.params, is_leaf=lambda x: isinstance(x, QuantizedTensor))
@@ -62,7 +64,9 @@ def test_a_quantised_folder_is_the_model_of_its_values(name: str, tmp_path: Path
 def assert_packed_computes_as_plain(path: Path) -> None:
     ids = list(range(20))
     expected = LLM(path / "plain", dtype="float32", num_speculative_tokens=2, max_model_len=64).logits(ids)
-    logits = LLM(path / "packed", dtype="float32", num_speculative_tokens=2, max_model_len=64, quantization="packed").logits(ids)
+    logits = LLM(
+        path / "packed", dtype="float32", num_speculative_tokens=2, max_model_len=64, quantization="packed"
+    ).logits(ids)
     assert np.abs(logits - expected).max() <= 1e-4 * np.abs(expected).max()
 
 

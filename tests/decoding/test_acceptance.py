@@ -35,8 +35,8 @@ def test_the_real_rule_accepts_the_longest_prefix_of_the_trunks_tokens() -> None
 @pytest.mark.fast
 def test_a_mean_length_becomes_the_schedule_of_least_variance() -> None:
     assert SimulatedAcceptance.from_mean_length(3.97, 4).rates == pytest.approx((1, 1, 0.97, 0))
-    assert SimulatedAcceptance.from_mean_length(1, 2).rates == (0, 0)
-    assert SimulatedAcceptance.from_mean_length(3, 2).rates == (1, 1)
+    assert SimulatedAcceptance.from_mean_length(1.0, 2).rates == (0, 0)
+    assert SimulatedAcceptance.from_mean_length(3.0, 2).rates == (1, 1)
     assert simulated_acceptance(None, [0.9, 0.5, 0.1], 2) == SimulatedAcceptance((0.9, 0.5))
     assert simulated_acceptance(2.5, None, 2) == SimulatedAcceptance.from_mean_length(2.5, 2)
     assert simulated_acceptance(2.5, None, 0) is None and simulated_acceptance(None, None, 3) is None

@@ -1,6 +1,7 @@
 """The loop under a drafter that knows the text: every number of accepted drafts, and what is left in the cache."""
 
 from functools import cache
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,8 +43,8 @@ def texts_by_slot(kind: str) -> list[list[int]]:
     return [plain_texts(kind, t)[i] for i, t in zip(REQUEST_OF_SLOT, TEMPERATURE_OF_SLOT, strict=True)]
 
 
-def forced_length(step: jax.Array | int, slot: jax.Array | int, k: int) -> jax.Array | int:
-    """Return how many drafts are right in a step: each of 0...k comes up in each slot."""
+def forced_length(step: Any, slot: Any, k: int) -> Any:
+    """Return how many drafts are right in a step, of numbers or of arrays: each of 0...k comes up in each slot."""
     return (7 * step + 3 * slot) % (k + 1)
 
 
@@ -94,16 +95,16 @@ def test_any_number_of_accepted_drafts_gives_the_text_of_plain_decoding(kind: st
 def state_after_prompts(engine: Engine, requests: list[Request], finished: list[bool]) -> DecodeState:
     """Return the state before the first step, on the host."""
     cache, hidden, _ = engine.runner.prefill([r.prompt_token_ids[:-1] for r in requests])
-    zeros = np.zeros(BATCH, np.int32)
+    zeros = jnp.zeros(BATCH, jnp.int32)
     state = DecodeState(
         cache=cache,
         hidden=hidden,
-        token=np.array([r.prompt_token_ids[-1] for r in requests], np.int32),
+        token=jnp.array([r.prompt_token_ids[-1] for r in requests], jnp.int32),
         num_tokens=zeros,
-        finished=np.array(finished),
-        stopped=np.zeros(BATCH, bool),
+        finished=jnp.array(finished),
+        stopped=jnp.zeros(BATCH, bool),
         num_steps=zeros,
-        num_accepted_per_pos=np.zeros((BATCH, engine.runner.num_speculative_tokens), np.int32),
+        num_accepted_per_pos=jnp.zeros((BATCH, engine.runner.num_speculative_tokens), jnp.int32),
     )
     return jax.tree.map(np.array, state)
 

@@ -1,5 +1,6 @@
 """`OutputRows` selects the rows that numpy's indexing selects, from the whole chunk and from its last rows."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,7 +11,7 @@ from mtpjax.decoding.output_rows import NO_ROWS, OutputRows
 pytestmark = pytest.mark.fast
 
 MAX_ROWS = 9
-HIDDEN = np.random.default_rng(0).normal(size=(2, MAX_ROWS, 3)).astype(np.float32)
+HIDDEN = jnp.asarray(np.random.default_rng(0).normal(size=(2, MAX_ROWS, 3)), jnp.float32)
 
 
 @st.composite
@@ -25,13 +26,13 @@ def chunks_and_rows(draw: st.DrawFn) -> tuple[int, list[int]]:
 def test_selected_rows_are_those_of_numpy(chunk: tuple[int, list[int]], more: int) -> None:
     chunk_rows, rows = chunk
     selection, hidden = OutputRows.at(*rows), HIDDEN[:, :chunk_rows]
-    assert np.array_equal(selection.take(hidden), hidden[:, rows])
+    assert np.array_equal(selection.take(hidden), np.asarray(hidden)[:, rows])
     assert selection.count(chunk_rows) == len(rows)
     # The last rows of the chunk are enough, if all selected rows are among them.
     needed = selection.num_trailing_rows(chunk_rows)
     assert needed == max((chunk_rows - row % chunk_rows for row in rows), default=0)
     num_given = min(needed + more, chunk_rows)
-    assert np.array_equal(selection.take(hidden[:, chunk_rows - num_given :], chunk_rows), hidden[:, rows])
+    assert np.array_equal(selection.take(hidden[:, chunk_rows - num_given :], chunk_rows), np.asarray(hidden)[:, rows])
 
 
 @settings(max_examples=30, deadline=None)
@@ -40,7 +41,7 @@ def test_none_last_and_all_are_selections_of_any_chunk(chunk_rows: int) -> None:
     hidden = HIDDEN[:, :chunk_rows]
     for selection, want in ((OutputRows.none(), []), (OutputRows.last(), [-1]), (OutputRows.all(), slice(None))):
         taken = np.asarray(selection.take(hidden))
-        assert np.array_equal(taken, hidden[:, want])
+        assert np.array_equal(taken, np.asarray(hidden)[:, want])
         assert selection.count(chunk_rows) == taken.shape[1] == selection.num_trailing_rows(chunk_rows)
 
 

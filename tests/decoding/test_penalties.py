@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtpjax import SamplingParams
 from mtpjax.decoding import speculative, steps
 from mtpjax.decoding.output_rows import OutputRows
 from mtpjax.decoding.penalties import Penalties, TokenCounts, apply_penalties, round_to_bfloat16
@@ -20,11 +19,10 @@ from mtpjax.engine.decode_batch import stack_requests
 from mtpjax.engine.engine import Engine
 from mtpjax.engine.request import Request, RequestState
 from mtpjax.loading.loaded_model import LoadedModel
-from mtpjax.sampling_params import PENALTIES
 from tests.helpers.models import make_engine, numpy_model, tiny_config
 
 VOCAB, NUM_TOKENS, MAX_MODEL_LEN = 12, 60, 120  # so few ids that tokens are repeated within one window
-NO_PENALTIES = {"presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0}
+NO_PENALTIES: dict[str, Any] = {"presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0}
 
 
 def penalized_row(
@@ -94,7 +92,7 @@ def test_the_rows_of_a_window_are_to_the_bit_the_rows_that_a_drafter_sees_one_by
 
 @pytest.mark.fast
 def test_neutral_penalties_change_no_bit() -> None:
-    logits = np.random.default_rng(0).normal(size=(2, 1, 50)).astype(np.float32)
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(2, 1, 50)), jnp.float32)
     counts = count_tokens(50, ([1, 2], [3, 3]), ([], [4]))
     rows = np.asarray(apply_penalties(logits, batch_penalties((0, 0, 1), (0.5, 0, 1)), counts))
     assert np.array_equal(rows[0], logits[0]) and np.flatnonzero(rows[1] != logits[1]).tolist() == [4]
@@ -105,9 +103,9 @@ def test_neutral_penalties_change_no_bit() -> None:
 @pytest.mark.fast
 def test_a_frequency_times_any_count_is_exact() -> None:
     """So it does not matter whether a compiler fuses product and sum."""
-    assert round_to_bfloat16(0.1) == 0.10009765625 and round_to_bfloat16(-2) == -2
+    assert round_to_bfloat16(0.1) == 0.10009765625 and round_to_bfloat16(-2.0) == -2
     counts = np.arange(1 << 16, dtype=np.float64)
-    for frequency in map(round_to_bfloat16, np.linspace(-2, 2, 41)):
+    for frequency in map(round_to_bfloat16, np.linspace(-2, 2, 41).tolist()):
         assert np.array_equal(np.float32(frequency) * counts.astype(np.float32), frequency * counts)
 
 
@@ -255,30 +253,3 @@ def test_the_loop_counts_tokens_only_if_a_request_has_penalties(model: LoadedMod
     engine.run([replace(penalized, presence_penalty=0.2, repetition_penalty=1.2)], 1)
     assert engine.num_programs == num_programs + 1
     assert stack_requests([free]).penalties is None
-
-
-@pytest.mark.fast
-@pytest.mark.parametrize(
-    ("bad", "message"),
-    [
-        ({"presence_penalty": 2.1}, r"presence_penalty is 2\.1; expected a number from -2 to 2 \(0 is none\)"),
-        ({"frequency_penalty": -3}, "frequency_penalty is -3; expected a number from -2 to 2"),
-        ({"frequency_penalty": float("nan")}, "frequency_penalty is nan"),
-        ({"repetition_penalty": 0}, r"repetition_penalty is 0; expected a finite number above 0 \(1 is none\)"),
-        ({"repetition_penalty": float("inf")}, "repetition_penalty is inf"),
-        ({"presence_penalty": "1"}, "presence_penalty is '1'"),
-    ],
-)
-def test_penalties_out_of_range_are_refused(bad: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        SamplingParams(**bad)
-
-
-@pytest.mark.fast
-@pytest.mark.parametrize("name", PENALTIES)
-def test_a_generation_config_gives_each_penalty(name: str) -> None:
-    recommended = SamplingParams.from_generation_config
-    config = {"do_sample": True, "temperature": 0.7, name: 1.5}
-    assert recommended(config) == SamplingParams(temperature=0.7, **{name: 1.5})
-    assert recommended({**config, "do_sample": False}) == SamplingParams(**{name: 1.5})  # penalties are not sampling
-    assert recommended(config, **{name: 1.25}) == SamplingParams(temperature=0.7, **{name: 1.25})

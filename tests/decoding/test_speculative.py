@@ -51,7 +51,12 @@ def test_plain_decoding_is_what_reading_the_text_says(kind: str) -> None:
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize(
     ("kind", "num_speculative_tokens"),
-    [*(("moe", n) for n in (1, 2, 3, 4, 8)), ("dense", 1), pytest.param("dense", 3, marks=pytest.mark.fast), ("dense", 8)],
+    [
+        *(("moe", n) for n in (1, 2, 3, 4, 8)),
+        ("dense", 1),
+        pytest.param("dense", 3, marks=pytest.mark.fast),
+        ("dense", 8),
+    ],
 )
 def test_draft_length_does_not_change_the_text(kind: str, num_speculative_tokens: int, temperature: float) -> None:
     """In a batch of five unequal prompts."""

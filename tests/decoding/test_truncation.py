@@ -143,34 +143,3 @@ def test_a_single_kept_token_is_the_greedy_choice(model: LoadedModel) -> None:
     params = [greedy, *single, SamplingParams(**sampled, top_k=-1)]
     want, *others, from_all = (out.token_ids for out in llm.generate([[3, 1, 4]] * 5, params))
     assert others == [want] * 3 and from_all != want
-
-
-@pytest.mark.fast
-@pytest.mark.parametrize(
-    ("bad", "message"),
-    [
-        ({"top_k": -2}, "top_k is -2; expected a whole number >= -1"),
-        ({"top_k": 2.5}, r"top_k is 2\.5"),
-        ({"top_p": 0}, "top_p is 0; expected a number above 0 and at most 1"),
-        ({"top_p": 1.1}, r"top_p is 1\.1"),
-        ({"top_p": float("nan")}, "top_p is nan"),
-        ({"top_p": True}, "top_p is True"),
-        ({"min_p": -0.1}, r"min_p is -0\.1; expected a number from 0 to 1"),
-        ({"min_p": "0.1"}, r"min_p is '0\.1'"),
-    ],
-)
-def test_values_out_of_range_are_refused(bad: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        SamplingParams(**bad)
-
-
-@pytest.mark.fast
-def test_a_generation_config_gives_sampling_params() -> None:
-    qwen = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95}
-    qwen |= {"eos_token_id": [1], "transformers_version": "5"}
-    recommended = SamplingParams.from_generation_config
-    assert recommended(qwen, max_tokens=9) == SamplingParams(max_tokens=9, temperature=0.6, top_k=20, top_p=0.95)
-    assert recommended(qwen, top_k=5).top_k == 5
-    assert recommended({**qwen, "do_sample": False}) == recommended({}) == SamplingParams()
-    with pytest.raises(ValueError, match="top_p is 7"):
-        SamplingParams.from_generation_config({"top_p": 7})

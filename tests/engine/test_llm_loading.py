@@ -176,7 +176,6 @@ def test_an_error_names_the_checkpoint_and_what_is_wrong(
         ({"dtype": jnp.float16}, "dtype is .*float16.*; expected one of 'auto'"),
         ({"dtype": 3}, "dtype is 3; expected one of 'auto'"),
         ({"dtype": None}, "dtype is None; expected one of 'auto'"),
-        ({"quantization": "int3"}, "quantization is 'int3'; expected None or one of 'packed', "),
         ({"quantization": "int8"}, "quantization is 'int8', but the model is already loaded"),
         ({"max_model_len": 1}, "max_model_len is 1; expected a whole number >= 2"),
         ({"max_model_len": 513}, "max_model_len is 513; this checkpoint was made for at most 512 positions"),

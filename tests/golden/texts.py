@@ -1,11 +1,12 @@
 """Compare the token ids of fixed requests with those of an earlier commit: `python -m tests.golden.texts`.
 
-`texts.json` holds the token ids that commit 833b245 gave on an x86-64 CPU with AVX-512 (Python 3.11, jax 0.10.2): the prompts of
-`make demo` (sampled and greedy), fifty sampled requests in a mixed batch, some of them again in bfloat16 without drafts and with
-int8 weights, and continuations of the six golden models with a hash of their logits. A change that keeps behaviour keeps them
-all. `--write FILE` writes the token ids of this commit instead.
+`texts.json` holds the token ids that commit 833b245 gave on an x86-64 CPU with AVX-512 (Python 3.11, jax 0.10.2): the
+prompts of `make demo` (sampled and greedy), fifty sampled requests in a mixed batch, some of them again in bfloat16
+without drafts and with int8 weights, and continuations of the six golden models with a hash of their logits. A change
+that keeps behaviour keeps them all. `--write FILE` writes the token ids of this commit instead.
 
-On another processor a token can differ where two logits lie within rounding (about one token in 10^5), and the hashes of logits
+On another processor a token can differ where two logits lie within rounding (about one token in 10^5), and the hashes
+of logits
 differ: the command then says so, and it is not part of the tests for that reason.
 """
 
@@ -71,7 +72,9 @@ def mixed_requests() -> tuple[list[str], list[SamplingParams]]:
 
 
 def mixed_texts() -> Texts:
-    """Generate for the mixed requests with drafts, then for some of them in bfloat16 without drafts and with int8 weights."""
+    """Generate for the mixed requests with drafts, then for some of them in bfloat16 without drafts and with int8
+    weights.
+    """
     prompts, params = mixed_requests()
 
     def run(count: int, **options: Any) -> list[list[int]]:

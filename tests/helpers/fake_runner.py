@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from mtpjax.decoding.sampling import BatchSamplingParams
@@ -71,36 +72,39 @@ class FakeRunner:
         return cache, self.zero_hidden(len(prompts)), []
 
     def decode(self, state: DecodeState, params: BatchSamplingParams, return_when_finished: int) -> Any:
+        state, params = jax.tree.map(np.asarray, (state, params))
         batch, width = len(state.token), self.num_speculative_tokens + 1
-        arrays = {name: np.array(getattr(state, name)) for name in ("cache", "token", "count", "done", "stopped")}
-        rounds, accepted = np.array(state.rounds), np.array(state.accepted)
+        arrays = {
+            name: np.array(getattr(state, name)) for name in ("cache", "token", "num_tokens", "finished", "stopped")
+        }
+        num_steps, accepted = np.array(state.num_steps), np.array(state.num_accepted_per_pos)
         out, counts = np.zeros((batch, self.max_steps_per_call * width), np.int32), np.zeros(batch, np.int32)
-        assert arrays["done"].sum() < return_when_finished <= batch  # otherwise the call would do nothing
+        assert arrays["finished"].sum() < return_when_finished <= batch  # otherwise the call would do nothing
         for _ in range(self.max_steps_per_call):
-            if arrays["done"].sum() >= return_when_finished:
+            if arrays["finished"].sum() >= return_when_finished:
                 break
-            for slot in np.flatnonzero(~arrays["done"]).tolist():
-                num_accepted = int(arrays["cache"][slot] + rounds[slot]) % width
-                rounds[slot] += 1
+            for slot in np.flatnonzero(~arrays["finished"]).tolist():
+                num_accepted = int(arrays["cache"][slot] + num_steps[slot]) % width
+                num_steps[slot] += 1
                 accepted[slot, :num_accepted] += 1
                 for _ in range(num_accepted + 1):
                     self._one_token(arrays, slot, state, params)
                     out[slot, counts[slot]] = arrays["token"][slot]
                     counts[slot] += 1
-                    if arrays["done"][slot]:
+                    if arrays["finished"][slot]:
                         break
-        return state.replace(**arrays, rounds=rounds, accepted=accepted), out, counts
+        return state.replace(**arrays, num_steps=num_steps, num_accepted_per_pos=accepted), out, counts
 
     def _one_token(self, arrays: dict[str, Any], slot: int, state: Any, params: Any) -> None:
         penalized = 0
         if params.penalties is not None and params.penalties.presence[slot]:
-            penalized = int(np.flatnonzero(state.seen.prompt[slot]).sum())
+            penalized = int(np.flatnonzero(state.token_counts.in_prompt[slot]).sum())  # type: ignore[union-attr]
         context = extend(int(arrays["cache"][slot]), int(arrays["token"][slot]))
         token = next_token(context, int(params.seed[slot]), penalized)
         arrays["cache"][slot], arrays["token"][slot] = context, token
-        arrays["count"][slot] += 1
-        arrays["stopped"][slot] = token in params.stops[slot].tolist()
-        arrays["done"][slot] = arrays["stopped"][slot] or arrays["count"][slot] >= params.max_tokens[slot]
+        arrays["num_tokens"][slot] += 1
+        arrays["stopped"][slot] = token in params.stop_token_ids[slot].tolist()
+        arrays["finished"][slot] = arrays["stopped"][slot] or arrays["num_tokens"][slot] >= params.max_tokens[slot]
 
     def insert(self, state: Any, new: Any, rows: Sequence[int], slots: Sequence[int]) -> Any:
         def moved(old: np.ndarray, source: np.ndarray, source_rows: Sequence[int]) -> np.ndarray:
@@ -108,9 +112,10 @@ class FakeRunner:
             result[list(slots)] = np.asarray(source)[list(source_rows)]
             return result
 
-        own_rows = range(len(slots))
-        names = ("token", "count", "done", "stopped", "rounds", "accepted")
-        changes: dict[str, Any] = {name: moved(getattr(state, name), getattr(new, name), own_rows) for name in names}
-        if state.seen is not None:
-            changes["seen"] = state.seen.replace(prompt=moved(state.seen.prompt, new.seen.prompt, own_rows))
-        return state.replace(cache=moved(state.cache, new.cache, rows), **changes)
+        own = range(len(slots))
+        names = ("token", "num_tokens", "finished", "stopped", "num_steps", "num_accepted_per_pos")
+        changes: dict[str, Any] = {name: moved(getattr(state, name), getattr(new, name), own) for name in names}
+        if state.token_counts is not None and new.token_counts is not None:
+            in_prompt = moved(state.token_counts.in_prompt, new.token_counts.in_prompt, own)  # type: ignore[arg-type]
+            changes["token_counts"] = state.token_counts.replace(in_prompt=in_prompt)
+        return state.replace(cache=moved(state.cache, new.cache, rows), **changes)  # type: ignore[arg-type]

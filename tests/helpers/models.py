@@ -17,7 +17,7 @@ from mtpjax.config import FULL, LINEAR, ModelConfig
 from mtpjax.engine.engine import Engine
 from mtpjax.engine.model_runner import ModelRunner
 from mtpjax.loading.load import load_model
-from mtpjax.loading.loaded_model import LoadedModel, map_params
+from mtpjax.loading.loaded_model import LoadedModel, ParamPath, map_params
 from mtpjax.model import abstract_model
 from tests.golden.weights import golden_config, golden_tensors
 
@@ -29,7 +29,7 @@ GOLDEN = Path(__file__).parent.parent / "golden"
 class Golden:
     """One golden case: the answers of transformers, and the model written as a checkpoint."""
 
-    def __init__(self, case: str, folder: Path):
+    def __init__(self, case: str, folder: Path) -> None:
         self.case, self.path = case, folder / case
         with np.load(GOLDEN / f"{case}.npz") as file:
             self.answers: dict[str, np.ndarray] = dict(file)
@@ -61,8 +61,11 @@ PACKABLE_SIZES: dict[str, Any] = {
 def tiny_config(
     *, moe: bool, layer_pattern: tuple[str, ...] = (LINEAR, FULL), num_superblocks: int = 2, **sizes: Any
 ) -> ModelConfig:
-    """A config of a few thousand parameters with every part of the architecture; the last id is its stop token."""
-    whole: dict[str, Any] = {
+    """Make a config of a few thousand parameters with every part of the architecture; its last id is the stop token.
+
+    `sizes` are fields of `ModelConfig`, which override these.
+    """
+    fields: dict[str, Any] = {
         "hidden_size": 48,
         "num_layers": len(layer_pattern) * num_superblocks,
         "layer_pattern": layer_pattern,
@@ -79,20 +82,21 @@ def tiny_config(
         "vocab_size": 96,
     }
     experts = {"num_experts": 8, "experts_per_token": 2, "expert_size": 16, "shared_expert_size": 24}
-    whole |= experts if moe else {"mlp_size": 64}
-    whole |= sizes
-    return ModelConfig(stop_token_ids=(whole["vocab_size"] - 1,), **whole)
+    fields |= experts if moe else {"mlp_size": 64}
+    fields |= sizes
+    return ModelConfig(stop_token_ids=(fields["vocab_size"] - 1,), **fields)
 
 
 def numpy_model(cfg: ModelConfig, *, seed: int = 0, scale: float = 0.15) -> LoadedModel:
-    """Random weights from numpy: `random_model` compiles a program for each leaf, which takes longer than most tests.
+    """Make a model with random float32 weights from numpy.
 
-    Matrices are normal with deviation `scale`, norms near neutral, decay rates as in `random_model`.
+    `random_model` compiles a program for each leaf, which takes longer than most tests. Here, too, matrices are normal
+    with deviation `scale` and decay rates as in Mamba-2; norms are near neutral.
     """
     graph, params = nnx.split(abstract_model(cfg))
     rng = np.random.default_rng(seed)
 
-    def make(path: tuple, leaf: Any) -> jax.Array:
+    def make(path: ParamPath, leaf: Any) -> jax.Array:
         name, shape = str(path[-1]), leaf.shape
         if name == "a_log":
             values = np.log(rng.uniform(1.0, 16.0, shape))

@@ -1,5 +1,9 @@
 """`linear` on a CPU: what weights that lie `[in, out]` promise."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +12,7 @@ import pytest
 from kernels_pallas.matmul import fused_linears, linear
 from kernels_pallas.weights.transposed import FusedPlaceholder, TransposedWeight
 from tests.helpers.models import cpu_only
+from tests.helpers.same_bits import FEW_OUTPUTS, MORE_OUTPUTS, rows_that_differ
 
 
 def operands(rows: int, outputs: int = 200, dtype: str = "float32") -> tuple[jax.Array, jax.Array]:
@@ -17,24 +22,45 @@ def operands(rows: int, outputs: int = 200, dtype: str = "float32") -> tuple[jax
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("rows", [1, 2, 9, 64])
-def test_a_turned_weight_gives_the_product_of_the_weight(rows: int, dtype: str) -> None:
+def test_a_transposed_weight_gives_the_product_of_the_weight(rows: int, dtype: str) -> None:
     x, w = operands(rows, dtype=dtype)
-    turned = linear(x.reshape(1, rows, 256), TransposedWeight(w.T), out_dtype=jnp.float32)
-    assert turned.shape == (1, rows, 200) and TransposedWeight(w.T).shape == w.shape
+    product = linear(x.reshape(1, rows, 256), TransposedWeight(w.T), out_dtype=jnp.float32)
+    assert product.shape == (1, rows, 200) and TransposedWeight(w.T).shape == w.shape
     want = np.asarray(x, np.float32) @ np.asarray(w, np.float32).T
-    np.testing.assert_allclose(turned[0], want, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(product[0], want, rtol=1e-5, atol=1e-4)
 
 
 @cpu_only
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("outputs", [4, 200, 768])
-def test_a_row_has_the_same_bits_among_any_others(outputs: int, dtype: str) -> None:
+@pytest.mark.parametrize(
+    "inputs, dtype, sizes",
+    [
+        (256, "float32", FEW_OUTPUTS + MORE_OUTPUTS),
+        (256, "bfloat16", FEW_OUTPUTS + MORE_OUTPUTS),
+        (1024, "float32", (4, 24, 200)),
+    ],
+)
+def test_a_row_has_the_same_bits_among_any_others(inputs: int, dtype: str, sizes: tuple[int, ...]) -> None:
     """From two rows on, and in bfloat16 alone too: verifying few drafts or many gives the same logits."""
-    x, w = operands(16, outputs, dtype)
-    product = jax.jit(lambda x: linear(x, TransposedWeight(w.T), out_dtype=jnp.float32))
-    whole = np.asarray(product(x))
-    for rows in (2, 3, 5, 9) + ((1,) if dtype == "bfloat16" else ()):
-        np.testing.assert_array_equal(np.asarray(product(x[:rows])), whole[:rows])
+    differ = {outputs: rows_that_differ(outputs, inputs, dtype) for outputs in sizes}
+    assert not {outputs: rows for outputs, rows in differ.items() if rows}
+
+
+@cpu_only
+def test_a_row_has_the_same_bits_on_a_processor_with_avx2_alone() -> None:
+    """In a process that takes this machine for an older one; the kernels of products are chosen by the processor."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_max_isa=AVX2"
+    child = subprocess.run(
+        [sys.executable, "-m", "tests.helpers.same_bits", "AVX2"],
+        env={**os.environ, "XLA_FLAGS": flags, "JAX_ENABLE_COMPILATION_CACHE": "false"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    refused = [line for line in child.stderr.splitlines() if "cannot pretend" in line or "Unknown flag" in line]
+    if child.returncode and refused:
+        pytest.skip(refused[0])
+    assert child.returncode == 0, child.stderr
+    assert child.stdout.splitlines() == ["XLA_FLAGS", flags]
 
 
 def test_weights_side_by_side_are_one_product() -> None:

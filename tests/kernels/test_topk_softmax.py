@@ -51,7 +51,9 @@ def test_the_largest_probabilities_in_order(rows: int, experts: int, k: int, dty
 
 
 def test_of_equals_the_first_is_chosen() -> None:
-    """As `lax.top_k` does: experts 3, 5 and 6 are the same, and so are all the others. A dead row chooses none there is."""
+    """As `lax.top_k` does: experts 3, 5 and 6 are the same, and so are all the others. A dead row chooses none there
+    is.
+    """
     router = np.zeros((8, 160), np.float32)
     router[[3, 5, 6]] = 1
     weights, chosen = choose(jnp.ones((3, 160)), router, 5, np.array([True, False, True]))

@@ -1,5 +1,6 @@
-"""Words of stored weights to numbers, as kernels unpack them: every code, table and high bit in arithmetic, and a GPU's own
-instructions, emulated, beside it."""
+"""Words of stored weights to numbers, as kernels unpack them: every code, table and high bit in arithmetic, and a GPU's
+own instructions, emulated, beside it.
+"""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,11 +1,14 @@
 """Weights in the order that a CPU multiplies fastest: which ones change, and that the model stays the same."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from kernels_pallas.weights import FusedExperts, FusedPlaceholder, TransposedWeight
+from kernels_pallas.weights.transposed import padded_outputs
 from mtpjax.decoding.output_rows import OutputRows
 from mtpjax.engine.request import Request
 from mtpjax.loading.cpu_layout import MAX_WEIGHT_ELEMENTS, SHARE_INPUT, optimize_for_cpu
@@ -48,11 +51,14 @@ def test_small_matrices_are_transposed_and_fused(moe: bool) -> None:
     layers = model.cfg.num_layers + model.cfg.mtp_layers
     placeholders = sum(kind is FusedPlaceholder for kind in kinds.values())
     assert placeholders == 3 * (layers - attention_layers) + attention_layers + (3 if moe else 1) * layers
-    num_elements = sum(leaf.size for leaf in jax.tree.leaves(optimized.params))
+    weights = [leaf[...] for leaf in after.values()]
+    num_elements = sum(math.prod(w.shape) for w in weights if not isinstance(w, FusedPlaceholder))
     copied = before["embedding",][...].size  # as the LM head
     assert num_elements == sum(leaf.size for leaf in jax.tree.leaves(model.params)) + copied
     fused = next(leaf[...] for path, leaf in after.items() if path[-1] == "in_qkv")
     assert len(fused.output_sizes) == 1 + len(SHARE_INPUT["in_qkv"])
+    assert fused.array.shape[-1] == padded_outputs(sum(fused.output_sizes))
+    assert fused.shape[-2] == sum(fused.output_sizes)
 
 
 def test_larger_weights_stay_as_they_are(nothing_is_small: None) -> None:

@@ -107,7 +107,9 @@ def abreast() -> tuple[FusedExperts, TransposedWeight]:
 @cpu_only
 @pytest.mark.parametrize("rows", [1, 2, 5, 64, 65])
 def test_experts_that_lie_abreast_give_the_same(rows):
-    """By windows or all at once; a dead row is zero, and an expert that nobody chose is not heard even where it overflows."""
+    """By windows or all at once; a dead row is zero, and an expert that nobody chose is not heard even where it
+    overflows.
+    """
     x, chosen, share = route(rows)
     live = np.arange(rows) != 1
     stacks = abreast()

@@ -155,7 +155,7 @@ def test_conversations_in_a_file_of_json_lines(tmp_path: Path, capsys: pytest.Ca
                 str(lines),
                 "--output",
                 str(out),
-                "--max-len",
+                "--max-model-len",
                 "256",
                 "--max-tokens",
                 "12",

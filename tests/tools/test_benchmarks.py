@@ -1,4 +1,4 @@
-"""The benchmark scripts: they run on the embedded model, say what is simulated, and the comparison flags what changed."""
+"""The benchmark scripts run on the embedded model and say what is simulated; the comparison flags changes."""
 
 import csv
 import json

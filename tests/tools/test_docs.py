@@ -23,11 +23,11 @@ FOREIGN = re.compile(
 
 @functools.cache
 def symbols() -> set[str]:
-    """Collect the names of all Python files, and every name that one defines or takes as an argument."""
+    """Collect the names of all Python files and folders, and every name that a file defines or takes as an argument."""
     names: set[str] = set()
     for folder in ("mtpjax", "kernels_pallas", "checkpoints", "tests", "scripts"):
         for file in (ROOT / folder).rglob("*.py"):
-            names.add(file.stem)
+            names |= {file.stem, file.parent.name}
             for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
                     names.add(node.name)
