@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -57,7 +56,10 @@ def exact_inputs(args: tuple[Any, ...]) -> DeltaInputs:
     projections, weights, state, *_ = args
     valid = np.asarray(args[-1])
     taps, a_log, dt_bias = (np.asarray(x, np.float64) for x in weights)
-    b, a = (np.asarray(sums.parts, np.float64).sum(0).reshape(*valid.shape, -1) for sums in (projections.beta, projections.decay))
+    b, a = (
+        np.asarray(sums.parts, np.float64).sum(0).reshape(*valid.shape, -1)
+        for sums in (projections.beta, projections.decay)
+    )
     rows, (heads, key_size, value_size) = valid.shape[1], state.recurrent.shape[2:]
     inputs = exact_conv_inputs(args)
     u = np.sum([inputs[:, i : i + rows] * taps[:, i] for i in range(taps.shape[1])], axis=0)
