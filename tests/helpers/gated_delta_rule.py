@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -42,7 +41,7 @@ def exact_conv_inputs(args: tuple[Any, ...]) -> np.ndarray:
     """Convolution inputs `[B, past + T, C]`: zeros, the inputs of the step before, the valid rows, zeros."""
     projections, _, state, layer, *placement = args
     pad, valid = (np.asarray(x) for x in placement)
-    qkv, before = np.float64(projections.qkv.parts).sum(0), np.float64(state.conv[layer])
+    qkv, before = np.asarray(projections.qkv.parts, np.float64).sum(0), np.asarray(state.conv[layer], np.float64)
     past, rows = before.shape[1], valid.shape[1]
     inputs = np.zeros((len(before), past + rows, before.shape[2]))
     for b, start in enumerate(pad):
@@ -56,12 +55,15 @@ def exact_inputs(args: tuple[Any, ...]) -> DeltaInputs:
     """Inputs of the recurrence from arguments of an op: convolution, gates and normalisation in float64."""
     projections, weights, state, *_ = args
     valid = np.asarray(args[-1])
-    taps, a_log, dt_bias = (np.float64(x) for x in weights)
-    b, a = (np.float64(sums.parts).sum(0).reshape(*valid.shape, -1) for sums in (projections.beta, projections.decay))
+    taps, a_log, dt_bias = (np.asarray(x, np.float64) for x in weights)
+    b, a = (
+        np.asarray(sums.parts, np.float64).sum(0).reshape(*valid.shape, -1)
+        for sums in (projections.beta, projections.decay)
+    )
     rows, (heads, key_size, value_size) = valid.shape[1], state.recurrent.shape[2:]
     inputs = exact_conv_inputs(args)
-    u = sum(inputs[:, i : i + rows] * taps[:, i] for i in range(taps.shape[1]))
-    u = np.float64((u / (1 + np.exp(-u))).astype(projections.qkv.parts.dtype))  # the convolution is rounded
+    u = np.sum([inputs[:, i : i + rows] * taps[:, i] for i in range(taps.shape[1])], axis=0)
+    u = (u / (1 + np.exp(-u))).astype(projections.qkv.parts.dtype).astype(np.float64)  # the convolution is rounded
     key_channels = (u.shape[2] - heads * value_size) // 2
     q, k = (u[..., i * key_channels : (i + 1) * key_channels] for i in range(2))
     q, k = (x.reshape(*valid.shape, -1, key_size) for x in (q, k))
@@ -106,19 +108,13 @@ def random_args(
 
 
 def select(args: tuple[Any, ...], sequences: slice, rows: slice) -> tuple[Any, ...]:
-    """Arguments for some of the sequences and some of the rows."""
+    """Return the arguments for some of the sequences and some of the rows."""
     projections, weights, state, layer, pad, valid = args
 
     def cut(sums: PartialSums) -> PartialSums:
         parts = sums.parts.reshape(len(sums.parts), *valid.shape, -1)[:, sequences, rows]
         return PartialSums(parts.reshape(len(parts), -1, parts.shape[-1]))
 
-    cut_projections = DeltaProjections(*map(cut, projections))
-    return (
-        cut_projections,
-        weights,
-        jax.tree.map(lambda x: x[:, sequences], state),
-        layer,
-        pad[sequences],
-        valid[sequences, rows],
-    )
+    some_state = DeltaState(*(x[:, sequences] for x in state))
+    some_projections = DeltaProjections(*map(cut, projections))
+    return some_projections, weights, some_state, layer, pad[sequences], valid[sequences, rows]

@@ -82,8 +82,8 @@ class TestChunkGatedDeltaRule:
         between = DeltaState(*(x[None] for x in state))
         rest = projections, weights, between, 0, np.zeros(2, np.int32), valid
         more, after = run(*rest, dtype="float32", implementation=implementation)
-        assert_close(np.concatenate([o, more], axis=1), np.float64(want_o), "float32")
-        assert_close(after.recurrent, np.float64(want.recurrent), "float32")
+        assert_close(np.concatenate([o, more], axis=1), np.asarray(want_o, np.float64), "float32")
+        assert_close(after.recurrent, np.asarray(want.recurrent, np.float64), "float32")
         assert np.array_equal(after.conv, want.conv)
 
 
