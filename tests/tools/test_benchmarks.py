@@ -130,7 +130,7 @@ def test_bad_arguments_are_named(args: list[str], message: str, capsys: pytest.C
 @pytest.mark.slow
 def test_the_gpu_suite_runs_at_a_toy_size(tmp_path: Path) -> None:
     """Every part writes its file with ceilings and a share of the roofline; the kernels are right in interpret mode."""
-    done = subprocess.run([*GPU_SUITE, "--smoke", "--out", tmp_path], capture_output=True, text=True, timeout=600)
+    done = subprocess.run([*GPU_SUITE, "--smoke", "--out", str(tmp_path)], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     names = ("kernels", "experts", "prefill", "decode", "table", "profile")
     parts = {name: json.loads((tmp_path / f"gpu_{name}.json").read_text()) for name in names}
@@ -150,6 +150,6 @@ def test_the_gpu_suite_runs_at_a_toy_size(tmp_path: Path) -> None:
 
 
 def test_the_gpu_suite_says_that_there_is_no_gpu(tmp_path: Path) -> None:
-    command = [*GPU_SUITE, "--out", tmp_path]
+    command = [*GPU_SUITE, "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert done.returncode == 2 and "not a CUDA GPU; try --smoke" in done.stderr
