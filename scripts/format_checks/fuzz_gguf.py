@@ -23,7 +23,7 @@ SECONDS = 2.0
 
 
 def flipped(raw: bytes, seed: int) -> bytes:
-    """Replace one to eight bytes, mostly near the front with its lengths and counts; cut one file in ten short, too."""
+    """Replace one to eight bytes, mostly near the front with its lengths and counts; cut one file in ten short."""
     rng = np.random.default_rng(seed)
     damaged = bytearray(raw)
     for _ in range(rng.integers(1, 9)):

@@ -89,7 +89,7 @@ def auto_round(weights: Tensors, is_matrix: IsMatrix, backend: str, sym: bool, b
             from auto_round.export.export_to_awq.utils import dequantize_gemm
 
             layer = layer_class.from_linear(
-                linear_layer(weight), bits, group, scales=scale.T, zeros=zero.T if not sym else zero
+                linear_layer(weight), bits, group, scales=scale.T, zeros=zero_point if sym else zero_point.T
             )
             value = dequantize_gemm(layer.qweight, layer.qzeros, layer.scales.float(), bits, layer.group_size).T
         else:

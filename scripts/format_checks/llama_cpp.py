@@ -12,7 +12,7 @@ import numpy as np
 
 
 class _Params(c.Structure):
-    """Parameters that llama.cpp fills and takes by value; the size is larger than that of any version."""
+    """Parameters that llama.cpp fills and takes by value; larger than those of any version, so all versions fit."""
 
     _fields_ = [("raw", c.c_uint8 * 1024)]
 
@@ -162,7 +162,7 @@ class Llama:
         return rows, tokens
 
     def mtp_logits(self, next_tokens: Sequence[int], hidden: np.ndarray) -> np.ndarray | None:
-        """Return the MTP head's logits of hidden states `[T, D]` and their next tokens; None without MTP support."""
+        """Return MTP logits of hidden states `[T, D]` and the tokens after them; None if libllama has no MTP."""
         if not (context := self._context(len(next_tokens), mtp=True)):
             return None
         rows = self._decode(context, next_tokens, 0, np.ascontiguousarray(hidden, np.float32))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -151,11 +152,13 @@ def train(
 
     The given and the yielded states are donated to the next step, so a caller that keeps one must copy it.
     """
+    # The step is compiled once for its static arguments; seed and length of the run do not change it.
+    step_plan = replace(plan, seed=0, steps=None, minutes=None)
     width = ROWS + 1 + plan.mtp_steps
     order = data.batches(tokens, plan.batch, width, ROWS, plan.seed)
     for step, window in enumerate(itertools.islice(order, first, None), first):
         if (share := done(step)) >= 1.0:
             return
         rate = rate_at(plan, step, share)
-        state, parts = train_step(state, jnp.asarray(window), jnp.float32(rate), cfg=cfg, plan=plan)
+        state, parts = train_step(state, jnp.asarray(window), jnp.float32(rate), cfg=cfg, plan=step_plan)
         yield state, {"rate": rate} | {name: float(part) for name, part in parts.items()}

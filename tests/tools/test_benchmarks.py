@@ -1,19 +1,58 @@
 """The benchmark scripts run on the embedded model and say what is simulated; the comparison flags changes."""
 
 import csv
+import importlib
 import json
 import subprocess
 import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
 
+import jax
+import numpy as np
 import pytest
+from flax import nnx
 
+from scripts.benchmarks import bench_table
 from scripts.benchmarks.bench_compare import compare
+from scripts.benchmarks.pre_norm_model import pre_norm
+from scripts.tiny_model.loss import ROWS, fresh, spread_gains
+from tests.helpers.models import numpy_model, tiny_config
 
 TABLE = [sys.executable, "-m", "scripts.benchmarks.bench_table"]
 GPU_SUITE = [sys.executable, "-m", "scripts.gpu.suite"]
+ROOT = Path(__file__).parent.parent.parent
+BENCHMARKS = sorted(file.stem for file in (ROOT / "scripts" / "benchmarks").glob("*.py"))
+EXPERIMENTS = ("cost_model", "draft_length", "hidden_state", "quantization", "rows")
 
 
-def test_compare_flags_what_lies_beyond_the_spread():
+@pytest.mark.fast
+@pytest.mark.parametrize("name", [name for name in BENCHMARKS if name.startswith(("bench_", "acceptance", "profile_"))])
+def test_a_benchmark_explains_its_options(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = importlib.import_module(f"scripts.benchmarks.{name}")
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        module.main()
+    assert stopped.value.code == 0 and "usage:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_draws_its_published_figures(name: str) -> None:
+    """The files in docs/benchmarks have the keys that the plots read."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    module = importlib.import_module(f"scripts.experiments.{name}")
+    file = ROOT / "docs" / "benchmarks" / f"{name.replace('quantization', 'quantisation')}.json"
+    figure = pyplot.figure()
+    module.plot(json.loads(file.read_text(encoding="utf-8")), figure)
+    assert figure.axes and all(axis.has_data() for axis in figure.axes)
+    pyplot.close(figure)
+
+
+@pytest.mark.fast
+def test_compare_flags_changes_beyond_the_spread() -> None:
     old = {
         "rows": [
             {"side": "a", "s": [1.0, 1.1, 1.2]},
@@ -28,17 +67,38 @@ def test_compare_flags_what_lies_beyond_the_spread():
             {"side": "c", "s": [1.01, 1.01]},
         ]
     }
-    found = {place: (ratio, flagged) for place, _, _, ratio, flagged in compare(old, new, 1.05)}
+    found = {c.path: (c.ratio, c.flagged) for c in compare(old, new, 1.05)}
     assert found["rows[side=a].s"] == (pytest.approx(2.1 / 1.1), True)
     assert found["rows[side=b].s"][1] is False  # the runs overlap
     assert found["rows[side=c].s"][1] is False  # apart, by one hundredth
 
 
+def test_the_pre_norm_model_changes_the_head_alone() -> None:
+    """The trunk gives the same logits, in prompts and in verification; the head, which reads other rows, does not."""
+    model = spread_gains(numpy_model(tiny_config(moe=False, num_superblocks=1)), seed=0)
+    tokens = np.random.default_rng(0).integers(0, model.cfg.vocab_size, (1, ROWS + 1), dtype=np.int32)
+
+    @partial(jax.jit, static_argnames="graph")
+    def logits(graph: Any, params: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+        model = nnx.merge(graph, params)
+        cache, positions = fresh(model.cfg, 1)
+        verified, _, _ = model.trunk_pending(tokens[:, :ROWS], cache, positions)
+        rows, cache = model.trunk(tokens[:, :ROWS], cache, positions)
+        hidden = model.final_norm(rows)
+        drafted, _ = model.mtp_step(hidden, tokens[:, 1:], cache, positions)
+        return model.head(hidden), model.head(verified), model.mtp_head(drafted)
+
+    post, pre = (logits(m.graph, m.params) for m in (model, pre_norm(model)))
+    for a, b in zip(post[:2], pre[:2], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    assert np.abs(post[2] - pre[2]).max() > 0.1 * np.abs(post[2]).max()
+
+
 @pytest.mark.slow
-def test_the_table_of_the_embedded_model(tmp_path):
-    """Every side in every file; the simulated acceptance is what was asked and is named in each of them."""
-    args = ["--model", "tiny", "--contexts", "32", "--chunk", "16", "--drafts", "0", "3", "--new", "24", "--runs", "2"]
-    args += ["--acceptance", "1,1,1", "--out", str(tmp_path / "t")]
+def test_the_table_of_the_embedded_model(tmp_path: Path) -> None:
+    """Every variant is in every file; the acceptance is that of the option and is named as simulated in each."""
+    args = ["--model", "tiny", "--prompt-tokens", "32", "--chunk", "16", "--num-speculative-tokens", "0", "3"]
+    args += ["--max-tokens", "24", "--runs", "2", "--acceptance", "1,1,1", "--out", str(tmp_path / "t")]
     done = subprocess.run([*TABLE, *args], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "t.json").read_text())
@@ -53,22 +113,24 @@ def test_the_table_of_the_embedded_model(tmp_path):
     assert (tmp_path / "t.png").stat().st_size > 10_000
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--drafts", "2"], "with 0, the base of all ratios"),
-        (["--contexts", "700"], "expected positive multiples of --chunk 512"),
+        (["--num-speculative-tokens", "2"], "with 0, the base of all ratios"),
+        (["--prompt-tokens", "700"], "expected positive multiples of --chunk 512"),
     ],
 )
-def test_bad_arguments_are_named(args, message):
-    done = subprocess.run([*TABLE, *args], capture_output=True, text=True, timeout=100)
-    assert done.returncode == 2 and message in done.stderr
+def test_bad_arguments_are_named(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        bench_table.main(args)
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_the_gpu_suite_runs_at_a_toy_size(tmp_path):
+def test_the_gpu_suite_runs_at_a_toy_size(tmp_path: Path) -> None:
     """Every part writes its file with ceilings and a share of the roofline; the kernels are right in interpret mode."""
-    done = subprocess.run([*GPU_SUITE, "--smoke", "--out", tmp_path], capture_output=True, text=True, timeout=600)
+    done = subprocess.run([*GPU_SUITE, "--smoke", "--out", str(tmp_path)], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     names = ("kernels", "experts", "prefill", "decode", "table", "profile")
     parts = {name: json.loads((tmp_path / f"gpu_{name}.json").read_text()) for name in names}
@@ -87,7 +149,7 @@ def test_the_gpu_suite_runs_at_a_toy_size(tmp_path):
     assert 0 < len(parts["profile"]["decode"]["longest"]) <= 10
 
 
-def test_the_gpu_suite_says_that_there_is_no_gpu(tmp_path):
-    command = [*GPU_SUITE, "--out", tmp_path]
+def test_the_gpu_suite_says_that_there_is_no_gpu(tmp_path: Path) -> None:
+    command = [*GPU_SUITE, "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert done.returncode == 2 and "not a CUDA GPU; try --smoke" in done.stderr
