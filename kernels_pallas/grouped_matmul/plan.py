@@ -23,9 +23,7 @@ class BlockLayout(NamedTuple):
     """Assignments in blocks of one size. Rows without an expert have no place in it."""
 
     sorted_token_ids: Int[Array, " places"]  # the assignment at each place; rows * topk for padding
-    inverse_order: Int[
-        Array, "rows topk"
-    ]  # the place of each assignment; the number of places for rows without an expert
+    inverse_order: Int[Array, "rows topk"]  # the place of each assignment; the number of places if it has no expert
     expert_ids: Int[Array, " blocks"]  # the expert of each block
     num_blocks: Int[Array, ""]  # blocks in use, the first ones; nothing reads or writes the others
 
@@ -133,10 +131,8 @@ def align_windows(topk_ids: Int[Array, "rows topk"], num_experts: int, sizes: Se
     step, longest = sizes[0], sizes[-1]
     places = num_places(topk_ids.size, num_experts, sizes)
     runs = _sort_by_expert(topk_ids, num_experts, places, lambda counts: -(-counts // step) * step)
-    longest_windows, rest = (
-        runs.counts // longest,
-        -(-(runs.counts % longest) // step),
-    )  # rest: number of its size, from 1
+    longest_windows = runs.counts // longest
+    rest = -(-(runs.counts % longest) // step)  # the number of its size, from 1
     ends = jnp.cumsum(longest_windows)
     number = jnp.arange(topk_ids.size // longest)
     owner = jnp.minimum(jnp.sum(ends <= number[:, None], axis=1), num_experts - 1)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.matmul import fused_linears, linear
+from kernels_pallas.matmul import embedding_lookup, fused_linears, linear
 from kernels_pallas.weights.transposed import FusedPlaceholder, TransposedWeight
 from tests.helpers.models import cpu_only
 from tests.helpers.same_bits import FEW_OUTPUTS, MORE_OUTPUTS, rows_that_differ
@@ -78,3 +78,30 @@ def test_weights_side_by_side_are_one_product() -> None:
         )
         == 1
     )
+
+
+@cpu_only
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_row_has_the_same_bits_in_a_window_of_experts_of_any_size(dtype: str) -> None:
+    """So a prompt's keys, values and states do not depend on what else is read beside it."""
+    rng = np.random.default_rng(3)
+    for outputs, inputs in ((512, 1024), (1024, 256), (384, 192), (192, 96)):
+        w, x = (jnp.asarray(rng.normal(size=shape), dtype) for shape in ((outputs, inputs), (512, inputs)))
+        product = jax.jit(linear)
+        expected = product(x, w)
+        for rows in (16, 32, 48, 64, 96, 128, 192, 320, 448):
+            assert jnp.array_equal(product(x[:rows], w), expected[:rows]), (outputs, inputs, rows)
+
+
+@cpu_only
+def test_embedding_rows_are_read_as_bits_and_have_their_gradient() -> None:
+    w = jnp.asarray(np.random.default_rng(0).normal(size=(640, 32)), jnp.bfloat16)
+    ids = jnp.array([[3, 3, 639], [0, 5, 3]])
+    take = jax.jit(lambda w: embedding_lookup(w, ids, jnp.bfloat16))
+    assert jnp.array_equal(take(w), w[ids])
+    assert "f32[640,32]" not in take.lower(w).compile().as_text()  # that would convert the whole table in every call
+    cotangent = jnp.asarray(np.random.default_rng(1).normal(size=(2, 3, 32)), jnp.bfloat16)
+    actual, expected = (
+        jax.grad(lambda w, f=f: jnp.sum(f(w) * cotangent).astype(jnp.float32))(w) for f in (take, lambda w: w[ids])
+    )
+    assert jnp.array_equal(actual, expected) and actual[3].any()
