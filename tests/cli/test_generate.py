@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -14,6 +14,7 @@ from mtpjax import LLM, CompletionOutput, Metrics, RequestOutput, SamplingParams
 from mtpjax.cli import generate
 from mtpjax.cli.generate import main
 from mtpjax.cli.report import JobTotals
+from mtpjax.engine.engine import Engine
 from mtpjax.sampling_params import PENALTIES
 from tests.helpers.batch_job import SETTINGS, prompt_lines, rows, watch_answers
 
@@ -63,7 +64,13 @@ def test_recommended_sampling_is_overridden_by_options_and_lines(
     )
     lines = [{"prompt": [n], "top_p": 0.6} if n == 2 else {"prompt": [n]} for n in (1, 2, 3)]  # three: as many as slots
     assert job(lines, "--recommended-sampling", "--top-k", "50", "--ignore-eos") == 0
-    how = {"max_tokens": 6, "temperature": 5.0, "top_k": 50, "presence_penalty": 1.5, "ignore_eos": True}
+    how: dict[str, Any] = {
+        "max_tokens": 6,
+        "temperature": 5.0,
+        "top_k": 50,
+        "presence_penalty": 1.5,
+        "ignore_eos": True,
+    }
     expected = llm.generate(
         [[1], [2], [3]], [SamplingParams(**how, top_p=p, seed=seed) for seed, p in enumerate((0.9, 0.6, 0.9))]
     )
@@ -233,7 +240,7 @@ def test_the_summary_adds_up() -> None:
     engine = SimpleNamespace(
         num_prompt_tokens=40, prefill_seconds=4.0, decode_seconds=8.0, compile_seconds=4.25, slot_steps=25
     )
-    assert totals.summary(engine, 20.0).splitlines() == [
+    assert totals.summary(cast(Engine, engine), 20.0).splitlines() == [
         "prompts          3 with 60 tokens",
         "prefill       10.0 tokens/s",  # 40 read, for a prompt of 20 came twice
         "decode         5.0 tokens/s: 40 tokens in 20 rounds, 2.00 a round",  # in 8
@@ -242,7 +249,7 @@ def test_the_summary_adds_up() -> None:
         "seconds       20.0 in all, 4.2 of them compiling",
     ]
     plain = JobTotals()
-    printed = plain.summary(SimpleNamespace(**dict.fromkeys(vars(engine), 0)), 1.0)
+    printed = plain.summary(cast(Engine, SimpleNamespace(**dict.fromkeys(vars(engine), 0))), 1.0)
     assert "drafts   none" in printed and "- tokens/s" in printed
 
 

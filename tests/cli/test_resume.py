@@ -53,7 +53,7 @@ def test_answers_stay_when_the_job_stops_and_a_resumed_job_finishes_them(
     assert (
         "out.jsonl.part: is the partial output of an earlier run; continue it with --resume" in capsys.readouterr().err
     )
-    calls = []
+    calls: list[int] = []
     with monkeypatch.context() as patch:
         watch_answers(patch, calls.append)
         assert job(lines, "--resume") == 0

@@ -60,7 +60,7 @@ def test_experts_as_bits_are_never_converted_whole() -> None:
     x, gate_up, down, *rest = arguments()
     stacks = re.compile(rf"(\w+)\[1,{EXPERTS},(?:{2 * SIZE},{HIDDEN}|{HIDDEN},{SIZE})\]")
 
-    def types(*stacks_given: jax.Array) -> set[str]:
+    def types(*stacks_given: jax.Array | BitcastBfloat16) -> set[str]:
         return set(stacks.findall(str(run.lower(x, *stacks_given, *rest).compile().as_text())))
 
     assert types(bits(gate_up), bits(down)) == {"u16"}

@@ -8,6 +8,7 @@ import copy
 import json
 import sys
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -208,7 +209,7 @@ def make(case: str) -> str:
         "transformers_version": np.array(transformers.__version__),
     }
     path = HERE / f"{case}.npz"
-    np.savez_compressed(path, **arrays, **notes)
+    np.savez_compressed(path, **cast("dict[str, Any]", arrays | notes))
     if path.stat().st_size > MAX_BYTES:
         raise RuntimeError(f"{path}: {path.stat().st_size} bytes, over {MAX_BYTES}")
     kinds = len(set(arrays["logits"].argmax(-1)))

@@ -37,7 +37,7 @@ def prompt_lines(number: int) -> list[dict[str, Any]]:
     return lines
 
 
-def watch_answers(monkeypatch: pytest.MonkeyPatch, before: Callable[[int], None]) -> None:
+def watch_answers(monkeypatch: pytest.MonkeyPatch, before: Callable[[int], object]) -> None:
     """Call `before(n)` before answer number n = 1, 2, ... is written."""
     row, number = generate.output_row, [0]
 

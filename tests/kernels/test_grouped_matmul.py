@@ -161,7 +161,7 @@ class TestKernel:
         assert (of(np.arange(257)[::-1])[:-22:-1] == few).all()
 
     def test_plain_experts_have_the_gradient_of_the_reference(self) -> None:
-        topk_ids, topk_weights, valid = route(5)
+        topk_ids, topk_weights, valid = map(jnp.asarray, route(5))
 
         def loss(x: Any, gate_up: Any, down: Any, weights: Any, implementation: str) -> jax.Array:
             y = fused_moe(x, gate_up, down, jnp.int32(1), topk_ids, weights, valid, implementation=implementation)
@@ -170,7 +170,7 @@ class TestKernel:
         args = (inputs(5, HIDDEN), *experts("plain"), topk_weights)
         gradients = (jax.grad(loss, (0, 1, 2, 3))(*args, name) for name in ("triton", "xla"))
         for actual, reference in zip(*gradients, strict=True):
-            assert_close(actual, np.float64(reference), "float32")
+            assert_close(actual, np.asarray(reference, np.float64), "float32")
 
     def test_weights_that_it_does_not_read(self) -> None:
         w = QuantizedTensor(

@@ -49,7 +49,7 @@ class TestTopkSoftmax:
     @pytest.mark.parametrize(("rows", "experts", "k"), [(1, 256, 8), (5, 256, 8), (64, 60, 10), (3, 8, 1)])
     def test_the_largest_probabilities_come_in_order(self, op: Op, rows: int, experts: int, k: int) -> None:
         x, router = random_rows(rows, experts, "float32")
-        logits = np.float64(x) @ np.float64(router).T
+        logits = np.asarray(x, np.float64) @ np.asarray(router, np.float64).T
         halves = jnp.asarray(np.stack([logits / 2, logits - logits / 2]), jnp.float32)
         weights, ids = choose(op, PartialSums(halves), k)
         p = np.exp(logits - logits.max(axis=1, keepdims=True))

@@ -19,22 +19,14 @@ from kernels_pallas.packed.unpack import PAIR_SCALE, unpack_bf16x2, unpack_f32
 from kernels_pallas.weights.quantized import INDEX_BITS
 from tests.helpers.ptx import each_thread
 
-ORDER = (
-    0,
-    2,
-    4,
-    6,
-    1,
-    3,
-    5,
-    7,
-)  # the nibbles of a word in the order of elements: low ones of four bytes, then high ones
+# The nibbles of a word in the order of elements: low ones of four bytes, then high ones.
+ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 ENTRY = st.integers(-128, 127)
 HALF = st.lists(st.integers(0, 127), min_size=8, max_size=8)
 SIGN = st.sampled_from([1, -1])
 TABLES = st.one_of(  # any numbers; numbers of one sign in each half, as in the formats; consecutive numbers
     st.lists(ENTRY, min_size=16, max_size=16),
-    st.tuples(HALF, SIGN, HALF, SIGN).map(lambda made: [made[i + 1] * t for i in (0, 2) for t in made[i]]),
+    st.tuples(HALF, SIGN, HALF, SIGN).map(lambda made: [made[1] * t for t in made[0]] + [made[3] * t for t in made[2]]),
     st.integers(-128, 112).map(lambda first: list(range(first, first + 16))),
 )
 
@@ -95,7 +87,7 @@ def test_a_number_by_its_scale_is_bfloat16_within_a_rounding() -> None:
     column = jnp.asarray(codes[:, None] / PAIR_SCALE)
     pair = JNP_OPS.mul_split_scale(JNP_OPS.pack_bf16x2(column, column), *split_scale(jnp.asarray(scales), JNP_OPS))
     got, same = JNP_OPS.split_bf16x2(pair)
-    got, same = np.asarray(got, np.float32), np.asarray(same, np.float32)
+    got, same = np.asarray(got, np.float32), np.asarray(same, np.float32)  # type: ignore[assignment]
     exact = codes[:, None] * scales[None]
     nearest = exact.astype(ml_dtypes.bfloat16).astype(np.float32)
     assert (got == same).all() and (got == nearest).mean() > 0.999
@@ -135,9 +127,9 @@ def test_instructions_of_a_gpu_give_the_bits_of_arithmetic(layout: PackedLayout)
         unpack_bf16x2(layout, word, PTX_OPS, high), unpack_bf16x2(layout, word, JNP_OPS, high), strict=True
     ):
         np.testing.assert_array_equal(np.asarray(ptx), np.asarray(expected))
-    (ptx, bias), (expected, same) = (unpack_f32(layout, word, ops, high) for ops in (PTX_OPS, JNP_OPS))
+    (f32, bias), (wide, same) = (unpack_f32(layout, word, ops, high) for ops in (PTX_OPS, JNP_OPS))
     assert bias == same
-    for one, other in zip(ptx, expected, strict=True):
+    for one, other in zip(f32, wide, strict=True):
         np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
 
 

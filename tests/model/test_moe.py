@@ -22,7 +22,7 @@ def test_the_block_against_its_formula(platform: str) -> None:
     """
     loaded, layer = numpy_model(tiny_config(moe=True, num_superblocks=1), seed=5), ONLY_LAYER
     block = nnx.merge(loaded.graph, loaded.params).decoder.blocks[0].layers[0]
-    graph, experts, rest = nnx.split(block.mlp, Expert, ...)
+    graph, experts, rest = nnx.split(block.mlp, Expert, ...)  # type: ignore[misc]
     moe = nnx.merge(graph, experts, jax.tree.map(lambda w: w[layer], rest))
     x = 2 * np.random.default_rng(6).normal(size=(2, 7, loaded.cfg.hidden_size)).astype(np.float32)
     valid = np.ones((2, 7), bool)
