@@ -142,9 +142,12 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=2048, help="rows of the prompt chunk (%(default)s)")
     parser.add_argument("--context", type=int, default=8192, help="tokens read when the chunk ends (%(default)s)")
     parser.add_argument(
-        "--mtp-prompt-tokens", type=int, nargs="+", metavar="N",
+        "--mtp-prompt-tokens",
+        type=int,
+        nargs="+",
+        metavar="N",
         help="also: a whole prompt of --context tokens, of which the head reads all or the last N",
-    )  # fmt: skip
+    )
     args = parser.parse_args()
     if not 1 <= args.chunk <= args.context:
         parser.error(f"--chunk is {args.chunk}; expected 1 ... --context = {args.context}")

@@ -7,14 +7,13 @@ Each library packs the matrices of two random models on a CPU. The folder is rea
 with the library's own in float32, and its logits, computed with packed weights, with those of a plain folder of the
 library's values. Then libraries quantise the whole models, in the form that transformers gives them, and the logits of
 their folders are compared with those of their own models. A missing library is reported and left out; a folder with its
-sources (`--path`) serves as well as an installation.
+sources on `PYTHONPATH` serves as well as an installation.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 import warnings
 from contextlib import redirect_stderr, redirect_stdout
@@ -237,10 +236,8 @@ def show(row: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs="*", help="names of libraries or of formats")
-    parser.add_argument("--path", nargs="*", default=[], help="source folders of libraries that are not installed")
     parser.add_argument("--out", default="docs/benchmarks/formats.json")
     args = parser.parse_args()
-    sys.path.extend(args.path)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     print(f"{'library':19}{'version':9}{'format':30}{'equal':>9}{'tensors':>10}{'logits':>10}  in memory")

@@ -69,9 +69,15 @@ class ThreadGroup:
     """
 
     def __init__(
-        self, kernel: Kernel, block_ids: Any, grid: Sequence[int], threads: int, shared_bytes: int,
-        global_memory: Memory, params: Sequence[int],
-    ):  # fmt: skip
+        self,
+        kernel: Kernel,
+        block_ids: Any,
+        grid: Sequence[int],
+        threads: int,
+        shared_bytes: int,
+        global_memory: Memory,
+        params: Sequence[int],
+    ):
         block_threads, self.num_blocks = -(-threads // WARP_SIZE) * WARP_SIZE, len(block_ids)
         self.kernel, self.num_threads = kernel, block_threads * self.num_blocks
         self.block = np.repeat(np.arange(self.num_blocks), block_threads)
