@@ -17,6 +17,8 @@ from tests.helpers.quantized_folders import (
     write_three_matrices,
 )
 
+pytestmark = pytest.mark.fast
+
 CT, ZEROS, AUTO_ROUND = "compressed-tensors", "compressed-tensors, zeros", "auto-round"
 
 

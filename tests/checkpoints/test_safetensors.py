@@ -15,6 +15,8 @@ from checkpoints.dtypes import DTYPES, is_float, non_finite
 from checkpoints.names import canonical_name
 from checkpoints.safetensors.header import encode_header
 
+pytestmark = pytest.mark.fast
+
 BF16, FP8 = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn
 FLOATS = [dtype for dtype in DTYPES.values() if is_float(dtype)]
 PREFIXES = ("", "model.", "language_model.", "model.language_model.", "language_model.model.")

@@ -12,6 +12,8 @@ from safetensors.numpy import load_file
 
 from checkpoints import CheckpointError, SafetensorsDirectory, open_checkpoint, write_safetensors_directory
 
+pytestmark = pytest.mark.fast
+
 INDEX = "model.safetensors.index.json"
 ARRAYS: dict[str, np.ndarray] = {
     "model.norm.weight": np.arange(3, dtype=np.float32),

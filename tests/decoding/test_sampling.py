@@ -1,6 +1,5 @@
 """Tokens follow the model's distribution: chi-square tests, alone and through the loop, that planted bugs must fail."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -171,7 +170,10 @@ def test_the_loop_samples_the_model(toy: tuple[LoadedModel, np.ndarray]) -> None
 def test_the_joint_test_sees_drafts_that_are_always_accepted(toy, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second token is then the trunk's answer to a first one that is not in the text."""
     model, joint = toy
-    everything: Callable[..., jax.Array] = lambda drafts, tokens: jnp.full(drafts.shape[:1], drafts.shape[1])  # noqa: E731
+
+    def everything(drafts: jax.Array, tokens: jax.Array) -> jax.Array:
+        return jnp.full(drafts.shape[:1], drafts.shape[1])
+
     monkeypatch.setattr(acceptance, "accepted_prefix_length", everything)
     counts, accepted = joint_counts(model, 2)
     assert accepted == 1.0

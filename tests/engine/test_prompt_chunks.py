@@ -1,10 +1,13 @@
 """Prompts are cut into few lengths, lose no token, and end together."""
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mtpjax.engine.prompt_chunks import plan_chunks, split_prompts, usable_buckets
+
+pytestmark = pytest.mark.fast
 
 BUCKETS = st.lists(st.integers(1, 40), min_size=1, max_size=4)
 

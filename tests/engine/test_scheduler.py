@@ -4,6 +4,7 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -11,6 +12,8 @@ from mtpjax.engine.engine import Engine
 from mtpjax.engine.request import Request, RequestState
 from mtpjax.engine.scheduler import LOOKAHEAD_BATCHES, Scheduler
 from tests.helpers.fake_runner import VOCAB, FakeRunner, expected_tokens
+
+pytestmark = pytest.mark.fast
 
 PROMPTS = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=6).map(tuple)
 

@@ -14,6 +14,8 @@ from kernels_pallas.platform import override_platform
 from mtpjax.presets import PRESETS
 from tests.helpers.numerics import as_float64, assert_close
 
+pytestmark = pytest.mark.fast
+
 EPS = 1e-6
 DTYPES = ["float32", "bfloat16"]
 add = jax.jit(add_rms_norm, static_argnames=("eps", "implementation"))

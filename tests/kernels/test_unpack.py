@@ -19,6 +19,8 @@ from kernels_pallas.packed.unpack import PAIR_SCALE, unpack_bf16x2, unpack_f32
 from kernels_pallas.weights.quantized import INDEX_BITS
 from tests.helpers.ptx import each_thread
 
+pytestmark = pytest.mark.fast
+
 # The nibbles of a word in the order of elements: low ones of four bytes, then high ones.
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 ENTRY = st.integers(-128, 127)

@@ -12,6 +12,8 @@ from tests.golden.weights import golden_config
 from tests.helpers.models import tiny_config
 from tests.helpers.published_models import PublishedModel, moe_fused, moe_separate_experts
 
+pytestmark = pytest.mark.fast
+
 DENSE = tiny_config(moe=False, tied_embeddings=True)
 MOE = tiny_config(moe=True)
 

@@ -14,6 +14,8 @@ from mtpjax.hf_config import config_from_hf, config_to_hf
 from mtpjax.model import abstract_model
 from mtpjax.presets import PRESETS, preset
 
+pytestmark = pytest.mark.fast
+
 ROPE = {
     "rope_type": "default", "rope_theta": 10_000_000, "partial_rotary_factor": 0.25, "mrope_section": [11, 11, 10],
     "mrope_interleaved": True,

@@ -10,6 +10,8 @@ from mtpjax.model import Expert
 from mtpjax.model.params import ONLY_LAYER
 from tests.helpers.models import numpy_model, tiny_config
 
+pytestmark = pytest.mark.fast
+
 
 def silu(x: np.ndarray) -> np.ndarray:
     return x / (1 + np.exp(-x))

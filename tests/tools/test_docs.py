@@ -14,11 +14,13 @@ ROOT = Path(__file__).parent.parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 FOLDERS = ("mtpjax", "kernels_pallas", "checkpoints", "tests", "scripts", "docs", ".ci")
 # Names of other projects, of file formats and of commands that stand in backticks, too.
-FOREIGN = re.compile(
-    r"^(jax|jnp|lax|nnx|flax|gguf|numpy|torch|xz|pip|hf|make|XLA|JAX|wgmma|join|scan|div|rem|huggingface_hub|elementwise_inline_asm|ruff|mypy|"
-    r"pytest|slow|fast|qwen35|qwen35moe|g_idx|imatrix|softmax|gumbel|beta|argmax|ldmatrix|dot_general|searchsorted|lint-imports|"
-    r"Precision|mtp|id|prompt|messages|text|token_ids|metrics|finish_reason|max_tokens)\b"
-)
+FOREIGN_NAMES = """
+    jax jnp lax nnx flax gguf numpy torch xz pip hf make XLA JAX wgmma join scan div rem huggingface_hub
+    elementwise_inline_asm ruff mypy pytest slow fast qwen35 qwen35moe g_idx imatrix softmax gumbel beta
+    argmax ldmatrix dot_general searchsorted lint-imports Precision mtp id prompt messages text token_ids
+    metrics finish_reason max_tokens
+"""
+FOREIGN = re.compile(rf"^({'|'.join(FOREIGN_NAMES.split())})\b")
 
 
 @functools.cache
