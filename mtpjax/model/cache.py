@@ -19,6 +19,8 @@ from mtpjax.config import ModelConfig
 class Cache(struct.PyTreeNode):
     """State of B sequences, for the A attention layers and the L DeltaNet layers of the trunk, and for the MTP head."""
 
+    __no_type_check__ = True  # `jax.eval_shape` and `jax.tree.map` rebuild it with leaves that are not arrays
+
     k: Float[Array, "A B N S H"]
     v: Float[Array, "A B N S H"]
     state: Float[Array, "L B M Dk Dv"]  # float32
