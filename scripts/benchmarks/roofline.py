@@ -144,6 +144,6 @@ def round_work(cfg: ModelConfig, params: Any, draft: int, batch: int, context: i
 
 
 def chunk_work(cfg: ModelConfig, params: Any, rows: int, context: int, itemsize: int) -> Work:
-    """Return the work of a prompt chunk of one sequence that ends at `context`, without output rows and the MTP head."""
+    """Return the work of a prompt chunk of one sequence that ends at `context`, without output rows and MTP head."""
     work = weights_work(cfg, params, rows, mtp=False, head_rows=0) + state_work(cfg, rows)
     return work + attention_work(cfg, cfg.full_layers, rows, context - rows // 2, itemsize)
