@@ -26,7 +26,7 @@ PROGRAM = "jit_decode"
 
 
 def profile(llm: LLM, prompt: list[int], max_tokens: int) -> dict[str, Any]:
-    """Profile one greedy request: untraced milliseconds a round, and its traced events by kind, longest first."""
+    """Profile a greedy request: untraced milliseconds a round, and traced events a round by kind, longest first."""
     params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
     llm.generate([prompt], params)  # compiles
     untraced = [llm.generate([prompt], params)[0].metrics for _ in range(3)]

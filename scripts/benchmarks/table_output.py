@@ -60,7 +60,7 @@ def table_rows(result: dict[str, Any]) -> list[tuple[Any, ...]]:
 
 
 def all_drafts(result: dict[str, Any]) -> str:
-    """Describe the prefill of drafts that read the whole prompt ÷ MTP off with whole layers: medians of all runs."""
+    """Describe the prefill of all drafts that read the whole prompt ÷ MTP off with whole layers: medians of runs."""
     seconds = {(r["prompt_tokens"], r["side"]): r["prefill_seconds"] for r in result["rows"]}
     ratios: dict[int, list[float]] = {}
     for (context, variant), runs in seconds.items():
