@@ -15,14 +15,12 @@ from kernels_pallas.partial_sums import PartialSums
 
 
 class MoeOutput(NamedTuple):
-    """The chosen experts' outputs and the shared expert with its gate, of all token rows of a step.
+    """The chosen experts' outputs (`fused_moe_unreduced`) and the shared expert with its gate, of all rows of a step.
 
     The kernel that normalises the next rows adds them up as it reads them, which saves a launch and a pass over memory.
     """
 
-    expert_outputs: Float[
-        Array, "rows chosen D"
-    ]  # of `fused_moe_unreduced`: float32, weighted; undefined in invalid rows
+    expert_outputs: Float[Array, "rows topk D"]  # float32, times the routing weights; undefined in invalid rows
     valid: Bool[Array, " rows"]
     shared: PartialSums  # [P, rows, D]
     shared_gate: PartialSums  # [P, rows, 1]: logits

@@ -21,10 +21,10 @@ from mtpjax.model.params import ParamFactory
 class Mlp(nnx.Module):
     """`down(silu(gate x) * up x)`."""
 
-    def __init__(self, cfg: ModelConfig, new: ParamFactory, size: int):
-        self.gate = new.matrix(size, cfg.hidden_size)
-        self.up = new.matrix(size, cfg.hidden_size)
-        self.down = new.matrix(cfg.hidden_size, size)
+    def __init__(self, cfg: ModelConfig, make: ParamFactory, size: int) -> None:
+        self.gate = make.matrix(size, cfg.hidden_size)
+        self.up = make.matrix(size, cfg.hidden_size)
+        self.down = make.matrix(cfg.hidden_size, size)
 
     def __call__(
         self,
@@ -48,13 +48,13 @@ class Moe(nnx.Module):
     The router takes the softmax over all experts, keeps the `experts_per_token` largest and makes their sum 1.
     """
 
-    def __init__(self, cfg: ModelConfig, new: ParamFactory):
+    def __init__(self, cfg: ModelConfig, make: ParamFactory) -> None:
         self.cfg = cfg
-        self.router = new.matrix(cfg.num_experts, cfg.hidden_size)
-        self.gate_up = new.experts(cfg.num_experts, 2 * cfg.expert_size, cfg.hidden_size)
-        self.down = new.experts(cfg.num_experts, cfg.hidden_size, cfg.expert_size)
-        self.shared = Mlp(cfg, new, cfg.shared_expert_size)
-        self.shared_gate = new.matrix(1, cfg.hidden_size)
+        self.router = make.matrix(cfg.num_experts, cfg.hidden_size)
+        self.gate_up = make.experts(cfg.num_experts, 2 * cfg.expert_size, cfg.hidden_size)
+        self.down = make.experts(cfg.num_experts, cfg.hidden_size, cfg.expert_size)
+        self.shared = Mlp(cfg, make, cfg.shared_expert_size)
+        self.shared_gate = make.matrix(1, cfg.hidden_size)
 
     def __call__(
         self,

@@ -77,8 +77,7 @@ def balance(p: Float[Array, "N E"], topk_ids: Int[Array, "N K"]) -> Float[Array,
 def recording(seen: list[Array]) -> Iterator[None]:
     """While these patches are on, `Moe.route` leaves its balance loss in `seen`: the model itself returns none.
 
-    Unrolled layers with a plain number of blocks are no call of their own, so the values belong to the trace that
-    called the model.
+    The super-blocks are then no jitted calls of their own, so the values belong to the trace that calls the model.
     """
     route = Moe.route
 
