@@ -161,7 +161,7 @@ class DecodeBatch:
 
     def _token_counts(self, requests: Sequence[Request | None]) -> TokenCounts | None:
         """Token counts for penalties, or None if no request that has a slot uses penalties."""
-        return count_prompt_tokens(requests, self.runner.vocab_size) if self._params.penalties else None
+        return count_prompt_tokens(requests, self.runner.padded_vocab_size) if self._params.penalties else None
 
 
 def stack_requests(requests: Sequence[Request | None]) -> BatchSamplingParams:
@@ -200,9 +200,14 @@ def stack_requests(requests: Sequence[Request | None]) -> BatchSamplingParams:
     )
 
 
-def count_prompt_tokens(requests: Sequence[Request | None], vocab_size: int) -> TokenCounts:
-    """Return what penalties count before the first new token of each slot: the tokens of its prompt."""
-    prompt = np.zeros((len(requests), vocab_size), bool)
+def count_prompt_tokens(requests: Sequence[Request | None], padded_vocab_size: int) -> TokenCounts:
+    """Return what penalties count before the first new token of each slot: the tokens of its prompt.
+
+    Args:
+        requests: of B slots.
+        padded_vocab_size: number of logits V of a row.
+    """
+    prompt = np.zeros((len(requests), padded_vocab_size), bool)
     for row, request in zip(prompt, requests, strict=True):
         if request is not None:
             row[list(request.prompt_token_ids)] = True

@@ -114,6 +114,11 @@ class ModelRunner:
         """Programs compiled so far."""
         return len(self._programs)
 
+    @property
+    def padded_vocab_size(self) -> int:
+        """Number of logits of a row: rows of the model's embedding matrix, which may have more than `vocab_size`."""
+        return self.model.cfg.vocab_size
+
     def seconds_without_compile(self) -> float:
         """Seconds of a clock that stands still while something compiles."""
         return time.perf_counter() - self.compile_seconds

@@ -164,6 +164,15 @@ def test_the_checkpoints_own_stop_tokens_end_the_text_unless_ignored(folder: Pat
     assert reasons == [None, None, free.token_ids[3], None]
 
 
+def test_penalties_count_ids_that_no_token_has(llm: LLM, folder: Path) -> None:
+    """The prompt has an id of the padded matrix, 94, which is never generated."""
+    plain = LLM(folder, num_speculative_tokens=0, **SMALL)
+    params = SamplingParams(max_tokens=12, ignore_eos=True, presence_penalty=2.0, repetition_penalty=1.5)
+    penalized, without_drafts = (each.generate([[5, 94, 7]], params)[0].token_ids for each in (llm, plain))
+    assert penalized == without_drafts and max(penalized) < len(WORDS)
+    assert penalized != llm.generate([[5, 94, 7]], SamplingParams(max_tokens=12, ignore_eos=True))[0].token_ids
+
+
 def test_seeds(llm: LLM) -> None:
     hot = SamplingParams(max_tokens=12, temperature=1.5, ignore_eos=True)
     first = llm.generate([[5, 6]] * 3, hot)

@@ -46,7 +46,7 @@ class FakeRunner:
     A cache is an int64 `[B]`: the context of each sequence. `prefills` lists the prompts of each prefill.
     """
 
-    mtp_prompt_tokens, vocab_size, compile_seconds, num_programs = None, VOCAB, 0.0, 0
+    mtp_prompt_tokens, padded_vocab_size, compile_seconds, num_programs = None, VOCAB, 0.0, 0
 
     def __init__(self, num_speculative_tokens: int, max_steps_per_call: int):
         self.num_speculative_tokens, self.max_steps_per_call = num_speculative_tokens, max_steps_per_call
