@@ -5,7 +5,7 @@ Every layout is exact: `dequantize` gives in float32 the very values that the de
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +60,7 @@ class QuantizedTensor(StoredWeight):
         """The bytes that the weight takes, scales and offsets included."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
-    def __getitem__(self, index: Any) -> Self:
+    def __getitem__(self, index: Any) -> QuantizedTensor:
         """Return the weight itself for `...`, else a part of it along the leading axes and the rows.
 
         Raises:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 from flax import struct
 from jax import Array
@@ -33,7 +33,7 @@ class StoredWeight(struct.PyTreeNode):
         """The number of axes of the weight."""
         return len(self.shape)
 
-    def __getitem__(self, index: Any) -> Self:
+    def __getitem__(self, index: Any) -> StoredWeight:
         """Return the weight itself for `...`.
 
         nnx reads the value of a variable by `variable[...]`, and flax passes that index on to the value. Subclasses

@@ -17,7 +17,7 @@ single float32 row has bits of its own. The bits differ between processors, with
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any
 
 import jax.numpy as jnp
 from flax import struct
@@ -56,7 +56,7 @@ class TransposedWeight(StoredWeight):
         *lead, inputs, outputs = self.array.shape
         return (*lead, sum(self.output_sizes) or outputs, inputs)
 
-    def __getitem__(self, index: Any) -> Self:
+    def __getitem__(self, index: Any) -> TransposedWeight:
         """Return the weight itself for `...`, else some of the weights of a stack."""
         return self if index is Ellipsis else self.replace(array=self.array[index])
 

@@ -50,7 +50,7 @@ def count_accepted_drafts(
     m, cache = model.mtp_step(model.final_norm(y)[:, prefix - num_read :], next_tokens, cache, at(zeros, num_read))
     window = [tokens[:, prefix]]
     for depth in range(1, DEPTH + 1):
-        window.append(jnp.argmax(model.mtp_head(m[:, -1:])[:, 0], axis=-1))
+        window.append(jnp.argmax(model.head(m[:, -1:])[:, 0], axis=-1))
         m, cache = model.mtp_step(m[:, -1:], window[-1 - shift][:, None], cache, at(zeros + num_read - 1 + depth, 1))
     drafts = jnp.stack(window[1:], axis=1)
     y, _ = model.trunk(jnp.stack(window[:-1], axis=1), cache, at(zeros + prefix, DEPTH))

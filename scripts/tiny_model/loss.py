@@ -122,7 +122,7 @@ def losses(
             windows = max(1, tokens.shape[0] >> step - 1)
             cache, where = fresh(cfg, windows)
             hidden, _ = model.mtp_step(hidden[:windows], tokens[:windows, step : ROWS + step], cache, where)
-            parts[f"mtp{step}"] = distillation(model.mtp_head(hidden[:, :-step]), logits[:windows, step:])
+            parts[f"mtp{step}"] = distillation(model.head(hidden[:, :-step]), logits[:windows, step:])
     parts["balance"] = jnp.mean(jnp.stack(balance_losses))
     weights = {"lm": 1.0, "balance": BALANCE_WEIGHT} | {f"mtp{s + 1}": w for s, w in enumerate(MTP_WEIGHTS)}
     return sum((weights[name] * part for name, part in parts.items()), jnp.zeros(())), parts

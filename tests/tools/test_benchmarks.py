@@ -86,7 +86,7 @@ def test_the_pre_norm_model_changes_the_head_alone() -> None:
         rows, cache = model.trunk(tokens[:, :ROWS], cache, positions)
         hidden = model.final_norm(rows)
         drafted, _ = model.mtp_step(hidden, tokens[:, 1:], cache, positions)
-        return model.head(hidden), model.head(verified), model.mtp_head(drafted)
+        return model.head(hidden), model.head(verified), model.head(drafted)
 
     post, pre = (logits(m.graph, m.params) for m in (model, pre_norm(model)))
     for a, b in zip(post[:2], pre[:2], strict=True):
