@@ -14,6 +14,7 @@ from kernels_pallas.attention import CosSin, QkvProjections, apply_rope
 from kernels_pallas.gated_delta_rule import DeltaProjections, DeltaState, DeltaWeights
 from kernels_pallas.norm import rms_norm
 from kernels_pallas.norm.reference import gated_rms_norm
+from kernels_pallas.partial_sums import PartialSums
 from kernels_pallas.top_k_top_p import top_k_top_p_threshold
 from kernels_pallas.weights.quantized import QuantizedTensor
 from scripts.gpu.cuda_cases import KernelSizes
@@ -46,8 +47,9 @@ def data_of(name: str, args: tuple[Any, ...], size: KernelSizes, seed: int = 0) 
     if name.startswith("deltanet"):
         return delta_data(args)
     if name.startswith("routing"):
-        parts = (jax.random.normal(jax.random.key(3 * seed + i), part.shape) for i, part in enumerate(args[:3]))
-        return *parts, jnp.ones(args[3].shape, bool)
+        keys = (jax.random.key(3 * seed + i) for i in range(3))
+        sums = (PartialSums(jax.random.normal(key, x.parts.shape)) for key, x in zip(keys, args[:3], strict=True))
+        return *sums, jnp.ones(args[3].shape, bool)
     if name.startswith(("norm", "gating")):
         leaves, tree = jax.tree.flatten(args)
         keys = jax.random.split(jax.random.key(seed), len(leaves))

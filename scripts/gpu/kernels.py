@@ -51,7 +51,7 @@ def least(name: str, args: tuple[Any, ...], size: KernelSizes) -> tuple[float, f
         moved = sum(part.nbytes for part in jax.tree.leaves(args)) + 2 * args[0].nbytes
         return moved, 8.0 * args[0].size
     if op == "routing":
-        return args[0].nbytes, 4.0 * args[0].size
+        return args[0].parts.nbytes, 4.0 * args[0].parts.size
     if op == "sampling":
         return args[0].nbytes, 3.0 * TOP_PER_TILE * args[0].size
     if name == "deltanet prefill":
