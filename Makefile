@@ -69,7 +69,7 @@ test-isa: $(DEV_READY)
 TYPED_TESTS := tests/kernels tests/model tests/decoding
 test-types: $(DEV_READY)
 	@$(VENV_PYTHON) -m pytest -q $(PYTEST_ARGS) -m "not slow" \
-	  --jaxtyping-packages=mtpjax,kernels_pallas,checkpoints,beartype.beartype $(TYPED_TESTS)
+	  --jaxtyping-packages=mtpjax,kernels_pallas,checkpoints,tests.helpers.typecheck.check_function $(TYPED_TESTS)
 
 # The last three commands print nothing where the rules of CONTRIBUTING.md hold.
 lint: $(DEV_READY)

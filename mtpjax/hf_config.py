@@ -13,11 +13,11 @@ ROPE_TYPES = ("default",)
 OUTPUT_GATE_ACTS = ("silu", "swish", "sigmoid")
 
 
-def config_from_hf(raw: Mapping[str, Any], *, source: str = "config.json") -> ModelConfig:
+def config_from_hf(raw: Any, *, source: str = "config.json") -> ModelConfig:
     """Read a Hugging Face config, nested (`text_config`) or flat.
 
     Args:
-        raw: the parsed JSON object.
+        raw: the parsed JSON, which must be an object.
         source: the file that errors name.
 
     Raises:
@@ -147,7 +147,7 @@ class _Reader:
         return value
 
 
-def _readers(raw: Mapping[str, Any], source: str) -> tuple[Mapping[str, Any], _Reader]:
+def _readers(raw: Any, source: str) -> tuple[Mapping[str, Any], _Reader]:
     """Return the whole object, and a reader of the text model's part of it."""
     if not isinstance(raw, Mapping):
         raise ConfigError(f"{source}: expected a JSON object, found {type(raw).__name__}")

@@ -26,6 +26,7 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
+from tests.helpers import typecheck  # noqa: E402, F401 - `make test-types` finds it where it has been imported
 from tests.helpers.models import Golden  # noqa: E402
 
 # The same examples in every run, and no limit on the time of one: it may compile a program.

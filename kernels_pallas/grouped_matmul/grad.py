@@ -24,7 +24,7 @@ def grouped_mlp_with_gradient(
     layer: Int[Array, ""],
     expert_ids: Int[Array, " windows"],
     starts: Int[Array, " windows"],
-    first: Int[Array, " sizes+1"],
+    first: Int[Array, " bounds"],
     sizes: tuple[int, ...],
 ) -> Float[Array, "places D"]:
     """Return `grouped_mlp`, whose loops JAX cannot differentiate, with its gradient for `x`, `gate_up` and `down`."""

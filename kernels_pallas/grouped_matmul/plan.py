@@ -35,7 +35,7 @@ class WindowLayout(NamedTuple):
     inverse_order: Int[Array, "rows topk"]
     expert_ids: Int[Array, " windows"]  # the expert of each window
     starts: Int[Array, " windows"]  # the first place of each window
-    first: Int[Array, " sizes+1"]
+    first: Int[Array, " bounds"]
 
 
 def drop_invalid(

@@ -27,7 +27,7 @@ def grouped_mlp(
     layer: Int[Array, ""],
     expert_ids: Int[Array, " windows"],
     starts: Int[Array, " windows"],
-    first: Int[Array, " sizes+1"],
+    first: Int[Array, " bounds"],
     sizes: tuple[int, ...],
 ) -> Float[Array, "places D"]:
     """Return `down_e(silu(gate_e x) * up_e x)` for the rows of each window in use, and other rows as they are.
@@ -68,7 +68,7 @@ def slice_rows(x: Array, start: Array, size: int) -> Array:
 
 
 def for_each_window(
-    body: Callable[[int, Array, Any], Any], first: Int[Array, " sizes+1"], sizes: tuple[int, ...], carry: Any
+    body: Callable[[int, Array, Any], Any], first: Int[Array, " bounds"], sizes: tuple[int, ...], carry: Any
 ) -> Any:
     """Run `carry = body(size, window, carry)` for every window in use, in one loop for each size."""
     for i, size in enumerate(sizes):

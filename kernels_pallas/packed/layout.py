@@ -208,7 +208,7 @@ def arrange_for_mma(values: list[Float[Array, "rows words"]], k_values_per_threa
     return tile.transpose(1, 0, 2, 7, 4, 5, 3, 6).reshape(rows, -1)
 
 
-def _interleave(values: list[Float[Array, "rows words"]]) -> Float[Array, "rows words*n"]:
+def _interleave(values: list[Float[Array, "rows words"]]) -> Float[Array, "rows columns"]:
     """Join `n` arrays element by element, two at a time, which happens in registers."""
     if len(values) == 1:
         return values[0]

@@ -47,8 +47,8 @@ def data_of(name: str, args: tuple[Any, ...], size: KernelSizes, seed: int = 0) 
     if name.startswith("deltanet"):
         return delta_data(args)
     if name.startswith("routing"):
-        keys = (jax.random.key(3 * seed + i) for i in range(3))
-        sums = (PartialSums(jax.random.normal(key, x.parts.shape)) for key, x in zip(keys, args[:3], strict=True))
+        numbered = enumerate(args[:3], 3 * seed)
+        sums = [PartialSums(jax.random.normal(jax.random.key(number), x.parts.shape)) for number, x in numbered]
         return *sums, jnp.ones(args[3].shape, bool)
     if name.startswith(("norm", "gating")):
         leaves, tree = jax.tree.flatten(args)

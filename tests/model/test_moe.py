@@ -1,6 +1,7 @@
 """The Mixture-of-Experts block against its formula."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -30,7 +31,7 @@ def test_the_block_against_its_formula(platform: str) -> None:
     valid = np.ones((2, 7), bool)
     valid[0, :3] = False
     with override_platform(platform, interpret=True):
-        actual = jax.jit(lambda x: moe(x, layer, valid).sum(x.dtype))(x).reshape(x.shape)
+        actual = jax.jit(lambda x: moe(x, layer, jnp.asarray(valid)).sum(x.dtype))(x).reshape(x.shape)
 
     w = {name: np.asarray(getattr(moe, name)[...], np.float64) for name in ("router", "shared_gate", "gate_up", "down")}
     shared = {name: np.asarray(getattr(moe.shared, name)[...], np.float64) for name in ("gate", "up", "down")}
