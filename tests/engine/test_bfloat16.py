@@ -64,7 +64,7 @@ def test_experts_as_bits_are_never_converted_whole() -> None:
         return set(stacks.findall(str(run.lower(x, *stacks_given, *rest).compile().as_text())))
 
     assert types(bits(gate_up), bits(down)) == {"u16"}
-    plain = types(gate_up, down)  # what happens otherwise, and that this test would see it
+    plain = types(gate_up, down)  # without bits the copy is there, and this test sees it
     assert "bf16" in plain and ("f32" in plain) == (jax.__version_info__ < (0, 11))  # XLA stopped converting with 0.11
 
 

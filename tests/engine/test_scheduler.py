@@ -97,9 +97,8 @@ def test_each_request_gets_the_text_that_it_gets_alone(
         assert state.finished and state.tokens == streamed[request.index] == expected_tokens(request)
         assert state.stopped == bool(state.tokens and state.tokens[-1] in request.stop_token_ids)
         assert len(state.num_accepted_tokens_per_pos) == num_speculative_tokens
-        num_tokens = state.num_steps + sum(
-            state.num_accepted_tokens_per_pos
-        )  # those that the last step cut off included
+        # With the tokens that the last step made beyond the limit.
+        num_tokens = state.num_steps + sum(state.num_accepted_tokens_per_pos)
         assert num_tokens - num_speculative_tokens <= len(state.tokens) <= num_tokens
         assert state.prefill_seconds > 0 and (state.decode_seconds > 0) == bool(state.tokens)
     prompts = [r.prompt_token_ids for r in todo]
