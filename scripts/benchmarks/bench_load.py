@@ -16,10 +16,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
-from mtpjax.config import FULL, LINEAR, ModelConfig
+from mtpjax.config import ModelConfig
 from mtpjax.hf_config import config_to_hf
+from scripts.benchmarks.random_models import MOE_780M
 from scripts.benchmarks.results import describe, write_json
 
 SUPERBLOCK_PARAMETERS = 82e6  # of four layers
@@ -28,26 +30,8 @@ SUPERBLOCK_PARAMETERS = 82e6  # of four layers
 def config(gigabytes: float) -> ModelConfig:
     """Return a model of about this many bytes in BF16; only the number of layers depends on it."""
     num_superblocks = max(1, round(gigabytes * 1e9 / 2 / SUPERBLOCK_PARAMETERS))
-    return ModelConfig(
-        hidden_size=1024,
-        num_layers=4 * num_superblocks,
-        layer_pattern=(LINEAR, LINEAR, LINEAR, FULL),
-        q_heads=8,
-        kv_heads=2,
-        head_dim=256,
-        rotary_dim=64,
-        rope_theta=1e7,
-        linear_k_heads=8,
-        linear_v_heads=16,
-        linear_k_dim=128,
-        linear_v_dim=128,
-        conv_width=4,
-        vocab_size=8192,
-        num_experts=16,
-        experts_per_token=4,
-        expert_size=256,
-        shared_expert_size=256,
-    )
+    sizes = {"vocab_size": 8192, "num_experts": 16, "experts_per_token": 4, "mtp_layers": 0}
+    return replace(MOE_780M, num_layers=4 * num_superblocks, **sizes)
 
 
 def peak_mb() -> float:
