@@ -30,8 +30,7 @@ SUPERBLOCK_PARAMETERS = 82e6  # of four layers
 def config(gigabytes: float) -> ModelConfig:
     """Return a model of about this many bytes in BF16; only the number of layers depends on it."""
     num_superblocks = max(1, round(gigabytes * 1e9 / 2 / SUPERBLOCK_PARAMETERS))
-    sizes = {"vocab_size": 8192, "num_experts": 16, "experts_per_token": 4, "mtp_layers": 0}
-    return replace(MOE_780M, num_layers=4 * num_superblocks, **sizes)
+    return replace(MOE_780M, num_layers=4 * num_superblocks, vocab_size=8192, num_experts=16, experts_per_token=4)
 
 
 def peak_mb() -> float:
