@@ -35,16 +35,15 @@ class Scheduler:
     There are two ways to fill the slots:
 
     * static batch: all slots are filled when all are free, and the prompts are read into the cache of the batch itself.
-    This
-      is the way if all requests fit into the batch at once, or if `max_prefill_seqs` is as large as the batch.
+      This is used if all requests fit into the batch at once, or if `max_prefill_seqs` is as large as the batch.
     * otherwise up to `prefill_batch` different prompts are read together, into a cache of their own, whenever that many
       slots are free. Requests of one group with the same prompt share its prefill.
 
-    Requests are taken from the source only when none waits. Those taken together start with the longest prompt, and
-    equal prompts stand next to each other.
+    Requests are taken from the source only when none waits. They are sorted: the longest prompt first, and equal
+    prompts next to each other.
 
     Args:
-        requests: the source; taken from as needed.
+        requests: the source, read only as far as needed.
         num_slots: requests that run at the same time.
         max_prefill_seqs: prompts that are read together when slots become free; None: a quarter of the slots.
         lookahead: requests that are taken from the source together; None: `LOOKAHEAD_BATCHES` batches. At least one
