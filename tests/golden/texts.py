@@ -5,9 +5,8 @@ prompts of `make demo` (sampled and greedy), fifty sampled requests in a mixed b
 without drafts and with int8 weights, and continuations of the six golden models with a hash of their logits. A change
 that keeps behaviour keeps them all. `--write FILE` writes the token ids of this commit instead.
 
-On another processor a token can differ where two logits lie within rounding (about one token in 10^5), and the hashes
-of logits
-differ: the command then says so, and it is not part of the tests for that reason.
+On another processor the hashes of logits differ, and a token can differ where two logits lie within rounding (about one
+token in 10^5). The command then says so; for this reason it is not part of the tests.
 """
 
 from __future__ import annotations
