@@ -77,7 +77,7 @@ def chunk_gated_delta_rule(
     dtype: DTypeLike,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T M Dv"], DeltaState]:
-    """Run the rows of a prompt, in chunks of up to 64 rows.
+    """Run the rows of a prompt, in chunks of 64 rows, which are counted from the last row.
 
     Formula and arguments are those of `recurrent_gated_delta_rule`; the chunked form is that of arXiv:2406.06484, see
     `reference.py`.
@@ -86,22 +86,21 @@ def chunk_gated_delta_rule(
         the outputs o in `dtype`, and the memory of layer `layer` after all rows.
 
     Raises:
-        ValueError: `implementation` is "triton" and the kernels do not support Dk or Dv, or there are fewer than 16
-            rows.
+        ValueError: `implementation` is "triton" and the kernels do not support Dk or Dv.
     """
     heads, key_size, value_size = state.recurrent.shape[2:]
     rows = valid.shape[1]
     conv_inputs = causal_conv_inputs(projections.qkv, state.conv[layer], pad, valid, dtype)
     inputs = delta_inputs(projections, weights, conv_inputs, valid, (heads, key_size, value_size), dtype)
-    chunk = min(reference.CHUNK, 1 << (rows.bit_length() - 1))  # a power of two, for the kernels
+    chunk = reference.CHUNK
     supported = triton_chunks.supports(chunk, key_size, value_size)
     if resolve_implementation(implementation, supported=supported) == "triton":
-        q, k, v, beta, g = reference.pad_to_chunks(inputs, chunk)
+        q, k, v, beta, g = reference.pad_to_chunks(inputs)
         decay = jnp.cumsum(g.reshape(g.shape[0], -1, chunk, heads), axis=2).reshape(g.shape)
         o, after = triton_chunks.chunk_gated_delta_rule(
             q, k, v, beta, decay, state.recurrent, layer, chunk=chunk, dtype=dtype, interpret=interpret_kernels()
         )
-        o = o[:, :rows]
+        o = o[:, o.shape[1] - rows :]
     else:
         o, after = reference.chunk_gated_delta_rule(inputs, state.recurrent[layer])
         o = o.astype(dtype)

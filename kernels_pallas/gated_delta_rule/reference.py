@@ -125,24 +125,34 @@ def chunked_form(inputs: DeltaInputs, state: Float[Array, "B M Dk Dv"], chunk: i
     return DeltaOutputs(join(o), join(delta), join(decay), s.reshape(state.shape))
 
 
-def pad_to_chunks(inputs: DeltaInputs, chunk: int) -> DeltaInputs:
-    """Append rows that change nothing, up to a multiple of `chunk` rows."""
-    extra = -inputs.q.shape[1] % chunk
-    if not extra:
-        return inputs
-    return jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, extra)] + [(0, 0)] * (x.ndim - 2)), inputs)
+def pad_to_chunks(inputs: DeltaInputs) -> DeltaInputs:
+    """Put rows that change nothing in front, up to a multiple of `CHUNK` rows.
+
+    The place of a row in its chunk decides the order of sums. Counted from the end of the prompt it is the same however
+    the prompt is cut into calls, if all calls but the first one have a multiple of `CHUNK` rows.
+    """
+    return _pad_in_front(inputs, -inputs.q.shape[1] % CHUNK)
+
+
+def _pad_in_front(inputs: DeltaInputs, num_rows: int) -> DeltaInputs:
+    return jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (num_rows, 0)] + [(0, 0)] * (x.ndim - 2)), inputs)
 
 
 def recurrent_gated_delta_rule(inputs: DeltaInputs, state: Float[Array, "B M Dk Dv"]) -> DeltaOutputs:
-    """Run the few rows of a verify window as one chunk, so that `decay` is summed over the window."""
-    return chunked_form(inputs, state, inputs.q.shape[1])
+    """Run the few rows of a verify window as one chunk, so that `decay` is summed over the window.
+
+    A single row is computed as the second one of two, because XLA multiplies one row in another order than several.
+    """
+    rows = inputs.q.shape[1]
+    padding = int(rows == 1)
+    outputs = chunked_form(_pad_in_front(inputs, padding), state, rows + padding)
+    return outputs._replace(**{name: getattr(outputs, name)[:, padding:] for name in ("o", "delta", "decay")})
 
 
 def chunk_gated_delta_rule(
     inputs: DeltaInputs, state: Float[Array, "B M Dk Dv"]
 ) -> tuple[Float[Array, "B T M Dv"], Float[Array, "B M Dk Dv"]]:
     """Run any number of rows in chunks of `CHUNK`; return the outputs and the state after all rows, both float32."""
-    rows = inputs.q.shape[1]
-    chunk = min(CHUNK, rows)
-    outputs = chunked_form(pad_to_chunks(inputs, chunk), state, chunk)
-    return outputs.o[:, :rows], outputs.state
+    padded = pad_to_chunks(inputs)
+    outputs = chunked_form(padded, state, CHUNK)
+    return outputs.o[:, padded.q.shape[1] - inputs.q.shape[1] :], outputs.state

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
@@ -10,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from kernels_pallas.grouped_matmul.grad import grouped_mlp_with_gradient
 from kernels_pallas.grouped_matmul.plan import align_windows, choose_window_sizes
 from kernels_pallas.grouped_matmul.windows import swiglu
-from kernels_pallas.matmul.reference import linear
+from kernels_pallas.matmul.reference import dot_in_fixed_order, linear, num_pieces
 from kernels_pallas.weights import FusedExperts, TransposedWeight, Weight
 
 # Calls of so many rows multiply all experts where these are fused: one row reads too few of them, more want windows.
@@ -29,51 +32,70 @@ def fused_moe(
 
         y[n] = sum_k topk_weights[n, k] * down_e(silu(gate_e x[n]) * up_e x[n])        with e = topk_ids[n, k]
 
-    The hidden units and the output of an expert are rounded to the dtype of `x`, and the sum over k is float32, in the
-    order of k. A few rows of small experts on a CPU (`FusedExperts`) are multiplied by all experts instead, the weight
-    of an expert that was not chosen is 0, and it is applied before the down projection.
+    The activated hidden units and the output of an expert are rounded to the dtype of `x`, and the sum over k is
+    float32, in the order of k. A few rows of small experts on a CPU (`FusedExperts`) are multiplied by all experts, of
+    which only the chosen ones are added. The order of all sums is the same.
 
     Args:
         gate_up, down, layer, topk_ids, topk_weights: as for `kernels_pallas.grouped_matmul.fused_moe`.
     """
     if isinstance(gate_up, FusedExperts) and isinstance(down, TransposedWeight) and x.shape[0] in DENSE_MOE_ROWS:
-        chosen = topk_ids[..., None] == jnp.arange(gate_up.shape[1])
-        weights = jnp.sum(jnp.where(chosen, topk_weights[..., None], 0), axis=1)
-        return _all_experts(x, gate_up, down, layer, weights).astype(jnp.float32)
+        outputs = _from_all_experts(x, gate_up, down, layer, topk_ids)
+        return _add_chosen(lambda k: outputs[:, k], topk_weights)
     topk, num_experts = topk_ids.shape[1], gate_up.shape[1]
     sizes = choose_window_sizes(x.shape[0], topk, num_experts)
     windows = align_windows(topk_ids, num_experts, sizes)
     rows = x.at[windows.sorted_token_ids // topk].get(mode="fill", fill_value=0)
     y = grouped_mlp_with_gradient(rows, gate_up, down, layer, windows.expert_ids, windows.starts, windows.first, sizes)
-    out = jnp.zeros(x.shape, jnp.float32)
-    for k in range(topk):  # not one gather of [rows, topk, D], which would be written to memory first
-        of_expert = y.at[windows.inverse_order[:, k]].get(mode="fill", fill_value=0)
-        out = out + of_expert.astype(jnp.float32) * topk_weights[:, k, None].astype(jnp.float32)
-    return out
+
+    def output_of_choice(k: int) -> Array:  # not one gather of [rows, topk, D], which would be written to memory first
+        return y.at[windows.inverse_order[:, k]].get(mode="fill", fill_value=0)
+
+    return _add_chosen(output_of_choice, topk_weights)
 
 
-def _all_experts(
+def _add_chosen(
+    output_of_choice: Callable[[int], Float[Array, "rows D"]], topk_weights: Float[Array, "rows topk"]
+) -> Float[Array, "rows D"]:
+    """Return the weighted sum of `output_of_choice(k)` over k, float32, in the order of k."""
+    total = jnp.float32(0)
+    for k in range(topk_weights.shape[1]):
+        total = total + output_of_choice(k).astype(jnp.float32) * topk_weights[:, k, None].astype(jnp.float32)
+    return total
+
+
+def _from_all_experts(
     x: Float[Array, "rows D"],
     gate_up: FusedExperts,
     down: TransposedWeight,
     layer: Int[Array, ""],
-    weights: Float[Array, "rows E"],
-) -> Float[Array, "rows D"]:
-    """Return `sum_e weights[n, e] * mlp_e(x[n])` by two products that multiply every row with every expert.
+    topk_ids: Int[Array, "rows topk"],
+) -> Float[Array, "rows topk D"]:
+    """Return the output of each chosen expert, rounded to the dtype of `x`, by products with the weights of all.
 
     For few rows of small experts, where choosing an expert costs more than multiplying all.
     """
-    inputs, experts, outputs = gate_up.array.shape[1:]
+    (rows, _), (inputs, experts, outputs) = x.shape, gate_up.array.shape[1:]
 
     def of_layer(stack: Array) -> Array:
         return stack[0] if stack.shape[0] == 1 else lax.dynamic_index_in_dim(stack, layer, keepdims=False)
 
-    joined = TransposedWeight(of_layer(gate_up.array).reshape(inputs, experts * outputs))
-    hidden = swiglu(linear(x, joined, jnp.float32).reshape(-1, experts, outputs))
-    # An expert that was not chosen gives zero even where its product is not finite.
-    hidden = jnp.where(weights[..., None] > 0, hidden * weights[..., None], 0)
-    hidden = hidden.astype(x.dtype).reshape(x.shape[0], -1)
-    return linear(hidden, TransposedWeight(of_layer(down.array).reshape(-1, inputs)), x.dtype)
+    joined, down_matrices = of_layer(gate_up.array).reshape(inputs, experts * outputs), of_layer(down.array)
+    hidden = swiglu(linear(x, TransposedWeight(joined), jnp.float32).reshape(rows, experts, outputs)).astype(x.dtype)
+    units = experts * hidden.shape[2]
+    if x.dtype == jnp.bfloat16 and num_pieces(units, inputs) == 1:
+        # One row for each choice: the hidden units of its expert among zeros, which add nothing to its sum.
+        is_chosen = topk_ids[..., None, None] == jnp.arange(experts)[:, None]
+        placed = jnp.where(is_chosen, hidden[:, None], 0).reshape(topk_ids.size, units)
+        return linear(placed, TransposedWeight(down_matrices.reshape(units, inputs)), x.dtype).reshape(
+            rows, topk_ids.shape[1], inputs
+        )
+    if x.dtype == jnp.bfloat16:  # not one batched product: XLA would convert it to float32, with another order of sums
+        y = jnp.stack([linear(hidden[:, e], TransposedWeight(down_matrices[e]), x.dtype) for e in range(experts)])
+    else:
+        y = jax.vmap(dot_in_fixed_order)(jnp.swapaxes(hidden, 0, 1), down_matrices).astype(x.dtype)
+    chosen = [jnp.take_along_axis(y, ids[None, :, None], 0, mode="fill", fill_value=0)[0] for ids in topk_ids.T]
+    return jnp.stack(chosen, axis=1)
 
 
 def combine_experts(

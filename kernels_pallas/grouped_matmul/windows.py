@@ -44,8 +44,9 @@ def grouped_mlp(
 
     def multiply(size: int, window: Array, rows: Array) -> Array:
         e, start = expert_ids[window], starts[window]
-        hidden = matmul(bitcast(slice_rows(rows, start, size), x.dtype), expert_matrix(gate_up, layer, e, x.dtype))
-        y = matmul(swiglu(hidden), expert_matrix(down, layer, e, x.dtype))
+        window_rows = bitcast(slice_rows(rows, start, size), x.dtype)
+        hidden = linear(window_rows, expert_matrix(gate_up, layer, e, x.dtype), jnp.float32)
+        y = matmul(swiglu(hidden).astype(x.dtype), expert_matrix(down, layer, e, x.dtype))
         return lax.dynamic_update_slice(rows, bitcast(y, store), (start, 0))  # no window reads these rows again
 
     return bitcast(for_each_window(multiply, first, sizes, bitcast(x, store)), x.dtype)

@@ -61,16 +61,22 @@ def dot_in_fixed_order(
     if math.prod(x.shape[:-1]) == 1:
         return lax.dot_general(x, w, contract, precision=precision, preferred_element_type=jnp.float32)
     w = jnp.pad(w, ((0, 0), (0, padded_outputs(outputs) - outputs)))
-    piece = min(MAX_INPUTS_PER_SUM, inputs & -inputs)  # a power of two: the blocks of outputs have one size, too
-    is_one_sum = inputs <= MAX_INPUTS_PER_SUM and w.shape[1] == FIXED_ORDER_OUTPUTS
-    if piece < 128 or is_one_sum or piece == inputs:
+    pieces = num_pieces(inputs, outputs)
+    if pieces == 1:
         y = lax.dot_general(x, w, contract, precision=precision, preferred_element_type=jnp.float32)
         return y[..., :outputs]
-    x = x.reshape(*x.shape[:-1], inputs // piece, piece)
-    w = w.reshape(inputs // piece, piece, -1)
+    x = x.reshape(*x.shape[:-1], pieces, inputs // pieces)
+    w = w.reshape(pieces, inputs // pieces, -1)
     contract_pieces = (((x.ndim - 1,), (1,)), ((x.ndim - 2,), (0,)))
     y = lax.dot_general(x, w, contract_pieces, precision=precision, preferred_element_type=jnp.float32)
     return reduce(jnp.add, list(y))[..., :outputs]
+
+
+def num_pieces(inputs: int, outputs: int) -> int:
+    """Return the pieces into which `dot_in_fixed_order` cuts a sum over so many inputs."""
+    piece = min(MAX_INPUTS_PER_SUM, inputs & -inputs)  # a power of two: the blocks of outputs have one size, too
+    is_one_sum = inputs <= MAX_INPUTS_PER_SUM and padded_outputs(outputs) == FIXED_ORDER_OUTPUTS
+    return 1 if piece < 128 or is_one_sum else inputs // piece
 
 
 def fused_linears(

@@ -1,4 +1,8 @@
-"""`add_rms_norm` and `gated_rms_norm`: what lies between matrix products, fused with the sums that come before it."""
+"""`rms_norm`, `add_rms_norm` and `gated_rms_norm`: what lies between matrix products, fused with the sums before it.
+
+A row's result does not depend on the other rows of the call, bit for bit, in every implementation. The implementations
+differ in their order of sums.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +15,24 @@ from kernels_pallas.partial_sums import PartialSums
 from kernels_pallas.platform import interpret_kernels, resolve_implementation
 
 
+def rms_norm(
+    x: Float[Array, "*rows D"], w: Float[Array, " D"], eps: float, *, implementation: str | None = None
+) -> Float[Array, "*rows D"]:
+    """Normalise rows: `x / rms(x) * (1 + w)`, computed in float32, in the dtype of `x`.
+
+    Args:
+        w: zero-centred norm weight.
+        eps: epsilon of the norm, inside the root.
+        implementation: "xla", "triton", or None for the best of the platform. "triton" has no gradient.
+    """
+    if resolve_implementation(implementation) == "xla" or x.size == 0:
+        return reference.rms_norm(x, w, eps)
+    return triton.rms_norm(x.reshape(-1, x.shape[-1]), w, eps, interpret=interpret_kernels()).reshape(x.shape)
+
+
 def add_rms_norm(
     x: Float[Array, "*rows D"],
-    delta: PartialSums | MoeOutput | None,
+    delta: PartialSums | MoeOutput,
     w: Float[Array, " D"],
     eps: float,
     *,
@@ -25,8 +44,8 @@ def add_rms_norm(
 
     Args:
         x: the residual stream.
-        delta: what is added to the rows of `x`, whose leading axes are flattened: partial sums, the terms of a
-            Mixture-of-Experts block, or None for nothing.
+        delta: what is added to the rows of `x`, whose leading axes are flattened: partial sums, or the terms of a
+            Mixture-of-Experts block.
         w: zero-centred norm weight.
         eps: epsilon of the norm, inside the root.
         implementation: "xla", "triton", or None for the best of the platform. "triton" has no gradient.

@@ -15,15 +15,32 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from kernels_pallas.norm.moe_output import MoeOutput
 from kernels_pallas.partial_sums import PartialSums, load_partial_sum
 from kernels_pallas.tiles import next_power_of_2
 
+NUM_WARPS = 8  # of a program that computes a whole row
+
+
+def _rms_norm_kernel(x_ref: Any, w_ref: Any, y_ref: Any, *, eps: float) -> None:
+    """Compute one row."""
+    n, channel = pl.program_id(0), jnp.arange(next_power_of_2(x_ref.shape[1]))
+    mask = channel < x_ref.shape[1]
+    x = plt.load(x_ref.at[n, channel], mask=mask, other=0).astype(jnp.float32)
+    plt.store(y_ref.at[n, channel], _normalise(x, w_ref, channel, eps).astype(y_ref.dtype), mask=mask)
+
+
+def _normalise(x: Float[Array, " channels"], w_ref: Any, channel: Int[Array, " channels"], eps: float) -> Array:
+    """Return a row divided by its root mean square, times the norm weight. Channels beyond the row are 0."""
+    size = w_ref.shape[0]
+    w = plt.load(w_ref.at[channel], mask=channel < size, other=0).astype(jnp.float32)
+    return x * lax.rsqrt(jnp.sum(x * x) / size + eps) * (1.0 + w)
+
 
 def _add_rms_norm_kernel(x_ref: Any, w_ref: Any, *refs: Any, eps: float) -> None:
-    """Compute one row. Between weight and outputs `refs` hold nothing, one array of partial sums, or a `MoeOutput`."""
+    """Compute one row. Between weight and outputs `refs` hold an array of partial sums or a `MoeOutput`."""
     *delta_refs, h_ref, y_ref = refs
     n, size, dtype = pl.program_id(0), x_ref.shape[1], x_ref.dtype
     channel = jnp.arange(next_power_of_2(size))
@@ -32,9 +49,7 @@ def _add_rms_norm_kernel(x_ref: Any, w_ref: Any, *refs: Any, eps: float) -> None
     def rounded(x: Array) -> Array:
         return x.astype(dtype).astype(jnp.float32)
 
-    if not delta_refs:
-        delta = jnp.zeros(channel.shape, jnp.float32)
-    elif len(delta_refs) == 1:
+    if len(delta_refs) == 1:
         delta = rounded(load_partial_sum(delta_refs[0], n, channel, mask=mask))
     else:
         experts_ref, valid_ref, shared_ref, gate_ref = delta_refs
@@ -47,14 +62,30 @@ def _add_rms_norm_kernel(x_ref: Any, w_ref: Any, *refs: Any, eps: float) -> None
         delta = rounded(rounded(routed) + shared)
     h = rounded(plt.load(x_ref.at[n, channel], mask=mask, other=0).astype(jnp.float32) + delta)
     plt.store(h_ref.at[n, channel], h.astype(dtype), mask=mask)
-    w = plt.load(w_ref.at[channel], mask=mask, other=0).astype(jnp.float32)
-    y = h * lax.rsqrt(jnp.sum(h * h) / size + eps) * (1.0 + w)
-    plt.store(y_ref.at[n, channel], y.astype(dtype), mask=mask)
+    plt.store(y_ref.at[n, channel], _normalise(h, w_ref, channel, eps).astype(dtype), mask=mask)
+
+
+def rms_norm(
+    x: Float[Array, "rows D"], w: Float[Array, " D"], eps: float, *, interpret: bool = False
+) -> Float[Array, "rows D"]:
+    """See `kernels_pallas.norm.rms_norm`.
+
+    Args:
+        interpret: run the kernel in interpret mode, on any device.
+    """
+    return pl.pallas_call(
+        partial(_rms_norm_kernel, eps=eps),
+        grid=x.shape[:1],
+        out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
+        compiler_params=plt.CompilerParams(num_warps=NUM_WARPS, num_stages=1),
+        interpret=interpret,
+        name="norm",
+    )(x, w)
 
 
 def add_rms_norm(
     x: Float[Array, "rows D"],
-    delta: PartialSums | MoeOutput | None,
+    delta: PartialSums | MoeOutput,
     w: Float[Array, " D"],
     eps: float,
     *,
@@ -72,7 +103,7 @@ def add_rms_norm(
         partial(_add_rms_norm_kernel, eps=eps),
         grid=x.shape[:1],
         out_shape=(shape, shape),
-        compiler_params=plt.CompilerParams(num_warps=8, num_stages=1),
+        compiler_params=plt.CompilerParams(num_warps=NUM_WARPS, num_stages=1),
         interpret=interpret,
         name="norm_add",
     )(x, w, *jax.tree.leaves(delta))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
 from kernels_pallas.activation import silu_and_mul
+from kernels_pallas.fixed_order import softmax, sum_features
 from kernels_pallas.partial_sums import PartialSums
 
 
@@ -34,9 +34,9 @@ def topk_softmax(
     Args:
         logits, gate, up, valid, k, dtype: as for `kernels_pallas.topk_softmax.topk_softmax`.
     """
-    probs = jax.nn.softmax(logits.sum(jnp.float32), axis=-1)
+    probs = softmax(logits.sum(jnp.float32))
     weights, topk_ids = lax.top_k(probs, k)
-    topk_weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+    topk_weights = weights / sum_features(weights)
     topk_ids = jnp.where(valid[:, None], topk_ids, probs.shape[1])
     hidden = silu_and_mul(gate.sum(jnp.float32), up.sum(jnp.float32)).astype(dtype)
     return ExpertChoice(topk_weights, topk_ids, hidden, probs)

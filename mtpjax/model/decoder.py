@@ -11,7 +11,7 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
-from kernels_pallas.norm import add_rms_norm
+from kernels_pallas.norm import add_rms_norm, rms_norm
 from kernels_pallas.partial_sums import PartialSums
 from kernels_pallas.weights.layer_view import LayerView
 from kernels_pallas.weights.quantized import QuantizedTensor
@@ -197,7 +197,7 @@ class Decoder(nnx.Module):
         num_output_rows = x.shape[1] if num_output_rows is None else num_output_rows
         norms = [block.layers[0].input_norm[...][ONLY_LAYER] for block in self.blocks] + [final_norm]
         eps, implementation = self.blocks[0].cfg.norm_eps, positions.implementation
-        normed = add_rms_norm(x, None, norms[0], eps, implementation=implementation)[1]
+        normed = rms_norm(x, norms[0], eps, implementation=implementation)
         for number, block in enumerate(self.blocks):
             graph, *weights = _split_block(block)
             rows = num_output_rows if number == len(self.blocks) - 1 else None

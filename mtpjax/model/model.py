@@ -79,9 +79,9 @@ class Model(nnx.Module):
         assert state.pending is not None  # every layer returns the kind of state that it received
         return hidden, state.cache, state.pending
 
-    def final_norm(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Apply the norm that follows the last layer."""
-        return rms_norm(x, self.norm[...], self.cfg.norm_eps)
+    def final_norm(self, x: Float[Array, "B T D"], implementation: str | None = None) -> Float[Array, "B T D"]:
+        """Apply the norm that follows the last layer; `implementation` as in `kernels_pallas.norm.rms_norm`."""
+        return rms_norm(x, self.norm[...], self.cfg.norm_eps, implementation=implementation)
 
     def head(self, hidden: Float[Array, "B R D"]) -> Float[Array, "B R V"]:
         """Return float32 logits of rows after the final norm, or draft logits of rows that `mtp_step` returned."""

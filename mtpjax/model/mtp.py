@@ -14,11 +14,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from kernels_pallas.matmul import linear
-from kernels_pallas.norm import add_rms_norm, rms_norm
+from kernels_pallas.norm import rms_norm
 from mtpjax.config import FULL, ModelConfig
 from mtpjax.model.cache import Cache
 from mtpjax.model.decoder import Layer
-from mtpjax.model.params import ParamFactory
+from mtpjax.model.params import ParamFactory, Vector
 from mtpjax.model.positions import Positions
 
 MTP_LAYER = 0  # index of the head's layer in its own keys and values
@@ -36,11 +36,20 @@ class Mtp(nnx.Module):
         self.layer = Layer(cfg, make, FULL)
         self.norm = make.vector(cfg.hidden_size)
 
-    def _combine(self, embedded: Float[Array, "B T D"], hidden: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Return `fc [norm(embedded), norm(hidden)]`, the input of the head's layer. The embedding comes first."""
-        eps = self.cfg.norm_eps
-        e, h = rms_norm(embedded, self.embed_norm[...], eps), rms_norm(hidden, self.hidden_norm[...], eps)
-        return linear(jnp.concatenate([e, h], axis=-1), self.fc[...])
+    def _combine(
+        self, embedded: Float[Array, "B T D"], hidden: Float[Array, "B T D"], implementation: str | None
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
+        """Return `fc [norm(embedded), norm(hidden)]`, the input of the head's layer, and the same after its input norm.
+
+        The embedding comes first.
+        """
+
+        def norm(x: Array, weight: Vector) -> Array:
+            return rms_norm(x, weight[...], self.cfg.norm_eps, implementation=implementation)
+
+        e, h = norm(embedded, self.embed_norm), norm(hidden, self.hidden_norm)
+        x = linear(jnp.concatenate([e, h], axis=-1), self.fc[...])
+        return x, norm(x, self.layer.input_norm)
 
     def sync(
         self, embedded: Float[Array, "B T D"], hidden: Float[Array, "B T D"], cache: Cache, positions: Positions
@@ -53,8 +62,8 @@ class Mtp(nnx.Module):
             cache: its `mtp_k` and `mtp_v` change.
             positions: positions of the rows in the head's cache.
         """
-        x = rms_norm(self._combine(embedded, hidden), self.layer.input_norm[...], self.cfg.norm_eps)
-        _, (k, v) = self.layer.mixer(x, (cache.mtp_k, cache.mtp_v), MTP_LAYER, positions, 0)
+        _, normed = self._combine(embedded, hidden, positions.implementation)
+        _, (k, v) = self.layer.mixer(normed, (cache.mtp_k, cache.mtp_v), MTP_LAYER, positions, 0)
         return cache.replace(mtp_k=k, mtp_v=v)
 
     def __call__(
@@ -66,8 +75,6 @@ class Mtp(nnx.Module):
             hidden states after `mtp.norm`, ready for the LM head and for the next step of the head; and the new cache.
         """
         kv_cache = (cache.mtp_k, cache.mtp_v)
-        x = self._combine(embedded, hidden)
-        norm, implementation = self.layer.input_norm[...], positions.implementation
-        _, normed = add_rms_norm(x, None, norm, self.cfg.norm_eps, implementation=implementation)
+        x, normed = self._combine(embedded, hidden, positions.implementation)
         _, y, (k, v) = self.layer.run_attention(x, normed, kv_cache, MTP_LAYER, positions, self.norm[...])
         return y, cache.replace(mtp_k=k, mtp_v=v)

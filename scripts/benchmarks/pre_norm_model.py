@@ -14,7 +14,6 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float, Int
 
-from kernels_pallas.norm import add_rms_norm
 from mtpjax.loading.loaded_model import LoadedModel
 from mtpjax.model import Model, Positions
 from mtpjax.model.cache import Cache, PendingDeltaUpdates, new_pending
@@ -25,14 +24,15 @@ from mtpjax.model.mtp import MTP_LAYER, Mtp
 class PreNormMtp(Mtp):
     """An MTP head that reads the half of its input that is not normalised, and returns both halves."""
 
-    def _combine(self, embedded: Float[Array, "B T D"], hidden: Float[Array, "B T 2*D"]) -> Float[Array, "B T D"]:
-        return super()._combine(embedded, hidden[..., embedded.shape[-1] :])
+    def _combine(
+        self, embedded: Float[Array, "B T D"], hidden: Float[Array, "B T 2*D"], implementation: str | None
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
+        return super()._combine(embedded, hidden[..., embedded.shape[-1] :], implementation)
 
     def __call__(
         self, embedded: Float[Array, "B T D"], hidden: Float[Array, "B T 2*D"], cache: Cache, positions: Positions
     ) -> tuple[Float[Array, "B T 2*D"], Cache]:
-        x, kv_cache = self._combine(embedded, hidden), (cache.mtp_k, cache.mtp_v)
-        _, normed = add_rms_norm(x, None, self.layer.input_norm[...], self.cfg.norm_eps)
+        (x, normed), kv_cache = self._combine(embedded, hidden, positions.implementation), (cache.mtp_k, cache.mtp_v)
         y, y_normed, (k, v) = self.layer.run_attention(x, normed, kv_cache, MTP_LAYER, positions, self.norm[...])
         return jnp.concatenate([y_normed, y], axis=-1), cache.replace(mtp_k=k, mtp_v=v)
 
@@ -40,8 +40,8 @@ class PreNormMtp(Mtp):
 class PreNormModel(Model):
     """A model that returns both halves of hidden states."""
 
-    def final_norm(self, x: Float[Array, "B T D"]) -> Float[Array, "B T 2*D"]:
-        return jnp.concatenate([super().final_norm(x), x], axis=-1)
+    def final_norm(self, x: Float[Array, "B T D"], implementation: str | None = None) -> Float[Array, "B T 2*D"]:
+        return jnp.concatenate([super().final_norm(x, implementation), x], axis=-1)
 
     def trunk_pending(
         self, tokens: Int[Array, "B W"], cache: Cache, positions: Positions

@@ -111,7 +111,7 @@ def losses(
     cache, where = fresh(cfg, tokens.shape[0])
     with recording(balance_losses):
         y, cache = model.trunk(tokens[:, :ROWS], cache, where)
-        hidden = model.final_norm(y)
+        hidden = model.final_norm(y, "xla")
         logits = model.head(hidden)
         parts = {"lm": cross_entropy(logits, tokens[:, 1 : ROWS + 1])}
         for step in range(1, steps + 1):
@@ -135,5 +135,5 @@ def window_loss(graph: Any, params: Any, tokens: Int[Array, "B T"]) -> Float[Arr
     zeros = jnp.zeros(batch, jnp.int32)
     where = make_positions(model.cfg, zeros, rows, zeros, kv_len=KV_BLOCK, static_kv_blocks=1, implementation="xla")
     y, _ = model.trunk(tokens[:, :rows], new_cache(model.cfg, batch, KV_BLOCK), where)
-    logits = model.head(model.final_norm(y))
+    logits = model.head(model.final_norm(y, "xla"))
     return jnp.sum(optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]))

@@ -89,17 +89,23 @@ class TestChunkGatedDeltaRule:
 
 class TestImplementations:
     def test_unsupported_shapes_raise_if_the_kernels_were_asked_for(self) -> None:
-        with pytest.raises(ValueError, match="chunks of 8 rows of heads of 32 x 32; expected sizes that are powers of"):
-            chunk_gated_delta_rule(*prompt_args(8), dtype="float32", implementation="triton")
+        with pytest.raises(
+            ValueError, match="chunks of 64 rows of heads of 24 x 32; expected sizes that are powers of"
+        ):
+            chunk_gated_delta_rule(
+                *prompt_args(8, SMALL._replace(key_size=24)), dtype="float32", implementation="triton"
+            )
 
     def test_supported_shapes(self) -> None:
         assert supports(64, 128, 128)
         for chunk, key_size, value_size in ((8, 128, 128), (64, 24, 128), (64, 128, 8)):
             assert not supports(chunk, key_size, value_size)
 
-    @pytest.mark.parametrize(("rows", "uses_kernels"), [(16, True), (15, False)])
-    def test_a_cuda_device_uses_the_kernels_where_they_support_the_shapes(self, rows: int, uses_kernels: bool) -> None:
-        args = prompt_args(rows)
+    @pytest.mark.parametrize(("key_size", "uses_kernels"), [(32, True), (24, False)])
+    def test_a_cuda_device_uses_the_kernels_where_they_support_the_shapes(
+        self, key_size: int, uses_kernels: bool
+    ) -> None:
+        args = prompt_args(15, SMALL._replace(key_size=key_size))
         for name, expected in (("cuda", uses_kernels), ("cpu", False)):
             with override_platform(name, (9, 0)):
                 program = str(jax.make_jaxpr(partial(chunk_gated_delta_rule, dtype="float32"))(*args))
@@ -150,13 +156,16 @@ class TestChunkedForm:
     @pytest.mark.parametrize("rows", [1, 5, 63, 64, 65, 150, 200])
     def test_chunks_are_the_recurrence(self, rows: int, ratio: int) -> None:
         inputs, state = random_inputs(rows, ratio)
-        want, chunk = step_through(inputs, state), min(CHUNK, rows)
-        got = self.run(pad_to_chunks(inputs, chunk), state, chunk)
-        assert max_error(got.o[:, :rows], want.o) <= 3e-6
-        assert max_error(got.delta[:, :rows], want.delta) <= 1e-5
+        want, padded = step_through(inputs, state), pad_to_chunks(inputs)
+        padding = padded.q.shape[1] - rows
+        got = self.run(padded, state, CHUNK)
+        assert max_error(got.o[:, padding:], want.o) <= 3e-6
+        assert max_error(got.delta[:, padding:], want.delta) <= 1e-5
         assert max_error(got.state, want.states[:, -1]) <= 1e-5
-        chunks = [np.cumsum(inputs.g[:, i : i + chunk], 1, np.float64) for i in range(0, rows, chunk)]
-        assert max_error(got.decay[:, :rows], np.concatenate(chunks, 1)) <= 1e-4
+        chunks = [
+            np.cumsum(np.asarray(padded.g)[:, i : i + CHUNK], 1, np.float64) for i in range(0, rows + padding, CHUNK)
+        ]
+        assert max_error(got.decay, np.concatenate(chunks, 1)) <= 1e-4
 
     def test_rows_without_effect_keep_every_bit(self) -> None:
         inputs, state = random_inputs(CHUNK, 2)
