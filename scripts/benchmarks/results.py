@@ -67,11 +67,12 @@ def ratio_table(figures: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
     return "\n".join(lines)
 
 
-def write_json(path: str, content: Mapping[str, Any]) -> None:
-    """Write `content` to a temporary file beside `path`, then rename that file to `path`."""
+def write_json(path: str, content: Mapping[str, Any], *, quiet: bool = False) -> None:
+    """Write `content` to a temporary file beside `path`, then rename that file to `path`; say so unless `quiet`."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(target.name + ".part")
     part.write_text(json.dumps(content, indent=1) + "\n")
     part.replace(target)
-    print(f"wrote {target}")
+    if not quiet:
+        print(f"wrote {target}")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import statistics
+import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,6 +17,7 @@ import numpy as np
 from kernels_pallas.platform import platform
 from kernels_pallas.top_k_top_p.triton import TOP_PER_TILE
 from scripts.benchmarks.roofline import Ceilings, measure_seconds
+from scripts.benchmarks.trace_events import read_op_times
 from scripts.gpu.cuda_cases import FORMS, Case, KernelSizes, kernel_cases
 from scripts.gpu.data import CHECKED, data_of, reference
 
@@ -102,6 +105,22 @@ def all_layers(name: str, fn: Any, args: tuple[Any, ...], size: KernelSizes) -> 
     return run
 
 
+def measure_kernels(run: Callable[[], Any], runs: int) -> tuple[list[float], str]:
+    """Return seconds of the kernels of a call, and whose clock that is: "profiler" on a GPU, else "host".
+
+    A kernel of few microseconds takes the host longer to launch than the GPU to run.
+    """
+    if platform() != "cuda":
+        return measure_seconds(run, runs), "host"
+    jax.block_until_ready(run())
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(runs):
+                jax.block_until_ready(run())
+        spent = sum(seconds for _, seconds in read_op_times(Path(folder), "jit").values())
+    return ([spent / runs], "profiler") if spent else (measure_seconds(run, runs), "host")
+
+
 def measure(name: str, make: Case, size: KernelSizes, ceilings: Ceilings, runs: int) -> dict[str, Any]:
     """One case: the largest error over the largest magnitude, seconds a layer, and the share of the roofline."""
     fn, specs = make()
@@ -112,9 +131,11 @@ def measure(name: str, make: Case, size: KernelSizes, ceilings: Ceilings, runs: 
     got = jax.tree.leaves(fn(*args) if name.startswith(LAYERLESS) else run()[-1])[-1 if name.startswith("norm") else 0]
     rows = jnp.asarray(got, jnp.float32).reshape(-1, *want.shape[1:])[-CHECKED:]
     error = float(jnp.max(jnp.abs(rows - want)) / jnp.max(jnp.abs(want)))
-    times = [each / size.layers for each in measure_seconds(run, runs)]
+    times, clock = measure_kernels(run, runs)
+    times = [each / size.layers for each in times]
     return {
         "case": name,
+        "clock": clock,
         "error": error,
         "right": error <= BOUND,
         "seconds": times,
