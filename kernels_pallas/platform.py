@@ -10,6 +10,9 @@ from typing import NamedTuple
 import jax
 
 IMPLEMENTATIONS = ("xla", "triton")
+# KiB of shared memory that a block of threads gets, by compute capability (CUDA C++ Programming Guide, "Technical
+# Specifications per Compute Capability"). Others count as the smallest.
+SHARED_KIB = {(8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (9, 0): 227, (10, 0): 227, (10, 3): 227, (12, 0): 99}
 
 
 class _Override(NamedTuple):
@@ -39,6 +42,11 @@ def capability() -> tuple[int, int]:
         return 0, 0
     major, minor = str(jax.devices()[0].compute_capability).split(".")
     return int(major), int(minor)
+
+
+def shared_memory_bytes() -> int:
+    """Return the most shared memory that a block of threads gets on the platform."""
+    return SHARED_KIB.get(capability(), min(SHARED_KIB.values())) * 1024
 
 
 @contextmanager
