@@ -16,13 +16,11 @@ from jax.typing import DTypeLike
 
 from kernels_pallas.packed.layout import PackedLayout, max_row_tile, min_row_tile
 from kernels_pallas.platform import shared_memory_bytes
+from kernels_pallas.tile_tables import MatmulConstants, tile_constants
 from kernels_pallas.tiles import next_power_of_2
 
 DECODE_ROWS = 64  # rows of a call up to which each split is a program of its own
-PROGRAMS = 512  # programs that fill a GPU
-OUT_TILE = 64
-STAGES_FEW, STAGES_MANY = 2, 3  # iterations of the loop under way at once, with few rows and with many
-ROW_TILE_MANY = 128
+OUT_TILE = 64  # outputs of a tile of the experts' products
 
 
 class Operands(NamedTuple):
@@ -41,9 +39,15 @@ class Operands(NamedTuple):
         return -(-self.arrays[0].shape[-1] // self.layout.words_per_step)
 
     @property
+    def constants(self) -> MatmulConstants:
+        """What the tile table has for the shape of this weight."""
+        words = self.arrays[0].shape[-1]
+        return tile_constants("matmul", self.outputs, words * self.layout.values_per_word)
+
+    @property
     def num_splits(self) -> int:
         """The splits of the sum."""
-        return num_splits(self.outputs, self.num_steps)
+        return num_splits(self.outputs, self.num_steps, self.constants)
 
     def shared_bytes(self, row_tile: int, out_tile: int, stages: int, dtype: DTypeLike) -> int:
         """Return about how much shared memory a program takes: what is prefetched, and one unpacked tile."""
@@ -63,10 +67,10 @@ class Tiling(NamedTuple):
     write_partials: bool  # each split is a program of its own, which writes its partial sum
 
 
-def num_splits(outputs: int, steps: int) -> int:
-    """Return the splits of the sum over F: a power of two that makes about `PROGRAMS` programs of two steps or more."""
+def num_splits(outputs: int, steps: int, constants: MatmulConstants) -> int:
+    """Return the splits of the sum over F: a power of two that makes about `programs` programs of two steps or more."""
     splits = 1
-    while splits * -(-outputs // OUT_TILE) < PROGRAMS and steps // (2 * splits) >= 2:
+    while splits * -(-outputs // constants.out_tile) < constants.programs and steps // (2 * splits) >= 2:
         splits *= 2
     return splits
 
@@ -74,19 +78,24 @@ def num_splits(outputs: int, steps: int) -> int:
 def choose_tiling(rows: int, weights: Sequence[Operands], dtype: DTypeLike) -> Tiling:
     """Return the tiles of a launch that multiplies so many rows of a dtype with these weights.
 
-    With many rows of bfloat16 a tile has up to `ROW_TILE_MANY` rows: the more rows, the fewer times a weight is
-    unpacked. Where the shared memory of the card is too small, first the stages are fewer, then the rows.
+    Weights of several sizes get the least of what the table has for each. With many rows of bfloat16 a tile has up to
+    `row_tile_many` rows: the more rows, the fewer times a weight is unpacked. Where the shared memory of the card is
+    too small, first the stages are fewer, then the rows.
     """
     write_partials, max_rows = rows <= DECODE_ROWS, max_row_tile(dtype)
+    constants = [weight.constants for weight in weights]
+    narrow = min(each.out_tile for each in constants)
     if max_rows < 64:  # float32
         stages = 2
+    elif write_partials:
+        stages = min(each.stages_few for each in constants)
     else:
-        stages = STAGES_FEW if write_partials else STAGES_MANY
-        max_rows = DECODE_ROWS if write_partials else ROW_TILE_MANY
+        stages = min(each.stages_many for each in constants)
+        max_rows = min(each.row_tile_many for each in constants)
     row_tile = max(min_row_tile(), min(next_power_of_2(rows), max_rows))
     while True:
         wide = row_tile >= 64 and not write_partials
-        out_tile, warps = (2 * OUT_TILE, 8) if wide else (OUT_TILE, 4)
+        out_tile, warps = (2 * narrow, 8) if wide else (narrow, 4)
         most = max(weight.shared_bytes(row_tile, out_tile, stages, dtype) for weight in weights)
         if most <= shared_memory_bytes() or (stages == 2 and row_tile <= 64):
             return Tiling(row_tile, out_tile, warps, stages, write_partials)
