@@ -1,11 +1,13 @@
 """The model of kernel times: near the measured points, and it follows constants and cards in the right direction."""
 
 import statistics
+import sys
 
 import numpy as np
 import pytest
 
 from kernels_pallas.tile_tables import ExpertsConstants, MatmulConstants
+from scripts.gpu import predict_tables
 from scripts.gpu.cuda_target import CARDS
 from scripts.gpu.kernel_launches import Cache, Delta, Experts, Matrix
 from scripts.gpu.kernel_time_model import MODEL, fitted, kernel_time, measured_points, predict
@@ -49,3 +51,11 @@ def test_all_cards_and_ops() -> None:
         assert times["h200"] <= times["h100"] < times["rtx3090"]
     with pytest.raises(ValueError, match="no model of 'conv'; expected one of matmul, experts_gate_up"):
         kernel_time("conv", None, 1, H100)
+
+
+def test_the_predicted_tables_are_those_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a change of the model or of the H100's table: `python -m scripts.gpu.predict_tables`."""
+    monkeypatch.setattr(sys, "argv", ["predict_tables", "--check"])
+    assert predict_tables.main() == 0
+    assert predict_tables.choose(3, [1, 2, 3], lambda x: 100.0 + x) == 3
+    assert predict_tables.choose(3, [1, 2, 3], lambda x: 100.0 * x) == 1
