@@ -113,9 +113,11 @@ class TestKernel:
         x, w = random_rows(rows, 2560), random_weight(name, (128, 2560))
         assert_close(self.run(x, w), np.float64(x) @ dense(w, "float32").T, "float32")
 
-    @pytest.mark.parametrize("capability", [(8, 6), (9, 0)])
+    @pytest.mark.parametrize(("kind", "capability"), [("RTX 3090", (8, 6)), ("H100", (9, 0))])
     @pytest.mark.parametrize("inputs", [512, 2048, 2560, 4608])
-    def test_a_row_is_invariant_to_the_batch_bit_for_bit(self, inputs: int, capability: tuple[int, int]) -> None:
+    def test_a_row_is_invariant_to_the_batch_bit_for_bit(
+        self, inputs: int, kind: str, capability: tuple[int, int]
+    ) -> None:
         """Few rows split the sum over programs, many rows do not: the order of the sum is the same.
 
         2,560 inputs are 20 steps in 8 splits, the last of 2 steps and none; 4,608 are 36 in 16. Sums are compared
@@ -123,7 +125,8 @@ class TestKernel:
         """
         run = jax.jit(partial(linear, out_dtype=jnp.float32, implementation="triton"))  # traced for each capability
         x, w = random_rows(257, inputs, "bfloat16"), random_weight("int4 g128", (72, inputs))
-        with override_platform(platform(), capability, interpret=platform() != "cuda"):
+        here = platform()
+        with override_platform(here, capability, device_kind=kind, interpret=here != "cuda"):
             alone = np.asarray(run(x[:1], w))
             for rows in (5, DECODE_ROWS, DECODE_ROWS + 1, 129, 257):
                 among_others = np.asarray(run(jnp.roll(x[:rows], rows // 2, axis=0), w))[rows // 2]
@@ -165,6 +168,12 @@ class TestKernel:
             assert min_row_tile() == (16 if capability == (9, 0) else 8)
             got = linear(x, w, implementation="triton")
         assert_close(got, rounded(x, "bfloat16") @ dense(w, "bfloat16").T, "bfloat16")
+
+    def test_consumer_cards_have_the_older_tensor_core_instructions(self) -> None:
+        """Of the Blackwell generation, too: 12.0 is a higher number than 9.0, and has no `wgmma`."""
+        for capability, rows in {(8, 9): 8, (9, 0): 16, (10, 0): 16, (12, 0): 8}.items():
+            with override_platform("cuda", capability):
+                assert min_row_tile() == rows
 
     def test_weights_that_it_does_not_read(self) -> None:
         w = QuantizedTensor(jnp.zeros((4, 24), jnp.int8), jnp.ones((4, 1), jnp.float16), None, "codes8", 24)
