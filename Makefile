@@ -43,7 +43,7 @@ help:
 	@echo "make test-isa      run the tests that promise bits on a narrower instruction set (ISA=AVX2, AVX or SSE4_2)"
 	@echo "make test-types    run tests with every shape and type annotation checked at run time (jaxtyping, beartype)"
 	@echo "make lint          ruff, mypy, import rules and sizes of files"
-	@echo "make check-cuda    compile the GPU kernels and programs for five cards, without a GPU (CHECK_CUDA_ARGS='--cards h200 ...')"
+	@echo "make check-cuda    compile the GPU kernels and programs for seven cards, without a GPU (CHECK_CUDA_ARGS='--cards h200 ...')"
 	@echo "make emulate-cuda  run the compiled kernels and texts on an emulator, without a GPU (EMULATE_CUDA_ARGS='--cards h200 ...')"
 
 demo: $(RUN_READY)

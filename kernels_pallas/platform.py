@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -10,11 +11,25 @@ from typing import NamedTuple
 import jax
 
 IMPLEMENTATIONS = ("xla", "triton")
+# Kinds of devices, and the names that NVIDIA's driver has for them: memory and form differ, the multiprocessors do not.
+DEVICE_KINDS = {
+    "H100": r"NVIDIA H100( .*)?",
+    "H200": r"NVIDIA H200( .*)?",
+    "A100": r"NVIDIA A100[ -].*",
+    "RTX 3090": r"NVIDIA GeForce RTX 3090( Ti)?",
+    "RTX 4090": r"NVIDIA GeForce RTX 4090( D)?",
+    "RTX 5090": r"NVIDIA GeForce RTX 5090( D)?",
+    "B200": r"NVIDIA B200( .*)?",
+}
+# KiB of shared memory that a block of threads gets, by compute capability (CUDA C++ Programming Guide, "Technical
+# Specifications per Compute Capability"). Others count as the smallest.
+SHARED_KIB = {(8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (9, 0): 227, (10, 0): 227, (10, 3): 227, (12, 0): 99}
 
 
 class _Override(NamedTuple):
     platform: str
     capability: tuple[int, int]
+    device_kind: str
     interpret: bool
 
 
@@ -41,8 +56,29 @@ def capability() -> tuple[int, int]:
     return int(major), int(minor)
 
 
+def shared_memory_bytes() -> int:
+    """Return the most shared memory that a block of threads gets on the platform."""
+    return SHARED_KIB.get(capability(), min(SHARED_KIB.values())) * 1024
+
+
+def device_kind() -> str:
+    """Return the kind of device that programs are traced for, as tile tables name it: "H100", "RTX 4090", "cpu".
+
+    It is JAX's own name of the device where `DEVICE_KINDS` does not shorten it.
+    """
+    override = _override.get()
+    if override is not None:
+        return override.device_kind or override.platform
+    if platform() != "cuda":
+        return platform()
+    name = jax.devices()[0].device_kind
+    return next((kind for kind, pattern in DEVICE_KINDS.items() if re.fullmatch(pattern, name)), name)
+
+
 @contextmanager
-def override_platform(name: str, capability: tuple[int, int] = (0, 0), *, interpret: bool = False) -> Iterator[None]:
+def override_platform(
+    name: str, capability: tuple[int, int] = (0, 0), *, device_kind: str = "", interpret: bool = False
+) -> Iterator[None]:
     """Trace programs for the platform `name` inside the context, on a machine that may be another one.
 
     JAX caches traced programs and does not know the platform they were traced for: clear its caches, or use one process
@@ -51,9 +87,10 @@ def override_platform(name: str, capability: tuple[int, int] = (0, 0), *, interp
     Args:
         name: "cpu", "cuda" or another platform of JAX.
         capability: the CUDA compute capability, for example (9, 0).
+        device_kind: the kind of device, for example "H100"; "": one that no tile table knows.
         interpret: run Pallas kernels in interpret mode, on any device.
     """
-    token = _override.set(_Override(name, capability, interpret))
+    token = _override.set(_Override(name, capability, device_kind, interpret))
     try:
         yield
     finally:

@@ -11,7 +11,7 @@ program adds the splits up.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,23 +23,15 @@ from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
+from kernels_pallas.matmul.tiling import DECODE_ROWS, OUT_TILE, Operands, Tiling, choose_tiling
 from kernels_pallas.packed.dequantize import WeightRefs, load_tile
-from kernels_pallas.packed.layout import (
-    PackedLayout,
-    load_rows,
-    max_row_tile,
-    min_row_tile,
-    mma_m_order,
-    pack_operands,
-)
+from kernels_pallas.packed.layout import PackedLayout, load_rows, mma_m_order, pack_operands
 from kernels_pallas.packed.ptx_ops import WordOps, word_ops
 from kernels_pallas.partial_sums import PartialSums
-from kernels_pallas.tiles import dot, index_grid, next_power_of_2
+from kernels_pallas.tiles import dot, index_grid
 from kernels_pallas.weights import BitcastBfloat16, LayerView, QuantizedTensor, StoredWeight, Weight
 
-DECODE_ROWS = 64  # rows of a call up to which each split is a program of its own
-PROGRAMS = 128  # programs that fill a GPU
-OUT_TILE = 64
+__all__ = ["DECODE_ROWS", "OUT_TILE", "matmul", "matmul_split_k", "supports"]
 
 
 def supports(w: Weight) -> bool:
@@ -47,14 +39,6 @@ def supports(w: Weight) -> bool:
     if isinstance(w, QuantizedTensor | LayerView):
         return w.shape[-1] % 32 == 0
     return isinstance(w, BitcastBfloat16) or not isinstance(w, StoredWeight)
-
-
-def num_splits(outputs: int, steps: int) -> int:
-    """Return the splits of the sum over F: a power of two that makes about `PROGRAMS` programs of two steps or more."""
-    splits = 1
-    while splits * -(-outputs // OUT_TILE) < PROGRAMS and steps // (2 * splits) >= 2:
-        splits *= 2
-    return splits
 
 
 class _Product(NamedTuple):
@@ -76,14 +60,6 @@ class _Product(NamedTuple):
         return -(-self.num_steps // self.num_splits)
 
 
-class _Tiling(NamedTuple):
-    """The tiles of a launch."""
-
-    row_tile: int
-    out_tile: int
-    write_partials: bool  # each split is a program of its own, which writes its partial sum
-
-
 class _Program(NamedTuple):
     """What one program of a launch computes: token rows, a tile of outputs, and a split if it writes partial sums."""
 
@@ -93,7 +69,7 @@ class _Program(NamedTuple):
 
 
 def _kernel(
-    layer_ref: Any, x_ref: Any, *refs: Any, products: tuple[_Product, ...], tiling: _Tiling, ops: WordOps
+    layer_ref: Any, x_ref: Any, *refs: Any, products: tuple[_Product, ...], tiling: Tiling, ops: WordOps
 ) -> None:
     """Compute one tile of one result, or one partial sum of it."""
     first_row = pl.program_id(0) * tiling.row_tile
@@ -117,7 +93,7 @@ def _store_tile(
     weight_refs: tuple[Any, ...],
     y_ref: Any,
     product: _Product,
-    tiling: _Tiling,
+    tiling: Tiling,
     program: _Program,
     ops: WordOps,
 ) -> None:
@@ -136,22 +112,36 @@ def _store_tile(
 
     zero = jnp.zeros((tiling.out_tile, program.rows.size), jnp.float32)
 
-    def sum_of_split(split: Array | int) -> Array:
+    if tiling.write_partials or product.num_splits == 1:
+        split = program.split if tiling.write_partials else 0
         first_step = split * product.steps_per_split
         iterations: Array | int = product.steps_per_split
         if product.num_steps % product.num_splits:  # no step begins behind the end of a row, where nothing is masked
             iterations = jnp.clip(product.num_steps - first_step, 0, iterations)
-        return lax.fori_loop(0, iterations, lambda i, total: add_step(first_step + i, total), zero)
-
-    if tiling.write_partials:
-        total = sum_of_split(program.split)
-    elif product.num_splits == 1:
-        total = sum_of_split(0)
-    else:  # a loop: written out, sixteen splits would be sixteen times the code to compile
-        total = lax.fori_loop(0, product.num_splits, lambda split, total: total + sum_of_split(split), zero)
+        total = lax.fori_loop(0, iterations, lambda i, total: add_step(first_step + i, total), zero)
+    else:
+        total = _sum_of_splits(add_step, product, zero)
     row, col = index_grid(program.rows, first_out + jnp.arange(tiling.out_tile))
     part = program.split if tiling.write_partials else 0
     plt.store(y_ref.at[part, row, col], total.T.astype(y_ref.dtype), mask=(row < num_rows) & (col < outputs))
+
+
+def _sum_of_splits(
+    add_step: Callable[[Array, Array], Array], product: _Product, zero: Float[Array, "out_tile rows"]
+) -> Float[Array, "out_tile rows"]:
+    """Add all splits in their order, each summed by itself: the additions of few rows, in one loop over all steps.
+
+    A loop over splits around a loop over their few steps would wait for memory at the start of every split.
+    """
+
+    def run_step(i: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
+        part, total = add_step(i, sums[0]), sums[1]
+        ends_split = lax.rem(i, product.steps_per_split) == product.steps_per_split - 1
+        if product.num_steps % product.steps_per_split:
+            ends_split |= i == product.num_steps - 1
+        return lax.cond(ends_split, lambda: (zero, total + part), lambda: (part, total))
+
+    return lax.fori_loop(0, product.num_steps, run_step, (zero, zero))[1]
 
 
 def matmul(
@@ -184,45 +174,35 @@ def matmul_split_k(
     The partial sums `[P, rows, O]` of a product are float32, or, where P = 1, of its `out_dtype`.
     """
     rows = x.shape[0]
-    write_partials = rows <= DECODE_ROWS
-    row_tile = max(min_row_tile(), min(next_power_of_2(rows), max_row_tile(x.dtype)))
-    out_tile, warps = (2 * OUT_TILE, 8) if row_tile == 64 and not write_partials else (OUT_TILE, 4)
+    packed = [Operands(*pack_operands(w)) for w, _ in weights]
+    tiling = choose_tiling(rows, packed, x.dtype)
     products: list[_Product] = []
     operands: list[Array] = []
     shapes: list[jax.ShapeDtypeStruct] = []
     tiles = 0
-    for number, ((w, layer), dtype) in enumerate(zip(weights, out_dtypes, strict=True)):
-        layout, arrays = pack_operands(w)
-        outputs, steps = arrays[0].shape[-2], -(-arrays[0].shape[-1] // layout.words_per_step)
+    for number, (weight, (_, layer), dtype) in enumerate(zip(packed, weights, out_dtypes, strict=True)):
         product = _Product(
             number=number,
-            layout=layout,
+            layout=weight.layout,
             first_operand=len(operands),
-            num_operands=len(arrays),
+            num_operands=len(weight.arrays),
             is_stack=layer is not None,
             first_tile=tiles,
-            num_tiles=-(-outputs // out_tile),
-            num_steps=steps,
-            num_splits=num_splits(outputs, steps),
+            num_tiles=-(-weight.outputs // tiling.out_tile),
+            num_steps=weight.num_steps,
+            num_splits=weight.num_splits,
         )
         products.append(product)
-        operands += arrays
+        operands += weight.arrays
         tiles += product.num_tiles
-        parts = product.num_splits if write_partials else 1
-        shapes.append(jax.ShapeDtypeStruct((parts, rows, outputs), jnp.float32 if parts > 1 else dtype))
+        parts = product.num_splits if tiling.write_partials else 1
+        shapes.append(jax.ShapeDtypeStruct((parts, rows, weight.outputs), jnp.float32 if parts > 1 else dtype))
     layers = jnp.stack([jnp.int32(0) if layer is None else jnp.asarray(layer, jnp.int32) for _, layer in weights])
     results = pl.pallas_call(
-        partial(
-            _kernel,
-            products=tuple(products),
-            tiling=_Tiling(row_tile, out_tile, write_partials),
-            ops=word_ops(interpret=interpret),
-        ),
-        grid=(-(-rows // row_tile), tiles, max(shape.shape[0] for shape in shapes)),
+        partial(_kernel, products=tuple(products), tiling=tiling, ops=word_ops(interpret=interpret)),
+        grid=(-(-rows // tiling.row_tile), tiles, max(shape.shape[0] for shape in shapes)),
         out_shape=shapes,
-        compiler_params=plt.CompilerParams(
-            num_warps=warps, num_stages=min(p.layout.num_stages(row_tile, x.dtype) for p in products)
-        ),
+        compiler_params=plt.CompilerParams(num_warps=tiling.warps, num_stages=tiling.stages),
         interpret=interpret,
         name="matmul_" + "_".join(dict.fromkeys(product.layout.layout for product in products)),
     )(layers, x, *operands)

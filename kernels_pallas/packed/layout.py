@@ -94,11 +94,12 @@ class PackedLayout:
 
 
 def has_wgmma() -> bool:
-    """Return whether the tensor cores of the platform take 64 rows of the weight at once (`wgmma` and its successors).
+    """Return whether the tensor cores of the platform take 64 rows of the weight at once (`wgmma` and `tcgen05`).
 
-    The compiler uses these instructions for sixteen token rows and more, and older ones for fewer.
+    The compiler uses these instructions for sixteen token rows and more, and older ones for fewer. Consumer cards of
+    the Blackwell generation (12.0) have the older ones only.
     """
-    return capability() >= (9, 0)
+    return (9, 0) <= capability() < (12, 0)
 
 
 def min_row_tile() -> int:

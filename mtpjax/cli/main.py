@@ -1,4 +1,4 @@
-"""The console command `mtpjax`: `generate`, `convert`, `info`."""
+"""The console command `mtpjax`: `generate`, `convert`, `info`, `tune`."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from collections.abc import Callable
 import jax
 
 import mtpjax
-from mtpjax.cli import convert, generate, info
+from mtpjax.cli import convert, generate, info, tune
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "generate": (generate.main, "generate text for a file of prompts"),
     "convert": (convert.main, "convert a checkpoint: Hugging Face, Orbax, GGUF"),
     "info": (info.main, "describe a checkpoint: sizes, quantisation, MTP head, memory, cards"),
+    "tune": (tune.main, "measure tile constants of the GPU kernels on this card"),
 }
 
 
@@ -21,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command. Returns its exit status; 2 if there is no such command."""
     args = sys.argv[1:] if argv is None else argv
     if args and args[0] in COMMANDS:
-        if args[0] != "generate":
+        if args[0] not in ("generate", "tune"):
             jax.config.update("jax_platforms", "cpu")  # nothing is computed: leave a GPU alone
         return COMMANDS[args[0]][0](args[1:])
     if args and args[0] == "--version":

@@ -1,4 +1,4 @@
-"""Compile every GPU kernel, and the whole prefill and decode programs, for five NVIDIA cards without having one.
+"""Compile every GPU kernel, and the whole prefill and decode programs, for seven NVIDIA cards without having one.
 
     make check-cuda                     (makes .venv-cuda with jax's CUDA compiler plugin, 1.1 GB, and runs this)
     python -m scripts.gpu.check_cuda [--cards rtx3090 ...] [--programs rtx3090 ...] [--json FILE]

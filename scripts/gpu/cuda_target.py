@@ -24,10 +24,11 @@ GIB = 2**30
 class Card:
     """A GPU as XLA describes it.
 
-    `kind` is the name that jax looks up. jax does not know the RTX 3090; an A10 has the same compute capability and
-    memory hierarchy.
+    `name` is the kind of device in tile tables, `kind` the name that jax looks up. jax does not know the RTX 3090; an
+    A10 has the same compute capability and memory hierarchy.
     """
 
+    name: str
     kind: str
     capability: tuple[int, int]
     cores: int  # multiprocessors
@@ -56,11 +57,13 @@ class Card:
 
 
 CARDS = {
-    "rtx3090": Card("NVIDIA A10", (8, 6), 82, 100, 1536, 23.6, 936, 6, 1.695),
-    "a100": Card("NVIDIA A100-SXM4-40GB", (8, 0), 108, 164, 2048, 39.4, 1555, 40, 1.41, 64),
-    "rtx4090": Card("NVIDIA GeForce RTX 4090", (8, 9), 128, 100, 1536, 23.5, 1008, 72, 2.52),
-    "h200": Card("NVIDIA H200", (9, 0), 132, 228, 2048, 139.8, 4800, 50, 1.98),
-    "b200": Card("NVIDIA B200", (10, 0), 148, 228, 2048, 178.4, 8000, 126, 1.97),
+    "rtx3090": Card("RTX 3090", "NVIDIA A10", (8, 6), 82, 100, 1536, 23.6, 936, 6, 1.695),
+    "a100": Card("A100", "NVIDIA A100-SXM4-40GB", (8, 0), 108, 164, 2048, 39.4, 1555, 40, 1.41, 64),
+    "rtx4090": Card("RTX 4090", "NVIDIA GeForce RTX 4090", (8, 9), 128, 100, 1536, 23.5, 1008, 72, 2.52),
+    "rtx5090": Card("RTX 5090", "NVIDIA GeForce RTX 5090", (12, 0), 170, 100, 1536, 31.8, 1792, 96, 2.41),
+    "h100": Card("H100", "NVIDIA H100 80GB HBM3", (9, 0), 132, 228, 2048, 79.6, 3350, 50, 1.98),
+    "h200": Card("H200", "NVIDIA H200", (9, 0), 132, 228, 2048, 139.8, 4800, 50, 1.98),
+    "b200": Card("B200", "NVIDIA B200", (10, 0), 148, 228, 2048, 178.4, 8000, 126, 1.97),
 }
 
 # The second flag makes jax 0.11 keep the PTX, too; the third writes all constants out.
@@ -86,7 +89,10 @@ class CompileTarget:
         """Compile a jitted function for arguments of these shapes (trees of `jax.ShapeDtypeStruct`)."""
         sharding = NamedSharding(self.mesh, PartitionSpec())
         args = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes)
-        with override_platform("cuda", self.card.capability), use_abstract_mesh(self.mesh.abstract_mesh):
+        with (
+            override_platform("cuda", self.card.capability, device_kind=self.card.name),
+            use_abstract_mesh(self.mesh.abstract_mesh),
+        ):
             return fn.lower(*args, **static).compile(**compile_options())
 
 

@@ -58,5 +58,5 @@ class EmulatedDevice:
     @contextmanager
     def active(self) -> Iterator[None]:
         """Trace programs for this card. Inside, `LLM(compile_fn=device.compile)` runs on it."""
-        with override_platform("cuda", self.card.capability):
+        with override_platform("cuda", self.card.capability, device_kind=self.card.name):
             yield

@@ -10,11 +10,11 @@ import pytest
 
 from kernels_pallas.matmul import fused_linears, linear, linears_split_k
 from kernels_pallas.matmul.shapes import ROWS, SHAPES, SQUARE, matmul_inputs
-from kernels_pallas.matmul.triton import DECODE_ROWS
+from kernels_pallas.matmul.tiling import DECODE_ROWS, Operands, choose_tiling
 from kernels_pallas.packed import layout as packed_layout
-from kernels_pallas.packed.formats import FORMATS
-from kernels_pallas.packed.layout import min_row_tile, pack_operands
-from kernels_pallas.platform import compile_options, override_platform, platform
+from kernels_pallas.packed.formats import FORMATS, abstract_weight
+from kernels_pallas.packed.layout import PackedLayout, min_row_tile, pack_operands
+from kernels_pallas.platform import SHARED_KIB, compile_options, override_platform, platform
 from kernels_pallas.weights import LayerView, QuantizedTensor, TransposedWeight
 from mtpjax.presets import PRESETS
 from tests.helpers.numerics import BOUNDS, assert_close
@@ -32,6 +32,19 @@ def implementation(request: pytest.FixtureRequest) -> str:
 
 def random_rows(rows: int, size: int, dtype: Any = "float32") -> jax.Array:
     return jnp.asarray(np.random.default_rng(rows).normal(size=(rows, size)), dtype)
+
+
+def stored_operands(name: str, shape: tuple[int, int]) -> Operands:
+    """Return the operands of a weight whose arrays are only described."""
+    layouts: list[PackedLayout] = []
+
+    def arrays(w: Any) -> tuple[jax.Array, ...]:
+        layout, arrays = pack_operands(w)
+        layouts.append(layout)
+        return arrays
+
+    described = jax.eval_shape(arrays, abstract_weight(shape, name))
+    return Operands(layouts[0], described)
 
 
 class TestLinear:
@@ -100,12 +113,46 @@ class TestKernel:
         x, w = random_rows(rows, 2560), random_weight(name, (128, 2560))
         assert_close(self.run(x, w), np.float64(x) @ dense(w, "float32").T, "float32")
 
-    def test_a_row_is_invariant_to_the_batch_bit_for_bit(self) -> None:
-        """Few rows split the sum over programs, many rows do not: the order of the sum is the same."""
-        x, w = random_rows(257, 2048, "bfloat16"), random_weight("int4 g128", (64, 2048))
-        alone = np.asarray(self.run(x[:1], w))
-        assert all((np.asarray(self.run(x[:rows], w))[:1] == alone).all() for rows in (DECODE_ROWS, DECODE_ROWS + 1))
-        assert (np.asarray(self.run(jnp.roll(x, 100, axis=0), w))[100] == alone[0]).all()
+    @pytest.mark.parametrize(("kind", "capability"), [("RTX 3090", (8, 6)), ("H100", (9, 0))])
+    @pytest.mark.parametrize("inputs", [512, 2048, 2560, 4608])
+    def test_a_row_is_invariant_to_the_batch_bit_for_bit(
+        self, inputs: int, kind: str, capability: tuple[int, int]
+    ) -> None:
+        """Few rows split the sum over programs, many rows do not: the order of the sum is the same.
+
+        2,560 inputs are 20 steps in 8 splits, the last of 2 steps and none; 4,608 are 36 in 16. Sums are compared
+        before they are rounded to bfloat16, which would hide most changes of their order.
+        """
+        run = jax.jit(partial(linear, out_dtype=jnp.float32, implementation="triton"))  # traced for each capability
+        x, w = random_rows(257, inputs, "bfloat16"), random_weight("int4 g128", (72, inputs))
+        here = platform()
+        with override_platform(here, capability, device_kind=kind, interpret=here != "cuda"):
+            alone = np.asarray(run(x[:1], w))
+            for rows in (5, DECODE_ROWS, DECODE_ROWS + 1, 129, 257):
+                among_others = np.asarray(run(jnp.roll(x[:rows], rows // 2, axis=0), w))[rows // 2]
+                assert (among_others == alone[0]).all(), rows
+
+    def test_splits_follow_the_weight_and_tiles_the_rows(self) -> None:
+        """Projections of the 35B-A3B, on a card with little shared memory and on one with much."""
+        for capability, many_stages in (((8, 6), 2), ((9, 0), 3)):
+            with override_platform("cuda", capability):
+                for (inputs, outputs), splits in {(2048, 8192): 4, (4096, 2048): 16, (512, 2048): 2}.items():
+                    weight = stored_operands("iq4_nl", (outputs, inputs))
+                    assert weight.num_splits == splits
+                few, some, many = (choose_tiling(rows, [weight], jnp.bfloat16) for rows in (5, 64, 65))
+                assert few == (min_row_tile(), 64, 4, 2, True) and some == (64, 64, 4, 2, True)
+                assert many == choose_tiling(4096, [weight], jnp.bfloat16) == (128, 128, 8, many_stages, False)
+                assert choose_tiling(4096, [weight], jnp.float32).row_tile == 16
+
+    @pytest.mark.parametrize("name", PACKED)
+    def test_what_is_prefetched_fits_every_card(self, name: str) -> None:
+        """99 KiB on the smaller cards."""
+        weight = stored_operands(name, (2048, 4096))
+        for capability, kib in SHARED_KIB.items():
+            with override_platform("cuda", capability):
+                for rows in (1, 64, 512):
+                    row_tile, out_tile, _, stages, _ = choose_tiling(rows, [weight], jnp.bfloat16)
+                    assert weight.shared_bytes(row_tile, out_tile, stages, jnp.bfloat16) <= kib * 1024
 
     @pytest.mark.parametrize("capability", [(8, 6), (9, 0)])
     @pytest.mark.parametrize("k_values", [2, 4])
@@ -121,6 +168,12 @@ class TestKernel:
             assert min_row_tile() == (16 if capability == (9, 0) else 8)
             got = linear(x, w, implementation="triton")
         assert_close(got, rounded(x, "bfloat16") @ dense(w, "bfloat16").T, "bfloat16")
+
+    def test_consumer_cards_have_the_older_tensor_core_instructions(self) -> None:
+        """Of the Blackwell generation, too: 12.0 is a higher number than 9.0, and has no `wgmma`."""
+        for capability, rows in {(8, 9): 8, (9, 0): 16, (10, 0): 16, (12, 0): 8}.items():
+            with override_platform("cuda", capability):
+                assert min_row_tile() == rows
 
     def test_weights_that_it_does_not_read(self) -> None:
         w = QuantizedTensor(jnp.zeros((4, 24), jnp.int8), jnp.ones((4, 1), jnp.float16), None, "codes8", 24)
