@@ -40,13 +40,14 @@ class PrefillTile(NamedTuple):
 
 
 # An iteration of 32 positions takes 1.1 us, and those of a piece follow one another. So the first pieces are as short
-# as an iteration: up to 2,048 positions they are fewer than the multiprocessors. Long pieces leave less to join, and
-# from 32k on there are enough of them: 512 positions took 106 us at 131k, 128 took 105, but four times the memory.
+# as an iteration: up to 2,048 positions they are fewer than the multiprocessors. But the sums of a piece are 8 KiB a
+# row, and 32 positions of keys and values are 32 KiB: large batches would rather have longer pieces. From 32k on pieces
+# of 512 positions fill the card: they took 106 us at 131k, and 128 positions 105.
 PIECES = (Pieces(2048, 32), Pieces(8192, 128), Pieces(32768, 256), Pieces(2**31 - 512, 512))
 
 DECODE_TILES = {
-    # More positions or fewer warps spill registers: products of float32 are unrolled.
-    "float32": DecodeTile(pairs=16, kv=16, warps=8, stages=2),
+    # Products of float32 are unrolled: 32 positions, or eight warps on an A100, spill registers.
+    "float32": DecodeTile(pairs=16, kv=16, warps=4, stages=2),
     # 41 KiB of shared memory, which leaves room for two programs on a multiprocessor with 100 KiB.
     "sm80": DecodeTile(pairs=16, kv=32, warps=4, stages=2),
     "sm86": DecodeTile(pairs=16, kv=32, warps=4, stages=2),
@@ -72,8 +73,9 @@ PREFILL_TILES = {
     # More pairs spill registers: one warp would hold 16 pairs by 256 channels, and as many queries.
     "sm80": PrefillTile(pairs=64, kv=64, warps=8, stages=2),
     "sm86": PrefillTile(pairs=64, kv=32, warps=8, stages=2),  # 64 positions take 105 of 99 KiB
-    # Two groups of four warps with 64 pairs each: wgmma with 64 x 256 results. 192 KiB of shared memory. Fewer pairs
-    # read keys and values faster than the second-level cache gives them.
+    # Two groups of four warps with 64 pairs each: wgmma with 64 x 256 results, and 192 KiB of shared memory. With 64
+    # pairs a program would need keys and values faster than the second-level cache gives them. On a B200 144 bytes of
+    # registers spill, and none with 64 pairs, which would use half of its tensor cores' rows.
     "sm90": PrefillTile(pairs=128, kv=64, warps=8, stages=2),
 }
 

@@ -183,13 +183,17 @@ def decode_attention(
     *,
     interpret: bool = False,
 ) -> Float[Array, "B T Q H"]:
-    """See `kernels_pallas.attention.attention`."""
+    """See `kernels_pallas.attention.attention`.
+
+    The sums of pieces take `Q / N * T * H * 4` bytes a piece and key/value head, as many pieces as the whole cache has.
+    """
     batch, rows, heads, size = q.shape
     kv_heads, kv_len = keys.shape[2:4]
     position = jnp.where(valid, positions, -1).astype(jnp.int32)
     pairs, pieces = rows * (heads // kv_heads), int(count_pieces(kv_len, np))
-    sequences = max(1, min(batch, MAX_TEMP_BYTES // (kv_heads * pairs * pieces * size * 4)))
-    results = []
+    turns = -(-batch // max(1, MAX_TEMP_BYTES // (kv_heads * pairs * pieces * size * 4)))
+    sequences = -(-batch // turns)
+    results: list[Array] = []
     for first in range(0, batch, sequences):
         index = jnp.stack([jnp.asarray(layer, jnp.int32), jnp.int32(first)])
         if results:  # the sums of these sequences take the memory of the former ones

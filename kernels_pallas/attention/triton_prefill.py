@@ -41,7 +41,8 @@ def _prefill_kernel(
     _, rows, heads, size = q_ref.shape
     group = heads // kv_heads
     b, n = pl.program_id(1) // kv_heads, pl.program_id(1) % kv_heads
-    pair = pl.program_id(0) * sizes.pairs + jnp.arange(sizes.pairs)
+    tile = pl.num_programs(0) - 1 - pl.program_id(0)  # the last rows see the most keys, so they begin first
+    pair = tile * sizes.pairs + jnp.arange(sizes.pairs)
     row, head, channel = lax.div(pair, group), n * group + lax.rem(pair, group), jnp.arange(size)
     row_grid, channel_grid = index_grid(row, channel)
     head_grid, _ = index_grid(head, channel)
