@@ -100,6 +100,6 @@ def _resolve(implementation: str | None, kv_len: int, head_dim: int) -> str:
     if implementation == "triton" and not supported:
         raise ValueError(
             f"head size {head_dim} must be a power of two from {triton.MIN_HEAD_DIM} on and cache length {kv_len} "
-            f"a multiple of {triton.KV_TILE}: the Triton kernels support no other shapes; use implementation='xla'"
+            f"a multiple of {triton.KV_MULTIPLE}: the Triton kernels support no other shapes; use implementation='xla'"
         )
     return implementation

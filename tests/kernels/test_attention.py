@@ -24,6 +24,7 @@ from mtpjax.model import make_positions
 from mtpjax.model.rope import rope_angles
 from mtpjax.presets import PRESETS
 from scripts.benchmarks.dataflow import arrays
+from tests.helpers.attention import exact_attention, first_rows, random_inputs
 from tests.helpers.models import numpy_model, tiny_config
 from tests.helpers.numerics import as_float64, assert_close
 
@@ -37,27 +38,6 @@ attend = jax.jit(attention, static_argnames="implementation")
 def implementation(request: pytest.FixtureRequest) -> str:
     """Kernels run compiled on a CUDA device and in interpret mode everywhere else."""
     return request.param
-
-
-def random_inputs(specs: tuple[Any, ...], positions: np.ndarray, valid: np.ndarray, seed: int = 0) -> tuple[Any, ...]:
-    """Normal numbers of the given shapes, for the last layer of the cache."""
-    rng = np.random.default_rng(seed)
-
-    def make(spec: Any) -> Any:
-        if spec.dtype == jnp.bool_:
-            return jnp.asarray(valid)
-        if spec.dtype == jnp.int32:
-            return jnp.asarray(positions, jnp.int32) if spec.shape else layers - 1
-        return jnp.asarray(rng.normal(size=spec.shape), spec.dtype)
-
-    layers = next(len(leaf) for leaf in jax.tree.leaves(specs) if len(leaf.shape) == 5)
-    return jax.tree.map(make, specs)
-
-
-def first_rows(sums: PartialSums, batch: int, sequence: slice, rows: slice) -> PartialSums:
-    """Partial sums of some sequences and rows only."""
-    parts = sums.parts.reshape(len(sums.parts), batch, -1, sums.parts.shape[-1])[:, sequence, rows]
-    return PartialSums(parts.reshape(len(parts), -1, parts.shape[-1]))
 
 
 class TestNormRopeUpdateCache:
@@ -133,21 +113,6 @@ class TestNormRopeUpdateCache:
         assert (np.asarray(alone) == np.asarray(q[sequence, rows])).all()
         for array, whole in zip(alone_after, after, strict=True):
             assert (np.asarray(array)[:, :, :, 22:24] == np.asarray(whole)[:, sequence, :, 22:24]).all()
-
-
-def exact_attention(args: tuple[Any, ...]) -> np.ndarray:
-    """Softmax attention in float64, row by row; rows that are not valid give zero."""
-    q, keys, values, layer, positions, valid, gates = args
-    q, k, v = (as_float64(x) for x in (q, keys[layer], values[layer]))
-    gate = as_float64(gates.sum(args[0].dtype)).reshape(*q.shape[:3], 2, -1)[..., 1, :]
-    group, out = q.shape[2] // k.shape[1], np.zeros(q.shape)
-    for b, t in zip(*np.asarray(valid).nonzero(), strict=True):
-        seen = int(positions[b, t]) + 1
-        for head in range(q.shape[2]):
-            score = k[b, head // group, :seen] @ q[b, t, head]
-            p = np.exp(score - score.max())
-            out[b, t, head] = p / p.sum() @ v[b, head // group, :seen]
-    return out / (1 + np.exp(-gate))
 
 
 class TestAttention:
@@ -278,8 +243,8 @@ def test_the_platform_and_the_shapes_decide_which_implementation_is_traced() -> 
     with override_platform("cuda", interpret=True):
         assert program(256, 512) == 3 and program(256, 512, implementation="xla") == 0
         assert program(24, 512) == program(256, 500) == program(8, 512) == 0
-        with pytest.raises(ValueError, match="head size 24 must be a power of two .* cache length 64 a multiple of 32"):
-            program(24, 64, implementation="triton")
+        with pytest.raises(ValueError, match="head size 24 must be a power of two .* length 100 a multiple of 64"):
+            program(24, 100, implementation="triton")
         with pytest.raises(ValueError, match="implementation is 'cuda'; expected one of"):
             program(256, 512, implementation="cuda")
 
