@@ -110,7 +110,7 @@ def moe_align_block_size(topk_ids: Int[Array, "rows topk"], num_experts: int, bl
     ends = jnp.cumsum(-(-runs.counts // block_size))  # in blocks, inclusive
     # Not searchsorted, which is a loop: a GPU would wait for the host at each turn.
     expert_ids = jnp.sum(ends <= jnp.arange(places // block_size)[:, None], axis=1)
-    expert_ids = jnp.minimum(expert_ids, num_experts - 1).astype(jnp.int32)
+    expert_ids = expert_ids.astype(jnp.int32)
     return BlockLayout(runs.sorted_token_ids, runs.inverse_order, expert_ids, ends[-1])
 
 
