@@ -24,8 +24,9 @@ from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
-from kernels_pallas.grouped_matmul.plan import choose_block_size, drop_invalid, moe_align_block_size
+from kernels_pallas.grouped_matmul.plan import choose_block_size, drop_invalid
 from kernels_pallas.grouped_matmul.reference import combine_experts
+from kernels_pallas.grouped_matmul.triton_plan import align_blocks
 from kernels_pallas.matmul.triton import OUT_TILE, supports
 from kernels_pallas.packed.dequantize import WeightRefs, load_tile
 from kernels_pallas.packed.layout import (
@@ -44,7 +45,10 @@ from kernels_pallas.weights import Weight
 
 __all__ = ["fused_moe", "fused_moe_unreduced", "supports"]
 
-MAX_UNSORTED = 64  # assignments of a call up to which every one has a block of its own
+# Assignments of a call up to which every one has a block of its own. Six rows of eight experts among 256 choose 44
+# different ones: the other four blocks read 7 MB again, which take an H100 as long as the launch of a plan. Of eight
+# rows it would be 12 MB, of sixteen 45.
+MAX_UNSORTED = 48
 PROGRAMS = 128  # programs of gate and up, for one row, that fill a GPU
 
 
@@ -298,8 +302,7 @@ def fused_moe_unreduced(
     if few:
         expert_ids = sorted_token_ids = topk_ids.reshape(-1).astype(jnp.int32)  # the second is not read
     else:
-        blocks = moe_align_block_size(topk_ids, num_experts, block_size)
-        expert_ids, sorted_token_ids = blocks.expert_ids, blocks.sorted_token_ids
+        sorted_token_ids, expert_ids = align_blocks(topk_ids, num_experts, block_size, interpret=interpret)
     index = (jnp.asarray(layer, jnp.int32).reshape(1), expert_ids, sorted_token_ids)
     options: dict[str, Any] = {"tiling": tiling, "ops": word_ops(interpret=interpret)}
 
