@@ -64,6 +64,22 @@ def choose_block_size(rows: int, topk: int, num_experts: int) -> int:
     return block
 
 
+def choose_kernel_block(rows: int, topk: int, num_experts: int, *, sure: bool) -> int:
+    """Return the rows of a kernel's block: a power of two from the mean run of an expert on.
+
+    Args:
+        sure: let the block hold all but the longest runs of random routing, those more than one and a half standard
+            deviations above the mean. For a card whose tensor cores multiply padding faster than its other units unpack
+            the weights of a second block.
+    """
+    mean = rows * topk / num_experts
+    needed = mean + 1.5 * mean**0.5 if sure else mean
+    block = 1
+    while block < needed:
+        block *= 2
+    return block
+
+
 def choose_window_sizes(rows: int, topk: int, num_experts: int) -> tuple[int, ...]:
     """Return the rows of the windows, ascending: the multiples of a step up to twice the mean run of an expert, or 512.
 

@@ -14,7 +14,7 @@ adds and activates them. With more rows one program adds the parts in the same o
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,16 +24,15 @@ from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
-from kernels_pallas.grouped_matmul.plan import choose_block_size, drop_invalid
+from kernels_pallas.grouped_matmul.plan import drop_invalid
 from kernels_pallas.grouped_matmul.reference import combine_experts
 from kernels_pallas.grouped_matmul.triton_plan import align_blocks
+from kernels_pallas.grouped_matmul.triton_tiling import Tiling, choose_tiling, places_of
 from kernels_pallas.matmul.triton import OUT_TILE, supports
 from kernels_pallas.packed.dequantize import WeightRefs, load_tile
 from kernels_pallas.packed.layout import (
     PackedLayout,
     load_rows,
-    max_row_tile,
-    min_row_tile,
     mma_k_order,
     mma_m_order,
     pack_operands,
@@ -45,67 +44,9 @@ from kernels_pallas.weights import Weight
 
 __all__ = ["fused_moe", "fused_moe_unreduced", "supports"]
 
-# Assignments of a call up to which every one has a block of its own. Six rows of eight experts among 256 choose 44
-# different ones: the other four blocks read 7 MB again, which take an H100 as long as the launch of a plan. Of eight
-# rows it would be 12 MB, of sixteen 45.
-MAX_UNSORTED = 48
-PROGRAMS = 128  # programs of gate and up, for one row, that fill a GPU
 
-
-class _Tiling(NamedTuple):
-    """The tiles of a call.
-
-    Attributes:
-        block_size: rows of a block.
-        topk: experts of a row.
-        sorted: blocks hold sorted assignments. If not, each assignment has the block of its number, and is its first.
-        parts: the pieces of the sum over D of gate and up.
-        write_partials: each piece is a program of its own. It writes its partial sums, and the down kernel adds them.
-    """
-
-    block_size: int
-    topk: int
-    sorted: bool
-    parts: int
-    write_partials: bool
-
-    @property
-    def is_wide(self) -> bool:
-        """Whether eight warps share a program, whose sums would not fit the registers of four."""
-        return self.block_size >= 64
-
-    def compiler_params(self, layout: PackedLayout, dtype: DTypeLike) -> plt.CompilerParams:
-        """Return the warps of a program and the steps under way."""
-        num_stages = layout.num_stages(self.block_size, dtype)
-        return plt.CompilerParams(num_warps=8 if self.is_wide else 4, num_stages=num_stages)
-
-
-def num_parts(topk: int, num_hidden: int, steps: int) -> int:
-    """Return the parts of the sum over D: a power of two that makes about `PROGRAMS` programs for one row.
-
-    The shapes of the weights and the number of experts of a row alone decide, never the number of rows. A part has at
-    least two steps.
-    """
-    parts = 1
-    while parts * topk * -(-num_hidden // OUT_TILE) < PROGRAMS and steps // (2 * parts) >= 2:
-        parts *= 2
-    return parts
-
-
-class _Places(NamedTuple):
-    """The places of a block."""
-
-    assignments: Int[Array, " block_size"]  # the number of assignments at a place without one
-    hidden_rows: Int[Array, " block_size"]  # where the hidden units of each place are
-
-
-def _places_of(block: Array, sorted_token_ids_ref: Any, num_assignments: int, tiling: _Tiling) -> _Places:
-    at = jnp.arange(tiling.block_size)
-    if tiling.sorted:  # hidden units of a block stand together: addresses of scattered rows would take many registers
-        places = block * tiling.block_size + at
-        return _Places(plt.load(sorted_token_ids_ref.at[places]), places)
-    assignments = jnp.where(at == 0, block, num_assignments)
-    return _Places(assignments, assignments)
+def _silu_and_mul(gate: Array, up: Array, dtype: DTypeLike) -> Array:
+    return (gate / (1.0 + jnp.exp(-gate)) * up).astype(dtype)
 
 
 def _gate_up_rows(layout: PackedLayout, tile: Array, num_hidden: int, tiles: int) -> list[Array]:
@@ -119,6 +60,11 @@ def _gate_up_rows(layout: PackedLayout, tile: Array, num_hidden: int, tiles: int
     return [of(at + number * OUT_TILE) for number in range(tiles)]
 
 
+def _add_products(sums: tuple[Array, ...], operands: list[tuple[Array, Array]]) -> tuple[Array, ...]:
+    """Add the product of each pair of a weight tile and rows to its sum."""
+    return tuple(total + dot(w, x) for total, (w, x) in zip(sums, operands, strict=True))
+
+
 def _halves(x: Float[Array, "two_O rows"]) -> tuple[Float[Array, "O rows"], Float[Array, "O rows"]]:
     """Return the upper and the lower half of the rows; the compiler has no slices, and a sum with zeros is exact."""
     x = x.reshape(2, -1, x.shape[1])
@@ -126,7 +72,7 @@ def _halves(x: Float[Array, "two_O rows"]) -> tuple[Float[Array, "O rows"], Floa
     return jnp.sum(jnp.where(upper, x, 0.0), axis=0), jnp.sum(jnp.where(upper, 0.0, x), axis=0)
 
 
-def _silu_and_mul(gate: Array, up: Array, dtype: DTypeLike) -> Array:
+def silu_and_mul(gate: Array, up: Array, dtype: DTypeLike) -> Array:
     return (gate / (1.0 + jnp.exp(-gate)) * up).astype(dtype)
 
 
@@ -137,7 +83,7 @@ def _gate_up_kernel(
     x_ref: Any,
     *refs: Any,
     layout: PackedLayout,
-    tiling: _Tiling,
+    tiling: Tiling,
     ops: WordOps,
 ) -> None:
     """Compute `OUT_TILE` hidden units, SiLU(gate) * up, of one block's expert for its rows, or partial sums of both.
@@ -154,20 +100,22 @@ def _gate_up_kernel(
         index = (layer_ref[0], expert_ids_ref[block])
         num_words = x_ref.shape[1] // layout.values_per_word
         weight = WeightRefs(layout, tuple(weight_refs), index, 2 * num_hidden, num_words, ops)
-        assignments, hidden_rows = _places_of(block, sorted_token_ids_ref, num_assignments, tiling)
-        rows = lax.div(assignments, tiling.topk)  # of a place without an assignment: beyond the last row
+        products = places_of(block, sorted_token_ids_ref, num_assignments, tiling)
         num_steps = -(-num_words // layout.words_per_step)
         steps_per_part = -(-num_steps // tiling.parts)
-        # Gate and up as one tile of rows, or as two.
+        # Gate and up as one tile of rows, or as two; for each of them and each product a sum.
         tiles = 1 if tiling.is_wide else 2
         tile_rows = _gate_up_rows(layout, tile, num_hidden, tiles)
-        zeros = (jnp.zeros((2 * OUT_TILE // tiles, tiling.block_size), jnp.float32),) * tiles
+        zero = jnp.zeros((2 * OUT_TILE // tiles, tiling.product_rows), jnp.float32)
+        zeros = (zero,) * (tiles * tiling.num_products)
 
         def add_step(i: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
             first_word = i * layout.words_per_step
-            x = load_rows(layout, x_ref, rows, first_word * layout.values_per_word, layout.values_per_step)
-            weights = [load_tile(weight, tile_row, first_word, x.dtype) for tile_row in tile_rows]
-            return tuple(total + dot(w, x) for total, w in zip(sums, weights, strict=True))
+            first, count = first_word * layout.values_per_word, layout.values_per_step
+            # The row of a place without an assignment is beyond the last one.
+            xs = [load_rows(layout, x_ref, lax.div(at, tiling.topk), first, count) for at, _ in products]
+            weights = [load_tile(weight, tile_row, first_word, x_ref.dtype) for tile_row in tile_rows]
+            return _add_products(sums, [(w, x) for x in xs for w in weights])
 
         def sums_of_part(part: Array | int) -> tuple[Array, ...]:
             first = part * steps_per_part
@@ -183,14 +131,15 @@ def _gate_up_kernel(
             sums = sums_of_part(part)
         else:
             sums = sums_of_part(0) if tiling.parts == 1 else lax.fori_loop(0, tiling.parts, add_part, zeros)
-        gate, up = _halves(sums[0]) if tiling.is_wide else sums
-        at, col = index_grid(hidden_rows, tile * OUT_TILE + jnp.arange(OUT_TILE))
-        inside = (at < out_ref.shape[-2]) & (col < num_hidden)
-        if tiling.write_partials:
-            plt.store(out_ref.at[part, at, col], gate.T, mask=inside)
-            plt.store(out_ref.at[part, at, num_hidden + col], up.T, mask=inside)
-        else:
-            plt.store(out_ref.at[at, col], _silu_and_mul(gate, up, out_ref.dtype).T, mask=inside)
+        for number, (_, hidden_rows) in enumerate(products):
+            gate, up = _halves(sums[number]) if tiling.is_wide else sums[2 * number : 2 * number + 2]
+            at, col = index_grid(hidden_rows, tile * OUT_TILE + jnp.arange(OUT_TILE))
+            inside = (at < out_ref.shape[-2]) & (col < num_hidden)
+            if tiling.write_partials:
+                plt.store(out_ref.at[part, at, col], gate.T, mask=inside)
+                plt.store(out_ref.at[part, at, num_hidden + col], up.T, mask=inside)
+            else:
+                plt.store(out_ref.at[at, col], _silu_and_mul(gate, up, out_ref.dtype).T, mask=inside)
 
 
 def _down_kernel(
@@ -201,11 +150,11 @@ def _down_kernel(
     hidden_ref: Any,
     *refs: Any,
     layout: PackedLayout,
-    tiling: _Tiling,
+    tiling: Tiling,
     dtype: DTypeLike,
     ops: WordOps,
 ) -> None:
-    """Compute `OUT_TILE` outputs of one block's expert for its rows, times the routing weight.
+    """Compute `down_tile` outputs of one block's expert for its rows, times the routing weight.
 
     Each row is written to the place of its assignment, `row * topk + k`. Where `hidden_ref` holds partial
     sums of gate and up, every program adds them and activates the hidden units itself, which is cheaper than a launch.
@@ -220,11 +169,10 @@ def _down_kernel(
         num_hidden = hidden_ref.shape[-1] // (2 if tiling.write_partials else 1)
         num_words = num_hidden // layout.values_per_word
         weight = WeightRefs(layout, tuple(weight_refs), index, outputs, num_words, ops)
-        assignments, hidden_rows = _places_of(block, sorted_token_ids_ref, num_assignments, tiling)
-        topk_weights = plt.load(topk_weights_ref.at[assignments], mask=assignments < num_assignments, other=0)
-        down_rows = tile * OUT_TILE + mma_m_order(layout, OUT_TILE)
+        products = places_of(block, sorted_token_ids_ref, num_assignments, tiling)
+        down_rows = tile * tiling.down_tile + mma_m_order(layout, tiling.down_tile)
 
-        def load_hidden(first: Array) -> Array:
+        def load_hidden(hidden_rows: Array, first: Array) -> Array:
             if not tiling.write_partials:
                 return load_rows(layout, hidden_ref, hidden_rows, first, layout.values_per_step)
             at = first + mma_k_order(layout, layout.values_per_step)
@@ -233,18 +181,21 @@ def _down_kernel(
             up = load_partial_sum(hidden_ref, block, num_hidden + at, mask=inside)
             x = _silu_and_mul(gate, up, dtype)
             # The other places of the block have no assignment, and nothing is stored for them.
-            return jnp.broadcast_to(x[None, :], (tiling.block_size, x.size))
+            return jnp.broadcast_to(x[None, :], (hidden_rows.size, x.size))
 
-        def add_step(i: Array, total: Array) -> Array:
+        def add_step(i: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
             first_word = i * layout.words_per_step
-            x = load_hidden(first_word * layout.values_per_word)
-            return total + dot(load_tile(weight, down_rows, first_word, x.dtype), x)
+            xs = [load_hidden(rows, first_word * layout.values_per_word) for _, rows in products]
+            w = load_tile(weight, down_rows, first_word, dtype)
+            return _add_products(sums, [(w, x) for x in xs])
 
-        zero = jnp.zeros((OUT_TILE, tiling.block_size), jnp.float32)
-        total = lax.fori_loop(0, -(-num_words // layout.words_per_step), add_step, zero)
-        y = total.T * topk_weights[:, None]
-        assignment, col = index_grid(assignments, tile * OUT_TILE + jnp.arange(OUT_TILE))
-        plt.store(out_ref.at[assignment, col], y, mask=(assignment < num_assignments) & (col < outputs))
+        zeros = (jnp.zeros((tiling.down_tile, tiling.product_rows), jnp.float32),) * tiling.num_products
+        sums = lax.fori_loop(0, -(-num_words // layout.words_per_step), add_step, zeros)
+        for total, (assignments, _) in zip(sums, products, strict=True):
+            topk_weights = plt.load(topk_weights_ref.at[assignments], mask=assignments < num_assignments, other=0)
+            assignment, col = index_grid(assignments, tile * tiling.down_tile + jnp.arange(tiling.down_tile))
+            inside = (assignment < num_assignments) & (col < outputs)
+            plt.store(out_ref.at[assignment, col], total.T * topk_weights[:, None], mask=inside)
 
 
 def fused_moe(
@@ -294,25 +245,22 @@ def fused_moe_unreduced(
     gate_up_layout, gate_up_operands = pack_operands(gate_up)
     down_layout, down_operands = pack_operands(down)
     num_experts, num_hidden = gate_up_operands[0].shape[1], gate_up_operands[0].shape[2] // 2
-    block_size = min(choose_block_size(rows, topk, num_experts), max_row_tile(x.dtype))
-    block_size = max(min_row_tile(), block_size)
-    parts = num_parts(topk, num_hidden, -(-gate_up_operands[0].shape[3] // gate_up_layout.words_per_step))
-    few = topk_ids.size <= MAX_UNSORTED
-    tiling = _Tiling(block_size, topk, not few, parts, write_partials=few and parts > 1)
-    if few:
+    steps = -(-gate_up_operands[0].shape[3] // gate_up_layout.words_per_step)
+    tiling = choose_tiling(rows, topk, num_experts, num_hidden, steps, x.dtype)
+    if not tiling.sorted:
         expert_ids = sorted_token_ids = topk_ids.reshape(-1).astype(jnp.int32)  # the second is not read
     else:
-        sorted_token_ids, expert_ids = align_blocks(topk_ids, num_experts, block_size, interpret=interpret)
+        sorted_token_ids, expert_ids = align_blocks(topk_ids, num_experts, tiling.block_size, interpret=interpret)
     index = (jnp.asarray(layer, jnp.int32).reshape(1), expert_ids, sorted_token_ids)
     options: dict[str, Any] = {"tiling": tiling, "ops": word_ops(interpret=interpret)}
 
     if tiling.write_partials:
-        hidden_shape = jax.ShapeDtypeStruct((parts, topk_ids.size, 2 * num_hidden), jnp.float32)
+        hidden_shape = jax.ShapeDtypeStruct((tiling.parts, topk_ids.size, 2 * num_hidden), jnp.float32)
     else:
-        hidden_shape = jax.ShapeDtypeStruct((topk_ids.size if few else sorted_token_ids.size, num_hidden), x.dtype)
+        hidden_shape = jax.ShapeDtypeStruct((sorted_token_ids.size, num_hidden), x.dtype)
     hidden = pl.pallas_call(
         partial(_gate_up_kernel, layout=gate_up_layout, **options),
-        grid=(expert_ids.size, -(-num_hidden // OUT_TILE), parts if tiling.write_partials else 1),
+        grid=(expert_ids.size, -(-num_hidden // OUT_TILE), tiling.parts if tiling.write_partials else 1),
         out_shape=hidden_shape,
         compiler_params=tiling.compiler_params(gate_up_layout, x.dtype),
         interpret=interpret,
@@ -320,9 +268,9 @@ def fused_moe_unreduced(
     )(*index, x, *gate_up_operands)
     return pl.pallas_call(
         partial(_down_kernel, layout=down_layout, dtype=x.dtype, **options),
-        grid=(expert_ids.size, -(-x.shape[1] // OUT_TILE)),
+        grid=(expert_ids.size, -(-x.shape[1] // tiling.down_tile)),
         out_shape=jax.ShapeDtypeStruct((rows * topk, x.shape[1]), jnp.float32),
-        compiler_params=plt.CompilerParams(num_warps=4, num_stages=down_layout.num_stages(block_size, x.dtype)),
+        compiler_params=tiling.compiler_params(down_layout, x.dtype),
         interpret=interpret,
         name=f"experts_down_{down_layout.layout}",
     )(*index, topk_weights.astype(jnp.float32).reshape(-1), hidden, *down_operands).reshape(rows, topk, -1)

@@ -17,6 +17,7 @@ from kernels_pallas.grouped_matmul.plan import (
     align_blocks,
     align_windows,
     choose_block_size,
+    choose_kernel_block,
     choose_window_sizes,
     drop_invalid,
     moe_align_block_size,
@@ -125,6 +126,13 @@ def test_the_size_of_a_block_follows_the_mean_run() -> None:
     for rows in range(1, 5000, 37):
         block, mean = choose_block_size(rows, 8, 256), rows * 8 / 256
         assert block in (1, 2, 4, 8, 16, 32, 64) and (block >= mean or block == 64) and (block == 1 or block < 2 * mean)
+
+
+def test_a_block_of_a_kernel_holds_the_mean_run_or_nearly_every_run() -> None:
+    sizes = {
+        rows: [choose_kernel_block(rows, 8, 256, sure=sure) for sure in (False, True)] for rows in (1, 64, 512, 2048)
+    }
+    assert [sizes(rows) for rows in (1, 64, 512, 2048)] == [[1, 1], [2, 8], [16, 32], [64, 128]]
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
