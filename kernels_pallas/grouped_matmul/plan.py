@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jaxtyping import Bool, Int
 
 WINDOW_STEP = 16  # rows
@@ -26,6 +26,13 @@ class BlockLayout(NamedTuple):
     inverse_order: Int[Array, "rows topk"]  # the place of each assignment; the number of places if it has no expert
     expert_ids: Int[Array, " blocks"]  # the expert of each block
     num_blocks: Int[Array, ""]  # blocks in use, the first ones; nothing reads or writes the others
+
+
+class Blocks(NamedTuple):
+    """Assignments in blocks of one size, as the kernels take them. Those of an expert stand in consecutive blocks."""
+
+    sorted_token_ids: Int[Array, " places"]  # the assignment at each place; rows * topk for padding
+    expert_ids: Int[Array, " blocks"]  # the expert of each block; the number of experts where it is not in use
 
 
 class WindowLayout(NamedTuple):
@@ -57,6 +64,22 @@ def choose_block_size(rows: int, topk: int, num_experts: int) -> int:
     return block
 
 
+def choose_kernel_block(rows: int, topk: int, num_experts: int, *, sure: bool) -> int:
+    """Return the rows of a kernel's block: a power of two from the mean run of an expert on.
+
+    Args:
+        sure: let the block hold all but the longest runs of random routing, those more than one and a half standard
+            deviations above the mean. For a card whose tensor cores multiply padding faster than its other units unpack
+            the weights of a second block.
+    """
+    mean = rows * topk / num_experts
+    needed = mean + 1.5 * mean**0.5 if sure else mean
+    block = 1
+    while block < needed:
+        block *= 2
+    return block
+
+
 def choose_window_sizes(rows: int, topk: int, num_experts: int) -> tuple[int, ...]:
     """Return the rows of the windows, ascending: the multiples of a step up to twice the mean run of an expert, or 512.
 
@@ -80,20 +103,44 @@ def num_places(num_assignments: int, num_experts: int, sizes: Sequence[int]) -> 
     return num_assignments + min(num_experts, num_assignments) * (sizes[0] - 1)
 
 
-def align_unsorted(topk_ids: Int[Array, "rows topk"], num_experts: int, block_size: int) -> BlockLayout:
-    """Give every assignment a block of its own: its row is the first of the block, and the rest is padding.
+def num_block_slots(num_assignments: int, num_experts: int, block_size: int) -> int:
+    """Return the blocks of `Blocks`, in use or not: enough for any routing."""
+    return min(num_assignments, num_experts + num_assignments // block_size)
 
-    Nothing is sorted. This is for a handful of rows, few of which share an expert. The blocks of rows without an expert
-    keep the expert id `num_experts` or more, which kernels skip.
+
+def first_block_of(
+    expert: Int[Array, "..."], lower: Int[Array, "..."], num_assignments: int, num_experts: int, block_size: int
+) -> Int[Array, "..."]:
+    """Return the first block of an expert, given how many assignments experts of lower numbers have.
+
+    No run needs more blocks than lie between its first block and that of the next expert, however the other assignments
+    are distributed among lower experts. So an expert finds its place without the runs of the others.
     """
-    total = topk_ids.size
-    places = jnp.arange(total * block_size, dtype=jnp.int32)
-    return BlockLayout(
-        sorted_token_ids=jnp.where(places % block_size == 0, places // block_size, total),
-        inverse_order=(jnp.arange(total, dtype=jnp.int32) * block_size).reshape(topk_ids.shape),
-        expert_ids=topk_ids.reshape(total).astype(jnp.int32),
-        num_blocks=jnp.int32(total),
-    )
+    if num_assignments <= num_experts + num_assignments // block_size:
+        return lower
+    return expert + lax.div(lower, block_size)
+
+
+def align_blocks(topk_ids: Int[Array, "rows topk"], num_experts: int, block_size: int) -> Blocks:
+    """Sort assignments by expert into blocks, with blocks in between that are not in use: plain JAX, for any platform.
+
+    Args:
+        topk_ids: the experts of each row; `num_experts` for a row without an expert, which gets no place.
+    """
+    total, flat = topk_ids.size, topk_ids.reshape(-1)
+    slots = num_block_slots(total, num_experts, block_size)
+    is_of = flat[:, None] == jnp.arange(num_experts)
+    rank = jnp.sum(jnp.where(is_of, jnp.cumsum(is_of, axis=0) - 1, 0), axis=1)
+    counts = jnp.sum(is_of, axis=0)
+    lower = jnp.cumsum(counts) - counts
+    first = first_block_of(jnp.arange(num_experts), lower, total, num_experts, block_size)
+    place = jnp.where(flat < num_experts, first[flat] * block_size + rank, slots * block_size)
+    sorted_token_ids = jnp.full(slots * block_size, total, jnp.int32)
+    sorted_token_ids = sorted_token_ids.at[place].set(jnp.arange(total, dtype=jnp.int32), mode="drop")
+    block = jnp.arange(slots)[:, None]
+    is_in = (first <= block) & (block < first + -(-counts // block_size))
+    expert_ids = jnp.min(jnp.where(is_in, jnp.arange(num_experts), num_experts), axis=1)
+    return Blocks(sorted_token_ids, expert_ids.astype(jnp.int32))
 
 
 def moe_align_block_size(topk_ids: Int[Array, "rows topk"], num_experts: int, block_size: int) -> BlockLayout:

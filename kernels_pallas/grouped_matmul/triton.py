@@ -5,7 +5,10 @@ and read the tiles of the experts that the blocks name; nothing is sliced, so no
 kernel with SiLU; down applies the routing weight in float32.
 
 A row's result does not depend on the other rows, bit for bit: its sums over D and I are taken in steps of a fixed size
-and order, and the sum over its experts in the order in which they were chosen.
+and order, and the sum over its experts in the order in which they were chosen. The sum over D of gate and up is cut
+into parts, as the shapes of the weights say. With few rows a part is a program of its own, which fills the GPU. It
+writes partial sums, float32, `2 * parts * I` for each assignment (at most 0.4 MiB for a 35B-A3B), and the down kernel
+adds and activates them. With more rows one program adds the parts in the same order.
 """
 
 from __future__ import annotations
@@ -21,108 +24,178 @@ from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
-from kernels_pallas.grouped_matmul.plan import align_unsorted, choose_block_size, drop_invalid, moe_align_block_size
+from kernels_pallas.grouped_matmul.plan import drop_invalid
 from kernels_pallas.grouped_matmul.reference import combine_experts
+from kernels_pallas.grouped_matmul.triton_plan import align_blocks
+from kernels_pallas.grouped_matmul.triton_tiling import Tiling, choose_tiling, places_of
 from kernels_pallas.matmul.triton import OUT_TILE, supports
 from kernels_pallas.packed.dequantize import WeightRefs, load_tile
 from kernels_pallas.packed.layout import (
     PackedLayout,
     load_rows,
-    max_row_tile,
-    min_row_tile,
+    mma_k_order,
     mma_m_order,
     pack_operands,
 )
 from kernels_pallas.packed.ptx_ops import WordOps, word_ops
+from kernels_pallas.partial_sums import load_partial_sum
 from kernels_pallas.tiles import dot, index_grid
 from kernels_pallas.weights import Weight
 
 __all__ = ["fused_moe", "fused_moe_unreduced", "supports"]
 
-MAX_UNSORTED = 64  # assignments of a call up to which every one has a block of its own
+
+def _silu_and_mul(gate: Array, up: Array, dtype: DTypeLike) -> Array:
+    return (gate / (1.0 + jnp.exp(-gate)) * up).astype(dtype)
+
+
+def _gate_up_rows(layout: PackedLayout, tile: Array, num_hidden: int, tiles: int) -> list[Array]:
+    """Return the rows of gate and up, in an expert's `[2 I, D]`, that belong to a tile of hidden units."""
+
+    def of(rows: Array) -> Array:
+        hidden = jnp.minimum(tile * OUT_TILE + lax.rem(rows, OUT_TILE), num_hidden - 1)
+        return jnp.where(rows < OUT_TILE, hidden, num_hidden + hidden)
+
+    at = mma_m_order(layout, 2 * OUT_TILE // tiles)
+    return [of(at + number * OUT_TILE) for number in range(tiles)]
+
+
+def _add_products(sums: tuple[Array, ...], operands: list[tuple[Array, Array]]) -> tuple[Array, ...]:
+    """Add the product of each pair of a weight tile and rows to its sum."""
+    return tuple(total + dot(w, x) for total, (w, x) in zip(sums, operands, strict=True))
+
+
+def _halves(x: Float[Array, "two_O rows"]) -> tuple[Float[Array, "O rows"], Float[Array, "O rows"]]:
+    """Return the upper and the lower half of the rows; the compiler has no slices, and a sum with zeros is exact."""
+    x = x.reshape(2, -1, x.shape[1])
+    upper = jnp.arange(2)[:, None, None] == 0
+    return jnp.sum(jnp.where(upper, x, 0.0), axis=0), jnp.sum(jnp.where(upper, 0.0, x), axis=0)
+
+
+def silu_and_mul(gate: Array, up: Array, dtype: DTypeLike) -> Array:
+    return (gate / (1.0 + jnp.exp(-gate)) * up).astype(dtype)
 
 
 def _gate_up_kernel(
     layer_ref: Any,
     expert_ids_ref: Any,
-    num_blocks_ref: Any,
     sorted_token_ids_ref: Any,
     x_ref: Any,
     *refs: Any,
     layout: PackedLayout,
-    block_size: int,
-    topk: int,
+    tiling: Tiling,
     ops: WordOps,
 ) -> None:
-    """Compute SiLU(gate) * up for the rows of one block and `OUT_TILE` hidden units of its expert."""
-    *weight_refs, out_ref = refs
-    num_experts, num_hidden = weight_refs[0].shape[1], out_ref.shape[1]
-    block, tile = pl.program_id(0), pl.program_id(1)
+    """Compute `OUT_TILE` hidden units, SiLU(gate) * up, of one block's expert for its rows, or partial sums of both.
 
-    @pl.when((block < num_blocks_ref[0]) & (expert_ids_ref[block] < num_experts))
+    The hidden units are `[places, I]` or, where nothing is sorted, `[A, I]`; the partial sums of part p `[p, A, 2 I]`.
+    """
+    *weight_refs, out_ref = refs
+    num_experts, num_hidden = weight_refs[0].shape[1], weight_refs[0].shape[2] // 2
+    num_assignments = x_ref.shape[0] * tiling.topk
+    block, tile, part = (pl.program_id(axis) for axis in range(3))
+
+    @pl.when(expert_ids_ref[block] < num_experts)
     def _() -> None:
         index = (layer_ref[0], expert_ids_ref[block])
         num_words = x_ref.shape[1] // layout.values_per_word
         weight = WeightRefs(layout, tuple(weight_refs), index, 2 * num_hidden, num_words, ops)
-        places = block * block_size + jnp.arange(block_size)
-        # The row of a place without an assignment is the number of rows, which is beyond the last one.
-        rows = plt.load(sorted_token_ids_ref.at[places]) // topk
-        gate_rows = jnp.minimum(tile * OUT_TILE + mma_m_order(layout, OUT_TILE), num_hidden - 1)
+        products = places_of(block, sorted_token_ids_ref, num_assignments, tiling)
+        num_steps = -(-num_words // layout.words_per_step)
+        steps_per_part = -(-num_steps // tiling.parts)
+        # Gate and up as one tile of rows, or as two; for each of them and each product a sum.
+        tiles = 1 if tiling.is_wide else 2
+        tile_rows = _gate_up_rows(layout, tile, num_hidden, tiles)
+        zero = jnp.zeros((2 * OUT_TILE // tiles, tiling.product_rows), jnp.float32)
+        zeros = (zero,) * (tiles * tiling.num_products)
 
-        def add_step(i: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
+        def add_step(i: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
             first_word = i * layout.words_per_step
-            x = load_rows(layout, x_ref, rows, first_word * layout.values_per_word, layout.values_per_step)
-            gate = load_tile(weight, gate_rows, first_word, x.dtype)
-            up = load_tile(weight, num_hidden + gate_rows, first_word, x.dtype)
-            return sums[0] + dot(gate, x), sums[1] + dot(up, x)
+            first, count = first_word * layout.values_per_word, layout.values_per_step
+            # The row of a place without an assignment is beyond the last one.
+            xs = [load_rows(layout, x_ref, lax.div(at, tiling.topk), first, count) for at, _ in products]
+            weights = [load_tile(weight, tile_row, first_word, x_ref.dtype) for tile_row in tile_rows]
+            return _add_products(sums, [(w, x) for x in xs for w in weights])
 
-        zero = jnp.zeros((OUT_TILE, block_size), jnp.float32)
-        gate, up = lax.fori_loop(0, -(-num_words // layout.words_per_step), add_step, (zero, zero))
-        hidden = gate / (1.0 + jnp.exp(-gate)) * up
-        place, col = index_grid(places, tile * OUT_TILE + jnp.arange(OUT_TILE))
-        plt.store(out_ref.at[place, col], hidden.T.astype(out_ref.dtype), mask=col < num_hidden)
+        def sums_of_part(part: Array | int) -> tuple[Array, ...]:
+            first = part * steps_per_part
+            iterations: Array | int = steps_per_part
+            if num_steps % tiling.parts:
+                iterations = jnp.clip(num_steps - first, 0, iterations)
+            return lax.fori_loop(0, iterations, lambda i, sums: add_step(first + i, sums), zeros)
+
+        def add_part(part: Array, totals: tuple[Array, ...]) -> tuple[Array, ...]:
+            return tuple(total + sums for total, sums in zip(totals, sums_of_part(part), strict=True))
+
+        if tiling.write_partials:
+            sums = sums_of_part(part)
+        else:
+            sums = sums_of_part(0) if tiling.parts == 1 else lax.fori_loop(0, tiling.parts, add_part, zeros)
+        for number, (_, hidden_rows) in enumerate(products):
+            gate, up = _halves(sums[number]) if tiling.is_wide else sums[2 * number : 2 * number + 2]
+            at, col = index_grid(hidden_rows, tile * OUT_TILE + jnp.arange(OUT_TILE))
+            inside = (at < out_ref.shape[-2]) & (col < num_hidden)
+            if tiling.write_partials:
+                plt.store(out_ref.at[part, at, col], gate.T, mask=inside)
+                plt.store(out_ref.at[part, at, num_hidden + col], up.T, mask=inside)
+            else:
+                plt.store(out_ref.at[at, col], _silu_and_mul(gate, up, out_ref.dtype).T, mask=inside)
 
 
 def _down_kernel(
     layer_ref: Any,
     expert_ids_ref: Any,
-    num_blocks_ref: Any,
     sorted_token_ids_ref: Any,
     topk_weights_ref: Any,
     hidden_ref: Any,
     *refs: Any,
     layout: PackedLayout,
-    block_size: int,
+    tiling: Tiling,
+    dtype: DTypeLike,
     ops: WordOps,
 ) -> None:
-    """Compute `OUT_TILE` outputs of one block's expert for its rows, times the routing weight.
+    """Compute `down_tile` outputs of one block's expert for its rows, times the routing weight.
 
-    Each row is written to the place of its assignment, `row * topk + k`.
+    Each row is written to the place of its assignment, `row * topk + k`. Where `hidden_ref` holds partial
+    sums of gate and up, every program adds them and activates the hidden units itself, which is cheaper than a launch.
     """
     *weight_refs, out_ref = refs
     num_experts, (num_assignments, outputs) = weight_refs[0].shape[1], out_ref.shape
     block, tile = pl.program_id(0), pl.program_id(1)
 
-    @pl.when((block < num_blocks_ref[0]) & (expert_ids_ref[block] < num_experts))
+    @pl.when(expert_ids_ref[block] < num_experts)
     def _() -> None:
         index = (layer_ref[0], expert_ids_ref[block])
-        num_words = hidden_ref.shape[1] // layout.values_per_word
+        num_hidden = hidden_ref.shape[-1] // (2 if tiling.write_partials else 1)
+        num_words = num_hidden // layout.values_per_word
         weight = WeightRefs(layout, tuple(weight_refs), index, outputs, num_words, ops)
-        places = block * block_size + jnp.arange(block_size)
-        assignments = plt.load(sorted_token_ids_ref.at[places])
-        topk_weights = plt.load(topk_weights_ref.at[assignments], mask=assignments < num_assignments, other=0)
-        down_rows = tile * OUT_TILE + mma_m_order(layout, OUT_TILE)
+        products = places_of(block, sorted_token_ids_ref, num_assignments, tiling)
+        down_rows = tile * tiling.down_tile + mma_m_order(layout, tiling.down_tile)
 
-        def add_step(i: Array, total: Array) -> Array:
+        def load_hidden(hidden_rows: Array, first: Array) -> Array:
+            if not tiling.write_partials:
+                return load_rows(layout, hidden_ref, hidden_rows, first, layout.values_per_step)
+            at = first + mma_k_order(layout, layout.values_per_step)
+            inside = at < num_hidden if num_hidden % layout.values_per_step else None
+            gate = load_partial_sum(hidden_ref, block, at, mask=inside)
+            up = load_partial_sum(hidden_ref, block, num_hidden + at, mask=inside)
+            x = _silu_and_mul(gate, up, dtype)
+            # The other places of the block have no assignment, and nothing is stored for them.
+            return jnp.broadcast_to(x[None, :], (hidden_rows.size, x.size))
+
+        def add_step(i: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
             first_word = i * layout.words_per_step
-            x = load_rows(layout, hidden_ref, places, first_word * layout.values_per_word, layout.values_per_step)
-            return total + dot(load_tile(weight, down_rows, first_word, x.dtype), x)
+            xs = [load_hidden(rows, first_word * layout.values_per_word) for _, rows in products]
+            w = load_tile(weight, down_rows, first_word, dtype)
+            return _add_products(sums, [(w, x) for x in xs])
 
-        zero = jnp.zeros((OUT_TILE, block_size), jnp.float32)
-        total = lax.fori_loop(0, -(-num_words // layout.words_per_step), add_step, zero)
-        y = total.T * topk_weights[:, None]
-        assignment, col = index_grid(assignments, tile * OUT_TILE + jnp.arange(OUT_TILE))
-        plt.store(out_ref.at[assignment, col], y, mask=(assignment < num_assignments) & (col < outputs))
+        zeros = (jnp.zeros((tiling.down_tile, tiling.product_rows), jnp.float32),) * tiling.num_products
+        sums = lax.fori_loop(0, -(-num_words // layout.words_per_step), add_step, zeros)
+        for total, (assignments, _) in zip(sums, products, strict=True):
+            topk_weights = plt.load(topk_weights_ref.at[assignments], mask=assignments < num_assignments, other=0)
+            assignment, col = index_grid(assignments, tile * tiling.down_tile + jnp.arange(tiling.down_tile))
+            inside = (assignment < num_assignments) & (col < outputs)
+            plt.store(out_ref.at[assignment, col], total.T * topk_weights[:, None], mask=inside)
 
 
 def fused_moe(
@@ -172,35 +245,32 @@ def fused_moe_unreduced(
     gate_up_layout, gate_up_operands = pack_operands(gate_up)
     down_layout, down_operands = pack_operands(down)
     num_experts, num_hidden = gate_up_operands[0].shape[1], gate_up_operands[0].shape[2] // 2
-    block_size = min(choose_block_size(rows, topk, num_experts), max_row_tile(x.dtype))
-    block_size = max(min_row_tile(), block_size)
-    align = align_unsorted if topk_ids.size <= MAX_UNSORTED else moe_align_block_size
-    blocks = align(topk_ids, num_experts, block_size)
-    num_blocks = blocks.expert_ids.shape[0]
-    index = (
-        jnp.asarray(layer, jnp.int32).reshape(1),
-        blocks.expert_ids,
-        blocks.num_blocks.astype(jnp.int32).reshape(1),
-        blocks.sorted_token_ids,
-    )
-    options: dict[str, Any] = {"block_size": block_size, "ops": word_ops(interpret=interpret)}
+    steps = -(-gate_up_operands[0].shape[3] // gate_up_layout.words_per_step)
+    tiling = choose_tiling(rows, topk, num_experts, num_hidden, steps, x.dtype)
+    if not tiling.sorted:
+        expert_ids = sorted_token_ids = topk_ids.reshape(-1).astype(jnp.int32)  # the second is not read
+    else:
+        sorted_token_ids, expert_ids = align_blocks(topk_ids, num_experts, tiling.block_size, interpret=interpret)
+    index = (jnp.asarray(layer, jnp.int32).reshape(1), expert_ids, sorted_token_ids)
+    options: dict[str, Any] = {"tiling": tiling, "ops": word_ops(interpret=interpret)}
 
-    def compiler_params(layout: PackedLayout) -> plt.CompilerParams:
-        return plt.CompilerParams(num_warps=4, num_stages=layout.num_stages(block_size, x.dtype))
-
+    if tiling.write_partials:
+        hidden_shape = jax.ShapeDtypeStruct((tiling.parts, topk_ids.size, 2 * num_hidden), jnp.float32)
+    else:
+        hidden_shape = jax.ShapeDtypeStruct((sorted_token_ids.size, num_hidden), x.dtype)
     hidden = pl.pallas_call(
-        partial(_gate_up_kernel, layout=gate_up_layout, topk=topk, **options),
-        grid=(num_blocks, -(-num_hidden // OUT_TILE)),
-        out_shape=jax.ShapeDtypeStruct((num_blocks * block_size, num_hidden), x.dtype),
-        compiler_params=compiler_params(gate_up_layout),
+        partial(_gate_up_kernel, layout=gate_up_layout, **options),
+        grid=(expert_ids.size, -(-num_hidden // OUT_TILE), tiling.parts if tiling.write_partials else 1),
+        out_shape=hidden_shape,
+        compiler_params=tiling.compiler_params(gate_up_layout, x.dtype),
         interpret=interpret,
         name=f"experts_gate_up_{gate_up_layout.layout}",
     )(*index, x, *gate_up_operands)
     return pl.pallas_call(
-        partial(_down_kernel, layout=down_layout, **options),
-        grid=(num_blocks, -(-x.shape[1] // OUT_TILE)),
+        partial(_down_kernel, layout=down_layout, dtype=x.dtype, **options),
+        grid=(expert_ids.size, -(-x.shape[1] // tiling.down_tile)),
         out_shape=jax.ShapeDtypeStruct((rows * topk, x.shape[1]), jnp.float32),
-        compiler_params=compiler_params(down_layout),
+        compiler_params=tiling.compiler_params(down_layout, x.dtype),
         interpret=interpret,
         name=f"experts_down_{down_layout.layout}",
     )(*index, topk_weights.astype(jnp.float32).reshape(-1), hidden, *down_operands).reshape(rows, topk, -1)

@@ -11,8 +11,10 @@ import pytest
 from kernels_pallas.grouped_matmul import combine_experts, fused_moe, fused_moe_unreduced
 from kernels_pallas.grouped_matmul.reference import DENSE_MOE_ROWS
 from kernels_pallas.grouped_matmul.shapes import ROWS, SHAPES, fused_moe_inputs
+from kernels_pallas.grouped_matmul.triton_tiling import choose_tiling, num_parts
 from kernels_pallas.packed.formats import FORMATS
 from kernels_pallas.platform import override_platform
+from kernels_pallas.row_tiles import only_proved_row_tiles
 from kernels_pallas.weights import FusedExperts, QuantizedTensor, TransposedWeight
 from mtpjax.presets import PRESETS
 from tests.helpers.models import cpu_only
@@ -162,6 +164,29 @@ class TestKernel:
         assert all((of(slice(0, rows))[:21] == few).all() for rows in (64, 130))
         assert (of(slice(0, 1)) == few[:1]).all()
         assert (of(np.arange(130)[::-1])[:-22:-1] == few).all()
+
+    @pytest.mark.parametrize("capability", [(8, 6), (9, 0)])
+    def test_blocks_of_several_products_give_the_same(self, capability: tuple[int, int]) -> None:
+        """The strict mode keeps one shape of the tensor cores, whose rows are those of a single assignment's block."""
+        topk_ids, topk_weights, valid = route(257)
+        args = (inputs(257, 256, "bfloat16"), *experts("q4_k"), np.int32(1), topk_ids, topk_weights, valid)
+        with override_platform("cuda", capability, interpret=True):
+            usual = jax.jit(partial(fused_moe, implementation="triton"))(*args)
+            with only_proved_row_tiles():
+                strict = jax.jit(lambda *args: fused_moe(*args, implementation="triton"))(*args)
+                tiling = choose_tiling(257, TOPK, EXPERTS, 256, 8, jnp.bfloat16)
+        assert tiling.block_size == (128 if capability >= (9, 0) else 64)
+        assert tiling.product_rows == (16 if capability >= (9, 0) else 64)
+        np.testing.assert_array_equal(strict, usual)
+
+    def test_parts_follow_the_shapes_alone(self) -> None:
+        """The 35B-A3B has 64 tiles for a row, the 122B-A10B twice as many; sixteen steps of the sum in either."""
+        assert [num_parts(8, hidden, 16) for hidden in (512, 1024)] == [2, 1]
+        assert num_parts(2, 64, 4) == 2 and num_parts(2, 64, 3) == 1  # two steps a part at least
+        tilings = [choose_tiling(rows, 8, 256, 512, 16, jnp.bfloat16) for rows in (1, 5, 9, 64, 320, 2048)]
+        assert {tiling.parts for tiling in tilings} == {2}
+        assert [tiling.sorted for tiling in tilings] == [False, False, True, True, True, True]
+        assert [tiling.write_partials for tiling in tilings] == [True, True, False, False, False, False]
 
     def test_plain_experts_have_the_gradient_of_the_reference(self) -> None:
         topk_ids, topk_weights, valid = map(jnp.asarray, route(5))

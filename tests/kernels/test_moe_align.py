@@ -11,16 +11,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kernels_pallas.grouped_matmul import triton_plan
 from kernels_pallas.grouped_matmul.plan import (
-    BlockLayout,
-    align_unsorted,
+    Blocks,
+    align_blocks,
     align_windows,
     choose_block_size,
+    choose_kernel_block,
     choose_window_sizes,
     drop_invalid,
     moe_align_block_size,
+    num_block_slots,
     num_places,
 )
+from kernels_pallas.platform import interpret_kernels
 
 pytestmark = pytest.mark.fast
 
@@ -67,14 +71,54 @@ def test_blocks(routing: tuple[np.ndarray, np.ndarray, int, int]) -> None:
         assert (np.diff(layout.inverse_order[valid][topk_ids[valid] == e]) > 0).all()
 
 
-def test_unsorted_blocks_hold_one_assignment() -> None:
-    topk_ids = np.array([[3, 0], [1, 3]], np.int32)
-    valid = np.array([True, False])
-    layout: BlockLayout = jax.tree.map(np.asarray, jitted(align_unsorted, 4, 16)(topk_ids, valid))
-    assert layout.expert_ids.tolist() == [3, 0, 4, 4] and layout.num_blocks == 4  # 4: kernels skip the block
-    assert layout.inverse_order.tolist() == [[0, 16], [32, 48]]
-    assert layout.sorted_token_ids[::16].tolist() == [0, 1, 2, 3]
-    assert (np.delete(layout.sorted_token_ids, [0, 16, 32, 48]) == 4).all()
+def align_by_kernel(topk_ids: jax.Array, num_experts: int, block_size: int) -> Blocks:
+    return triton_plan.align_blocks(topk_ids, num_experts, block_size, interpret=interpret_kernels())
+
+
+def check_blocks(blocks: Blocks, topk_ids: np.ndarray, experts: int, block_size: int) -> None:
+    """Each assignment of a valid row has one place, in a block of its expert, in the order of the assignments."""
+    expert_ids, places = np.asarray(blocks.expert_ids), np.asarray(blocks.sorted_token_ids).reshape(-1, block_size)
+    assert len(expert_ids) == len(places) == num_block_slots(topk_ids.size, experts, block_size)
+    assert ((expert_ids >= 0) & (expert_ids <= experts)).all()  # a kernel skips the last number
+    flat = topk_ids.ravel()
+    for e in range(experts):
+        (in_use,) = np.nonzero(expert_ids == e)
+        run = np.flatnonzero(flat == e)
+        assert len(in_use) == -(-len(run) // block_size)
+        assert np.array_equal(in_use, in_use[:1] + np.arange(len(in_use)) if len(in_use) else in_use)
+        padded = np.full(len(in_use) * block_size, flat.size)
+        padded[: len(run)] = run
+        assert np.array_equal(places[in_use].ravel(), padded)
+
+
+@pytest.mark.parametrize("align", [align_blocks, align_by_kernel], ids=["xla", "triton"])
+class TestAlignBlocks:
+    @settings(max_examples=100, deadline=None, derandomize=True)
+    @given(routings())
+    def test_any_routing(self, align: Callable[..., Blocks], routing: tuple[np.ndarray, np.ndarray, int, int]) -> None:
+        topk_ids, valid, experts, block_size = routing
+        check_blocks(
+            jitted(align, experts, block_size)(topk_ids, valid),
+            np.where(valid[:, None], topk_ids, experts),
+            experts,
+            block_size,
+        )
+
+    @pytest.mark.parametrize("rows", [1, 7, 33, 64, 257, 320])
+    @pytest.mark.parametrize("block_size", [8, 16, 128])
+    def test_many_rows(self, align: Callable[..., Blocks], rows: int, block_size: int) -> None:
+        """Of 64 experts, six for a row: at random, all rows on the same, or all on the last, with invalid rows."""
+        experts, rng = 64, np.random.default_rng(rows)
+        chosen = np.argsort(rng.random((rows, experts)), axis=1)[:, :6].astype(np.int32)
+        for topk_ids in (chosen, np.broadcast_to(np.int32([5, 63, 0, 1, 2, 3]), chosen.shape)):
+            for valid in (np.ones(rows, bool), rng.random(rows) < 0.7, np.zeros(rows, bool)):
+                blocks = jitted(align, experts, block_size)(topk_ids, valid)
+                check_blocks(blocks, np.where(valid[:, None], topk_ids, experts), experts, block_size)
+
+    def test_all_assignments_on_one_expert(self, align: Callable[..., Blocks]) -> None:
+        for expert in (0, 3, 7):
+            topk_ids = np.full((1300, 1), expert, np.int32)
+            check_blocks(jitted(align, 8, 16)(topk_ids, np.ones(1300, bool)), topk_ids, 8, 16)
 
 
 def test_the_size_of_a_block_follows_the_mean_run() -> None:
@@ -82,6 +126,13 @@ def test_the_size_of_a_block_follows_the_mean_run() -> None:
     for rows in range(1, 5000, 37):
         block, mean = choose_block_size(rows, 8, 256), rows * 8 / 256
         assert block in (1, 2, 4, 8, 16, 32, 64) and (block >= mean or block == 64) and (block == 1 or block < 2 * mean)
+
+
+def test_a_block_of_a_kernel_holds_the_mean_run_or_nearly_every_run() -> None:
+    def sizes(rows: int) -> list[int]:
+        return [choose_kernel_block(rows, 8, 256, sure=sure) for sure in (False, True)]
+
+    assert [sizes(rows) for rows in (1, 64, 512, 2048)] == [[1, 1], [2, 8], [16, 32], [64, 128]]
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)

@@ -1,0 +1,121 @@
+"""How the experts' kernels cut a call into programs: blocks of rows, tiles of outputs, and parts of a sum."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental.pallas import triton as plt
+from jax.typing import DTypeLike
+from jaxtyping import Int
+
+from kernels_pallas.grouped_matmul.plan import choose_kernel_block
+from kernels_pallas.matmul.triton import OUT_TILE
+from kernels_pallas.packed.layout import PackedLayout, max_row_tile, min_row_tile
+from kernels_pallas.platform import capability
+from kernels_pallas.row_tiles import product_rows
+
+# Assignments of a call up to which every one has a block of its own. Six rows of eight experts among 256 choose 44
+# different ones: the other four blocks read 7 MB again, which take an H100 as long as the launch of a plan. Of eight
+# rows it would be 12 MB, of sixteen 45.
+MAX_UNSORTED = 48
+MAX_BLOCK = 128  # rows, on cards with fast products
+PROGRAMS = 128  # programs of gate and up, for one row, that fill a GPU
+
+
+def has_fast_products() -> bool:
+    """Return whether tensor cores multiply a weight by 64 rows faster than other units unpack it: `wgmma`, `tcgen05`.
+
+    By count, an H100 multiplies a weight by 128 rows in twice the time in which it unpacks it, an RTX 3090 by eight.
+    """
+    return (9, 0) <= capability() < (12, 0)
+
+
+class Tiling(NamedTuple):
+    """The tiles of a call.
+
+    Attributes:
+        block_size: rows of a block.
+        product_rows: rows of one matrix product; several make a block where not all shapes are proved (`row_tiles.py`).
+        topk: experts of a row.
+        sorted: blocks hold sorted assignments. If not, each assignment has the block of its number, and is its first.
+        parts: the pieces of the sum over D of gate and up.
+        write_partials: each piece is a program of its own. It writes its partial sums, and the down kernel adds them.
+    """
+
+    block_size: int
+    product_rows: int
+    topk: int
+    sorted: bool
+    parts: int
+    write_partials: bool
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether eight warps share a program, whose sums would not fit the registers of four."""
+        return self.block_size >= 64
+
+    @property
+    def num_products(self) -> int:
+        """The products that share a tile of weights."""
+        return self.block_size // self.product_rows
+
+    @property
+    def down_tile(self) -> int:
+        """The outputs of a program of the down projection."""
+        return 2 * OUT_TILE if self.is_wide else OUT_TILE
+
+    def compiler_params(self, layout: PackedLayout, dtype: DTypeLike) -> plt.CompilerParams:
+        """Return the warps of a program and the steps under way."""
+        num_stages = layout.num_stages(self.block_size, dtype)
+        return plt.CompilerParams(num_warps=8 if self.is_wide else 4, num_stages=num_stages)
+
+
+def num_parts(topk: int, num_hidden: int, steps: int) -> int:
+    """Return the parts of the sum over D: a power of two that makes about `PROGRAMS` programs for one row.
+
+    The shapes of the weights and the number of experts of a row alone decide, never the number of rows. A part has at
+    least two steps.
+    """
+    parts = 1
+    while parts * topk * -(-num_hidden // OUT_TILE) < PROGRAMS and steps // (2 * parts) >= 2:
+        parts *= 2
+    return parts
+
+
+class Places(NamedTuple):
+    """Places of a block: those of one of its products."""
+
+    assignments: Int[Array, " product_rows"]  # the number of assignments at a place without one
+    hidden_rows: Int[Array, " product_rows"]  # where the hidden units of each place are
+
+
+def places_of(block: Array, sorted_token_ids_ref: Any, num_assignments: int, tiling: Tiling) -> list[Places]:
+    """Return the places of each product of a block."""
+
+    def of(number: int) -> Places:
+        at = number * tiling.product_rows + jnp.arange(tiling.product_rows)
+        if tiling.sorted:  # hidden units of a block stand together: scattered ones would take registers for addresses
+            places = block * tiling.block_size + at
+            return Places(plt.load(sorted_token_ids_ref.at[places]), places)
+        assignments = jnp.where(at == 0, block, num_assignments)
+        return Places(assignments, assignments)
+
+    return [of(number) for number in range(tiling.num_products)]
+
+
+def choose_tiling(rows: int, topk: int, num_experts: int, num_hidden: int, steps: int, dtype: DTypeLike) -> Tiling:
+    """Return the tiling of a call.
+
+    Args:
+        rows, topk: token rows, and experts of each.
+        num_experts, num_hidden: of the layer, and hidden units of an expert.
+        steps: of the sum over D of gate and up.
+        dtype: of the rows.
+    """
+    fast = has_fast_products()
+    most = MAX_BLOCK if fast and dtype != jnp.float32 else max_row_tile(dtype)
+    block_size = max(min_row_tile(), min(choose_kernel_block(rows, topk, num_experts, sure=fast), most))
+    parts, few = num_parts(topk, num_hidden, steps), rows * topk <= MAX_UNSORTED
+    return Tiling(block_size, product_rows(block_size), topk, not few, parts, write_partials=few and parts > 1)
