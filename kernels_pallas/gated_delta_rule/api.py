@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 
 from kernels_pallas.gated_delta_rule import reference, triton, triton_chunks
 from kernels_pallas.gated_delta_rule.inputs import DeltaProjections, DeltaWeights, causal_conv_inputs, delta_inputs
-from kernels_pallas.gated_delta_rule.state import DeltaState, PendingDeltaUpdates, no_updates, page_index, replay
+from kernels_pallas.gated_delta_rule.state import DeltaState, PendingDeltaUpdates, no_updates, page_offsets, replay
 from kernels_pallas.platform import interpret_kernels, platform, resolve_implementation
 
 
@@ -65,17 +65,17 @@ def recurrent_gated_delta_rule(
         end = pad + jnp.sum(valid, axis=1)
         args = projections, weights, state, pending, layer, pad, end
         return triton.recurrent_gated_delta_rule(*args, dtype=dtype, interpret=interpret_kernels())
+    read, write = page_offsets(pending, num_layers) + layer
     if pending.accepted is not None:
         of_layer = DeltaState(*(x[layer][None] for x in state))
-        updates = _stack_page(pending, page_index(pending, num_layers, layer, write=False), 1)
+        updates = _of_layers(pending, read, 1)
         after = replay(of_layer, updates, pending.accepted)
         state = DeltaState(*(x.at[layer].set(new[0]) for x, new in zip(state, after, strict=True)))
     conv_inputs = causal_conv_inputs(projections.qkv, state.conv[layer], pad, valid, dtype)
     inputs = delta_inputs(projections, weights, conv_inputs, valid, (heads, key_size, value_size), dtype)
     outputs = reference.recurrent_gated_delta_rule(inputs, state.recurrent[layer])
-    index = page_index(pending, num_layers, layer, write=True)
     new = conv_inputs, inputs.k, outputs.delta, inputs.g
-    arrays = (stack.at[index].set(array) for stack, array in zip(pending[:4], new, strict=True))
+    arrays = (stack.at[write].set(array) for stack, array in zip(pending[:4], new, strict=True))
     return outputs.o.astype(dtype), state, PendingDeltaUpdates(*arrays, *pending[4:])
 
 
@@ -125,7 +125,7 @@ def replay_updates(
     num_layers, *_, key_size, value_size = state.recurrent.shape
     if pending is None or pending.accepted is None or not num_layers:
         return state
-    updates = _stack_page(pending, page_index(pending, num_layers, 0, write=False), num_layers)
+    updates = _of_layers(pending, page_offsets(pending, num_layers)[0], num_layers)
     after = replay(state, updates, pending.accepted)
     supported = triton.supports(pending.k.shape[2], key_size, value_size)
     if resolve_implementation(implementation, supported=supported) == "triton":
@@ -134,7 +134,7 @@ def replay_updates(
     return after
 
 
-def _stack_page(pending: PendingDeltaUpdates, first: Int[Array, ""], layers: int) -> PendingDeltaUpdates:
+def _of_layers(pending: PendingDeltaUpdates, first: Int[Array, ""], layers: int) -> PendingDeltaUpdates:
     """Return the updates of `layers` layers, from index `first` on."""
     arrays = (jax.lax.dynamic_slice_in_dim(stack, first, layers) for stack in pending[:4])
     return PendingDeltaUpdates(*arrays)

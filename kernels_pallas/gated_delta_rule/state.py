@@ -59,12 +59,11 @@ def no_updates(state: DeltaState, rows: int, *, pages: int = 1) -> PendingDeltaU
     )
 
 
-def page_index(pending: PendingDeltaUpdates, num_layers: int, layer: Int[Array, ""] | int, *, write: bool) -> Array:
-    """Return the index of a layer on the page that a window writes, or on the page of the window before."""
-    layer = jnp.asarray(layer, jnp.int32)
+def page_offsets(pending: PendingDeltaUpdates, num_layers: int) -> Int[Array, " 2"]:
+    """Return the index of layer 0 on the page of the window before, and on the page that a window writes."""
     if pending.page is None:
-        return layer
-    return layer + (1 - pending.page if write else pending.page) * num_layers
+        return jnp.zeros(2, jnp.int32)
+    return jnp.stack([pending.page, 1 - pending.page]) * num_layers
 
 
 def replay(state: DeltaState, updates: PendingDeltaUpdates, accepted: Int[Array, " B"]) -> DeltaState:

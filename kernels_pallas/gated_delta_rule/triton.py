@@ -26,7 +26,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from kernels_pallas.gated_delta_rule.inputs import DeltaProjections, DeltaWeights
-from kernels_pallas.gated_delta_rule.state import DeltaState, PendingDeltaUpdates, page_index
+from kernels_pallas.gated_delta_rule.state import DeltaState, PendingDeltaUpdates, page_offsets
 from kernels_pallas.gated_delta_rule.triton_inputs import window_inputs
 from kernels_pallas.tiles import index_grid
 
@@ -39,7 +39,7 @@ class _UpdateRefs(NamedTuple):
     """Refs of the updates of the window before, in stacks of layers."""
 
     accepted: Any
-    read: Any  # [1], index of the layer on the page of the window before
+    pages: Any  # [2], index of layer 0 on the page of the window before, and on the page of this window
     k: Any
     delta: Any
     decay: Any
@@ -81,7 +81,6 @@ class _WindowRefs(NamedTuple):
     """Refs of the rows of a window, and of the state."""
 
     layer: Any  # [1]
-    write: Any  # [1], index of the layer on the page of this window
     q: Any
     v: Any
     beta: Any
@@ -103,7 +102,8 @@ def _window_kernel(refs: _WindowRefs, updates: _UpdateRefs, out: _OutputRefs, *,
     b, m = pl.program_id(0) // value_heads, pl.program_id(0) % value_heads
     j = m // (value_heads // key_heads)
     channel, column = jnp.arange(key_size), pl.program_id(1) * columns + jnp.arange(columns)
-    accepted, write = updates.accepted[b], refs.write[0]
+    accepted, layer = updates.accepted[b], refs.layer[0]
+    read, write = updates.pages[0] + layer, updates.pages[1] + layer
 
     def load(t: Array) -> tuple[Array, ...]:
         q, k = plt.load(refs.q.at[b, t, j, channel]), plt.load(updates.k.at[write, b, t, j, channel])
@@ -121,8 +121,8 @@ def _window_kernel(refs: _WindowRefs, updates: _UpdateRefs, out: _OutputRefs, *,
         return state, following
 
     first = load(jnp.int32(0))
-    state, at = _load_state(refs.state, (refs.layer[0], b, m), key_size, column)
-    state = _add_accepted(state, updates, (updates.read[0], b, m, j), column)
+    state, at = _load_state(refs.state, (layer, b, m), key_size, column)
+    state = _add_accepted(state, updates, (read, b, m, j), column)
 
     @pl.when(accepted > 0)
     def store_state() -> None:
@@ -144,7 +144,7 @@ def _replay_kernel(updates: _UpdateRefs, state_ref: Any, out_ref: Any, *, column
     @pl.when(updates.accepted[b] > 0)
     def replay() -> None:
         state, at = _load_state(state_ref, (layer, b, m), key_size, column)
-        state = _add_accepted(state, updates, (updates.read[0] + layer, b, m, j), column)
+        state = _add_accepted(state, updates, (updates.pages[0] + layer, b, m, j), column)
         plt.store(out_ref.at[at], state)
 
 
@@ -201,14 +201,14 @@ def recurrent_gated_delta_rule(
     rows, columns = projections.qkv.parts.shape[1] // batch, min(STATE_COLUMNS, value_size)
     _check(rows, key_size, value_size)
     accepted = _accepted(pending)
-    read, write = (page_index(pending, num_layers, layer, write=page) for page in (False, True))
+    pages = page_offsets(pending, num_layers)
     q, v, beta, conv, pending = window_inputs(
         projections,
         weights,
         state.conv,
         pending,
         accepted,
-        (read, write),
+        pages,
         layer,
         start,
         end,
@@ -221,9 +221,8 @@ def recurrent_gated_delta_rule(
         delta=jax.ShapeDtypeStruct(pending.delta.shape, jnp.float32),
         state=jax.ShapeDtypeStruct(state.recurrent.shape, jnp.float32),
     )
-    layer, read, write = (jnp.asarray(index, jnp.int32).reshape(1) for index in (layer, read, write))
-    inputs = _WindowRefs(layer, write, q, v, beta, state.recurrent)
-    updates = _UpdateRefs(accepted, read, pending.k, pending.delta, pending.decay)
+    inputs = _WindowRefs(jnp.asarray(layer, jnp.int32).reshape(1), q, v, beta, state.recurrent)
+    updates = _UpdateRefs(accepted, pages, pending.k, pending.delta, pending.decay)
     (outputs,) = pl.pallas_call(
         partial(_window_kernel, columns=columns),
         grid=(batch * value_heads, value_size // columns),
@@ -251,8 +250,8 @@ def replay_recurrent(
     num_layers, batch, value_heads, key_size, value_size = state.shape
     _check(pending.k.shape[2], key_size, value_size)
     columns = min(STATE_COLUMNS, value_size)
-    read = page_index(pending, num_layers, 0, write=False).reshape(1)
-    updates = _UpdateRefs(_accepted(pending), read, pending.k, pending.delta, pending.decay)
+    pages = page_offsets(pending, num_layers)
+    updates = _UpdateRefs(_accepted(pending), pages, pending.k, pending.delta, pending.decay)
     return pl.pallas_call(
         partial(_replay_kernel, columns=columns),
         grid=(num_layers, batch * value_heads, value_size // columns),

@@ -46,8 +46,7 @@ class _WindowRefs(NamedTuple):
     """Refs that only a verify window has: the updates of the window before."""
 
     accepted: Any
-    read: Any  # [1], index of the layer on the page of the window before
-    write: Any  # [1], index of the layer on the page of this window
+    pages: Any  # [2], index of layer 0 on the page of the window before, and on the page of this window
     conv: Any
     k: Any
     decay: Any
@@ -73,7 +72,9 @@ def _inputs_kernel(
     num_rows, past, num_tiles = refs.qkv.shape[1] // batch, refs.conv_state.shape[2], padded_rows // tile
     b, tile_number, head = pl.program_id(0) // num_tiles, pl.program_id(0) % num_tiles, pl.program_id(1)
     t, start, end, layer = tile_number * tile + jnp.arange(tile), refs.start[b], refs.end[b], refs.layer[0]
-    accepted = jnp.int32(0) if window is None else window.accepted[b]
+    accepted, read, write = jnp.int32(0), layer, layer
+    if window is not None:
+        accepted, read, write = window.accepted[b], window.pages[0] + layer, window.pages[1] + layer
 
     def conv_input(index: Array, channel: Array) -> Array:
         """Load inputs of the convolution: those before the valid rows, then the rows; zeros elsewhere."""
@@ -85,7 +86,7 @@ def _inputs_kernel(
         old_ref = refs.conv_state.at[layer, b, before, channel]
         old = plt.load(old_ref, mask=is_before & (accepted == 0), other=0)
         if window is not None:  # the inputs that end at the last accepted row
-            updated_ref = window.conv.at[window.read[0], b, accepted + before, channel]
+            updated_ref = window.conv.at[read, b, accepted + before, channel]
             updated = plt.load(updated_ref, mask=is_before & (accepted > 0), other=0)
             old = jnp.where(accepted > 0, updated, old)
         return jnp.where(is_row, new, old)
@@ -99,7 +100,7 @@ def _inputs_kernel(
             taps = plt.load(refs.conv_weight.at[first_channel + jnp.arange(size), tap]).astype(jnp.float32)
             total = total + x.astype(jnp.float32) * taps[None, :]
             if window is not None:  # each input is stored once: by the row itself, those before the window by row 0
-                inputs_ref = out.conv_inputs.at[window.write[0], b, row + tap, channel]
+                inputs_ref = out.conv_inputs.at[write, b, row + tap, channel]
                 plt.store(inputs_ref, x, mask=None if tap == past else row == 0)
         keep_conv_state(first_channel, size)
         return (total * lax.logistic(total)).astype(dtype).astype(jnp.float32)
@@ -119,7 +120,7 @@ def _inputs_kernel(
         @pl.when((tile_number == 0) & (accepted > 0))  # then no program reads this state
         def store_accepted() -> None:
             for i in range(past):
-                x = plt.load(window.conv.at[window.read[0], b, row + accepted + i, channel])
+                x = plt.load(window.conv.at[read, b, row + accepted + i, channel])
                 plt.store(out.conv_state.at[layer, b, row + i, channel], x)
 
     def normalised(first_channel: Array) -> Array:
@@ -137,7 +138,7 @@ def _inputs_kernel(
     @pl.when((head >= key_heads) & (head < 2 * key_heads))
     def store_key() -> None:
         at = at_heads(head - key_heads, key_size)
-        k_ref = out.k.at[at] if window is None else out.k.at[(window.write[0], *at)]
+        k_ref = out.k.at[at] if window is None else out.k.at[(write, *at)]
         plt.store(k_ref, normalised(head * key_size))
 
     @pl.when(head >= 2 * key_heads)
@@ -151,7 +152,7 @@ def _inputs_kernel(
         g = -jnp.exp(plt.load(refs.a_log.at[m]).astype(jnp.float32)) * softplus
         beta = lax.logistic(load_partial_sum(refs.beta, n, m))
         plt.store(out.beta.at[b, t, m], jnp.where(is_valid, beta, 0.0))
-        g_ref = out.g.at[b, t, m] if window is None else out.g.at[window.write[0], b, t, m]
+        g_ref = out.g.at[b, t, m] if window is None else out.g.at[write, b, t, m]
         plt.store(g_ref, jnp.where(is_valid, g, 0.0))
 
 
@@ -173,7 +174,7 @@ def window_inputs(
     conv_state: Float[Array, "L B past C"],
     pending: PendingDeltaUpdates,
     accepted: Int[Array, " B"],
-    pages: tuple[Int[Array, ""], Int[Array, ""]],
+    pages: Int[Array, " 2"],
     layer: Int[Array, ""] | int,
     start: Int[Array, " B"],
     end: Int[Array, " B"],
@@ -189,7 +190,7 @@ def window_inputs(
         pending: the updates of the window before; given up. The result has convolution inputs, k and decay of the
             window.
         accepted: rows of the window before that count.
-        pages: index of the layer in `pending` that is read, and the one that is written.
+        pages: index of layer 0 in `pending` on the page that is read, and on the page that is written.
         start, end: the range of valid rows of each sequence.
         sizes: M, Dk and Dv.
         dtype: compute dtype.
@@ -208,11 +209,10 @@ def window_inputs(
     shapes = _shapes(projections, batch, rows, sizes, dtype)
     shapes |= {"k": stack(pending.k), "g": stack(pending.decay)}
     outputs = _OutputRefs(**shapes, conv_state=stack(conv_state), conv_inputs=stack(pending.conv))
-    read, write = (jnp.asarray(page, jnp.int32).reshape(1) for page in pages)
     inputs = _inputs(projections, weights, conv_state, layer, start, end)
-    window = _WindowRefs(accepted, read, write, pending.conv, pending.k, pending.decay)
+    window = _WindowRefs(accepted, pages, pending.conv, pending.k, pending.decay)
     first = len(inputs)
-    aliases = {first - 1: 5, first + 3: 6, first + 4: 1, first + 5: 4}  # conv_state, conv_inputs, k, g
+    aliases = {first - 1: 5, first + 2: 6, first + 3: 1, first + 4: 4}  # conv_state, conv_inputs, k, g
     heads = 2 * outputs.q.shape[2] + sizes[0]
     (results,) = pl.pallas_call(
         partial(_inputs_kernel, tile=1, dtype=dtype),
