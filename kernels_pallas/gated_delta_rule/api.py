@@ -74,9 +74,9 @@ def recurrent_gated_delta_rule(
     conv_inputs = causal_conv_inputs(projections.qkv, state.conv[layer], pad, valid, dtype)
     inputs = delta_inputs(projections, weights, conv_inputs, valid, (heads, key_size, value_size), dtype)
     outputs = reference.recurrent_gated_delta_rule(inputs, state.recurrent[layer])
-    new = conv_inputs, inputs.k, outputs.delta, inputs.g
-    arrays = (stack.at[write].set(array) for stack, array in zip(pending[:4], new, strict=True))
-    return outputs.o.astype(dtype), state, PendingDeltaUpdates(*arrays, *pending[4:])
+    new = {"conv": conv_inputs, "k": inputs.k, "delta": outputs.delta, "decay": inputs.g}
+    new = {name: getattr(pending, name).at[write].set(array) for name, array in new.items()}
+    return outputs.o.astype(dtype), state, pending._replace(**new)
 
 
 def updates_between_windows(
@@ -163,15 +163,16 @@ def chunk_gated_delta_rule(
         ValueError: `implementation` is "triton" and the kernels do not support Dk or Dv, or there are fewer than 16
             rows.
     """
-    sizes, rows = state.recurrent.shape[2:], valid.shape[1]
+    heads, key_size, value_size = state.recurrent.shape[2:]
+    rows = valid.shape[1]
     chunk = min(reference.CHUNK, 1 << (rows.bit_length() - 1))  # a power of two, for the kernels
-    supported = triton_chunks.supports(chunk, *sizes[1:])
+    supported = triton_chunks.supports(chunk, key_size, value_size)
     if resolve_implementation(implementation, supported=supported) == "triton":
         end = pad + jnp.sum(valid, axis=1)
         args = projections, weights, state, layer, pad, end
         return triton_chunks.gated_delta_rule(*args, chunk=chunk, dtype=dtype, interpret=interpret_kernels())
     conv_inputs = causal_conv_inputs(projections.qkv, state.conv[layer], pad, valid, dtype)
-    inputs = delta_inputs(projections, weights, conv_inputs, valid, sizes, dtype)
+    inputs = delta_inputs(projections, weights, conv_inputs, valid, (heads, key_size, value_size), dtype)
     o, after = reference.chunk_gated_delta_rule(inputs, state.recurrent[layer])
     conv = state.conv.at[layer].set(conv_inputs[:, rows:])
     return o.astype(dtype), DeltaState(conv, state.recurrent.at[layer].set(after))

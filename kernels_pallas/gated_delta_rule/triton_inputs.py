@@ -265,5 +265,5 @@ def prompt_inputs(
 def _inputs(
     projections: DeltaProjections, weights: DeltaWeights, conv_state: Array, layer: Any, start: Array, end: Array
 ) -> _InputRefs:
-    parts = (sums.parts for sums in projections)
-    return _InputRefs(jnp.asarray(layer, jnp.int32).reshape(1), start, end, *parts, *weights, conv_state)
+    qkv, beta, decay = (sums.parts for sums in projections)
+    return _InputRefs(jnp.asarray(layer, jnp.int32).reshape(1), start, end, qkv, beta, decay, *weights, conv_state)

@@ -104,8 +104,7 @@ def kernel_cases(
         return jax.jit(kernel(norm_rope_update_cache, eps=1e-6, dtype=dtype), donate_argnums=4), args
 
     def window_case() -> tuple[Any, tuple[Any, ...]]:
-        args = gated_delta_rule_inputs(delta_shape, decode_rows, dtype, num_partial_sums=16)
-        *args, pad, _ = with_updates(args)
+        *args, pad, _ = with_updates(gated_delta_rule_inputs(delta_shape, decode_rows, dtype, num_partial_sums=16))
         return jax.jit(kernel(recurrent_gated_delta_rule, dtype=dtype)), (*args, pad, pad)
 
     def chunks_case() -> tuple[Any, tuple[Any, ...]]:
