@@ -1,7 +1,10 @@
-"""`recurrent_gated_delta_rule` and `chunk_gated_delta_rule`: a Gated DeltaNet layer between its projections."""
+"""A Gated DeltaNet layer between its projections: `recurrent_gated_delta_rule` and `chunk_gated_delta_rule`; and the
+acceptance of a verify window: `accept_updates` and `replay_updates`.
+"""
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
@@ -9,22 +12,23 @@ from jaxtyping import Bool, Float, Int
 
 from kernels_pallas.gated_delta_rule import reference, triton, triton_chunks
 from kernels_pallas.gated_delta_rule.inputs import DeltaProjections, DeltaWeights, causal_conv_inputs, delta_inputs
-from kernels_pallas.gated_delta_rule.state import DeltaState, PendingDeltaUpdates
-from kernels_pallas.platform import interpret_kernels, resolve_implementation
+from kernels_pallas.gated_delta_rule.state import DeltaState, PendingDeltaUpdates, no_updates, page_offsets, replay
+from kernels_pallas.platform import interpret_kernels, platform, resolve_implementation
 
 
 def recurrent_gated_delta_rule(
     projections: DeltaProjections,
     weights: DeltaWeights,
     state: DeltaState,
+    pending: PendingDeltaUpdates,
     layer: Int[Array, ""] | int,
     pad: Int[Array, " B"],
     valid: Bool[Array, "B W"],
     *,
     dtype: DTypeLike,
     implementation: str | None = None,
-) -> tuple[Float[Array, "B W M Dv"], PendingDeltaUpdates]:
-    """Run the few rows of a verify window, which may yet be rejected: the memory of the layer stays as it is.
+) -> tuple[Float[Array, "B W M Dv"], DeltaState, PendingDeltaUpdates]:
+    """Run the few rows of a verify window, which may yet be rejected: they do not enter the memory of the layer.
 
     The recurrence of Gated DeltaNet (arXiv:2412.06464), for each value head with state S `[Dk, Dv]`:
 
@@ -39,6 +43,8 @@ def recurrent_gated_delta_rule(
         projections: qkv, b (`beta`) and a (`decay`) of the W rows of each of the B sequences.
         weights: filters of the convolution, a_log and dt_bias.
         state: the memory of all L layers.
+        pending: the updates of the window before. If it says how many of its rows are accepted, they enter the memory
+            of the layer first.
         layer: index of the layer in `state`.
         pad: number of padding rows in front of each sequence.
         valid: rows that count: from row `pad` on, without a gap. The other rows change nothing.
@@ -47,23 +53,91 @@ def recurrent_gated_delta_rule(
             gradient.
 
     Returns:
-        the outputs o in `dtype`, and what `replay_updates` needs to add the accepted rows to the memory.
+        the outputs o in `dtype`; the memory, without the rows of this window; and the updates, those of this window in
+        place of older ones.
+
+    Raises:
+        ValueError: `implementation` is "triton" and the kernels do not support W, Dk or Dv.
+    """
+    num_layers, _, heads, key_size, value_size = state.recurrent.shape
+    supported = triton.supports(valid.shape[1], key_size, value_size)
+    if resolve_implementation(implementation, supported=supported) == "triton":
+        end = pad + jnp.sum(valid, axis=1)
+        args = projections, weights, state, pending, layer, pad, end
+        return triton.recurrent_gated_delta_rule(*args, dtype=dtype, interpret=interpret_kernels())
+    read, write = page_offsets(pending, num_layers) + layer
+    if pending.accepted is not None:
+        of_layer = DeltaState(*(x[layer][None] for x in state))
+        updates = _of_layers(pending, read, 1)
+        after = replay(of_layer, updates, pending.accepted)
+        state = DeltaState(*(x.at[layer].set(new[0]) for x, new in zip(state, after, strict=True)))
+    conv_inputs = causal_conv_inputs(projections.qkv, state.conv[layer], pad, valid, dtype)
+    inputs = delta_inputs(projections, weights, conv_inputs, valid, (heads, key_size, value_size), dtype)
+    outputs = reference.recurrent_gated_delta_rule(inputs, state.recurrent[layer])
+    new = {"conv": conv_inputs, "k": inputs.k, "delta": outputs.delta, "decay": inputs.g}
+    new = {name: getattr(pending, name).at[write].set(array) for name, array in new.items()}
+    return outputs.o.astype(dtype), state, pending._replace(**new)
+
+
+def updates_between_windows(
+    state: DeltaState, rows: int, *, implementation: str | None = None
+) -> PendingDeltaUpdates | None:
+    """Return what a loop over verify windows begins with: no updates, or None where `accept_updates` leaves none.
+
+    On a GPU the next window adds the accepted rows as it reads the state, which saves a pass over all states. On a CPU
+    one pass over all layers is faster.
+
+    Args:
+        state: the memory of all layers, for its shapes.
+        rows: W, rows of a window.
+        implementation: as in `recurrent_gated_delta_rule`.
+    """
+    if platform() == "cpu" and resolve_implementation(implementation) == "xla":
+        return None
+    return no_updates(state, rows, pages=2)
+
+
+def accept_updates(
+    state: DeltaState, pending: PendingDeltaUpdates, accepted: Int[Array, " B"]
+) -> tuple[DeltaState, PendingDeltaUpdates | None]:
+    """Accept the first `accepted` rows (0...W) of a verify window, and forget the other rows.
+
+    Updates of `updates_between_windows` wait for the next window, or for `replay_updates`. Others enter the memory now.
+    """
+    if pending.page is None:
+        return replay(state, pending, accepted), None
+    return state, pending._replace(accepted=accepted, page=1 - pending.page)
+
+
+def replay_updates(
+    state: DeltaState, pending: PendingDeltaUpdates | None, *, implementation: str | None = None
+) -> DeltaState:
+    """Add the accepted rows that wait in `pending` to the memory of all layers.
+
+    Args:
+        state: the memory of all layers.
+        pending: what `accept_updates` returned.
+        implementation: as in `recurrent_gated_delta_rule`.
 
     Raises:
         ValueError: `implementation` is "triton" and the kernel does not support W, Dk or Dv.
     """
-    heads, key_size, value_size = state.recurrent.shape[2:]
-    conv_inputs = causal_conv_inputs(projections.qkv, state.conv[layer], pad, valid, dtype)
-    supported = triton.supports(valid.shape[1], key_size, value_size)
+    num_layers, *_, key_size, value_size = state.recurrent.shape
+    if pending is None or pending.accepted is None or not num_layers:
+        return state
+    updates = _of_layers(pending, page_offsets(pending, num_layers)[0], num_layers)
+    after = replay(state, updates, pending.accepted)
+    supported = triton.supports(pending.k.shape[2], key_size, value_size)
     if resolve_implementation(implementation, supported=supported) == "triton":
-        end = pad + jnp.sum(valid, axis=1)
-        window = triton.recurrent_gated_delta_rule(
-            projections, weights, state, layer, pad, end, dtype=dtype, interpret=interpret_kernels()
-        )
-        return window.o, PendingDeltaUpdates(conv_inputs, window.k, window.delta, window.decay)
-    inputs = delta_inputs(projections, weights, conv_inputs, valid, (heads, key_size, value_size), dtype)
-    outputs = reference.recurrent_gated_delta_rule(inputs, state.recurrent[layer])
-    return outputs.o.astype(dtype), PendingDeltaUpdates(conv_inputs, inputs.k, outputs.delta, outputs.decay)
+        recurrent = triton.replay_recurrent(state.recurrent, pending, interpret=interpret_kernels())
+        after = after._replace(recurrent=recurrent)
+    return after
+
+
+def _of_layers(pending: PendingDeltaUpdates, first: Int[Array, ""], layers: int) -> PendingDeltaUpdates:
+    """Return the updates of `layers` layers, from index `first` on."""
+    arrays = (jax.lax.dynamic_slice_in_dim(stack, first, layers) for stack in pending[:4])
+    return PendingDeltaUpdates(*arrays)
 
 
 def chunk_gated_delta_rule(
@@ -83,25 +157,19 @@ def chunk_gated_delta_rule(
     `reference.py`.
 
     Returns:
-        the outputs o in `dtype`, and the memory of layer `layer` after all rows.
+        the outputs o in `dtype`, and the memory with all rows in that of layer `layer`.
 
     Raises:
         ValueError: `implementation` is "triton" and the kernels do not support Dk or Dv.
     """
     heads, key_size, value_size = state.recurrent.shape[2:]
     rows = valid.shape[1]
+    supported = triton_chunks.supports(reference.CHUNK, key_size, value_size)
+    if resolve_implementation(implementation, supported=supported) == "triton":
+        args = projections, weights, state, layer, pad, pad + jnp.sum(valid, axis=1)
+        return triton_chunks.gated_delta_rule(*args, chunk=reference.CHUNK, dtype=dtype, interpret=interpret_kernels())
     conv_inputs = causal_conv_inputs(projections.qkv, state.conv[layer], pad, valid, dtype)
     inputs = delta_inputs(projections, weights, conv_inputs, valid, (heads, key_size, value_size), dtype)
-    chunk = reference.CHUNK
-    supported = triton_chunks.supports(chunk, key_size, value_size)
-    if resolve_implementation(implementation, supported=supported) == "triton":
-        q, k, v, beta, g = reference.pad_to_chunks(inputs)
-        decay = jnp.cumsum(g.reshape(g.shape[0], -1, chunk, heads), axis=2).reshape(g.shape)
-        o, after = triton_chunks.chunk_gated_delta_rule(
-            q, k, v, beta, decay, state.recurrent, layer, chunk=chunk, dtype=dtype, interpret=interpret_kernels()
-        )
-        o = o[:, o.shape[1] - rows :]
-    else:
-        o, after = reference.chunk_gated_delta_rule(inputs, state.recurrent[layer])
-        o = o.astype(dtype)
-    return o, DeltaState(conv_inputs[:, rows:], after)
+    o, after = reference.chunk_gated_delta_rule(inputs, state.recurrent[layer])
+    conv = state.conv.at[layer].set(conv_inputs[:, rows:])
+    return o.astype(dtype), DeltaState(conv, state.recurrent.at[layer].set(after))

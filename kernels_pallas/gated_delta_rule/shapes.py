@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from kernels_pallas.gated_delta_rule.inputs import DeltaProjections, DeltaWeights
-from kernels_pallas.gated_delta_rule.state import DeltaState
+from kernels_pallas.gated_delta_rule.state import DeltaState, no_updates
 from kernels_pallas.partial_sums import PartialSums
 
 
@@ -47,7 +47,7 @@ NUM_PARTIAL_SUMS = {"decode": 16, "prefill": 1}  # of the projections of the gat
 def gated_delta_rule_inputs(
     shape: DeltaShape, rows: int, dtype: DTypeLike, *, batch: int = 1, num_partial_sums: int = 1
 ) -> tuple[Any, ...]:
-    """Return abstract positional arguments of `recurrent_gated_delta_rule` and `chunk_gated_delta_rule`.
+    """Return abstract positional arguments of `chunk_gated_delta_rule`; see `with_updates` for those of a window.
 
     Args:
         shape: sizes of the layers.
@@ -69,3 +69,10 @@ def gated_delta_rule_inputs(
     )
     pad, valid = spec((batch,), jnp.int32), spec((batch, rows), jnp.bool_)
     return DeltaProjections(qkv, gates, gates), weights, state, spec((), jnp.int32), pad, valid
+
+
+def with_updates(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the arguments of `recurrent_gated_delta_rule` in a loop over windows from those of a prompt."""
+    projections, weights, state, *where, valid = args
+    pending = jax.eval_shape(lambda: no_updates(state, valid.shape[1], pages=2))
+    return projections, weights, state, pending, *where, valid

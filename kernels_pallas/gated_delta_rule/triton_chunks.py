@@ -1,9 +1,10 @@
-"""The rows of a prompt through the gated delta rule as two Pallas kernels, through the Triton lowering.
+"""The rows of a prompt through Gated DeltaNet as three Pallas kernels, through the Triton lowering.
 
-In plain JAX, 512 rows of a prompt are ninety kernels a layer: a dozen for each chunk of the scan, which must wait for
-each other, and as many for what the chunks need beforehand. Here one kernel computes the two matrices of every chunk
-that do not need the state. A second kernel steps through the chunks: a program for some columns of a head's state,
-since columns do not need each other. Everything is float32, products to a few parts in 2^22.
+In plain JAX, 512 rows of a prompt are a hundred kernels a layer: a dozen for each chunk of the scan, which must wait
+for each other, and twice as many for what the chunks need beforehand. Here one kernel computes q, k, v and the gates
+(`triton_inputs.py`), and one the two matrices of every chunk that do not need the state. A third steps through the
+chunks: a program for some columns of a head's state, since columns do not need each other. Everything is float32,
+products to a few parts in 2^22. No sum is left to XLA, which would order it by the number of rows.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
+from kernels_pallas.gated_delta_rule.inputs import DeltaProjections, DeltaWeights
+from kernels_pallas.gated_delta_rule.state import DeltaState
+from kernels_pallas.gated_delta_rule.triton_inputs import prompt_inputs
 from kernels_pallas.tiles import index_grid
 
 TILE = 32  # rows and channels of a product
@@ -59,11 +63,23 @@ def _solve_tril(
 
 
 def _matrices_kernel(
-    q_ref: Any, k_ref: Any, beta_ref: Any, decay_ref: Any, t_ref: Any, a_ref: Any, *, chunk: int, use_highest: bool
+    q_ref: Any,
+    k_ref: Any,
+    beta_ref: Any,
+    g_ref: Any,
+    t_ref: Any,
+    a_ref: Any,
+    decay_ref: Any,
+    *,
+    chunk: int,
+    use_highest: bool,
 ) -> None:
-    """Compute the matrices T and A of one chunk of one value head by tiles: whole ones would not fit the registers."""
+    """Compute the matrices T and A of one chunk of one value head by tiles: whole ones would not fit the registers.
+
+    The log decay is summed within the chunk, always in the same order.
+    """
     b, i, m = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    j = m // (decay_ref.shape[2] // k_ref.shape[2])
+    j = m // (g_ref.shape[2] // k_ref.shape[2])
     channel_tiles, row_tiles = _tile_indices(k_ref.shape[3], TILE), _tile_indices(chunk, TILE)
     dot = partial(_dot, contract=(1, 0), use_highest=use_highest)
 
@@ -77,7 +93,15 @@ def _matrices_kernel(
         return reduce(add, products)
 
     beta = [plt.load(beta_ref.at[b, i * chunk + rows, m]) for rows in row_tiles]
-    decay = [plt.load(decay_ref.at[b, i * chunk + rows, m]) for rows in row_tiles]
+    g = plt.load(g_ref.at[b, i * chunk + jnp.arange(chunk), m])
+
+    def summed_decay(rows: Array) -> Array:
+        row, col = index_grid(rows, jnp.arange(chunk))
+        return jnp.sum(jnp.where(col <= row, g[None, :], 0.0), axis=1)
+
+    decay = [summed_decay(rows) for rows in row_tiles]
+    for rows, tile in zip(row_tiles, decay, strict=True):
+        plt.store(decay_ref.at[b, i * chunk + rows, m], tile)
     inverse: dict[tuple[int, int], Array] = {}
     lower: dict[tuple[int, int], Array] = {}
     for r, rows in enumerate(row_tiles):
@@ -137,7 +161,8 @@ def _scan_kernel(
             tiles = zip(channel_tiles, state, strict=True)
             return reduce(add, (dot(load(ref, channels), tile) for channels, tile in tiles))
 
-        delta = plt.load(v_ref.at[b, v_row, m, v_column]) - exp_decay * dot_state(k_ref)
+        v = plt.load(v_ref.at[b, v_row, m, v_column]).astype(jnp.float32)
+        delta = v - exp_decay * dot_state(k_ref)
         delta = dot(plt.load(t_ref.at[b, i, m, row, col]), delta)
         o = exp_decay * dot_state(q_ref) + dot(plt.load(a_ref.at[b, i, m, row, col]), delta)
         plt.store(o_ref.at[b, v_row, m, v_column], o.astype(o_ref.dtype))
@@ -151,7 +176,7 @@ def _scan_kernel(
     state = tuple(plt.load(state_ref.at[(layer_ref[0], b, m, *indices)]) for indices in tile_indices)
     state = lax.fori_loop(jnp.int32(0), jnp.int32(o_ref.shape[1] // chunk), step, state)
     for indices, tile in zip(tile_indices, state, strict=True):
-        plt.store(new_state_ref.at[(b, m, *indices)], tile)
+        plt.store(new_state_ref.at[(layer_ref[0], b, m, *indices)], tile)
 
 
 def supports(chunk: int, key_size: int, value_size: int) -> bool:
@@ -164,22 +189,23 @@ def chunk_gated_delta_rule(
     k: Float[Array, "B T J Dk"],
     v: Float[Array, "B T M Dv"],
     beta: Float[Array, "B T M"],
-    decay: Float[Array, "B T M"],
+    g: Float[Array, "B T M"],
     state: Float[Array, "L B M Dk Dv"],
     layer: Int[Array, ""] | int,
     *,
     chunk: int,
     dtype: DTypeLike,
     interpret: bool = False,
-) -> tuple[Float[Array, "B T M Dv"], Float[Array, "B M Dk Dv"]]:
-    """Return the outputs of all rows, in `dtype`, and the state of layer `layer` of the stack after them, in float32.
+) -> tuple[Float[Array, "B T M Dv"], Float[Array, "L B M Dk Dv"]]:
+    """Return the outputs of all rows, in `dtype`, and the states, of which that of layer `layer` has all rows.
 
     The formula is the chunked form in `reference.py`, with the products in another order:
     `Delta = T (V - diag(exp(G)) K S)`.
 
     Args:
         q, k: float32, normalised; q is also scaled.
-        decay: log decay, summed within each chunk.
+        g: log decay of each row.
+        state: given up (donated).
         chunk: rows of a chunk. T is a multiple of it. Like Dk and Dv it is a power of two from 16 on.
         interpret: run the kernels in interpret mode, on any device.
 
@@ -187,27 +213,72 @@ def chunk_gated_delta_rule(
         ValueError: the kernels do not support the chunk, Dk or Dv.
     """
     (batch, rows, heads, value_size), key_size = v.shape, k.shape[3]
-    if not supports(chunk, key_size, value_size):
-        expected = "expected sizes that are powers of two from 16 on"
-        raise ValueError(f"chunks of {chunk} rows of heads of {key_size} x {value_size}; {expected}")
+    _check(chunk, key_size, value_size)
     columns = min(STATE_COLUMNS, value_size)
     square = jax.ShapeDtypeStruct((batch, rows // chunk, heads, chunk, chunk), jnp.float32)
-    t_matrix, a_matrix = pl.pallas_call(
+    t_matrix, a_matrix, decay = pl.pallas_call(
         partial(_matrices_kernel, chunk=chunk, use_highest=interpret),
         grid=square.shape[:3],
-        out_shape=(square, square),
+        out_shape=(square, square, jax.ShapeDtypeStruct(g.shape, jnp.float32)),
         compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
         name="gated_delta_rule_chunk_matrices",
-    )(q, k, beta, decay)
+    )(q, k, beta, g)
     return pl.pallas_call(
         partial(_scan_kernel, chunk=chunk, columns=columns, use_highest=interpret),
         grid=(batch * heads, value_size // columns),
-        out_shape=(
-            jax.ShapeDtypeStruct(v.shape, dtype),
-            jax.ShapeDtypeStruct((batch, heads, key_size, value_size), jnp.float32),
-        ),
+        out_shape=(jax.ShapeDtypeStruct(v.shape, dtype), jax.ShapeDtypeStruct(state.shape, jnp.float32)),
+        input_output_aliases={7: 1},
         compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
         name="gated_delta_rule_chunk_scan",
     )(jnp.asarray(layer, jnp.int32).reshape(1), q, k, v, decay, t_matrix, a_matrix, state)
+
+
+def _check(chunk: int, key_size: int, value_size: int) -> None:
+    if not supports(chunk, key_size, value_size):
+        expected = "expected sizes that are powers of two from 16 on"
+        raise ValueError(f"chunks of {chunk} rows of heads of {key_size} x {value_size}; {expected}")
+
+
+def gated_delta_rule(
+    projections: DeltaProjections,
+    weights: DeltaWeights,
+    state: DeltaState,
+    layer: Int[Array, ""] | int,
+    start: Int[Array, " B"],
+    end: Int[Array, " B"],
+    *,
+    chunk: int,
+    dtype: DTypeLike,
+    interpret: bool = False,
+) -> tuple[Float[Array, "B T M Dv"], DeltaState]:
+    """Run the rows of a prompt from the projections on; see `kernels_pallas.gated_delta_rule.chunk_gated_delta_rule`.
+
+    Args:
+        state: the memory of a stack of layers; the recurrent states are given up (donated).
+        start, end: the range of valid rows of each sequence; the other rows change nothing.
+        chunk, interpret: as in `chunk_gated_delta_rule`.
+
+    Raises:
+        ValueError: the kernels do not support the chunk, Dk or Dv.
+    """
+    _, batch, heads, key_size, value_size = state.recurrent.shape
+    _check(chunk, key_size, value_size)
+    rows = projections.qkv.parts.shape[1] // batch
+    inputs, conv = prompt_inputs(
+        projections,
+        weights,
+        state.conv,
+        layer,
+        start,
+        end,
+        rows=rows + -rows % chunk,
+        sizes=(heads, key_size, value_size),
+        dtype=dtype,
+        interpret=interpret,
+    )
+    o, recurrent = chunk_gated_delta_rule(
+        *inputs, state.recurrent, layer, chunk=chunk, dtype=dtype, interpret=interpret
+    )
+    return o[:, o.shape[1] - rows :], DeltaState(state.conv.at[layer].set(conv), recurrent)

@@ -2,10 +2,13 @@
 
 A step of the loop, for k draft tokens (`num_speculative_tokens`):
 
-    draft k tokens -> verify k + 1 rows -> sample -> sync the MTP cache -> accept a prefix of the drafts -> commit it
+    draft k tokens -> verify k + 1 rows -> sample -> sync the MTP cache -> accept a prefix of the drafts
 
-With k = 0 the same loop is plain decoding. The functions are plain; whoever compiles `decode` and `insert_requests`
-jits them with the argument names `DECODE_STATIC`, `DECODE_DONATED` and `INSERT_DONATED`.
+With k = 0 the same loop is plain decoding. Accepted rows enter the DeltaNet states at the end of a step, or when the
+next window reads the states; after the last step nothing is left to enter them.
+
+The functions are plain; whoever compiles `decode` and `insert_requests` jits them with the argument names
+`DECODE_STATIC`, `DECODE_DONATED` and `INSERT_DONATED`.
 """
 
 from __future__ import annotations
@@ -24,8 +27,8 @@ from mtpjax.decoding import steps
 from mtpjax.decoding.acceptance import Acceptance, exact_match
 from mtpjax.decoding.penalties import TokenCounts, apply_penalties
 from mtpjax.decoding.sampling import BatchSamplingParams, sample, truncate_at_stop
-from mtpjax.model import Model, commit
-from mtpjax.model.cache import Cache
+from mtpjax.model import Model
+from mtpjax.model.cache import Cache, PendingDeltaUpdates, accept, flush, pending_between_windows
 
 DECODE_STATIC = ("graph", "num_speculative_tokens", "max_steps", "vocab_size", "drafter", "acceptance")
 DECODE_DONATED = ("state",)
@@ -74,17 +77,21 @@ def mtp_drafter(
 def speculative_step(
     model: Model,
     state: DecodeState,
+    pending: PendingDeltaUpdates | None,
     sampling_params: BatchSamplingParams,
     num_speculative_tokens: int,
     vocab_size: int,
     drafter: Drafter,
     acceptance: Acceptance = exact_match,
-) -> tuple[DecodeState, Int[Array, "B W"], Int[Array, " B"]]:
+) -> tuple[DecodeState, PendingDeltaUpdates | None, Int[Array, "B W"], Int[Array, " B"]]:
     """Run one step for every request that is not finished; W = k + 1.
 
+    Args:
+        pending: accepted rows of the step before that the cache lacks, if any.
+
     Returns:
-        the state, the tokens that the trunk sampled in the window, and how many of them, from the first on, the text
-        gets. The other tokens mean nothing.
+        the state, the accepted rows that its cache lacks, the tokens that the trunk sampled in the window, and how many
+        of them, from the first on, the text gets. The other tokens mean nothing.
     """
     k, inactive = num_speculative_tokens, state.finished
     if k:
@@ -93,7 +100,7 @@ def speculative_step(
         drafts, cache = state.token[:, None][:, :0], state.cache
 
     window = jnp.concatenate([state.token[:, None], drafts], axis=1)
-    logits, hidden, cache, pending = steps.verify(model, window, inactive, cache)
+    logits, hidden, cache, updates = steps.verify(model, window, inactive, cache, pending)
 
     positions = cache.length[:, None] + 1 + jnp.arange(k + 1)
     logits = apply_penalties(logits, sampling_params.penalties, state.token_counts, drafts)
@@ -114,8 +121,9 @@ def speculative_step(
         return jnp.take_along_axis(rows, index, axis=1)[:, 0]
 
     was_accepted = jnp.arange(k) < num_accepted[:, None]
+    cache, pending = accept(cache, updates, jnp.where(inactive, 0, num_accepted + 1))
     new_state = DecodeState(
-        cache=commit(cache, pending, jnp.where(inactive, 0, num_accepted + 1)),
+        cache=cache,
         hidden=jnp.where(inactive[:, None], state.hidden, last_accepted(hidden)),
         token=jnp.where(inactive, state.token, last_accepted(tokens)),
         num_tokens=num_tokens,
@@ -125,12 +133,13 @@ def speculative_step(
         num_accepted_per_pos=state.num_accepted_per_pos + was_accepted * ~inactive[:, None],
         token_counts=None if state.token_counts is None else state.token_counts.add(tokens, num_new),
     )
-    return new_state, tokens, num_new
+    return new_state, pending, tokens, num_new
 
 
 class _LoopCarry(NamedTuple):
     step: Int[Array, ""]
     state: DecodeState
+    pending: PendingDeltaUpdates | None  # accepted rows that the cache in `state` lacks
     tokens: Int[Array, "B T"]
     num_tokens: Int[Array, " B"]  # in `tokens`
 
@@ -173,18 +182,20 @@ def decode(
         return (carry.step < max_steps) & (jnp.sum(carry.state.finished) < limit)
 
     def body(carry: _LoopCarry) -> _LoopCarry:
-        state, window, num_new = speculative_step(
-            model, carry.state, sampling_params, num_speculative_tokens, vocab_size, drafter, acceptance
+        state, pending, window, num_new = speculative_step(
+            model, carry.state, carry.pending, sampling_params, num_speculative_tokens, vocab_size, drafter, acceptance
         )
         rows = jnp.arange(num_speculative_tokens + 1)
         index = jnp.where(rows < num_new[:, None], carry.num_tokens[:, None] + rows, capacity)
         tokens = carry.tokens.at[jnp.arange(batch)[:, None], index].set(window, mode="drop")
-        return _LoopCarry(carry.step + 1, state, tokens, carry.num_tokens + num_new)
+        return _LoopCarry(carry.step + 1, state, pending, tokens, carry.num_tokens + num_new)
 
     no_tokens = jnp.zeros((batch, capacity), jnp.int32)
-    carry = _LoopCarry(jnp.int32(0), state, no_tokens, jnp.zeros(batch, jnp.int32))
+    pending = pending_between_windows(state.cache, num_speculative_tokens + 1)
+    carry = _LoopCarry(jnp.int32(0), state, pending, no_tokens, jnp.zeros(batch, jnp.int32))
     carry = lax.while_loop(should_continue, body, carry)
-    return carry.state, carry.tokens, carry.num_tokens
+    state = carry.state.replace(cache=flush(carry.state.cache, carry.pending))
+    return state, carry.tokens, carry.num_tokens
 
 
 def insert_requests(

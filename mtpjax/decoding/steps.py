@@ -124,20 +124,25 @@ def _sync_mtp_prompt(
 
 
 def verify(
-    model: Model, tokens: Int[Array, "B W"], inactive: Bool[Array, " B"], cache: Cache
+    model: Model,
+    tokens: Int[Array, "B W"],
+    inactive: Bool[Array, " B"],
+    cache: Cache,
+    pending: PendingDeltaUpdates | None = None,
 ) -> tuple[Float[Array, "B W V"], Float[Array, "B W D"], Cache, PendingDeltaUpdates]:
     """Run the trunk on a window of W rows, all of them output rows.
 
     Args:
         inactive: sequences whose rows are padding; they change nothing and cost no experts.
+        pending: accepted rows of the window before that the DeltaNet states lack; None: they lack none.
 
     Returns:
         float32 logits, hidden states after the final norm, the cache, and the DeltaNet updates that wait for
-        `mtpjax.model.commit`.
+        `mtpjax.model.cache.accept` or `commit`.
     """
     width = tokens.shape[1]
     positions = make_positions(model.cfg, cache.length, width, jnp.where(inactive, width, 0), kv_len=cache.kv_len)
-    hidden, cache, pending = model.trunk_pending(tokens, cache, positions)
+    hidden, cache, pending = model.trunk_pending(tokens, cache, positions, pending)
     return model.head(OutputRows.all().take(hidden)), hidden, cache, pending
 
 

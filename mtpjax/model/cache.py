@@ -12,7 +12,14 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from kernels_pallas.attention import KV_BLOCK
-from kernels_pallas.gated_delta_rule import DeltaState, PendingDeltaUpdates, replay_updates
+from kernels_pallas.gated_delta_rule import (
+    DeltaState,
+    PendingDeltaUpdates,
+    accept_updates,
+    no_updates,
+    replay_updates,
+    updates_between_windows,
+)
 from mtpjax.config import ModelConfig
 
 
@@ -64,18 +71,37 @@ def new_cache(cfg: ModelConfig, batch: int, kv_len: int, *, dtype: jnp.dtype = j
     )
 
 
-def new_pending(cfg: ModelConfig, batch: int, window: int, *, dtype: jnp.dtype = jnp.float32) -> PendingDeltaUpdates:
-    """Make room for one verify window of `window` rows in each of `batch` sequences; `dtype` as in `new_cache`."""
-    linear, f32 = (cfg.linear_layers, batch), jnp.float32
-    return PendingDeltaUpdates(
-        conv=jnp.zeros((*linear, cfg.conv_width - 1 + window, cfg.conv_channels), dtype),
-        k=jnp.zeros((*linear, window, cfg.linear_k_heads, cfg.linear_k_dim), f32),
-        delta=jnp.zeros((*linear, window, cfg.linear_v_heads, cfg.linear_v_dim), f32),
-        decay=jnp.zeros((*linear, window, cfg.linear_v_heads), f32),
-    )
+def new_pending(cache: Cache, window: int) -> PendingDeltaUpdates:
+    """Make room for the updates of one verify window of `window` rows."""
+    return no_updates(DeltaState(cache.conv, cache.state), window)
+
+
+def pending_between_windows(cache: Cache, window: int) -> PendingDeltaUpdates | None:
+    """Return what a loop over verify windows of `window` rows begins with; see `updates_between_windows`."""
+    return updates_between_windows(DeltaState(cache.conv, cache.state), window)
+
+
+def accept(
+    cache: Cache, pending: PendingDeltaUpdates, accepted: Int[Array, " B"]
+) -> tuple[Cache, PendingDeltaUpdates | None]:
+    """Accept the first `accepted` rows (0...W) of a verify window; forget the other rows.
+
+    Inside a loop that began with `pending_between_windows` the accepted rows may wait for the next window. Before
+    anything but a verify window reads the cache, it goes through `flush`.
+
+    Returns:
+        the cache, and the accepted rows that its states lack, if any.
+    """
+    state, pending_rows = accept_updates(DeltaState(cache.conv, cache.state), pending, accepted)
+    return cache.replace(state=state.recurrent, conv=state.conv, length=cache.length + accepted), pending_rows
+
+
+def flush(cache: Cache, pending: PendingDeltaUpdates | None) -> Cache:
+    """Take the accepted rows that wait in `pending` into the cache."""
+    state = replay_updates(DeltaState(cache.conv, cache.state), pending)
+    return cache.replace(state=state.recurrent, conv=state.conv)
 
 
 def commit(cache: Cache, pending: PendingDeltaUpdates, accepted: Int[Array, " B"]) -> Cache:
     """Take the first `accepted` rows (0...W) of a verify window into the cache; forget the other rows."""
-    after = replay_updates(DeltaState(cache.conv, cache.state), pending, accepted)
-    return cache.replace(state=after.recurrent, conv=after.conv, length=cache.length + accepted)
+    return flush(*accept(cache, pending, accepted))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import jax
+from typing import Any
+
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
@@ -52,8 +53,8 @@ class DeltaNet(nnx.Module):
 
         Args:
             cache: the memory of all layers.
-            pending: None for the rows of a prompt, which enter the state in the cache. For a verify window, its rows
-                in the layers before; the rows wait there for `commit`, and the cache stays as it is.
+            pending: None for the rows of a prompt, which enter the state in the cache. For a verify window, the updates
+                of the window before; the rows wait there for `accept`, outside of the cache.
             layer: index of the layer among the DeltaNet layers.
             positions: positions of the rows, which of them are padding, and the implementation of the ops.
 
@@ -66,15 +67,13 @@ class DeltaNet(nnx.Module):
         qkv, z, b, a = linears_split_k(x, *(w[...] for w in matrices), out_dtypes=dtypes)
         projections, state = DeltaProjections(qkv, b, a), DeltaState(cache.conv, cache.state)
         weights = DeltaWeights(self.conv[...], self.a_log[...], self.dt_bias[...])
-        args = projections, weights, state, layer, positions.pad, positions.valid
+        where: Any = {"layer": layer, "pad": positions.pad, "valid": positions.valid}
+        how: Any = {"dtype": x.dtype, "implementation": implementation}
         if pending is None:
-            o, after = chunk_gated_delta_rule(*args, dtype=x.dtype, implementation=implementation)
-            cache = cache.replace(
-                state=cache.state.at[layer].set(after.recurrent), conv=cache.conv.at[layer].set(after.conv)
-            )
+            o, state = chunk_gated_delta_rule(projections, weights, state, **where, **how)
         else:
-            o, updates = recurrent_gated_delta_rule(*args, dtype=x.dtype, implementation=implementation)
-            pending = jax.tree.map(lambda stack, update: stack.at[layer].set(update), pending, updates)
+            o, state, pending = recurrent_gated_delta_rule(projections, weights, state, pending, **where, **how)
+        cache = cache.replace(state=state.recurrent, conv=state.conv)
         y = gated_rms_norm(
             o.reshape(-1, *o.shape[2:]),
             z,

@@ -65,15 +65,25 @@ class Model(nnx.Module):
         return rows, state.cache
 
     def trunk_pending(
-        self, tokens: Int[Array, "B W"], cache: Cache, positions: Positions
+        self,
+        tokens: Int[Array, "B W"],
+        cache: Cache,
+        positions: Positions,
+        pending: PendingDeltaUpdates | None = None,
     ) -> tuple[Float[Array, "B W D"], Cache, PendingDeltaUpdates]:
         """Run all layers on rows that may yet be rejected.
 
+        Args:
+            tokens: token ids of the rows.
+            cache: state of the sequences.
+            positions: positions of the rows.
+            pending: the accepted rows of the window before that the cache lacks. None: it lacks none.
+
         Returns:
-            all rows *after* the final norm, the cache, and the updates of the DeltaNet layers, which `commit` adds to
-            the cache once the number of accepted rows is known.
+            all rows *after* the final norm, the cache, and the updates of the DeltaNet layers, which `accept` or
+            `commit` takes once the number of accepted rows is known.
         """
-        pending = new_pending(self.cfg, *tokens.shape, dtype=cache.conv.dtype)
+        pending = new_pending(cache, tokens.shape[1]) if pending is None else pending
         embedded, state = self.embed(tokens, positions.valid), LayerState(cache, pending)
         _, hidden, state = self.decoder(embedded, state, positions, self.norm[...])
         assert state.pending is not None  # every layer returns the kind of state that it received

@@ -44,9 +44,13 @@ class PreNormModel(Model):
         return jnp.concatenate([super().final_norm(x, implementation), x], axis=-1)
 
     def trunk_pending(
-        self, tokens: Int[Array, "B W"], cache: Cache, positions: Positions
+        self,
+        tokens: Int[Array, "B W"],
+        cache: Cache,
+        positions: Positions,
+        pending: PendingDeltaUpdates | None = None,
     ) -> tuple[Float[Array, "B W 2*D"], Cache, PendingDeltaUpdates]:
-        state = LayerState(cache, new_pending(self.cfg, *tokens.shape, dtype=cache.conv.dtype))
+        state = LayerState(cache, new_pending(cache, tokens.shape[1]) if pending is None else pending)
         rows, hidden, state = self.decoder(self.embed(tokens, positions.valid), state, positions, self.norm[...])
         assert state.pending is not None
         return jnp.concatenate([hidden, rows], axis=-1), state.cache, state.pending

@@ -69,7 +69,7 @@ def round_parts(model: LoadedModel, k: int, batch: int) -> dict[str, Callable[[]
         return (jnp.argmax(logits, -1), rows, pending), cache
 
     def sync_and_commit(params: Any, cache: Any) -> Any:
-        model, pending = nnx.merge(graph, params), new_pending(cfg, batch, k + 1, dtype=dtype)
+        model, pending = nnx.merge(graph, params), new_pending(cache, k + 1)
         cache = steps.sync_mtp_cache(model, hidden, window[:, 1:], inactive, cache) if k else cache
         return (), commit(cache, pending, jnp.zeros(batch, jnp.int32))
 

@@ -16,9 +16,9 @@ from flax import nnx
 from kernels_pallas.attention.shapes import AttentionShape, attention_inputs, norm_rope_update_cache_inputs
 from kernels_pallas.attention.triton import attention as attention_kernel
 from kernels_pallas.attention.triton_qkv import norm_rope_update_cache
-from kernels_pallas.gated_delta_rule.shapes import DeltaShape, gated_delta_rule_inputs
+from kernels_pallas.gated_delta_rule.shapes import DeltaShape, gated_delta_rule_inputs, with_updates
 from kernels_pallas.gated_delta_rule.triton import recurrent_gated_delta_rule
-from kernels_pallas.gated_delta_rule.triton_chunks import chunk_gated_delta_rule
+from kernels_pallas.gated_delta_rule.triton_chunks import gated_delta_rule
 from kernels_pallas.grouped_matmul.shapes import MoeShape, fused_moe_inputs
 from kernels_pallas.grouped_matmul.triton import fused_moe
 from kernels_pallas.matmul.shapes import LinearShape, matmul_inputs
@@ -74,7 +74,7 @@ def kernel_cases(
     dtype: Any = jnp.bfloat16,
 ) -> dict[str, Case]:
     """Return a case for every kernel, "OP FORM REGIME", with weights in these forms and rows of this dtype."""
-    size, spec = size or KernelSizes(), cast(Any, jax.ShapeDtypeStruct)
+    size = size or KernelSizes()
     rows_of = dict(size.rows)
     decode_rows = rows_of["decode"]
     q_heads, kv_heads, head_dim = size.heads
@@ -104,18 +104,13 @@ def kernel_cases(
         return jax.jit(kernel(norm_rope_update_cache, eps=1e-6, dtype=dtype), donate_argnums=4), args
 
     def window_case() -> tuple[Any, tuple[Any, ...]]:
-        *args, pad, _ = gated_delta_rule_inputs(delta_shape, decode_rows, dtype, num_partial_sums=16)
+        *args, pad, _ = with_updates(gated_delta_rule_inputs(delta_shape, decode_rows, dtype, num_partial_sums=16))
         return jax.jit(kernel(recurrent_gated_delta_rule, dtype=dtype)), (*args, pad, pad)
 
     def chunks_case() -> tuple[Any, tuple[Any, ...]]:
-        rows, f32 = rows_of["prefill"], jnp.float32
-        of_keys, of_values = (spec((1, rows, heads, delta_size), f32) for heads in (key_heads, value_heads))
-        gates, state = (
-            spec((1, rows, value_heads), f32),
-            spec((size.layers, 1, value_heads, delta_size, delta_size), f32),
-        )
-        args = (of_keys, of_keys, of_values, gates, gates, state, spec((), jnp.int32))
-        return jax.jit(kernel(chunk_gated_delta_rule, chunk=min(64, rows), dtype=dtype)), args
+        rows = rows_of["prefill"]
+        *args, pad, _ = gated_delta_rule_inputs(delta_shape, rows, dtype)
+        return jax.jit(kernel(gated_delta_rule, chunk=min(64, rows), dtype=dtype)), (*args, pad, pad)
 
     def routing_case() -> tuple[Any, tuple[Any, ...]]:
         route = kernel(topk_softmax, k=size.experts_per_token, dtype=dtype)

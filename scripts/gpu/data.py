@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas.attention import CosSin, QkvProjections, apply_rope
-from kernels_pallas.gated_delta_rule import DeltaProjections, DeltaState, DeltaWeights
+from kernels_pallas.gated_delta_rule import DeltaProjections, DeltaState, DeltaWeights, PendingDeltaUpdates
 from kernels_pallas.norm import rms_norm
 from kernels_pallas.norm.reference import gated_rms_norm
 from kernels_pallas.partial_sums import PartialSums
@@ -42,8 +42,6 @@ def random_like(spec: Any, key: jax.Array) -> jax.Array:
 
 def data_of(name: str, args: tuple[Any, ...], size: KernelSizes, seed: int = 0) -> tuple[Any, ...]:
     """Random arguments of a case, for its last layer."""
-    if name.startswith("deltanet prefill"):
-        return chunk_data(args)
     if name.startswith("deltanet"):
         return delta_data(args)
     if name.startswith("routing"):
@@ -87,22 +85,19 @@ def data_of(name: str, args: tuple[Any, ...], size: KernelSizes, seed: int = 0) 
 
 
 def delta_data(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A window whose rows are all live; gates of moderate size."""
-    leaves, tree = jax.tree.flatten(args[:3])
+    """Rows that are all live, with gates of moderate size. Before a window three rows of another one were accepted."""
+    pending = args[3] if isinstance(args[3], PendingDeltaUpdates) else None
+    leaves, tree = jax.tree.flatten((args[:3], () if pending is None else pending[:4]))
     keys = jax.random.split(jax.random.key(0), len(leaves))
     made = [jax.random.normal(key, x.shape, x.dtype) / 2 for key, x in zip(keys, leaves, strict=True)]
+    arrays, updates = jax.tree.unflatten(tree, made)
+    if pending is not None:
+        conv, k, delta, decay = updates
+        k = k / jnp.linalg.norm(k, axis=-1, keepdims=True)
+        accepted = jnp.full(1, min(3, k.shape[2]), jnp.int32)
+        arrays = *arrays, PendingDeltaUpdates(conv, k, delta, -jnp.abs(decay), accepted, jnp.int32(1))
     rows = jnp.full(1, args[0].qkv.parts.shape[1], jnp.int32)
-    return *jax.tree.unflatten(tree, made), jnp.int32(args[2].recurrent.shape[0] - 1), 0 * rows, rows
-
-
-def chunk_data(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Unit keys and queries, scaled; steps of all sizes; decay summed in chunks of 64."""
-    keys = jax.random.split(jax.random.key(0), len(args) - 1)
-    q, k, v, beta, g, state = (jax.random.normal(key, x.shape, x.dtype) for key, x in zip(keys, args[:-1], strict=True))
-    q, k = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
-    chunk = min(64, g.shape[1])
-    decay = jnp.cumsum(-jax.nn.softplus(g).reshape(1, -1, chunk, g.shape[2]) / 8, axis=2).reshape(g.shape)
-    return q * q.shape[-1] ** -0.5, k, v, jax.nn.sigmoid(beta), decay, state, jnp.int32(state.shape[0] - 1)
+    return *arrays, jnp.int32(args[2].recurrent.shape[0] - 1), 0 * rows, rows
 
 
 def whole(w: Any, layer: Any) -> jax.Array:
@@ -147,10 +142,8 @@ def reference(name: str, args: tuple[Any, ...], chosen: int) -> jax.Array:
         return gated_rms_norm(wide, z, w, 1e-6, "silu")[-CHECKED:]
     if op == "sampling":
         return jax.jit(top_k_top_p_threshold)(*(part[-CHECKED:] for part in args))
-    if name.startswith("deltanet prefill"):
-        return jnp.array(through_chunks(*args)[-CHECKED:], jnp.float32)
     if op == "deltanet":
-        return jnp.array(recurrence(*args[:4])[-CHECKED:], jnp.float32)
+        return jnp.array(recurrence(*args[:-2])[-CHECKED:], jnp.float32)
     x, gate_up, down, layer, numbers, weights, _ = args
     rows, numbers, weights = x[-CHECKED:].astype(jnp.float32), numbers[-CHECKED:], weights[-CHECKED:]
     gates, downs = whole(gate_up, layer), whole(down, layer)
@@ -170,27 +163,26 @@ def entered(rows: QkvProjections, k_norm: Any, q_norm: Any, rope: CosSin, each: 
     return apply_rope(q[None], CosSin(*(angle[:, -CHECKED:] for angle in rope)))[0] * each**-0.5
 
 
-def through_chunks(q: Any, k: Any, v: Any, beta: Any, decay: Any, states: Any, layer: Any) -> np.ndarray:
-    """Outputs `[T, M, V]` of the rows of a prompt, row by row in float64."""
-    q, k, v, beta, decay, state = (np.float64(x[0]) for x in (q, k, v, beta, decay, states[layer]))
-    chunk, ratio, out = min(64, len(v)), v.shape[1] // k.shape[1], np.zeros(v.shape)
-    q, k = (np.repeat(x, ratio, axis=1) for x in (q, k))
-    for t in range(len(v)):
-        state = state * np.exp(decay[t] - (decay[t - 1] if t % chunk else 0))[:, None, None]
-        d = beta[t][:, None] * (v[t] - np.einsum("mkv,mk->mv", state, k[t]))
-        state = state + k[t][:, :, None] * d[:, None]
-        out[t] = np.einsum("mkv,mk->mv", state, q[t])
-    return out
-
-
 def recurrence(
-    projections: DeltaProjections, weights: DeltaWeights, before: DeltaState, layer: Any
+    projections: DeltaProjections, weights: DeltaWeights, before: DeltaState, *rest: Any
 ) -> np.ndarray[Any, Any]:
-    """Outputs `[W, M, Dv]` of a window after the state of a layer, row by row in float64."""
+    """Outputs `[T, M, Dv]` of rows after the state of a layer, row by row in float64.
+
+    Args:
+        rest: the updates that the state lacks, if any, and the layer.
+    """
+    *updates, layer = rest
     taps, a_log, dt_bias = (np.asarray(x, np.float64) for x in weights)
     qkv, b, a = (np.asarray(sums.parts, np.float64).sum(0) for sums in projections)
-    state = np.asarray(before.recurrent[layer, 0], np.float64)
-    inputs = np.concatenate([np.asarray(before.conv[layer, 0], np.float64), qkv])
+    conv, state = (np.asarray(x[layer, 0], np.float64) for x in before)
+    for pending in updates:
+        at, accepted = int(pending.page) * before.conv.shape[0] + int(layer), int(pending.accepted[0])
+        old_inputs, old_k, delta, decay = (np.asarray(x[at, 0], np.float64) for x in pending[:4])
+        conv = old_inputs[accepted : accepted + len(conv)]
+        for i in range(accepted):
+            k = np.repeat(old_k[i], len(state) // len(old_k[i]), axis=0)
+            state = state * np.exp(decay[i])[:, None, None] + k[:, :, None] * delta[i][:, None]
+    inputs = np.concatenate([conv, qkv])
     heads, each, width = state.shape
     keys, out = (qkv.shape[1] - heads * width) // (2 * each), []
     g, beta = -np.exp(a_log) * np.log1p(np.exp(a + dt_bias)), 1 / (1 + np.exp(-b))

@@ -34,6 +34,8 @@ SMOKE = KernelSizes(
     rows=(("decode", 3), ("prefill", 32)),
 )
 LAYERLESS = ("routing", "sampling", "norm", "gating")  # kernels without a layer's number
+# Arguments that a kernel changes in place, from one index up to another, and returns after its first result.
+CHANGED = {"entering": (4, 5), "deltanet decode": (2, 4), "deltanet prefill": (2, 3)}
 BOUND = 2e-2  # of the largest magnitude: bfloat16 operands and results
 
 
@@ -57,14 +59,10 @@ def least(name: str, args: tuple[Any, ...], size: KernelSizes) -> tuple[float, f
         return args[0].parts.nbytes, 4.0 * args[0].parts.size
     if op == "sampling":
         return args[0].nbytes, 3.0 * TOP_PER_TILE * args[0].size
-    if name == "deltanet prefill":
-        q, k, v, _, _, state, _ = args
-        one = state.nbytes / state.shape[0]
-        return 2 * one + q.nbytes + k.nbytes + 2 * v.nbytes, 8.0 * v.shape[1] * one / 4
     if op == "deltanet":
         qkv, state = args[0].qkv.parts, args[2].recurrent
         one = state.nbytes / state.shape[0]
-        return one + 2 * qkv.nbytes, 8.0 * qkv.shape[1] * one / 4
+        return 2 * one + 2 * qkv.nbytes, 8.0 * qkv.shape[1] * one / 4
     x, gate_up, down, _, chosen = args[:5]
     touched, matrices = len(np.unique(np.asarray(chosen))), size.layers * size.experts
     flops = 2.0 * chosen.size * (math.prod(gate_up.shape) + math.prod(down.shape)) / matrices
@@ -85,17 +83,19 @@ def all_layers(name: str, fn: Any, args: tuple[Any, ...], size: KernelSizes) -> 
     def of_layer(args: tuple[Any, ...], layer: int) -> tuple[Any, ...]:
         return *args[:at], jnp.int32(layer), *args[at + 1 :]
 
-    if not name.startswith("entering"):
+    begin, end = next((span for case, span in CHANGED.items() if name.startswith(case)), (0, 0))
+    if begin == end:
         return partial(jax.jit(lambda args: [fn(*of_layer(args, layer)) for layer in layers]), args)
 
-    def enter_all(cache: Any, *others: Any) -> Any:
+    def through_all(held: Any, *others: Any) -> Any:
         rows = []
         for layer in layers:
-            q, cache = fn(*of_layer((*others[:4], cache, *others[4:]), layer))
-            rows.append(q)
-        return rows, cache
+            result, *held = fn(*of_layer((*others[:begin], *held, *others[begin:]), layer))
+            rows.append(result)
+        return rows, held
 
-    held, others, program = args[4], (*args[:4], *args[5:]), jax.jit(enter_all, donate_argnums=0)
+    held, others = args[begin:end], (*args[:begin], *args[end:])
+    program = jax.jit(through_all, donate_argnums=0)
 
     def run() -> Any:
         nonlocal held

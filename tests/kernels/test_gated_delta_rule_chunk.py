@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.gated_delta_rule import DeltaState, chunk_gated_delta_rule
+from kernels_pallas.gated_delta_rule import chunk_gated_delta_rule
 from kernels_pallas.gated_delta_rule.inputs import DeltaInputs, causal_conv_inputs
 from kernels_pallas.gated_delta_rule.reference import CHUNK, chunked_form, pad_to_chunks, solve_tril
 from kernels_pallas.gated_delta_rule.shapes import ROWS, SHAPES, DeltaShape, gated_delta_rule_inputs
@@ -45,8 +45,10 @@ def assert_steps_through(args: tuple[Any, ...], implementation: str, dtype: str 
     want = step_through(exact_inputs(args), args[2].recurrent[LAYER])
     assert o.dtype == jnp.dtype(dtype) and after.recurrent.dtype == jnp.float32
     assert_close(o, want.o, dtype)
-    assert_close(after.recurrent, want.states[:, -1], dtype)
-    assert np.array_equal(np.float32(after.conv), np.float32(exact_conv_inputs(args)[:, args[-1].shape[1] :]))
+    assert_close(after.recurrent[LAYER], want.states[:, -1], dtype)
+    assert np.array_equal(np.float32(after.conv[LAYER]), np.float32(exact_conv_inputs(args)[:, args[-1].shape[1] :]))
+    for got, before in zip(after, args[2], strict=True):
+        assert np.array_equal(np.float32(got[1 - LAYER]), np.float32(before[1 - LAYER]))
 
 
 class TestChunkGatedDeltaRule:
@@ -69,9 +71,9 @@ class TestChunkGatedDeltaRule:
         args = random_args(SMALL, [64, 0], [64, 64], 64)
         _, after = run(*args, dtype="float32", implementation=implementation)
         state = args[2]
-        assert np.array_equal(after.recurrent[0], state.recurrent[LAYER, 0])
-        assert np.array_equal(after.conv[0], state.conv[LAYER, 0])
-        assert not np.array_equal(after.recurrent[1], state.recurrent[LAYER, 1])
+        assert np.array_equal(after.recurrent[:, 0], state.recurrent[:, 0])
+        assert np.array_equal(after.conv[:, 0], state.conv[:, 0])
+        assert not np.array_equal(after.recurrent[LAYER, 1], state.recurrent[LAYER, 1])
 
     @pytest.mark.parametrize("first", [16, 23])
     def test_a_prompt_in_two_steps_is_the_prompt_in_one(self, first: int, implementation: str) -> None:
@@ -79,8 +81,7 @@ class TestChunkGatedDeltaRule:
         want_o, want = run(*args, dtype="float32", implementation=implementation)
         o, state = run(*select(args, slice(None), slice(first)), dtype="float32", implementation=implementation)
         projections, weights, _, _, _, valid = select(args, slice(None), slice(first, None))
-        between = DeltaState(*(x[None] for x in state))
-        rest = projections, weights, between, 0, np.zeros(2, np.int32), valid
+        rest = projections, weights, state, LAYER, np.zeros(2, np.int32), valid
         more, after = run(*rest, dtype="float32", implementation=implementation)
         assert_close(np.concatenate([o, more], axis=1), np.asarray(want_o, np.float64), "float32")
         assert_close(after.recurrent, np.asarray(want.recurrent, np.float64), "float32")
@@ -115,10 +116,10 @@ class TestImplementations:
     def test_real_shapes(self, size: str) -> None:
         shape, rows = SHAPES[size], ROWS["prefill"]
         op = partial(chunk_gated_delta_rule, dtype=jnp.bfloat16, implementation="triton")
-        o, after = jax.eval_shape(op, *gated_delta_rule_inputs(shape, rows, jnp.bfloat16))
+        args = gated_delta_rule_inputs(shape, rows, jnp.bfloat16)
+        o, after = jax.eval_shape(op, *args)
         assert o.shape == (1, rows, shape.value_heads, shape.value_size) and o.dtype == jnp.bfloat16
-        assert after.recurrent.shape == (1, shape.value_heads, shape.key_size, shape.value_size)
-        assert after.conv.shape == (1, shape.conv_width - 1, shape.channels)
+        assert after == args[2]
 
 
 def random_inputs(rows: int, ratio: int, seed: int = 0) -> tuple[DeltaInputs, np.ndarray]:

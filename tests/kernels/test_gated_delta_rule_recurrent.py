@@ -1,4 +1,4 @@
-"""`recurrent_gated_delta_rule` and `replay_updates`: verify windows against the recurrence in float64."""
+"""`recurrent_gated_delta_rule`: one verify window against the recurrence in float64."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -11,13 +11,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels_pallas.gated_delta_rule import recurrent_gated_delta_rule, replay_updates
-from kernels_pallas.gated_delta_rule.shapes import NUM_PARTIAL_SUMS, ROWS, SHAPES, DeltaShape, gated_delta_rule_inputs
+from kernels_pallas.gated_delta_rule import no_updates, recurrent_gated_delta_rule
+from kernels_pallas.gated_delta_rule.shapes import (
+    NUM_PARTIAL_SUMS,
+    ROWS,
+    SHAPES,
+    DeltaShape,
+    gated_delta_rule_inputs,
+    with_updates,
+)
 from kernels_pallas.gated_delta_rule.triton import DECODE_ROWS, supports
 from kernels_pallas.platform import override_platform
 from mtpjax.presets import PRESETS
 from tests.helpers.gated_delta_rule import (
     LAYER,
+    LAYERS,
     exact_conv_inputs,
     exact_inputs,
     random_args,
@@ -27,7 +35,11 @@ from tests.helpers.gated_delta_rule import (
 from tests.helpers.numerics import assert_close
 
 SMALL = DeltaShape(layers=2, value_heads=4, key_heads=2, key_size=32, value_size=64)
-run = jax.jit(recurrent_gated_delta_rule, static_argnames=("layer", "dtype", "implementation"))
+STATIC = ("layer", "dtype", "implementation")
+jitted = jax.jit(recurrent_gated_delta_rule, static_argnames=STATIC)
+# Where bits count; see `BITS` in `test_gated_delta_rule_updates.py`.
+BITS: Any = {"xla_cpu_max_isa": "AVX", "xla_backend_optimization_level": 3}
+exact = jax.jit(recurrent_gated_delta_rule, static_argnames=STATIC, compiler_options=BITS)
 
 
 @pytest.fixture(params=["xla", "triton"], scope="module")
@@ -42,16 +54,24 @@ def window_args(rows: int, shape: DeltaShape = SMALL, dtype: str = "float32") ->
     return random_args(shape, pad, end, rows, dtype)
 
 
-def results(args: tuple[Any, ...], implementation: str, dtype: str = "float32") -> tuple[jax.Array, ...]:
-    """o, delta, k, log decay and convolution inputs."""
-    o, pending = run(*args, dtype=dtype, implementation=implementation)
-    return o, pending.delta, pending.k, pending.decay, pending.conv
+def results(
+    args: tuple[Any, ...], implementation: str, dtype: str = "float32", op: Any = jitted
+) -> tuple[jax.Array, ...]:
+    """o, delta, k, log decay and convolution inputs. The memory of all layers, and the updates of others, stay."""
+    projections, weights, state, *where, valid = args
+    room = no_updates(state, valid.shape[1], pages=2)  # this window gets the second page
+    o, after, pending = op(projections, weights, state, room, *where, valid, dtype=dtype, implementation=implementation)
+    for got, before in zip(after, state, strict=True):
+        assert np.array_equal(np.float32(got), np.float32(before))
+    at = LAYERS + LAYER
+    assert not any(np.float32(np.delete(stack, at, axis=0)).any() for stack in pending[:4])
+    return o, *(stack[at] for stack in (pending.delta, pending.k, pending.decay, pending.conv))
 
 
 def exact_results(args: tuple[Any, ...]) -> tuple[np.ndarray, ...]:
     inputs = exact_inputs(args)
     want = step_through(inputs, args[2].recurrent[LAYER])
-    return want.o, want.delta, np.asarray(inputs.k), np.cumsum(inputs.g, axis=1), exact_conv_inputs(args)
+    return want.o, want.delta, np.asarray(inputs.k), np.asarray(inputs.g), exact_conv_inputs(args)
 
 
 class TestRecurrentGatedDeltaRule:
@@ -99,13 +119,13 @@ class TestRecurrentGatedDeltaRule:
     def test_a_window_is_invariant_to_later_rows_and_to_the_batch_bit_for_bit(self) -> None:
         """A property of the kernel, which is one program for any number of rows. XLA makes other loops for one row."""
         args = window_args(5)
-        *_, whole_conv = whole = results(args, "triton")
+        *_, whole_conv = whole = results(args, "triton", op=exact)
         for rows in (2, 3):
-            first = results(select(args, slice(None), slice(rows)), "triton")
+            first = results(select(args, slice(None), slice(rows)), "triton", op=exact)
             for got, want in zip(first[:-1], whole, strict=False):
                 assert np.array_equal(got, want[:, :rows])
         sequence = slice(1, 2)
-        for got, want in zip(results(select(args, sequence, slice(None)), "triton"), whole, strict=True):
+        for got, want in zip(results(select(args, sequence, slice(None)), "triton", op=exact), whole, strict=True):
             assert np.array_equal(got, want[sequence])
         assert whole_conv.shape[1] == 5 + 3
 
@@ -118,11 +138,11 @@ class TestRecurrentGatedDeltaRule:
 class TestImplementations:
     def test_unsupported_shapes_raise_if_the_kernel_was_asked_for(self) -> None:
         with pytest.raises(ValueError, match="17 rows of heads of 32 x 64; expected at most 16 rows"):
-            recurrent_gated_delta_rule(*window_args(17), dtype="float32", implementation="triton")
+            results(window_args(17), "triton")
 
     def test_an_unknown_implementation_raises(self) -> None:
         with pytest.raises(ValueError, match="implementation is 'mosaic'"):
-            recurrent_gated_delta_rule(*window_args(1), dtype="float32", implementation="mosaic")
+            results(window_args(1), "mosaic")
 
     def test_supported_shapes(self) -> None:
         assert supports(5, 128, 128)
@@ -131,7 +151,7 @@ class TestImplementations:
 
     @pytest.mark.parametrize(("rows", "uses_kernel"), [(5, True), (17, False)])
     def test_a_cuda_device_uses_the_kernel_where_it_supports_the_shapes(self, rows: int, uses_kernel: bool) -> None:
-        args = window_args(rows)
+        args = with_updates(window_args(rows))
         for name, expected in (("cuda", uses_kernel), ("cpu", False)):
             with override_platform(name, (9, 0)):
                 program = str(jax.make_jaxpr(partial(recurrent_gated_delta_rule, dtype="float32"))(*args))
@@ -150,42 +170,10 @@ class TestImplementations:
         )
         assert shape.channels == cfg.conv_channels
         rows, num_partial_sums = ROWS["decode"], NUM_PARTIAL_SUMS["decode"]
-        args = gated_delta_rule_inputs(shape, rows, jnp.bfloat16, num_partial_sums=num_partial_sums)
+        args = with_updates(gated_delta_rule_inputs(shape, rows, jnp.bfloat16, num_partial_sums=num_partial_sums))
         op = partial(recurrent_gated_delta_rule, dtype=jnp.bfloat16, implementation="triton")
-        o, pending = jax.eval_shape(op, *args)
-        assert o.shape == pending.delta.shape == (1, rows, shape.value_heads, shape.value_size)
-        assert pending.conv.shape == (1, rows + shape.conv_width - 1, shape.channels)
-
-
-class TestReplayUpdates:
-    @pytest.mark.parametrize("rows", [1, 2, 5, 9])
-    def test_it_steps_through_the_accepted_rows(self, rows: int, implementation: str) -> None:
-        """Every count 0...W at once, as a batch of W + 1 sequences, in two layers with their own state."""
-        counts = np.arange(rows + 1)
-        args = random_args(SMALL, [0] * (rows + 1), [rows] * (rows + 1), rows)
-        projections, weights, state, _, pad, valid = args
-        pending, exact = [], []
-        for layer in range(2):
-            layer_args = projections, weights, state, layer, pad, valid
-            pending.append(run(*layer_args, dtype="float32", implementation=implementation)[1])
-            states = step_through(exact_inputs(layer_args), state.recurrent[layer]).states
-            exact.append(states[counts, counts])
-        stacked = jax.tree.map(lambda *layers: jnp.stack(layers), *pending)
-        after = jax.jit(replay_updates)(state, stacked, counts)
-        assert_close(after.recurrent, np.stack(exact), "float32")
-        for n in counts:  # the inputs that end at the last accepted row
-            assert np.array_equal(after.conv[:, n], stacked.conv[:, n, n : n + 3])
-        assert np.array_equal(after.recurrent[:, 0], state.recurrent[:, 0])  # none accepted: every bit as it was
-        assert np.array_equal(after.conv[:, 0], state.conv[:, 0])
-
-    def test_an_idle_window_keeps_every_bit(self, implementation: str) -> None:
-        """All rows of the second sequence are padding, and none of them is accepted."""
-        projections, weights, state, _, pad, valid = random_args(SMALL, [0, 4], [4, 4], 4)
-        windows = [
-            run(projections, weights, state, layer, pad, valid, dtype="float32", implementation=implementation)[1]
-            for layer in range(2)
-        ]
-        stacked = jax.tree.map(lambda *layers: jnp.stack(layers), *windows)
-        after = jax.jit(replay_updates)(state, stacked, np.array([3, 0]))
-        for got, before in zip(after, state, strict=True):
-            assert np.array_equal(got[:, 1], before[:, 1]) and not np.array_equal(got[:, 0], before[:, 0])
+        o, state, pending = jax.eval_shape(op, *args)
+        assert o.shape == (1, rows, shape.value_heads, shape.value_size)
+        assert state == args[2] and pending == args[3]
+        assert pending.delta.shape == (2 * shape.layers, *o.shape)
+        assert pending.conv.shape == (2 * shape.layers, 1, rows + shape.conv_width - 1, shape.channels)

@@ -109,7 +109,7 @@ def test_a_window_waits_outside_the_state(trunk: Trunk) -> None:
     window = random_tokens(4, 5)[None]
     cache, pending = trunk.verify(window, no_pad, before)
     assert np.array_equal(cache.state, before.state) and np.array_equal(cache.conv, before.conv)
-    for got, room in zip(jax.tree.leaves(pending), jax.tree.leaves(new_pending(trunk.cfg, 1, 5)), strict=True):
+    for got, room in zip(jax.tree.leaves(pending), jax.tree.leaves(new_pending(before, 5)), strict=True):
         assert (got.shape, got.dtype) == (room.shape, room.dtype)
     assert_same(commit(cache, pending, jnp.array([5])), trunk.prefill(window, no_pad, before)[1], 1e-6)
 
@@ -138,7 +138,7 @@ def test_the_layer_passes_its_implementation_on(rows: int, dtype: str) -> None:
     cache = new_cache(cfg, 3, KV_BLOCK, dtype=x.dtype).replace(length=jnp.array([7, KV_BLOCK - 3, 0]))
     state, conv = (rng.normal(size=part.shape) for part in (cache.state, cache.conv))
     cache = cache.replace(state=jnp.asarray(state, jnp.float32), conv=jnp.asarray(conv, dtype))
-    pending = new_pending(cfg, 3, rows, dtype=x.dtype) if rows == 5 else None
+    pending = new_pending(cache, rows) if rows == 5 else None
 
     def run(implementation: str) -> list[jax.Array]:
         positions = make_positions(
