@@ -160,7 +160,7 @@ def test_a_prompt_that_requests_share_is_read_once(model: LoadedModel) -> None:
         )
         assert [state.tokens for state in engine.run(todo, num_slots)] == expected
         assert engine.num_prompt_tokens <= num_reads * (len(a) + len(b)), (num_slots, max_prefill_seqs)
-        inserts = any(key[0] == "insert" for key in engine.runner._programs)
+        inserts = any(key[0] == "insert" for key in engine.runner.programs.compiled)
         assert inserts == (max_prefill_seqs != num_slots)  # otherwise there is one cache
     assert plain.num_prompt_tokens == sum(len(r.prompt_token_ids) for r in todo)
 
