@@ -56,7 +56,7 @@ def random_model(
 
     def lower(name: str, shape: tuple[int, ...], dtype: jnp.dtype, packed: str | None, scale: float) -> Any:
         if packed is not None:
-            make = partial(random_quantized, shape=shape, quantization=packed, scale=scale)
+            make: Any = partial(random_quantized, shape=shape, quantization=packed, scale=scale)
         else:
             make = partial(_random_leaf, name, shape=shape, dtype=dtype, scale=scale)
         return jax.jit(lambda key, number: make(jax.random.fold_in(key, number))).lower(key, np.uint32(0))

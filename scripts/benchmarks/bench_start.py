@@ -57,7 +57,7 @@ def child(started: float, one_by_one: bool) -> None:
 
     imported = time.monotonic()
     seen: Counter[str] = Counter()
-    jax.monitoring.register_event_duration_secs_listener(lambda event, seconds, **_: seen.update([event]))
+    jax.monitoring.register_event_duration_secs_listener(lambda event, duration_secs, **_: seen.update([event]))
     if one_by_one:
         ModelRunner.begin_decode = lambda *_: None  # type: ignore[method-assign]
     generate_iter = LLM.generate_iter

@@ -65,7 +65,7 @@ def test_programs_are_as_many_as_forms_of_leaves() -> None:
     """Layers that differ in nothing but their numbers share the program of each leaf."""
     lowered: list[str] = []
 
-    def count(event: str, seconds: float, **_: str | int) -> None:
+    def count(event: str, duration_secs: float, **_: str | int) -> None:
         if event.endswith("jaxpr_to_mlir_module_duration"):
             lowered.append(event)
 
