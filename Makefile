@@ -46,6 +46,8 @@ help:
 	@echo "make check-cuda    compile the GPU kernels and programs for seven cards, without a GPU (CHECK_CUDA_ARGS='--cards h200 ...')"
 	@echo "make emulate-cuda  run the compiled kernels and texts on an emulator, without a GPU (EMULATE_CUDA_ARGS='--cards h200 ...')"
 
+# JAX's own cache is for tests: programs that it hands out cannot be kept for the next start (docs/how_it_works.md).
+demo: export JAX_ENABLE_COMPILATION_CACHE := false
 demo: $(RUN_READY)
 	@$(VENV_PYTHON) scripts/batch_generate.py --recommended-sampling
 

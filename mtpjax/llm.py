@@ -15,7 +15,9 @@ from mtpjax.decoding.output_rows import OutputRows
 from mtpjax.decoding.sampling import MAX_STOP_TOKENS
 from mtpjax.decoding.speculative import Drafter, mtp_drafter
 from mtpjax.engine.engine import Engine, TokenCallback
-from mtpjax.engine.model_runner import CompileFn, ModelRunner, compile_ahead
+from mtpjax.engine.model_runner import ModelRunner
+from mtpjax.engine.program_cache import AUTO, open_program_cache
+from mtpjax.engine.programs import CompileFn, compile_ahead
 from mtpjax.engine.prompt_chunks import PREFILL_BUCKETS
 from mtpjax.engine.request import Request, RequestState
 from mtpjax.loading.load import cache_dtype
@@ -69,7 +71,11 @@ class LLM:
         acceptance: a `SimulatedAcceptance` in place of the real rule, to measure speed with weights that were not
             trained. The text is not the model's then.
         compile_fn: makes each program from a jitted function and its arguments (see
-            `mtpjax.engine.model_runner.CompileFn`), for example to run it by emulation.
+            `mtpjax.engine.programs.CompileFn`), for example to run it by emulation.
+        program_cache: a folder that keeps compiled programs, so that the next process with the same job compiles
+            nothing. "auto": that of the environment variable MTPJAX_PROGRAM_CACHE, else `mtpjax/programs` in your
+            folder for caches (XDG_CACHE_HOME). None or an empty text: nothing is kept. Give only a folder that nobody
+            else can write to: reading a program runs code from it.
 
     Attributes:
         cfg: the `ModelConfig` of the checkpoint.
@@ -104,6 +110,7 @@ class LLM:
         drafter: Drafter = mtp_drafter,
         acceptance: SimulatedAcceptance | None = None,
         compile_fn: CompileFn = compile_ahead,
+        program_cache: str | PathLike[str] | None = AUTO,
     ):
         check_int("num_speculative_tokens", num_speculative_tokens, 0, MAX_SPECULATIVE_TOKENS)
         check_int("max_model_len", max_model_len, 2)
@@ -145,6 +152,7 @@ class LLM:
             drafter=drafter,
             acceptance=acceptance.truncate(num_speculative_tokens) if acceptance and simulated else exact_match,
             compile_fn=compile_fn,
+            program_cache=open_program_cache(program_cache),
         )
         self.engine = Engine(runner, max_prefill_seqs=max_prefill_seqs)
 

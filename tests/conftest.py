@@ -21,6 +21,8 @@ if not os.path.exists("/dev/nvidiactl"):
     given = os.environ.get("XLA_FLAGS", "")
     quick = [f"--{name}={str(value).lower()}" for name, value in QUICK.items() if name not in given]
     os.environ["XLA_FLAGS"] = " ".join([given, *quick]).strip()
+# Tests neither read nor fill the user's folder of compiled programs; those about it have folders of their own.
+os.environ["MTPJAX_PROGRAM_CACHE"] = ""
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

@@ -60,6 +60,7 @@ class DecodeBatch:
         self.runner, self.num_slots, self.prefill_batch = runner, num_slots, prefill_batch
         self.state: DecodeState | None = None  # made by the first prefill
         self._params = stack_requests([None] * num_slots)
+        self._begun: set[bool] = set()  # with or without penalties: whether the loop's program has been begun
 
     def prefill(self, group: PrefillGroup, requests_by_slot: Sequence[Request | None]) -> float:
         """Read the prompts of a group and start its requests in their slots.
@@ -82,6 +83,8 @@ class DecodeBatch:
         start = runner.seconds_without_compile()
         # The last prompt token is the loop's first input, so a prompt program never needs the LM head.
         prompts = [prompt[:-1] for prompt in group.prompts]
+        if any(state.request.max_tokens for state in group.states):
+            self._begin_decode(cache)
         prompts += [()] * (self.prefill_batch - len(prompts))
         mtp_prompt_tokens = runner.mtp_prompt_tokens if runner.num_speculative_tokens else None
         cache, hidden, _ = runner.prefill(prompts, cache=cache, mtp_prompt_tokens=mtp_prompt_tokens)
@@ -92,6 +95,23 @@ class DecodeBatch:
             self._insert(requests, group, cache, hidden)
         jax.block_until_ready(self.state)
         return runner.seconds_without_compile() - start
+
+    def _begin_decode(self, cache: Cache) -> None:
+        """Make the programs that follow the prompts, whose cache is `cache`, ready while the prompts are read."""
+        has_penalties = self._params.penalties is not None
+        if has_penalties in self._begun:
+            return
+        self._begun.add(has_penalties)
+
+        def shapes(cache: Cache, batch: int) -> DecodeState:
+            state = self._initial_state([None] * batch, cache)
+            return jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), state)
+
+        new = shapes(cache, self.prefill_batch)
+        if self.state is None:
+            self.runner.begin_decode(new, self._params)
+        else:
+            self.runner.begin_decode(shapes(self.state.cache, self.num_slots), self._params, new)
 
     def decode(self, return_when_finished: int) -> DecodedTokens:
         """Advance all slots by one call of the loop, which returns early when `return_when_finished` slots are done."""

@@ -11,7 +11,6 @@ import jax
 import numpy as np
 from jax import Array
 
-from kernels_pallas.platform import compile_options
 from mtpjax.decoding.acceptance import Acceptance, exact_match
 from mtpjax.decoding.output_rows import NO_ROWS, OutputRows
 from mtpjax.decoding.sampling import BatchSamplingParams
@@ -25,16 +24,15 @@ from mtpjax.decoding.speculative import (
     mtp_drafter,
 )
 from mtpjax.decoding.steps import FORWARD_HIDDEN_DONATED, PREFILL_DONATED, forward_hidden, prefill
-from mtpjax.engine.prompt_chunks import PREFILL_BUCKETS, split_prompts, usable_buckets
+from mtpjax.engine.program_cache import ProgramCache
+from mtpjax.engine.programs import CompileFn, ProgramName, Programs, Step, compile_ahead
+from mtpjax.engine.prompt_chunks import PREFILL_BUCKETS, PromptChunk, split_prompts, usable_buckets
 from mtpjax.loading.cpu_layout import optimize_for_cpu
 from mtpjax.loading.loaded_model import LoadedModel
 from mtpjax.loading.open_model import compute_dtype_of
 from mtpjax.model.cache import Cache, new_cache, padded_kv_length
 
 MAX_STEPS_PER_CALL = 32  # of the decode loop, before the host looks at the tokens
-
-CompileFn = Callable[[Any, tuple[Any, ...]], Callable[..., Any]]
-"""Compiles a jitted function for arguments like the given ones; returns a callable for such arguments."""
 
 # The argument whose memory the result of a step takes over.
 _DONATED: dict[Callable[..., Any], tuple[str, ...]] = {
@@ -54,11 +52,6 @@ def jit_step(fn: Callable[..., Any], /, *args: Any, **static: Any) -> Any:
     return jax.jit(partial(fn, *args, **static), donate_argnames=_DONATED.get(fn))
 
 
-def compile_ahead(fn: Any, args: tuple[Any, ...]) -> Callable[..., Any]:
-    """Compile a jitted function ahead of time for arguments like these; the default `CompileFn`."""
-    return fn.lower(*args).compile(**compile_options())
-
-
 class ModelRunner:
     """Compiled programs for one model, one maximal length and one number of draft tokens.
 
@@ -74,13 +67,15 @@ class ModelRunner:
         drafter: makes the draft tokens.
         acceptance: decides which of them are accepted; any but `exact_match` changes the text.
         compile_fn: makes each program. One that runs programs elsewhere, as an emulator does, takes its place here.
+        program_cache: keeps programs for other processes; None: nothing is kept. A `compile_fn` other than the default
+            makes its programs anew each time.
 
     Attributes:
         model: the weights in the layout of the device.
         compute_dtype: dtype of hidden states.
         kv_len: positions of keys and values in a cache.
         prefill_buckets: lengths of prompt chunks in use, ascending.
-        compile_seconds: seconds spent compiling.
+        programs: the compiled programs.
     """
 
     def __init__(
@@ -97,6 +92,7 @@ class ModelRunner:
         drafter: Drafter = mtp_drafter,
         acceptance: Acceptance = exact_match,
         compile_fn: CompileFn = compile_ahead,
+        program_cache: ProgramCache | None = None,
     ):
         self.model = optimize_for_cpu(model)
         self.num_speculative_tokens, self.max_model_len = num_speculative_tokens, max_model_len
@@ -105,14 +101,18 @@ class ModelRunner:
         self.cache_dtype, self.kv_len = cache_dtype, padded_kv_length(max_model_len, num_speculative_tokens + 1)
         self.prefill_buckets = usable_buckets(prefill_buckets, max_model_len)
         self.max_steps_per_call, self.mtp_prompt_tokens = max_steps_per_call, mtp_prompt_tokens
-        self.drafter, self.acceptance, self.compile_fn = drafter, acceptance, compile_fn
-        self.compile_seconds = 0.0
-        self._programs: dict[tuple[Any, ...], Callable[..., Any]] = {}
+        self.drafter, self.acceptance = drafter, acceptance
+        self.programs = Programs(compile_fn, program_cache)
 
     @property
     def num_programs(self) -> int:
-        """Programs compiled so far."""
-        return len(self._programs)
+        """Programs so far: compiled, or kept by an earlier process."""
+        return len(self.programs)
+
+    @property
+    def compile_seconds(self) -> float:
+        """Seconds spent waiting for programs: tracing, compiling, or reading kept ones."""
+        return self.programs.seconds
 
     @property
     def padded_vocab_size(self) -> int:
@@ -126,7 +126,7 @@ class ModelRunner:
     def new_cache(self, batch: int) -> Cache:
         """Make an empty cache for `batch` sequences."""
         step = partial(jit_step, new_cache, self.model.cfg, batch, self.kv_len, dtype=self.cache_dtype)
-        return self._run(("new_cache", batch), step)
+        return self._run(("new_cache", batch), step, ())
 
     def zero_hidden(self, batch: int) -> Array:
         """Return the hidden states `[B, D]` of sequences that nothing has been read of."""
@@ -160,14 +160,21 @@ class ModelRunner:
             num_skipped = [max(0, len(p) - mtp_prompt_tokens) for p in prompts]
             cache = cache.replace(mtp_start_pos=jax.device_put(np.array(num_skipped, np.int32)))
         hidden, all_logits = self.zero_hidden(batch), []
-        for chunk in split_prompts(prompts, self.prefill_buckets):
+
+        def program(chunk: PromptChunk) -> tuple[ProgramName, Step, tuple[Any, ...]]:
             length = chunk.tokens.shape[1]
             mtp_rows = None
             if mtp_prompt_tokens is not None:
                 mtp_rows = max(0, min(mtp_prompt_tokens - chunk.num_rows_after, length))
             step = partial(jit_step, prefill, graph=self.model.graph, rows=rows, mtp_rows=mtp_rows)
             args = (self.model.params, chunk.tokens, chunk.next_tokens, chunk.pad, cache)
-            logits, hidden, cache = self._run(("prefill", batch, length, rows, mtp_rows), step, *args)
+            return ("prefill", batch, length, rows, mtp_rows), step, args
+
+        chunks = list(split_prompts(prompts, self.prefill_buckets))
+        for chunk in chunks:
+            self.programs.begin(*program(chunk))
+        for chunk in chunks:
+            logits, hidden, cache = self._run(*program(chunk))
             if return_logits:
                 all_logits.append(np.asarray(logits))
         return cache, hidden, all_logits
@@ -178,8 +185,8 @@ class ModelRunner:
         for chunk in split_prompts([prompt], self.prefill_buckets):
             step = partial(jit_step, forward_hidden, graph=self.model.graph)
             args = (self.model.params, chunk.tokens, chunk.pad, cache)
-            hidden, cache = self._run(("hidden_states", chunk.tokens.shape[1]), step, *args)
-            chunks.append(np.asarray(hidden[0]))
+            hidden, cache = self._run(("hidden_states", chunk.tokens.shape[1]), step, args)
+            chunks.append(np.asarray(hidden)[0])
         return np.concatenate(chunks)[-len(prompt) :]
 
     def decode(
@@ -195,19 +202,7 @@ class ModelRunner:
         Returns:
             the state, the new tokens `[B, max_steps_per_call * (k + 1)]`, and how many there are of each slot `[B]`.
         """
-        step = partial(
-            jit_step,
-            decode,
-            graph=self.model.graph,
-            num_speculative_tokens=self.num_speculative_tokens,
-            max_steps=self.max_steps_per_call,
-            vocab_size=self.vocab_size,
-            drafter=self.drafter,
-            acceptance=self.acceptance,
-        )
-        key = ("decode", len(state.token), state.token_counts is None)
-        limit = np.array(return_when_finished, np.int32)
-        state, out, counts = self._run(key, step, self.model.params, state, params, limit)
+        state, out, counts = self._run(*self._decode_program(state, params, return_when_finished))
         return state, np.asarray(out), np.asarray(counts)
 
     def insert(self, state: DecodeState, new: DecodeState, rows: Sequence[int], slots: Sequence[int]) -> DecodeState:
@@ -219,16 +214,44 @@ class ModelRunner:
             rows: for each request to start, the row of `new` that has the cache of its prompt.
             slots: for each request to start, its slot in `state`.
         """
+        return self._run(*self._insert_program(state, new, rows, slots))
+
+    def begin_decode(self, state: DecodeState, params: BatchSamplingParams, new: DecodeState | None = None) -> None:
+        """Make the programs of `decode` and, with `new`, of `insert` ready while something else runs.
+
+        Args:
+            state: arrays, or their shapes, of all slots.
+            params: settings of the requests in the slots.
+            new: arrays, or their shapes, of the batch that prompts are read in.
+        """
+        if new is not None:
+            self.programs.begin(*self._insert_program(state, new, (), ()))
+        self.programs.begin(*self._decode_program(state, params, 0))
+
+    def _decode_program(
+        self, state: DecodeState, params: BatchSamplingParams, return_when_finished: int
+    ) -> tuple[ProgramName, Step, tuple[Any, ...]]:
+        step = partial(
+            jit_step,
+            decode,
+            graph=self.model.graph,
+            num_speculative_tokens=self.num_speculative_tokens,
+            max_steps=self.max_steps_per_call,
+            vocab_size=self.vocab_size,
+            drafter=self.drafter,
+            acceptance=self.acceptance,
+        )
+        name = ("decode", len(state.token), state.token_counts is None)
+        return name, step, (self.model.params, state, params, np.array(return_when_finished, np.int32))
+
+    def _insert_program(
+        self, state: DecodeState, new: DecodeState, rows: Sequence[int], slots: Sequence[int]
+    ) -> tuple[ProgramName, Step, tuple[Any, ...]]:
         rows_and_slots = np.zeros((2, len(new.token)), np.int32)
         rows_and_slots[:, : len(slots)] = rows, slots
-        count = np.array(len(slots), np.int32)
-        key = ("insert", len(state.token), len(new.token), state.token_counts is None)
-        return self._run(key, partial(jit_step, insert_requests), state, new, *rows_and_slots, count)
+        name = ("insert", len(state.token), len(new.token), state.token_counts is None)
+        return name, partial(jit_step, insert_requests), (state, new, *rows_and_slots, np.array(len(slots), np.int32))
 
-    def _run(self, key: tuple[Any, ...], make_step: Callable[[], Any], *args: Any) -> Any:
-        """Call the program `key`, which is compiled from the jitted function `make_step()` if there is none yet."""
-        if key not in self._programs:
-            start = time.perf_counter()
-            self._programs[key] = self.compile_fn(make_step(), args)
-            self.compile_seconds += time.perf_counter() - start
-        return self._programs[key](*args)
+    def _run(self, name: ProgramName, step: Step, args: tuple[Any, ...]) -> Any:
+        """Call the program `name`; if there is none yet, it is that of `step`, a `jit_step` with its arguments."""
+        return self.programs.get(name, step, args)(*args)

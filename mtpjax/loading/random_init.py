@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,9 +18,12 @@ from checkpoints.packed_array import FP8_BLOCK
 from checkpoints.quantize import GROUP, MODES, TABLES
 from kernels_pallas.weights.quantized import QuantizedTensor
 from mtpjax.config import ModelConfig
-from mtpjax.loading.loaded_model import LoadedModel, ParamPath, map_params
+from mtpjax.loading.loaded_model import LoadedModel, ParamPath, flatten_params, map_params
 from mtpjax.loading.quantized_leaves import KEEP_PACKED, can_quantize
 from mtpjax.model import abstract_model
+
+VECTORS = ("a_log", "dt_bias", "conv")
+COMPILE_THREADS = 8  # programs that compile at the same time
 
 
 def random_model(
@@ -42,18 +47,39 @@ def random_model(
         ValueError: `quantization` is "packed", which names no form.
     """
     graph, params = nnx.split(abstract_model(cfg, jnp.dtype(dtype)))
+    key = jax.random.key(seed)
 
-    def make(path: ParamPath, leaf: Any) -> jax.Array | QuantizedTensor:
-        key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(repr(path).encode()))
-        if quantization is not None and can_quantize(path, leaf.shape, quantization):
-            return random_quantized(key, leaf.shape, quantization, scale)
-        return _random_leaf(path, key, leaf.shape, leaf.dtype, scale)
+    def form(path: ParamPath, leaf: Any) -> tuple[Any, ...]:
+        name = str(path[-1]) if path[-1] in VECTORS else "matrix"
+        packed = quantization if quantization is not None and can_quantize(path, leaf.shape, quantization) else None
+        return name, tuple(leaf.shape), jnp.dtype(leaf.dtype), packed, scale
 
-    return LoadedModel(cfg, graph, map_params(params, make))
+    def lower(name: str, shape: tuple[int, ...], dtype: jnp.dtype, packed: str | None, scale: float) -> Any:
+        if packed is not None:
+            make: Any = partial(random_quantized, shape=shape, quantization=packed, scale=scale)
+        else:
+            make = partial(_random_leaf, name, shape=shape, dtype=dtype, scale=scale)
+        return jax.jit(lambda key, number: make(jax.random.fold_in(key, number))).lower(key, np.uint32(0))
+
+    # One program for all leaves of a form, which differ in their keys only. XLA compiles several at once.
+    forms = {form(path, leaf) for path, leaf in flatten_params(params).items() if not _is_norm(path)}
+    with ThreadPoolExecutor(COMPILE_THREADS) as threads:
+        programs = {f: threads.submit(lower(*f).compile) for f in forms}
+
+        def make(path: ParamPath, leaf: Any) -> jax.Array | QuantizedTensor:
+            if _is_norm(path):
+                # All norms are zero-centred but DeltaNet's own: with zeros its layer would put out nothing.
+                return jax.device_put(np.full(leaf.shape, path[-2:] == ("mixer", "norm"), leaf.dtype))
+            return programs[form(path, leaf)].result()(key, np.uint32(zlib.crc32(repr(path).encode())))
+
+        return LoadedModel(cfg, graph, map_params(params, make))
 
 
-def _random_leaf(path: ParamPath, key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype, scale: float) -> jax.Array:
-    name = str(path[-1])
+def _is_norm(path: ParamPath) -> bool:
+    return str(path[-1]).endswith("norm")
+
+
+def _random_leaf(name: str, key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype, scale: float) -> jax.Array:
     if name == "a_log":
         return jnp.log(jax.random.uniform(key, shape, minval=1.0, maxval=16.0))
     if name == "dt_bias":
@@ -61,10 +87,7 @@ def _random_leaf(path: ParamPath, key: jax.Array, shape: tuple[int, ...], dtype:
         return jnp.log(jnp.expm1(step))
     if name == "conv":
         return jax.random.uniform(key, shape, minval=-0.5, maxval=0.5)
-    if name.endswith("norm"):
-        # All norms are zero-centred but DeltaNet's own: with zeros its layer would put out nothing.
-        return jnp.full(shape, float(path[-2:] == ("mixer", "norm")), dtype)
-    return jax.jit(lambda k: (jax.random.normal(k, shape) * scale).astype(dtype))(key)
+    return (jax.random.normal(key, shape) * scale).astype(dtype)
 
 
 def random_quantized(key: jax.Array, shape: tuple[int, ...], quantization: str, scale: float) -> QuantizedTensor:
@@ -100,6 +123,6 @@ def _by_matrix(
 ) -> jax.Array:
     """Return `make(key, shape)`, made matrix by matrix: random bits take a multiple of their size while being made."""
     if len(shape) < 3:
-        return jax.jit(make, static_argnums=1)(key, shape)
+        return make(key, shape)
     keys = jax.random.split(key, int(np.prod(shape[:-2])))
-    return jax.jit(lambda keys: jax.lax.map(lambda k: make(k, shape[-2:]), keys).reshape(shape))(keys)
+    return jax.lax.map(lambda k: make(k, shape[-2:]), keys).reshape(shape)

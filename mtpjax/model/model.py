@@ -21,7 +21,9 @@ from mtpjax.model.positions import Positions
 
 
 class Model(nnx.Module):
-    """Weights of a Qwen3.5 / Qwen3.6 text model. Split it once, and merge it inside the jitted step.
+    """Weights of a Qwen3.5 / Qwen3.6 text model; a new one has only their shapes.
+
+    Split it once, and merge it inside the jitted step.
 
     Args:
         cfg: sizes of the model.
@@ -115,4 +117,4 @@ def abstract_model(
     cfg: ModelConfig, dtype: DTypeLike = jnp.float32, *, compute_dtype: DTypeLike | None = None
 ) -> Model:
     """Return a `Model` of shapes only; nothing is allocated."""
-    return nnx.eval_shape(lambda: Model(cfg, dtype, compute_dtype=compute_dtype))
+    return Model(cfg, dtype, compute_dtype=compute_dtype)

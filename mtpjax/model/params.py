@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -31,7 +32,7 @@ class Expert(nnx.Param):
 
 @dataclass(frozen=True)
 class ParamFactory:
-    """Makes zero parameters of given shapes. Modules are built under `nnx.eval_shape`, so nothing is allocated.
+    """Makes parameters that have a shape and a dtype and no value: nothing is allocated or traced.
 
     Attributes:
         dtype: dtype of matrices and experts.
@@ -46,12 +47,12 @@ class ParamFactory:
 
     def matrix(self, out_features: int, in_features: int) -> Dense:
         """Return a linear weight `[out, in]`, the layout of published checkpoints."""
-        return Dense(jnp.zeros((*self._leading_axes(), out_features, in_features), self.dtype))
+        return Dense(jax.ShapeDtypeStruct((*self._leading_axes(), out_features, in_features), self.dtype))
 
     def vector(self, *shape: int) -> Vector:
         """Return a small weight, which is always float32."""
-        return Vector(jnp.zeros((*self._leading_axes(), *shape), jnp.float32))
+        return Vector(jax.ShapeDtypeStruct((*self._leading_axes(), *shape), jnp.float32))
 
     def experts(self, num_experts: int, out_features: int, in_features: int) -> Expert:
         """Return the matrices `[layer, expert, out, in]` of all experts of a layer."""
-        return Expert(jnp.zeros((1, num_experts, out_features, in_features), self.dtype))
+        return Expert(jax.ShapeDtypeStruct((1, num_experts, out_features, in_features), self.dtype))

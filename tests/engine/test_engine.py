@@ -9,7 +9,7 @@ import pytest
 
 from mtpjax.decoding.speculative import DecodeState
 from mtpjax.engine.decode_batch import DecodeBatch, stack_requests
-from mtpjax.engine.model_runner import compile_ahead
+from mtpjax.engine.programs import compile_ahead
 from mtpjax.engine.request import Request, RequestState
 from mtpjax.engine.scheduler import PrefillGroup, Scheduler
 from mtpjax.loading.loaded_model import LoadedModel
@@ -134,7 +134,7 @@ def test_a_refill_changes_the_chosen_slots_alone_and_does_not_copy_the_state(mod
     for old, new in zip(before, after, strict=True):
         assert np.array_equal(old[:3], new[:3])
     assert any(not np.array_equal(old[3], new[3]) for old, new in zip(before, after, strict=True))
-    (insert,) = (program for key, program in engine.runner._programs.items() if key[0] == "insert")
+    (insert,) = (program for name, program in engine.runner.programs.compiled.items() if name[0] == "insert")
     memory = insert.memory_analysis()  # type: ignore[attr-defined]
     state_bytes = sum(a.nbytes for a in jax.tree.leaves(batch.state))
     assert memory.alias_size_in_bytes >= state_bytes and memory.temp_size_in_bytes < state_bytes / 8
@@ -160,7 +160,7 @@ def test_a_prompt_that_requests_share_is_read_once(model: LoadedModel) -> None:
         )
         assert [state.tokens for state in engine.run(todo, num_slots)] == expected
         assert engine.num_prompt_tokens <= num_reads * (len(a) + len(b)), (num_slots, max_prefill_seqs)
-        inserts = any(key[0] == "insert" for key in engine.runner._programs)
+        inserts = any(key[0] == "insert" for key in engine.runner.programs.compiled)
         assert inserts == (max_prefill_seqs != num_slots)  # otherwise there is one cache
     assert plain.num_prompt_tokens == sum(len(r.prompt_token_ids) for r in todo)
 

@@ -40,6 +40,7 @@ def test_the_signatures_are_those_of_the_documentation() -> None:
         "seed": 0,
         "tokenizer": None,
         "acceptance": None,
+        "program_cache": "auto",
     }
     assert {name: value for name, value in defaults.items() if name not in ("drafter", "compile_fn")} == expected
     chat = inspect.signature(LLM.chat).parameters

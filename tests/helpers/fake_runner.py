@@ -63,6 +63,9 @@ class FakeRunner:
     def zero_hidden(self, batch: int) -> Any:
         return np.zeros((batch, 1), np.float32)
 
+    def begin_decode(self, state: Any, params: BatchSamplingParams, new: Any = None) -> None:
+        pass
+
     def prefill(self, prompts: Sequence[tuple[int, ...]], *, cache: Any, mtp_prompt_tokens: int | None) -> Any:
         assert len(prompts) == len(cache) and not cache.any() and mtp_prompt_tokens is None
         self.prefills.append([p for p in prompts if p])

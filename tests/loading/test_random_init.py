@@ -1,5 +1,6 @@
 """Random models: packed weights have the layout of loaded ones, and nothing sensitive is packed."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -58,3 +59,24 @@ def test_vectors_the_router_and_the_gates_are_never_packed(quantization: str) ->
     never = {"a_log", "dt_bias", "conv", "in_a", "in_b", "norm", "input_norm", "router", "shared_gate"}
     assert never <= {path[-1] for path in flatten_params(model.params)}
     assert "gate_up" in packed and not packed & never
+
+
+def test_programs_are_as_many_as_forms_of_leaves() -> None:
+    """Layers that differ in nothing but their numbers share the program of each leaf."""
+    lowered: list[str] = []
+
+    def count(event: str, duration_secs: float, **_: str | int) -> None:
+        if event.endswith("jaxpr_to_mlir_module_duration"):
+            lowered.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(count)
+    try:
+        counts = []
+        for num_superblocks in (1, 3):
+            jax.clear_caches()
+            lowered.clear()
+            random_model(tiny_config(moe=True, num_superblocks=num_superblocks, **PACKABLE_SIZES), quantization="iq4nl")
+            counts.append(len(lowered))
+    finally:
+        jax.monitoring.unregister_event_duration_listener(count)
+    assert counts[0] == counts[1] <= 24
