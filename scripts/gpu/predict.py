@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,12 +24,13 @@ from scripts.gpu.predict_measured import (
     FILES,
     Times,
     chunk_before,
+    least_ms,
     read,
     round_before,
     whole_chunk_ms,
     whole_round_ms,
 )
-from scripts.gpu.predict_scenario import ROUND, Gone, change_of, draft_head_us
+from scripts.gpu.predict_scenario import CHUNK, ROUND, Added, Change, Gone, change_of, draft_head_us
 
 COUNTS = FILES / "kernel_counts.json"
 GOALS_MS = {(0, 1024): 1.9, (4, 1024): 3.2, (0, 131_072): 3.2, (4, 131_072): 4.8}
@@ -71,6 +71,7 @@ class Prediction:
         measured_ms: of the whole round or chunk at 833b245, None where it was not measured.
         beside_ms: of it beside kernels; where the whole was not measured, that of the nearest that was.
         goal_ms: None if there is none.
+        least_ms: of a round, by its bytes at the copy bandwidth; None if not known.
     """
 
     title: str
@@ -78,6 +79,7 @@ class Prediction:
     measured_ms: float | None
     beside_ms: float
     goal_ms: float | None
+    least_ms: float | None = None
 
     @property
     def before_ms(self) -> float:
@@ -103,16 +105,25 @@ def compiled_counts(program: str) -> dict[str, float]:
     return programs[program]["groups"]
 
 
+def added(change: Change) -> int:
+    """Return the count of a kernel that the compiled programs lack."""
+    return change.count if isinstance(change, Added) else 0
+
+
 def predict_rows(
     before: dict[str, Times], counts: dict[str, float], rows: int, context: int, decode: bool
 ) -> list[Row]:
     """Return the groups of both tables."""
     table = []
-    for group in dict.fromkeys((*before, *counts)):
+    new = [group for group, change in (ROUND if decode else CHUNK).items() if isinstance(change, Added)]
+    for group in dict.fromkeys((*before, *counts, *new)):
         measured, change = before.get(group), change_of(group, decode)
         count = counts.get(group, 0.0)
         if measured is None:  # a kernel that 833b245 did not have
-            table.append(Row(group, 0, 0, count, START_US, "assumed", "new; the start of a kernel and little more"))
+            us, note = START_US, "new; the start of a kernel and little more"
+            if change is not None:
+                us, note, count = change.us(0.0, rows, context), f"new; {change.note}", count or added(change)
+            table.append(Row(group, 0, 0, count, us, "assumed", note))
             continue
         if change is None:
             us, how, note = measured.us, "measured" if count else "gone", "as it was" if count else "not in the program"
@@ -125,7 +136,8 @@ def predict_rows(
         if isinstance(change, Gone):
             count = 0.0
         table.append(Row(group, measured.count, measured.us, count, us, how, note))
-    return sorted(table, key=lambda row: -max(row.after_ms, row.before_ms))
+    there = (row for row in table if row.count or row.count_before)
+    return sorted(there, key=lambda row: -max(row.after_ms, row.before_ms))
 
 
 def predict_round(draft: int, context: int, draft_vocab_size: int | None = None) -> Prediction:
@@ -133,7 +145,7 @@ def predict_round(draft: int, context: int, draft_vocab_size: int | None = None)
     before = round_before(draft, context)
     rows = predict_rows(before, compiled_counts(f"decode {draft}"), draft + 1, context, decode=True)
     if draft_vocab_size is not None:
-        note = f"draft_vocab_size={draft_vocab_size}: between DeltaNet's projection and the whole head, by bytes"
+        note = f"draft_vocab_size={draft_vocab_size}: a product of so many outputs"
         rows = [
             Row(r.group, r.count_before, r.us_before, r.count, draft_head_us(draft_vocab_size), "model", note)
             if r.group == DRAFT + "LM head"
@@ -147,7 +159,7 @@ def predict_round(draft: int, context: int, draft_vocab_size: int | None = None)
     beside = known - sum(t.total_us for t in at.values()) / 1e3
     vocab = f", drafts from {draft_vocab_size:,} tokens" if draft_vocab_size else ""
     title = f"a round with {draft} drafts at {context:,} tokens{vocab}"
-    return Prediction(title, rows, measured, beside, GOALS_MS.get((draft, context)))
+    return Prediction(title, rows, measured, beside, GOALS_MS.get((draft, context)), least_ms(draft, context))
 
 
 def predict_chunk(rows: int, context: int) -> Prediction:
@@ -180,6 +192,8 @@ def format_table(prediction: Prediction) -> str:
     whole = f"measured {prediction.measured_ms:.2f} ms" if prediction.measured_ms else "not measured as a whole"
     lines += ["", f"Before: {before:.2f} ms of kernels, {whole}."]
     lines.append(f"After: {after:.2f} ms of kernels, {after + beside:.2f} with {beside:.2f} beside them as it was.")
+    if prediction.least_ms:
+        lines.append(f"Its bytes take {prediction.least_ms:.2f} ms at the copy bandwidth.")
     by_how: dict[str, float] = {}
     for r in prediction.rows:
         by_how[r.how] = by_how.get(r.how, 0.0) + r.after_ms
@@ -195,12 +209,15 @@ def format_table(prediction: Prediction) -> str:
 def format_model() -> str:
     """Return the model of a kernel's time and its errors."""
     lines = ["## The model, and its errors on what was measured", ""]
-    for name, line in (("products of few rows", predict_model.products()), ("a chain", predict_model.chains())):
-        lines.append(f"{name}: {line.intercept:.2f} us + {line.slope:.2f} x")
+    models = {
+        "products of few rows": (predict_model.products(), ("us of its bytes",)),
+        "attention at 1,024": (predict_model.chains(), ("turns of a piece", "programs")),
+    }
+    for name, (line, names) in models.items():
+        slopes = (f"{slope:.4g} x {x}" for slope, x in zip(line.slopes, names, strict=True))
+        lines.append(f"{name}: {' + '.join((f'{line.start:.2f} us', *slopes))}")
         for case, error in line.errors.items():
-            alone = line.errors_left_out[case]
-            left_out = "no line without it" if math.isnan(alone) else f"left out of the fit {alone:+.1%}"
-            lines.append(f"* {case}: {error:+.1%}, {left_out}")
+            lines.append(f"* {case}: {error:+.1%}, left out of the fit {line.errors_left_out[case]:+.1%}")
     lines.append(f"Entries of the scenario: {len(ROUND)} for rounds; {OTHER} stay as they were measured on average.")
     return "\n".join(lines)
 

@@ -201,6 +201,13 @@ def whole_round_ms(draft: int, context: int) -> float | None:
     return next((r["ms_round"] for r in rows if (r["draft"], r["context"]) == (draft, context)), None)
 
 
+def least_ms(draft: int, context: int) -> float | None:
+    """Return the milliseconds that the bytes of a round take at the copy bandwidth; None if it was not measured."""
+    rows = read("h100_model.json")["decode"]
+    found = (r["roofline"] * r["ms_round"] for r in rows if (r["draft"], r["context"]) == (draft, context))
+    return next(found, None)
+
+
 def whole_chunk_ms(rows: int, context: int) -> float | None:
     """Return the measured milliseconds of a chunk with MTP; None if not measured."""
     found = (r for r in read("h100_model.json")["prefill"] if r["mtp"])

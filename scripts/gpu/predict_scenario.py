@@ -5,6 +5,7 @@ An entry says how the time is predicted:
 * `Candidate`: constants that were tried on the card. The measured time changes by the ratio of two trials.
 * `Modelled`: `predict_model`, from bytes or turns, or measured plus what it says of more bytes.
 * `Assumed`: a time that nothing measured supports; the note gives the reason.
+* `Added`: a kernel that there was not.
 * `Gone`: no such kernel any more; the note says who does its work.
 
 Groups without an entry take the time that was measured. Counts are those of the compiled programs
@@ -84,27 +85,49 @@ class Gone:
         return 0.0
 
 
-Change = Candidate | Modelled | Assumed | Gone
+@dataclass(frozen=True)
+class Added:
+    """A kernel that 833b245 did not have: how many a round or chunk, for as long as the compiled programs lack it."""
+
+    count: int
+    predict: Callable[[int], float]  # of rows
+    note: str
+    how: str = field(default="assumed", init=False)
+
+    def us(self, measured: float, rows: int, context: int) -> float:
+        return self.predict(rows)
+
+
+Change = Candidate | Modelled | Assumed | Gone | Added
+
+PIECES = ((2048, 32), (8192, 128), (32_768, 256), (1 << 30, 512))  # of attention: end in the cache, positions
+PIECE_PROGRAMS = 1024  # of attention over pieces, at most
+PROMPT_ATTENTION = 300e6  # operations a microsecond of attention in prompts: half of the measured rate of a matmul
 
 
 def pieces_of(context: int) -> int:
-    """Return the pieces of attention over a context: of 64 positions up to 4,096, of 256 up to 32,768, then of 512."""
+    """Return the pieces of attention over a context."""
     count, begin = 0, 0
-    for end, size in ((4096, 64), (32768, 256), (1 << 30, 512)):
+    for end, size in PIECES:
         count += -(-min(max(context - begin, 0), end - begin) // size)
         begin = end
     return count
 
 
 def attention_few(measured: float, rows: int, context: int) -> float:
-    """Return a time by the trial with the nearest piece; at short contexts one row is the model of a chain."""
-    base = f"attention M{rows} piece512 slots32"
-    if context >= 131_072:
-        return measured
-    if context <= 4096 and rows == 1:
-        return measured + model.chains().at(2) - trial(base, "attention_few", 1024)
-    piece = f"attention M{rows} piece256 slots{64 if rows == 1 else 32}"
-    return measured + trial(piece, "attention_few", context) - trial(base, "attention_few", context)
+    """Return the time of attention over pieces, by the model up to 2,048 positions, by trials from 32,768 on.
+
+    Five rows read the cache twice, 32 pairs of row and query head at a time, not three times, 16 at a time: two thirds
+    of the time, but not less than one row takes.
+    """
+    chain = model.chains().at(1, min(PIECE_PROGRAMS, 2 * pieces_of(131_136) * -(-rows * Q_HEADS // 2 // 32)))
+    one = "attention M1 piece256 slots64" if context <= 65_536 else "attention M1 piece512 slots32"
+    long = trial(one, "attention_few", max(context, 32_768))
+    if rows > 1:
+        long = max(long, trial("attention M5 piece512 slots32", "attention_few", max(context, 32_768)) * 2 / 3)
+    if context >= 32_768:
+        return long
+    return chain + (long - chain) * max(context - 2048, 0) / (32_768 - 2048)
 
 
 def attention_join(measured: float, rows: int, context: int) -> float:
@@ -112,41 +135,52 @@ def attention_join(measured: float, rows: int, context: int) -> float:
     return model.bytes_us(pieces_of(context) * rows * Q_HEADS * (HEAD_DIM + 2) * 4)
 
 
+def attention_many(measured: float, rows: int, context: int) -> float:
+    """Return the time of attention of a chunk that ends at the context, at an assumed rate."""
+    return 4.0 * rows * (context - rows / 2) * Q_HEADS * HEAD_DIM / PROMPT_ATTENTION
+
+
 def window(measured: float, rows: int, context: int) -> float:
-    """Return a time for a window that loads what it needs at once and writes the state."""
-    ratio = trial(f"delta M{rows} columns64", "delta_window") / trial(f"delta M{rows} columns32", "delta_window")
-    return measured * ratio + model.more_bytes_us(STATE_BYTES)
+    """Return the time of a recurrence that reads and writes the state and has all of its inputs.
+
+    Half a microsecond a row, and for each row accepted before: 3.84 with four drafts. One row took 6.5 us and each more
+    2.8 (trials of 16 columns) while each loaded and normalised its own inputs.
+    """
+    accepted = 3.84 if rows == 5 else 1.0
+    return model.bytes_us(2 * STATE_BYTES) + 0.5 * (rows + accepted)
 
 
-_ATTENTION = Modelled(
-    attention_few, "pieces of 64, 256, 512 positions by their place; trials of 256, model below 4,096"
-)
-_JOIN = Modelled(attention_join, "parallel over heads, channels and pieces: bytes of the partial sums")
+def row_tiles(
+    weights: tuple[tuple[int, int, int], ...], stand_in: tuple[str, str]
+) -> Callable[[float, int, int], float]:
+    """Return a prediction for row tiles of 128: the model that knows tiles, else the ratio of another product's trials.
+
+    Args:
+        weights: outputs, inputs, bits of each weight.
+        stand_in: name of the other product in the trials, and its kernel.
+    """
+    name, kernel = stand_in
+
+    def predict(measured: float, rows: int, context: int) -> float:
+        ratio = model.row_tile_ratio(weights, rows)
+        if ratio is None:
+            tried = (trial(f"{name} M{rows} rows{tile} stages3", kernel) for tile in (128, 64))
+            ratio = next(tried) / next(tried)
+        return measured * ratio
+
+    return predict
+
+
+IN, OUT = ("in", "matmul_codes4_plain"), ("out", "matmul_codes4")
+_FEW = "512 programs, 2 stages (tried with 5 rows)"
+_TILES = "row tiles of 128, not tried itself: the model of tiles, or the ratio of another product's trials"
 
 ROUND: dict[str, Change] = {
-    "DeltaNet, in": Candidate(
-        "matmul_codes4_plain",
-        "in M5 programs128 stages3",
-        "in M5 programs512 stages2",
-        "512 programs, 2 stages (tried with 5 rows)",
-    ),
-    "out, o": Candidate(
-        "matmul_codes4",
-        "out M5 programs128 stages3",
-        "out M5 programs512 stages2",
-        "512 programs, 2 stages (tried with 5 rows)",
-    ),
-    "q, k, v": Candidate(
-        "matmul_codes4",
-        "qkv M5 programs128 stages3",
-        "qkv M5 programs512 stages2",
-        "512 programs, 2 stages (tried with 5 rows)",
-    ),
+    "DeltaNet, in": Candidate("matmul_codes4_plain", "in M5 programs128 stages3", "in M5 programs512 stages2", _FEW),
+    "out, o": Candidate("matmul_codes4", "out M5 programs128 stages3", "out M5 programs512 stages2", _FEW),
+    "q, k, v": Candidate("matmul_codes4", "qkv M5 programs128 stages3", "qkv M5 programs512 stages2", _FEW),
     "router and shared gate, up": Candidate(
-        "matmul_plain_codes4",
-        "router M5 programs128 stages3",
-        "router M5 programs512 stages2",
-        "512 programs, 2 stages (tried with 5 rows)",
+        "matmul_plain_codes4", "router M5 programs128 stages3", "router M5 programs512 stages2", _FEW
     ),
     "shared down": Candidate(
         "matmul_codes4",
@@ -160,11 +194,15 @@ ROUND: dict[str, Change] = {
         "gate_up M{rows} splits2 stages3",
         "the sum over D in two parts; SiLU is left to the down kernel, whose time is taken as measured",
     ),
-    "attention": _ATTENTION,
-    "attention, join": _JOIN,
-    "DeltaNet window": Modelled(
-        window, "64 columns a program (measured candidate), and the state is written: accepted rows are folded in"
+    "attention": Modelled(
+        attention_few,
+        "pieces of 32 positions up to 2,048, longer ones behind: a chain of one turn, trials at 32k and 131k",
     ),
+    "attention, join": Modelled(attention_join, "parallel over heads, channels, pieces: bytes of the partial sums"),
+    "DeltaNet window": Assumed(
+        window, "inputs come from a kernel of their own; the state is read and written, 0.5 us a row and accepted row"
+    ),
+    "DeltaNet inputs": Added(30, lambda rows: 2.8, "as the attention's cache update, which does alike"),
     COMMIT: Gone("the next window folds accepted rows in as it reads the state"),
 }
 CHUNK: dict[str, Change] = {
@@ -174,24 +212,16 @@ CHUNK: dict[str, Change] = {
     "out, o": Candidate(
         "matmul_codes4", "out M{rows} rows64 stages3", "out M{rows} rows128 stages3", "row tiles of 128"
     ),
-    "q, k, v": Candidate(
-        "matmul_codes4_plain",
-        "in M{rows} rows64 stages3",
-        "in M{rows} rows128 stages3",
-        "row tiles of 128: the ratio of DeltaNet's input projection, not tried itself",
+    "q, k, v": Modelled(row_tiles(((8192, 2048, 4), (512, 2048, 4), (512, 2048, 4)), IN), _TILES),
+    "router and shared gate, up": Modelled(
+        row_tiles(((256, 2048, 16), (1, 2048, 16), (512, 2048, 4), (512, 2048, 4)), IN), _TILES
     ),
-    "router and shared gate, up": Candidate(
-        "matmul_codes4_plain",
-        "in M{rows} rows64 stages3",
-        "in M{rows} rows128 stages3",
-        "row tiles of 128: the ratio of DeltaNet's input projection, not tried itself",
+    "shared down": Modelled(row_tiles(((2048, 512, 4),), OUT), _TILES),
+    "attention": Assumed(attention_many, "tiles of 128 pairs for wgmma, at half of the rate of a large matmul"),
+    "DeltaNet inputs": Added(
+        0, lambda rows: model.bytes_us(rows * 8192 * (2 + 4)), "bytes: projections in bfloat16, results in float32"
     ),
-    "shared down": Candidate(
-        "matmul_codes4",
-        "out M{rows} rows64 stages3",
-        "out M{rows} rows128 stages3",
-        "row tiles of 128: the ratio of the output projection, not tried itself",
-    ),
+    "plan of the experts": Added(0, lambda rows: 8.0, "one kernel in place of a sort and a dozen small ones"),
 }
 
 
@@ -202,4 +232,4 @@ def change_of(group: str, decode: bool) -> Change | None:
 
 def draft_head_us(rows: int) -> float:
     """Return the predicted microseconds of an LM head of so many IQ4_NL rows: `LLM(draft_vocab_size=rows)`."""
-    return model.bytes_us(model.weight_bytes(rows, 0, 2048))
+    return model.product_us(rows, 2048, 1)

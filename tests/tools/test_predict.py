@@ -11,7 +11,7 @@ import pytest
 from scripts.gpu import predict, predict_measured, predict_model
 from scripts.gpu.kernel_counts import DRAFT, OTHER, count_groups
 from scripts.gpu.predict_measured import COMMIT, TRACES, chunk_before, round_before, trace, trial
-from scripts.gpu.predict_scenario import CHUNK, ROUND, Candidate, change_of, pieces_of
+from scripts.gpu.predict_scenario import CHUNK, ROUND, Added, Candidate, Gone, change_of, pieces_of
 
 pytestmark = pytest.mark.fast
 
@@ -93,7 +93,7 @@ def test_the_model_says_how_wrong_it_is(monkeypatch: pytest.MonkeyPatch) -> None
         assert line.errors[case] == pytest.approx(line.at(x) / trial(case, kernel) - 1)
     assert max(map(abs, line.errors.values())) < 0.06
     assert max(map(abs, line.errors_left_out.values())) > max(map(abs, line.errors.values()))
-    bent = predict_model.fit({"a": (1, 1), "b": (2, 2), "c": (3, 9)})
+    bent = predict_model.fit({"a": ((1.0,), 1), "b": ((2.0,), 2), "c": ((3.0,), 9)})
     assert max(map(abs, bent.errors_left_out.values())) > 0.5
 
 
@@ -108,13 +108,13 @@ def test_a_candidate_is_the_ratio_of_two_trials() -> None:
     change = ROUND["DeltaNet, in"]
     assert isinstance(change, Candidate)
     assert change.us(10.0, 5, 1024) == pytest.approx(10 * 13.52 / 17.38)
-    for table in (ROUND, CHUNK):
+    for table, program, sizes in ((ROUND, "decode 4", (1, 5)), (CHUNK, "prefill 512", (512, 2048))):
         for group, entry in table.items():
-            assert group in trace("decode 0") or group == COMMIT
-            for rows in (1, 5) if table is ROUND else (512, 2048):
-                assert entry.us(100.0, rows, 8192) >= 0  # its trials exist
+            assert group in trace(program) or isinstance(entry, Added)
+            for rows in sizes:
+                assert entry.us(100.0, rows, 8192) > 0 or isinstance(entry, Gone)  # its trials exist
     assert change_of(DRAFT + "out, o", decode=True) is ROUND["out, o"]
-    assert [pieces_of(n) for n in (1, 64, 65, 4096, 4097, 32_768, 131_072)] == [1, 1, 2, 64, 65, 176, 368]
+    assert [pieces_of(n) for n in (1, 64, 65, 4096, 4097, 32_768, 131_072)] == [1, 2, 3, 80, 81, 208, 400]
 
 
 @pytest.fixture
