@@ -183,9 +183,9 @@ def format_table(prediction: Prediction) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for r in prediction.rows:
-        after = f"{r.count:.0f} | {r.us:.1f} | {r.after_ms:.3f}" if r.count else "0 | | 0"
+        predicted = f"{r.count:.0f} | {r.us:.1f} | {r.after_ms:.3f}" if r.count else "0 | | 0"
         head = f"| {r.group} | {r.count_before:.0f} | {r.us_before:.1f} | {r.before_ms:.3f}"
-        lines.append(f"{head} | {after} | {r.how}: {r.note} |")
+        lines.append(f"{head} | {predicted} | {r.how}: {r.note} |")
     kernels = [round(sum(getattr(r, name) for r in prediction.rows)) for name in ("count_before", "count")]
     before, after, beside = prediction.before_ms, prediction.after_ms, prediction.beside_ms
     lines.append(f"| **sum** | {kernels[0]} | | **{before:.2f}** | {kernels[1]} | | **{after:.2f}** | |")
