@@ -18,7 +18,7 @@ from mtpjax.engine.engine import Engine, TokenCallback
 from mtpjax.engine.model_runner import CompileFn, ModelRunner, compile_ahead
 from mtpjax.engine.prompt_chunks import PREFILL_BUCKETS
 from mtpjax.engine.request import Request, RequestState
-from mtpjax.loading.draft_head import choose_draft_token_ids, with_draft_head
+from mtpjax.loading.draft_head import with_draft_vocab
 from mtpjax.loading.load import cache_dtype
 from mtpjax.loading.loaded_model import LoadedModel
 from mtpjax.loading.open_model import eos_token_ids, open_model
@@ -135,11 +135,10 @@ class LLM:
         self.num_speculative_tokens, self.max_model_len = num_speculative_tokens, max_model_len
         self.max_num_seqs, self.seed = max_num_seqs, seed
         self.stop_token_ids = eos_token_ids(self.cfg, self._generation_config, opened.vocab_size)
-        draft_token_ids = choose_draft_token_ids(opened, draft_vocab_size, self.stop_token_ids)
         simulated = acceptance is not None and num_speculative_tokens > 0
         self._acceptance = "simulated" if simulated else "real"
         runner = ModelRunner(
-            with_draft_head(opened.model, draft_token_ids) if num_speculative_tokens else opened.model,
+            with_draft_vocab(opened, draft_vocab_size, self.stop_token_ids, num_speculative_tokens),
             num_speculative_tokens=num_speculative_tokens,
             max_model_len=max_model_len,
             cache_dtype=cache_dtype(opened.dtype),

@@ -28,6 +28,21 @@ from mtpjax.model.model import DraftHead
 from mtpjax.text.draft_vocab import DRAFT_VOCAB_FILE, read_draft_vocab
 
 
+def with_draft_vocab(
+    opened: OpenedModel,
+    draft_vocab_size: int | str | PathLike[str] | None,
+    stop_token_ids: Sequence[int],
+    num_speculative_tokens: int,
+) -> LoadedModel:
+    """Return the model with the draft head that `LLM(draft_vocab_size=...)` asks for; none if nothing is drafted.
+
+    Raises:
+        ValueError: as `choose_draft_token_ids`.
+    """
+    token_ids = choose_draft_token_ids(opened, draft_vocab_size, stop_token_ids)
+    return with_draft_head(opened.model, token_ids) if num_speculative_tokens else opened.model
+
+
 def choose_draft_token_ids(
     opened: OpenedModel, draft_vocab_size: int | str | PathLike[str] | None, stop_token_ids: Sequence[int]
 ) -> NDArray[np.int32] | None:
