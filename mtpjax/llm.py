@@ -20,6 +20,7 @@ from mtpjax.engine.program_cache import AUTO, open_program_cache
 from mtpjax.engine.programs import CompileFn, compile_ahead
 from mtpjax.engine.prompt_chunks import PREFILL_BUCKETS
 from mtpjax.engine.request import Request, RequestState
+from mtpjax.loading.draft_head import with_draft_vocab
 from mtpjax.loading.load import cache_dtype
 from mtpjax.loading.loaded_model import LoadedModel
 from mtpjax.loading.open_model import eos_token_ids, open_model
@@ -65,6 +66,8 @@ class LLM:
         mtp_prompt_tokens: how many of the last prompt tokens the MTP head reads, at least 1; None: all, as the head was
             trained. With a small number the chunks before these tokens cost exactly what they cost without MTP, and
             drafting reads fewer keys. Drafts that depend on distant tokens get worse; the text stays the same.
+        draft_vocab_size: N: drafts come from the N most frequent tokens and the added and stop tokens, which makes the
+            LM head of a draft step smaller; or a file of token ids. None: from all. See `loading/draft_head.py`.
         seed: base of the seeds of requests that have none.
         tokenizer: a `tokenizer.json` in place of the checkpoint's own.
         drafter: a function that drafts in place of the MTP head (see `mtpjax.decoding.speculative.Drafter`).
@@ -105,6 +108,7 @@ class LLM:
         max_prefill_seqs: int | None = None,
         prefill_buckets: Sequence[int] = PREFILL_BUCKETS,
         mtp_prompt_tokens: int | None = None,
+        draft_vocab_size: int | str | PathLike[str] | None = None,
         seed: int = 0,
         tokenizer: str | PathLike[str] | None = None,
         drafter: Drafter = mtp_drafter,
@@ -137,16 +141,15 @@ class LLM:
             raise ValueError(f"max_model_len is {max_model_len}; {limit}")
         self.num_speculative_tokens, self.max_model_len = num_speculative_tokens, max_model_len
         self.max_num_seqs, self.seed = max_num_seqs, seed
-        vocab_size = min(self.cfg.vocab_size, self.tokenizer.size) if self.tokenizer else self.cfg.vocab_size
-        self.stop_token_ids = eos_token_ids(self.cfg, self._generation_config, vocab_size)
+        self.stop_token_ids = eos_token_ids(self.cfg, self._generation_config, opened.vocab_size)
         simulated = acceptance is not None and num_speculative_tokens > 0
         self._acceptance = "simulated" if simulated else "real"
         runner = ModelRunner(
-            opened.model,
+            with_draft_vocab(opened, draft_vocab_size, self.stop_token_ids, num_speculative_tokens),
             num_speculative_tokens=num_speculative_tokens,
             max_model_len=max_model_len,
             cache_dtype=cache_dtype(opened.dtype),
-            vocab_size=vocab_size,
+            vocab_size=opened.vocab_size,
             prefill_buckets=prefill_buckets,
             mtp_prompt_tokens=mtp_prompt_tokens,
             drafter=drafter,

@@ -44,6 +44,7 @@ OUTPUT_INDEPENDENT = {
     "limit",
     "num_speculative_tokens",
     "mtp_prompt_tokens",
+    "draft_vocab_size",
     "max_num_seqs",
     "max_prefill_seqs",
 }
@@ -146,6 +147,10 @@ def run(
     return totals, num_bad
 
 
+def _number_or_path(text: str) -> int | str:
+    return int(text) if text.lstrip("-").isdecimal() else text
+
+
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -159,6 +164,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     draft_help = f"tokens drafted a round, 0...{MAX_SPECULATIVE_TOKENS} (default 3); the text does not depend on it"
     add("--num-speculative-tokens", type=int, default=3, metavar="K", help=draft_help)
     add("--mtp-prompt-tokens", type=int, metavar="N", help="let the MTP head read only the last N prompt tokens")
+    draft_vocab = "draft from the N most frequent tokens, or those of a file (mtpjax count-tokens); same text"
+    add("--draft-vocab-size", type=_number_or_path, metavar="N|FILE", help=draft_vocab)
     add("--max-tokens", type=int, default=128, metavar="N", help="new tokens of a prompt at most (default 128)")
     recommended = "sample as the checkpoint's generation_config.json recommends; the options below override it"
     add("--recommended-sampling", action="store_true", help=recommended)
@@ -215,6 +222,7 @@ def main(argv: list[str] | None = None) -> int:
             args.model,
             num_speculative_tokens=args.num_speculative_tokens,
             mtp_prompt_tokens=args.mtp_prompt_tokens,
+            draft_vocab_size=args.draft_vocab_size,
             dtype=args.dtype,
             quantization=args.quantization,
             max_model_len=args.max_model_len,

@@ -1,7 +1,7 @@
 """Describe a checkpoint: what it is, its sizes, its quantisation, its MTP head, the memory it takes and the cards it
 fits.
 
-    mtpjax info [FILE_OR_FOLDER] [--context N] [--max-num-seqs N]
+    mtpjax info [FILE_OR_FOLDER] [--context N] [--max-num-seqs N] [--draft-vocab-size N]
 
 Only configs and tensor headers are read. Memory is computed, not measured: weights as a GPU holds them (matrices of a
 quantised file stay packed, others are bfloat16) and the cache of the sequences. Programs need some hundred MiB more.
@@ -117,7 +117,18 @@ def format_bytes(size: float) -> str:
     return f"{size / 2**30:,.3g} GiB" if size >= 0.1 * 2**30 else f"{size / 2**20:,.3g} MiB"
 
 
-def describe(path: Path, context: int, max_num_seqs: int) -> Iterator[tuple[str, str]]:
+def draft_head_bytes(source: TensorSource | OrbaxDirectory, cfg: ModelConfig, draft_vocab_size: int) -> int:
+    """Return the bytes that a draft head of that many rows takes on a GPU: they are copies of rows of the LM head."""
+    row = 2 * cfg.hidden_size
+    if isinstance(source, GgufFile | QuantizedDirectory):
+        info = source.tensors["embed_tokens.weight" if cfg.tied_embeddings else "lm_head.weight"]
+        row = min(row, info.nbytes // info.shape[0])
+    return row * min(draft_vocab_size, cfg.vocab_size)
+
+
+def describe(
+    path: Path, context: int, max_num_seqs: int, draft_vocab_size: int | None = None
+) -> Iterator[tuple[str, str]]:
     """Yield the lines of the description as (title, text).
 
     Raises:
@@ -140,6 +151,11 @@ def describe(path: Path, context: int, max_num_seqs: int) -> Iterator[tuple[str,
     yield "tokenizer", describe_tokenizer(source)
     context = min(context, cfg.max_position)
     weights, cache = gpu_weight_bytes(source, cfg), cache_bytes(cfg, context, max_num_seqs)
+    if draft_vocab_size is not None and cfg.mtp_layers:
+        extra = draft_head_bytes(source, cfg, draft_vocab_size)
+        rows = f"{draft_vocab_size:,} of {cfg.vocab_size:,} rows of the LM head"
+        yield "draft head", f"{rows}: {format_bytes(extra)} more"
+        weights += extra
     yield (
         "GPU memory",
         f"{format_bytes(weights)} of weights + {format_bytes(cache)} of cache for {max_num_seqs} x {context:,} tokens "
@@ -170,12 +186,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("path", type=Path, nargs="?", default=TINY, help="file or folder (default: the embedded model)")
     parser.add_argument("--context", type=int, default=32_768, metavar="N", help="tokens of a sequence (default 32768)")
     parser.add_argument("--max-num-seqs", type=int, default=1, metavar="N", help="sequences at a time (default 1)")
+    draft_vocab = "count the memory of a draft head for LLM(draft_vocab_size=N)"
+    parser.add_argument("--draft-vocab-size", type=int, metavar="N", help=draft_vocab)
     args = parser.parse_args(argv)
-    for name in ("context", "max_num_seqs"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least 1")
+    for name in ("context", "max_num_seqs", "draft_vocab_size"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} is {value}, expected at least 1")
     try:
-        for title, text in describe(args.path, args.context, args.max_num_seqs):
+        for title, text in describe(args.path, args.context, args.max_num_seqs, args.draft_vocab_size):
             print(f"{title:<12}{text}")
     except (ValueError, OSError) as error:  # CheckpointError and ConfigError are ValueErrors
         print(f"{PROG}: {error}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The console command `mtpjax`: `generate`, `convert`, `info`, `tune`."""
+"""The console command `mtpjax`: `generate`, `convert`, `info`, `tune`, `count-tokens`."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from collections.abc import Callable
 import jax
 
 import mtpjax
-from mtpjax.cli import convert, generate, info, tune
+from mtpjax.cli import convert, count_tokens, generate, info, tune
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "generate": (generate.main, "generate text for a file of prompts"),
     "convert": (convert.main, "convert a checkpoint: Hugging Face, Orbax, GGUF"),
     "info": (info.main, "describe a checkpoint: sizes, quantisation, MTP head, memory, cards"),
     "tune": (tune.main, "measure tile constants of the GPU kernels on this card"),
+    "count-tokens": (count_tokens.main, "count token ids of texts, for LLM(draft_vocab_size=...)"),
 }
 
 
@@ -28,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     if args and args[0] == "--version":
         print(f"mtpjax {mtpjax.__version__}")
         return 0
-    lines = [f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items()]
+    lines = [f"  {name:<14}{text}" for name, (_, text) in COMMANDS.items()]
     usage = "\n".join(["usage: mtpjax COMMAND ...", "", *lines, "", "mtpjax COMMAND --help explains a command."])
     if not args or args[0] in ("-h", "--help"):
         print(usage)

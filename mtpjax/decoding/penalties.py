@@ -39,6 +39,10 @@ class TokenCounts(struct.PyTreeNode):
         ids = jnp.where(counted, tokens, vocab)  # an id that does not exist is dropped
         return self.replace(counts=self.counts.at[jnp.arange(batch)[:, None], ids].add(1, mode="drop"))
 
+    def take(self, token_ids: Int[Array, " N"]) -> TokenCounts:
+        """Return the columns of these ids; from then on "tokens" are their places among `token_ids`."""
+        return TokenCounts(self.in_prompt[:, token_ids], self.counts[:, token_ids])
+
 
 def round_to_bfloat16(frequency: float) -> float:
     """Return the value that `Penalties.frequency` stores for a frequency penalty."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +47,21 @@ class BatchSamplingParams(struct.PyTreeNode):
     penalties: Penalties | None = None  # None: no request has any
 
 
+class VocabSubset(NamedTuple):
+    """Some token ids of a vocabulary.
+
+    The noise of a subset is that of the same ids in the whole vocabulary: with other noise a draft would agree with the
+    trunk by chance only.
+
+    Attributes:
+        token_ids: ascending, so that of equally good tokens the subset and the vocabulary choose the same.
+        num_logits: of the whole vocabulary.
+    """
+
+    token_ids: Int[Array, " N"]
+    num_logits: int
+
+
 def gumbel_noise(seed: UInt32[Array, ""], position: Int[Array, ""], vocab_size: int) -> Float[Array, " V"]:
     """Return standard Gumbel noise for the token at `position` of the request with `seed`, float32 `[vocab_size]`."""
     return jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), position), (vocab_size,))
@@ -56,6 +72,7 @@ def sample(
     positions: Int[Array, "B R"],
     sampling_params: BatchSamplingParams,
     vocab_size: int,
+    subset: VocabSubset | None = None,
 ) -> Int[Array, "B R"]:
     """Return the token of each row, int32.
 
@@ -63,16 +80,21 @@ def sample(
         logits: float32; row r of request b predicts the token at `positions[b, r]`.
         vocab_size: ids from here on do not exist and are never chosen: the matrices of published checkpoints are
             padded.
+        subset: the ids of the columns, if they are not the whole vocabulary. Then the result is a column, and top-k,
+            top-p and min-p are those of the subset.
     """
-    if vocab_size < logits.shape[-1]:
+    if subset is None and vocab_size < logits.shape[-1]:
         logits = jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, -jnp.inf)
+    num_logits = logits.shape[-1] if subset is None else subset.num_logits
     temperature, seed = sampling_params.temperature, sampling_params.seed
     truncation = sampling_params.truncation
 
     def sample_rows(rows: tuple[Array, Array], sequences: tuple[Array, Array, TruncationParams | None]) -> Array:
         """Return a token for each of N logits `[N, V]`."""
         (logits, positions), (temperature, seed, truncation) = rows, sequences
-        noise = jax.vmap(gumbel_noise, (0, 0, None))(seed, positions, logits.shape[-1])
+        noise = jax.vmap(gumbel_noise, (0, 0, None))(seed, positions, num_logits)
+        if subset is not None:
+            noise = noise[:, subset.token_ids]
         if truncation is not None:
             logits = apply_top_k_top_p_min_p(logits, temperature, truncation)
         return argmax(logits + temperature[:, None] * noise)

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 
 from mtpjax.decoding.output_rows import NO_ROWS, OutputRows
 from mtpjax.decoding.penalties import TokenCounts, apply_penalties
-from mtpjax.decoding.sampling import BatchSamplingParams, sample
+from mtpjax.decoding.sampling import BatchSamplingParams, VocabSubset, sample
 from mtpjax.model import Model, make_positions
 from mtpjax.model.cache import Cache, PendingDeltaUpdates
 
@@ -163,13 +163,20 @@ def draft(
     and values of position `cache.length - 1 + j` into the head's cache. All but those of step 0 are provisional:
     `sync_mtp_cache` overwrites them.
 
+    With a draft head (`Model.draft_head`) the tokens come from its part of the vocabulary. Penalties and noise are
+    those of the same ids in the trunk. Top-k, top-p and min-p count among the part only, so they differ a little from
+    the trunk's: that can cost a draft, and nothing else.
+
     Args:
         hidden: of the last committed row, after the final norm.
         token: the token that follows that row.
         inactive: sequences that draft nothing; their tokens mean nothing.
         token_counts: tokens of prompt and text, for penalties.
     """
-    one = jnp.ones_like(token)
+    one, token_ids = jnp.ones_like(token), model.draft_token_ids
+    subset = None if token_ids is None else VocabSubset(token_ids, model.cfg.vocab_size)
+    if token_counts is not None and token_ids is not None:
+        token_counts = token_counts.take(token_ids)
     Carry = tuple[Array, Array, Cache, TokenCounts | None]
 
     def step(carry: Carry, j: Int[Array, ""]) -> tuple[Carry, Int[Array, " B"]]:
@@ -177,10 +184,11 @@ def draft(
         start = cache.length - cache.mtp_start_pos - 1 + j
         positions = make_positions(model.cfg, start, 1, inactive.astype(jnp.int32), kv_len=cache.kv_len)
         mtp_hidden, cache = model.mtp_step(hidden[:, None], token[:, None], cache, positions)
-        logits = apply_penalties(model.head(mtp_hidden), sampling_params.penalties, token_counts)
-        token = sample(logits, (cache.length + 1 + j)[:, None], sampling_params, vocab_size)[:, 0]
+        logits = apply_penalties(model.draft_logits(mtp_hidden), sampling_params.penalties, token_counts)
+        column = sample(logits, (cache.length + 1 + j)[:, None], sampling_params, vocab_size, subset)
         if token_counts is not None:
-            token_counts = token_counts.add(token[:, None], one)
+            token_counts = token_counts.add(column, one)
+        token = column[:, 0] if token_ids is None else token_ids[column[:, 0]]
         return (mtp_hidden[:, 0], token, cache, token_counts), token
 
     (_, _, cache, _), drafts = lax.scan(step, (hidden, token, cache, token_counts), jnp.arange(num_speculative_tokens))

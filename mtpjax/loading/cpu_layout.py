@@ -60,7 +60,7 @@ def _cpu_weight(path: ParamPath, variable: Any) -> Any:
         return TransposedWeight(_transpose(weight, 0, 1, 3, 2))
     if isinstance(variable, Expert) and getattr(weight, "dtype", None) == jnp.bfloat16:
         return BitcastBfloat16(jax.device_put(np.asarray(weight).view(np.uint16)))
-    limit = MAX_HEAD_ELEMENTS if path == ("lm_head",) else MAX_WEIGHT_ELEMENTS
+    limit = MAX_HEAD_ELEMENTS if path[0] in ("lm_head", "draft_head") else MAX_WEIGHT_ELEMENTS
     if isinstance(variable, Dense) and path != ("embedding",) and _is_small(weight, 2, limit):
         return TransposedWeight(_transpose(weight, *range(weight.ndim - 2), -1, -2))
     return weight

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from os import PathLike
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from checkpoints import TINY, GgufFile, open_checkpoint
+from checkpoints import TINY, GgufFile, OrbaxDirectory, TensorSource, open_checkpoint
 from kernels_pallas.platform import platform
 from mtpjax.config import DEFAULT_STOP_TOKEN_IDS, ModelConfig
 from mtpjax.loading.load import load_checkpoint
@@ -28,12 +29,20 @@ class OpenedModel(NamedTuple):
         dtype: float32 or bfloat16, of computing and of the cache.
         tokenizer: None if the checkpoint has none.
         generation_config: `generation_config.json`; empty if the checkpoint has none.
+        folder: of the checkpoint, or of its file; None for a model that was already loaded.
     """
 
     model: LoadedModel
     dtype: jnp.dtype
     tokenizer: Tokenizer | None
     generation_config: Mapping[str, Any]
+    folder: Path | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids below this exist; the matrices of published checkpoints have more rows."""
+        size = self.model.cfg.vocab_size
+        return min(size, self.tokenizer.size) if self.tokenizer else size
 
 
 def open_model(
@@ -65,11 +74,15 @@ def open_model(
         return OpenedModel(model, resolved, loaded_tokenizer, {})
     source = open_checkpoint(TINY if model is None else model)
     loaded = load_checkpoint(source, dtype=resolved, mtp=mtp, quantization=quantization)
-    if loaded_tokenizer is None and source.tokenizer_file is not None:
-        loaded_tokenizer = load_tokenizer(source.tokenizer_file)
-    elif loaded_tokenizer is None and isinstance(source, GgufFile):
-        loaded_tokenizer = tokenizer_from_gguf(source.metadata, str(source.path))
-    return OpenedModel(loaded, resolved, loaded_tokenizer, source.generation_config)
+    folder = source.path.parent if isinstance(source, GgufFile) else source.path
+    return OpenedModel(loaded, resolved, loaded_tokenizer or own_tokenizer(source), source.generation_config, folder)
+
+
+def own_tokenizer(source: TensorSource | OrbaxDirectory) -> Tokenizer | None:
+    """Load the tokenizer of an opened checkpoint. Returns None if it has none; raises ValueError if it is damaged."""
+    if source.tokenizer_file is not None:
+        return load_tokenizer(source.tokenizer_file)
+    return tokenizer_from_gguf(source.metadata, str(source.path)) if isinstance(source, GgufFile) else None
 
 
 def compute_dtype_of(model: LoadedModel) -> jnp.dtype:

@@ -16,7 +16,7 @@ from mtpjax.config import ModelConfig
 from mtpjax.model.cache import Cache, PendingDeltaUpdates, new_pending
 from mtpjax.model.decoder import Decoder, LayerState
 from mtpjax.model.mtp import Mtp
-from mtpjax.model.params import ParamFactory
+from mtpjax.model.params import Dense, ParamFactory, TokenIds
 from mtpjax.model.positions import Positions
 
 
@@ -42,6 +42,7 @@ class Model(nnx.Module):
         self.norm = make.vector(cfg.hidden_size)
         self.lm_head = None if cfg.tied_embeddings else make.matrix(cfg.vocab_size, cfg.hidden_size)
         self.mtp: Any = Mtp(cfg, dtype) if cfg.mtp_layers else None
+        self.draft_head: Any = None  # a `DraftHead`, if drafts come from a part of the vocabulary
 
     def embed(self, tokens: Int[Array, "B T"], valid: Bool[Array, "B T"]) -> Float[Array, "B T D"]:
         """Look up embeddings in the compute dtype. Padding rows are zero, and stay zero through every layer."""
@@ -100,6 +101,15 @@ class Model(nnx.Module):
         weight = self.embedding if self.lm_head is None else self.lm_head
         return linear(hidden, weight[...], out_dtype=jnp.float32)
 
+    @property
+    def draft_token_ids(self) -> Int[Array, " N"] | None:
+        """Ids of the columns of `draft_logits`, ascending; None: the whole vocabulary."""
+        return None if self.draft_head is None else self.draft_head.token_ids[...]
+
+    def draft_logits(self, hidden: Float[Array, "B R D"]) -> Float[Array, "B R N"]:
+        """Return float32 logits, of `draft_token_ids` only, of rows that `mtp_step` returned."""
+        return self.head(hidden) if self.draft_head is None else self.draft_head(hidden)
+
     def mtp_sync(
         self, hidden: Float[Array, "B T D"], next_tokens: Int[Array, "B T"], cache: Cache, positions: Positions
     ) -> Cache:
@@ -111,6 +121,23 @@ class Model(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Run the whole MTP head on rows whose next tokens are `next_tokens`; see `Mtp.__call__`."""
         return self.mtp(self.embed(next_tokens, positions.valid), hidden, cache, positions)
+
+
+class DraftHead(nnx.Module):
+    """A copy of those rows of the LM head that belong to the tokens that drafts come from.
+
+    Args:
+        weight: the rows `[N, D]`, plain or packed.
+        token_ids: of the rows, int32 `[N]`, ascending.
+    """
+
+    def __init__(self, weight: Any, token_ids: Int[Array, " N"]) -> None:
+        self.weight = Dense(weight)
+        self.token_ids = TokenIds(token_ids)
+
+    def __call__(self, hidden: Float[Array, "B R D"]) -> Float[Array, "B R N"]:
+        """Return float32 logits."""
+        return linear(hidden, self.weight[...], out_dtype=jnp.float32)
 
 
 def abstract_model(

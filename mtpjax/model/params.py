@@ -30,6 +30,10 @@ class Expert(nnx.Param):
     """A stack `[layer, expert, ...]` of routed experts. It is always passed on whole, with the index of the layer."""
 
 
+class TokenIds(nnx.Variable):
+    """Ids of the tokens that the rows of a matrix belong to, int32, ascending."""
+
+
 @dataclass(frozen=True)
 class ParamFactory:
     """Makes parameters that have a shape and a dtype and no value: nothing is allocated or traced.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,17 @@ class Tokenizer:
     def size(self) -> int:
         """Ids below this exist, added tokens included."""
         return max(self.hf_tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+    @property
+    def added_token_ids(self) -> list[int]:
+        """Ids of the added tokens: end of text, marks of a chat, and the like."""
+        return sorted(self.hf_tokenizer.get_added_tokens_decoder())
+
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 of all tokens and their ids: it tells one vocabulary from another, from whatever file it comes."""
+        pairs = sorted((i, token) for token, i in self.hf_tokenizer.get_vocab(with_added_tokens=True).items())
+        return hashlib.sha256(json.dumps(pairs, ensure_ascii=True).encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text."""

@@ -16,25 +16,40 @@ from typing import Any
 import jax.numpy as jnp
 
 from checkpoints import TINY, open_checkpoint
-from mtpjax import LLM, SamplingParams
+from mtpjax import LLM, RequestOutput, SamplingParams
 from mtpjax.loading.load import load_checkpoint
+from mtpjax.text.tokenizer import Tokenizer
 from scripts.benchmarks.pre_norm_model import pre_norm
 from scripts.benchmarks.results import describe, write_json
 
 
+def cut_prompts(tokenizer: Tokenizer, files: list[str], prompt_tokens: int, limit: int) -> list[list[int]]:
+    """Return at most `limit` pieces of `prompt_tokens` tokens of each text, evenly spread."""
+    prompts: list[list[int]] = []
+    for name in files:
+        ids = tokenizer.encode(Path(name).read_text(encoding="utf-8"))
+        starts = range(0, len(ids) - prompt_tokens, prompt_tokens)
+        pieces = [ids[start : start + prompt_tokens] for start in starts]
+        prompts += pieces[:: max(1, len(pieces) // limit)][:limit]
+    return prompts
+
+
 def measure(llm: LLM, prompts: list[list[int]], max_tokens: int) -> dict[str, Any]:
+    """Return the figures of greedy texts; see `figures_of`."""
+    outputs = llm.generate(prompts, SamplingParams(max_tokens=max_tokens, ignore_eos=True))
+    return figures_of(outputs, llm.num_speculative_tokens)
+
+
+def figures_of(outputs: list[RequestOutput], num_speculative_tokens: int) -> dict[str, Any]:
     """Return the rounds, the tokens a round, and the acceptance of each draft position.
 
     "accepted" are shares of all rounds, "accepted_given_earlier" of the rounds that accepted every draft before.
     """
-    outputs = llm.generate(prompts, SamplingParams(max_tokens=max_tokens, ignore_eos=True))
     rounds = sum(o.metrics.num_steps for o in outputs)
-    accepted = [
-        sum(o.metrics.num_accepted_tokens_per_pos[i] for o in outputs) for i in range(llm.num_speculative_tokens)
-    ]
+    accepted = [sum(o.metrics.num_accepted_tokens_per_pos[i] for o in outputs) for i in range(num_speculative_tokens)]
     accepted_before = [rounds, *accepted[:-1]]
     return {
-        "prompts": len(prompts),
+        "prompts": len(outputs),
         "rounds": rounds,
         "tokens_per_round": sum(len(o.token_ids) for o in outputs) / rounds,
         "accepted": [count / rounds for count in accepted],
@@ -64,12 +79,7 @@ def main() -> None:
     llm = LLM(args.model, dtype="float32", **options)
     if llm.tokenizer is None:
         raise SystemExit(f"{args.model}: no tokenizer.json, so text cannot be read")
-    prompts = []
-    for name in args.text:
-        ids = llm.tokenizer.encode(Path(name).read_text(encoding="utf-8"))
-        starts = range(0, len(ids) - args.prompt_tokens, args.prompt_tokens)
-        pieces = [ids[start : start + args.prompt_tokens] for start in starts]
-        prompts += pieces[:: max(1, len(pieces) // args.limit)][: args.limit]
+    prompts = cut_prompts(llm.tokenizer, args.text, args.prompt_tokens, args.limit)
     variants = {"post-norm": llm}
     if args.pre_norm:
         model = load_checkpoint(open_checkpoint(args.model), dtype=jnp.dtype(jnp.float32))

@@ -123,6 +123,31 @@ def memory(result: dict[str, Any]) -> list[str]:
     ]
 
 
+def draft_vocab(result: dict[str, Any]) -> list[str]:
+    """The section on drafts from a part of the vocabulary."""
+    whole = {(r["domain"], r["temperature"]): r for r in result["table"] if r["draft_vocab_size"] is None}
+    lines = [
+        "| N | text | T | tokens of the text among them | accepted, by position | tokens a round | ÷ all |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in result["table"]:
+        size, accepted = r["draft_vocab_size"], ", ".join(f"{share:.2f}" for share in r["accepted"])
+        name, per_round = f"{size:,}" if size else "all", r["tokens_per_round"]
+        ratio = per_round / whole[r["domain"], r["temperature"]]["tokens_per_round"]
+        head = f"| {name} | {r['domain']} | {r['temperature']:g} | {r['in_part']:.1%} "
+        lines.append(f"{head}| {accepted} | {per_round:.2f} | {ratio:.2f} |")
+    return [
+        "## Drafts from a part of the vocabulary",
+        "`python -m scripts.benchmarks.acceptance_draft_vocab --text FILE FILE --json docs/benchmarks/draft_vocab.json`"
+        f": `LLM(draft_vocab_size=N)`, embedded model (4,096 tokens) in {result['dtype']}, {result['draft']} drafts, "
+        "prompts of the two held-out books and requests for stories in chat. The ids are those of "
+        "`checkpoints/tiny/draft_vocab.json`, counted in its training text. All texts are the same at every N. A "
+        "draft step reads N + 3 rows of the LM head in place of 4,096; its share of a round on a GPU is what is to be "
+        "gained. " + about(result),
+        "\n".join(lines),
+    ]
+
+
 def h100(result: dict[str, Any], llama: dict[str, Any]) -> list[str]:
     """The section on the only GPU that has run whole programs."""
     rows = ["| context | drafts | ms a round | tokens/s | share of the bandwidth |", "|---|---|---|---|---|"]
@@ -165,7 +190,12 @@ def page() -> str:
     if (file := FILES / "h100_model.json").exists():
         parts += h100(json.loads(file.read_text()), json.loads((FILES / "h100_llama_cpp.json").read_text()))
         shown |= {"h100_model", "h100_llama_cpp"}
-    for name, section in (("table", the_table), ("table_tiny", the_tiny_table), ("prefill_memory", memory)):
+    for name, section in (
+        ("table", the_table),
+        ("table_tiny", the_tiny_table),
+        ("prefill_memory", memory),
+        ("draft_vocab", draft_vocab),
+    ):
         if (file := FILES / f"{name}.json").exists():
             parts += section(json.loads(file.read_text()))
             shown.add(name)

@@ -49,6 +49,7 @@ def job(llm: LLM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[.
         expected = {
             "num_speculative_tokens": 2,
             "mtp_prompt_tokens": 9,
+            "draft_vocab_size": None,
             "dtype": "auto",
             "quantization": None,
             "max_model_len": 40,

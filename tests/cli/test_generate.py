@@ -55,6 +55,19 @@ def test_answers_are_those_of_the_model_in_the_order_of_the_input(job: Callable,
     assert "é0" in (tmp_path / "out.jsonl").read_text(encoding="utf-8")  # not \u00e9
 
 
+@pytest.mark.parametrize(("text", "value"), [("512", 512), ("-1", -1), ("ids.json", "ids.json")])
+def test_a_draft_vocabulary_is_a_number_or_a_file(
+    text: str, value: int | str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(model: Path | None, **arguments: Any) -> LLM:
+        assert arguments["draft_vocab_size"] == value
+        raise ValueError(f"draft_vocab_size is {value!r}")
+
+    monkeypatch.setattr(generate, "LLM", refuse)
+    assert main(["--draft-vocab-size", text]) == 2
+    assert f"draft_vocab_size is {value!r}" in capsys.readouterr().err
+
+
 def test_recommended_sampling_is_overridden_by_options_and_lines(
     job: Callable, llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

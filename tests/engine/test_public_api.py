@@ -37,6 +37,7 @@ def test_the_signatures_are_those_of_the_documentation() -> None:
         "max_prefill_seqs": None,
         "prefill_buckets": (16, 64, 256, 512),
         "mtp_prompt_tokens": None,
+        "draft_vocab_size": None,
         "seed": 0,
         "tokenizer": None,
         "acceptance": None,
