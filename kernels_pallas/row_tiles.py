@@ -7,6 +7,7 @@ hardware can tell.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,7 +19,14 @@ from kernels_pallas.platform import capability
 # 9.0: `wgmma` has a shape for every multiple of eight rows, and no card has been asked yet whether they agree.
 PROVED_ROW_TILES = {(8, 0): (8, 16, 32, 64, 128), (9, 0): (16,)}
 
+ENVIRONMENT_VARIABLE = "MTPJAX_ONLY_PROVED_ROW_TILES"  # "1": the strict mode, for the whole process
+
 _only_proved: ContextVar[bool] = ContextVar("only_proved_row_tiles", default=False)
+
+
+def uses_only_proved_row_tiles() -> bool:
+    """Return whether kernels are traced in the strict mode; see `only_proved_row_tiles`."""
+    return _only_proved.get() or os.environ.get(ENVIRONMENT_VARIABLE) == "1"
 
 
 def proved_row_tiles() -> tuple[int, ...]:
@@ -32,8 +40,8 @@ def only_proved_row_tiles() -> Iterator[None]:
     """Trace kernels whose products have proved numbers of rows only: larger blocks become several products.
 
     A strict mode, for texts that must be the same in every batch before a card has been asked. It costs time where many
-    rows are read. JAX caches traced programs and does not know the mode they were traced in: clear its caches, or use
-    one process for each.
+    rows are read. The environment variable MTPJAX_ONLY_PROVED_ROW_TILES=1 turns it on for a whole process. JAX caches
+    traced programs and does not know the mode they were traced in: clear its caches, or use one process for each.
     """
     token = _only_proved.set(True)
     try:
@@ -47,6 +55,6 @@ def product_rows(rows: int) -> int:
 
     The tile is a multiple of it, as both are powers of two.
     """
-    if not _only_proved.get() or rows in proved_row_tiles():
+    if not uses_only_proved_row_tiles() or rows in proved_row_tiles():
         return rows
     return max(tile for tile in proved_row_tiles() if tile <= max(rows, proved_row_tiles()[0]))

@@ -67,6 +67,7 @@ def attention(
     gates: PartialSums,
     *,
     num_kv_blocks: Int[Array, ""] | int | None = None,
+    is_prompt: bool = False,
     implementation: str | None = None,
 ) -> Float[Array, "B T Q H"]:
     """Causal grouped-query attention over the cache, with a sigmoid gate on the output of every head.
@@ -83,6 +84,8 @@ def attention(
         num_kv_blocks: number of blocks of `KV_BLOCK` cache positions that hold every visible key, for "xla". A Python
             int makes the loop's trip count static and the function differentiable. None: computed from `positions` and
             `valid`.
+        is_prompt: the rows are those of a prompt, however few. The kernels add them up in another order than those of a
+            verify window, and a prompt has the same bits in chunks of any length.
         implementation: "xla", "triton", or None for the best of the platform that supports the shapes. "triton" has no
             gradient.
 
@@ -91,7 +94,8 @@ def attention(
     """
     if _resolve(implementation, *keys.shape[3:]) == "xla":
         return reference.attention(q, keys, values, layer, positions, valid, gates, num_kv_blocks=num_kv_blocks)
-    return triton.attention(q, keys, values, layer, positions, valid, gates, interpret=interpret_kernels())
+    args = q, keys, values, layer, positions, valid, gates
+    return triton.attention(*args, is_prompt=is_prompt, interpret=interpret_kernels())
 
 
 def _resolve(implementation: str | None, kv_len: int, head_dim: int) -> str:

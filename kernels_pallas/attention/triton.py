@@ -1,8 +1,8 @@
 """Attention over a cache as one or two Pallas kernels, through the Triton lowering, whatever the context length.
 
 As a loop of XLA operations, attention over 32k cache positions is a hundred iterations of a dozen kernels, and the host
-waits for every iteration. With few rows the cache is split (`triton_decode`), with many one program reads all that its
-rows see (`triton_prefill`). Within either kind, a row's result does not depend on the other rows, bit for bit.
+waits for every iteration. For verify windows the cache is split (`triton_decode`); for prompts one program reads all
+that its rows see (`triton_prefill`). Within either kind, a row's result does not depend on the other rows, bit for bit.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from kernels_pallas.partial_sums import PartialSums
 
 MIN_HEAD_DIM = 16  # the smallest size that tensor cores contract over
 KV_MULTIPLE = 64  # the largest tile of cache positions that a kernel reads whole
-DECODE_ROWS = 16  # rows of a sequence up to which the cache is split
+DECODE_ROWS = 16  # rows of a window up to which the cache is split
 
 
 def supports(head_dim: int, kv_len: int) -> bool:
@@ -33,6 +33,7 @@ def attention(
     valid: Bool[Array, "B T"],
     gates: PartialSums,
     *,
+    is_prompt: bool = False,
     interpret: bool = False,
 ) -> Float[Array, "B T Q H"]:
     """See `kernels_pallas.attention.attention`. Nothing beyond the last valid row of a sequence is read.
@@ -40,5 +41,5 @@ def attention(
     Args:
         interpret: run the kernels in interpret mode, on any device.
     """
-    attend = decode_attention if q.shape[1] <= DECODE_ROWS else prefill_attention
+    attend = decode_attention if q.shape[1] <= DECODE_ROWS and not is_prompt else prefill_attention
     return attend(q, keys, values, layer, positions, valid, gates, interpret=interpret)

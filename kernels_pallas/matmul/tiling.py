@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 
 from kernels_pallas.packed.layout import PackedLayout, max_row_tile, min_row_tile
 from kernels_pallas.platform import shared_memory_bytes
+from kernels_pallas.row_tiles import product_rows
 from kernels_pallas.tile_tables import MatmulConstants, tile_constants
 from kernels_pallas.tiles import next_power_of_2
 
@@ -92,7 +93,7 @@ def choose_tiling(rows: int, weights: Sequence[Operands], dtype: DTypeLike) -> T
     else:
         stages = min(each.stages_many for each in constants)
         max_rows = min(each.row_tile_many for each in constants)
-    row_tile = max(min_row_tile(), min(next_power_of_2(rows), max_rows))
+    row_tile = product_rows(max(min_row_tile(), min(next_power_of_2(rows), max_rows)))
     while True:
         wide = row_tile >= 64 and not write_partials
         out_tile, warps = (2 * narrow, 8) if wide else (narrow, 4)

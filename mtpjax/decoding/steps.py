@@ -104,7 +104,8 @@ def _run_trunk(
     Returns:
         the last `num_rows` rows (None: all) before the final norm, and the cache.
     """
-    positions = make_positions(model.cfg, cache.length, tokens.shape[1], pad, kv_len=cache.kv_len)
+    rows = tokens.shape[1]
+    positions = make_positions(model.cfg, cache.length, rows, pad, kv_len=cache.kv_len, is_prompt=True)
     x, cache = model.trunk(tokens, cache, positions, num_rows)
     return x, cache.replace(length=cache.length + tokens.shape[1] - pad)
 

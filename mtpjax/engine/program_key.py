@@ -35,6 +35,8 @@ import jax
 import numpy as np
 
 from kernels_pallas.platform import capability, interpret_kernels, platform
+from kernels_pallas.row_tiles import uses_only_proved_row_tiles
+from kernels_pallas.tile_tables import table_fingerprint
 
 OWN_PACKAGES = ("mtpjax", "kernels_pallas", "checkpoints")
 # What these define is known by its name: the digest has their versions. Types of numpy include those of ml_dtypes.
@@ -67,7 +69,7 @@ def step_digest(fn: Callable[..., Any], static: Any, args: Any, options: Any) ->
         args: the arrays, or their shapes, that it is compiled for.
         options: compile options.
     """
-    target = (platform(), capability(), interpret_kernels())
+    target = (platform(), capability(), interpret_kernels(), table_fingerprint(), uses_only_proved_row_tiles())
     try:
         parts = (_describe((target, options, fn, static)), _describe_arguments(args))
         return _digest(json.dumps(environment()), hash_of_sources(), *chain(*parts))

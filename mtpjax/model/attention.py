@@ -84,6 +84,7 @@ class Attention(nnx.Module):
             last.valid,
             q_gate[0],
             num_kv_blocks=positions.kv_blocks,
+            is_prompt=positions.is_prompt,
             implementation=positions.implementation,
         )
         return linears_split_k(out.reshape(*last_x.shape[:2], -1), self.o[...])[0], cache

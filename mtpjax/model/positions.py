@@ -27,6 +27,7 @@ class Positions(struct.PyTreeNode):
     rope: CosSin
     static_kv_blocks: int | None = struct.field(pytree_node=False, default=None)
     implementation: str | None = struct.field(pytree_node=False, default=None)
+    is_prompt: bool = struct.field(pytree_node=False, default=False)  # not a verify window or a draft step
 
     @property
     def kv_blocks(self) -> Int[Array, ""] | int:
@@ -53,6 +54,7 @@ def make_positions(
     kv_len: int,
     static_kv_blocks: int | None = None,
     implementation: str | None = None,
+    is_prompt: bool = False,
 ) -> Positions:
     """Return the positions `start - pad ... start - pad + rows - 1` of each sequence.
 
@@ -66,6 +68,7 @@ def make_positions(
             static, so the step is differentiable. None: as many blocks as the positions need.
         implementation: implementation of the ops that have more than one; see `kernels_pallas.platform`. Training
             needs "xla", because kernels have no gradient.
+        is_prompt: the rows are those of a prompt; see `kernels_pallas.attention.attention`.
     """
     steps = jnp.arange(rows)
     positions = start[:, None] - pad[:, None] + steps
@@ -78,4 +81,5 @@ def make_positions(
         rope=rope_angles(positions, cfg.rotary_dim, cfg.rope_theta),
         static_kv_blocks=static_kv_blocks,
         implementation=implementation,
+        is_prompt=is_prompt,
     )
