@@ -65,7 +65,16 @@ def test_the_groups_of_a_profile_are_all_of_its_kernels(program: str) -> None:
     assert sum(t.count for t in groups.values()) == pytest.approx(found["kernels"] / found["rounds"])
     assert sum(t.total_us for t in groups.values()) == pytest.approx(1e3 * found["busy_ms"] / found["rounds"])
     assert groups[OTHER].total_us < 0.13 * sum(t.total_us for t in groups.values())
-    assert groups["experts, down"].count == 40
+    layers = {
+        "norms": 80,
+        "choice of experts": 40,
+        "experts, down": 40,
+        "DeltaNet, in": 30,
+        "gated norm": 30,
+        "q, k, v": 10,
+    }
+    # The final norm is one more; of a profile with drafts it is among the kernels that the file leaves out.
+    assert {group: round(groups[group].count) for group in layers} in (layers, layers | {"norms": 81})
 
 
 @pytest.mark.parametrize(("draft", "context"), predict.ROUNDS)
