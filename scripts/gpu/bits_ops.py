@@ -72,7 +72,8 @@ def op_cases(
         yield f"linear {form}", _linear_case(size, form, dtype, rows)
     yield "delta rule, window", _delta_case(size, dtype)
     yield "queries and keys", _qkv_case(size, dtype, rows)
-    yield "attention, window", _attention_case(size, dtype, [n for n in rows if n <= max(WINDOW_ROWS)])
+    yield "attention, window", _attention_case(size, dtype, [n for n in rows if n <= max(WINDOW_ROWS)], False)
+    yield "attention, prompt", _attention_case(size, dtype, rows, True)
     yield "choice of experts", _choice_case(size, dtype, rows)
     for form in forms:
         yield f"experts {form}", _experts_case(size, form, dtype, rows)
@@ -159,9 +160,9 @@ def _qkv_case(size: KernelSizes, dtype: Any, rows: Sequence[int]) -> OpCase:
     return OpCase(rows, enter)
 
 
-def _attention_case(size: KernelSizes, dtype: Any, rows: Sequence[int]) -> OpCase:
+def _attention_case(size: KernelSizes, dtype: Any, rows: Sequence[int], is_prompt: bool) -> OpCase:
     q_heads, kv_heads, head_dim = size.heads
-    most, kv_len = max(rows), -(-size.context // 256) * 256
+    most, kv_len = max(rows), -(-max(size.context, *rows) // 256) * 256
     q = _normal(0, (1, most, q_heads, head_dim), dtype) / head_dim**0.5
     keys, values = (_normal(i, (1, 1, kv_heads, kv_len, head_dim), dtype) for i in (1, 2))
     gates = _normal(3, (NUM_PARTS, most, 2 * q_heads * head_dim))
@@ -170,7 +171,7 @@ def _attention_case(size: KernelSizes, dtype: Any, rows: Sequence[int]) -> OpCas
     def attend(n: int) -> list[jax.Array]:
         positions = jnp.arange(kv_len - n, kv_len)[None]
         valid, sums = jnp.ones((1, n), bool), PartialSums(gates[:, -n:])
-        return [attention(q[:, -n:], keys, values, 0, positions, valid, sums)[0]]
+        return [attention(q[:, -n:], keys, values, 0, positions, valid, sums, is_prompt=is_prompt)[0]]
 
     return OpCase(rows, attend)
 

@@ -5,6 +5,7 @@ import importlib
 import json
 import subprocess
 import sys
+import tarfile
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -129,24 +130,37 @@ def test_bad_arguments_are_named(args: list[str], message: str, capsys: pytest.C
 
 @pytest.mark.slow
 def test_the_gpu_suite_runs_at_a_toy_size(tmp_path: Path) -> None:
-    """Every part writes its file with ceilings and a share of the roofline; the kernels are right in interpret mode."""
-    done = subprocess.run([*GPU_SUITE, "--smoke", "--out", str(tmp_path)], capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    names = ("kernels", "experts", "prefill", "decode", "table", "profile")
-    parts = {name: json.loads((tmp_path / f"gpu_{name}.json").read_text()) for name in names}
-    assert all(p["ceilings"]["bytes_per_second"] > 0 and not p["not_measured"] for p in parts.values())
-    rows = parts["kernels"]["rows"]
+    """Parts write rows with a share of the roofline, then come a page and the compiled programs for the next run."""
+    parts = ("model", "kernels", "batch", "text", "tune", "profile")  # "bits" has a test of its own
+    command = [*GPU_SUITE, "--smoke", "--minutes", "12", "--out", str(tmp_path), "--parts", *parts]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=800)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {name: json.loads((tmp_path / f"gpu_{name}.json").read_text()) for name in parts}
+    assert all(p["complete"] and p["rows"] and not p["failed"] and not p["not_measured"] for p in found.values())
+    rows = found["kernels"]["rows"]
     kinds = {"linear", "experts", "attention", "entering", "deltanet", "norm", "gating", "routing", "sampling"}
     assert {r["case"].split()[0] for r in rows} == kinds
     assert all(r["right"] and 0 < r["of_roofline"] for r in rows)
     assert all(0 < r["error"] for r in rows if r["case"].split()[0] not in ("routing", "sampling"))  # few sums
-    beside = parts["experts"]["rows"]
-    assert {r["side"] for r in beside} == {"kernels", "unpack", "ragged_dot"}
-    assert all(r["right"] and 0 < r["error"] and 0 < r["of_roofline"] for r in beside)
-    assert {r["side"] for r in parts["prefill"]["rows"]} == {"MTP on", "MTP off"}
-    assert {(r["context"], r["draft"]) for r in parts["decode"]["rows"]} == {(c, k) for c in (256, 512) for k in (0, 2)}
-    assert all(r["prefill_floor"] > 0 for r in parts["table"]["rows"])
-    assert 0 < len(parts["profile"]["decode"]["longest"]) <= 10
+    decode = [r for r in found["model"]["rows"] if r["kind"] == "decode"]
+    assert {(r["context"], r["draft"]) for r in decode} == {(c, k) for c in (256, 512) for k in (0, 2)}
+    assert {r["side"] for r in found["model"]["rows"] if r["kind"] == "prompt"} == {"MTP on", "MTP off"}
+    assert {(r["batch"], r["draft"]) for r in found["batch"]["rows"]} == {(b, k) for b in (1, 2) for k in (0, 3)}
+    assert (tmp_path / "gpu_profile_decode.csv").read_text().count("\n") > 20
+    page = (tmp_path / "report.md").read_text()
+    assert "## batch" in page and "| 2 | 256 | 3 |" in page and all(f"| {part} | done |" in page for part in parts)
+    with tarfile.open(tmp_path / "caches.tar") as tar:
+        assert len(tar.getnames()) > 10
+
+
+def test_the_gpu_suite_keeps_what_it_has_when_the_time_is_up(tmp_path: Path) -> None:
+    command = [*GPU_SUITE, "--smoke", "--minutes", "0.1", "--out", str(tmp_path), "--parts", "profile", "model"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    page = (tmp_path / "report.md").read_text()
+    assert page in done.stdout and "| model | " in page and "| profile | " in page
+    left_out = json.loads((tmp_path / "gpu_profile.json").read_text())["not_measured"]
+    assert "| profile | done |" not in page or "prompt" in left_out
 
 
 def test_the_gpu_suite_says_that_there_is_no_gpu(tmp_path: Path) -> None:
