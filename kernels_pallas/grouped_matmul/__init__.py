@@ -1,5 +1,11 @@
 """The routed experts of a Mixture-of-Experts layer: each row is multiplied by the experts chosen for it alone."""
 
-from kernels_pallas.grouped_matmul.api import combine_experts, fused_moe, fused_moe_unreduced
+from kernels_pallas.grouped_matmul.api import (
+    SharedExpert,
+    combine_experts,
+    fused_moe,
+    fused_moe_unreduced,
+    fused_moe_with_shared,
+)
 
-__all__ = ["combine_experts", "fused_moe", "fused_moe_unreduced"]
+__all__ = ["SharedExpert", "combine_experts", "fused_moe", "fused_moe_unreduced", "fused_moe_with_shared"]

@@ -12,10 +12,13 @@ from kernels_pallas.grouped_matmul import reference, triton
 from kernels_pallas.grouped_matmul.grad import with_gradient_of
 from kernels_pallas.grouped_matmul.plan import drop_invalid
 from kernels_pallas.grouped_matmul.reference import combine_experts
+from kernels_pallas.grouped_matmul.triton_shared import SharedExpert
+from kernels_pallas.matmul import linears_split_k
+from kernels_pallas.partial_sums import PartialSums
 from kernels_pallas.platform import interpret_kernels, resolve_implementation
-from kernels_pallas.weights import QuantizedTensor, Weight
+from kernels_pallas.weights import LayerView, QuantizedTensor, Weight
 
-__all__ = ["combine_experts", "fused_moe", "fused_moe_unreduced"]
+__all__ = ["SharedExpert", "combine_experts", "fused_moe", "fused_moe_unreduced", "fused_moe_with_shared"]
 
 
 def fused_moe(
@@ -82,9 +85,40 @@ def fused_moe_unreduced(
         return reference.fused_moe(*args)[:, None]
     interpret = interpret_kernels()
     if _any_packed(gate_up, down):
-        return triton.fused_moe_unreduced(*args, interpret=interpret)
+        return triton.fused_moe_unreduced(*args, interpret=interpret)[0]
     kernel = partial(triton.fused_moe, out_dtype=jnp.float32, interpret=interpret)
     return with_gradient_of(kernel, reference.fused_moe, *args)[:, None]
+
+
+def fused_moe_with_shared(
+    x: Float[Array, "rows D"],
+    gate_up: Weight,
+    down: Weight,
+    layer: Int[Array, ""],
+    topk_ids: Int[Array, "rows topk"],
+    topk_weights: Float[Array, "rows topk"],
+    shared: SharedExpert,
+    *,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "rows chosen D"], PartialSums]:
+    """Return `fused_moe_unreduced`, and the down projection of the shared expert: partial sums `[P, rows, D]`.
+
+    For few rows the kernels of packed experts make both in one launch. A row of the shared expert has the bits that
+    `linears_split_k` gives it.
+
+    Args:
+        x, gate_up, down, layer, topk_ids, topk_weights, implementation: as for `fused_moe_unreduced`.
+        shared: the activated hidden units of the rows, in the dtype of `x`, and the down projection.
+    """
+    args = (x, gate_up, down, layer, topk_ids, topk_weights)
+    joins = isinstance(shared.down, QuantizedTensor | LayerView) and triton.supports(shared.down)
+    if joins and _any_packed(gate_up, down) and _uses_kernel(gate_up, down, implementation):
+        outputs, total = triton.fused_moe_unreduced(*args, shared, interpret=interpret_kernels())
+        if total is not None:
+            return outputs, PartialSums(total[None])
+    else:
+        outputs = fused_moe_unreduced(*args, implementation=implementation)
+    return outputs, linears_split_k(shared.hidden, shared.down, implementation=implementation)[0]
 
 
 def _any_packed(gate_up: Weight, down: Weight) -> bool:

@@ -27,6 +27,12 @@ from jaxtyping import Bool, Float, Int
 from kernels_pallas.grouped_matmul.plan import drop_invalid
 from kernels_pallas.grouped_matmul.reference import combine_experts
 from kernels_pallas.grouped_matmul.triton_plan import align_blocks
+from kernels_pallas.grouped_matmul.triton_shared import (
+    SharedExpert,
+    SharedLayout,
+    shared_operands,
+    store_shared_tile,
+)
 from kernels_pallas.grouped_matmul.triton_tiling import Tiling, choose_tiling, places_of
 from kernels_pallas.matmul.triton import OUT_TILE, supports
 from kernels_pallas.packed.dequantize import WeightRefs, load_tile
@@ -152,20 +158,30 @@ def _down_kernel(
     layout: PackedLayout,
     tiling: Tiling,
     dtype: DTypeLike,
+    shared: SharedLayout | None,
     ops: WordOps,
 ) -> None:
     """Compute `down_tile` outputs of one block's expert for its rows, times the routing weight.
 
+    With `shared`, the programs behind the last block compute the down projection of the shared expert.
+
     Each row is written to the place of its assignment, `row * topk + k`. Where `hidden_ref` holds partial
     sums of gate and up, every program adds them and activates the hidden units itself, which is cheaper than a launch.
     """
-    *weight_refs, out_ref = refs
+    block, tile, num_blocks = pl.program_id(0), pl.program_id(1), expert_ids_ref.shape[0]
+    weight_refs, out_ref = refs[: len(layout.operand_names) + 1], refs[-1 if shared is None else -2]
     num_experts, (num_assignments, outputs) = weight_refs[0].shape[1], out_ref.shape
-    block, tile = pl.program_id(0), pl.program_id(1)
+    expert = expert_ids_ref[jnp.minimum(block, num_blocks - 1)]
+    if shared is not None:
+        operands = refs[len(weight_refs) : -2]
+        expert = jnp.where(block < num_blocks, expert, num_experts)
+        pl.when(block == num_blocks)(
+            lambda: store_shared_tile(operands, refs[-1], shared, tile, tiling.down_tile, tiling.block_size, ops)
+        )
 
-    @pl.when(expert_ids_ref[block] < num_experts)
+    @pl.when(expert < num_experts)
     def _() -> None:
-        index = (layer_ref[0], expert_ids_ref[block])
+        index = (layer_ref[0], expert)
         num_hidden = hidden_ref.shape[-1] // (2 if tiling.write_partials else 1)
         num_words = num_hidden // layout.values_per_word
         weight = WeightRefs(layout, tuple(weight_refs), index, outputs, num_words, ops)
@@ -219,7 +235,7 @@ def fused_moe(
     """
     num_experts = gate_up.shape[1]
     topk_ids = drop_invalid(topk_ids, valid, num_experts)
-    outputs = fused_moe_unreduced(x, gate_up, down, layer, topk_ids, topk_weights, interpret=interpret)
+    outputs, _ = fused_moe_unreduced(x, gate_up, down, layer, topk_ids, topk_weights, interpret=interpret)
     return combine_experts(outputs, topk_ids[:, 0] < num_experts, out_dtype or x.dtype)
 
 
@@ -230,10 +246,12 @@ def fused_moe_unreduced(
     layer: Int[Array, ""],
     topk_ids: Int[Array, "rows topk"],
     topk_weights: Float[Array, "rows topk"],
+    shared: SharedExpert | None = None,
     *,
     interpret: bool = False,
-) -> Float[Array, "rows topk D"]:
-    """Return the weighted output of each expert of a row, float32; undefined for rows without experts.
+) -> tuple[Float[Array, "rows topk D"], Float[Array, "rows D"] | None]:
+    """Return the weighted output of each expert of a row, and that of the shared expert if it is given and the rows are
+    few (`Tiling.takes_shared`), all float32. The outputs of rows without experts are undefined.
 
     The stacks `[L, E, 2 I, D]` and `[L, E, D, I]` are dequantised in float32 and rounded to the dtype of `x`. The
     hidden units have the dtype of `x`, and sums are float32.
@@ -266,11 +284,18 @@ def fused_moe_unreduced(
         interpret=interpret,
         name=f"experts_gate_up_{gate_up_layout.layout}",
     )(*index, x, *gate_up_operands)
-    return pl.pallas_call(
-        partial(_down_kernel, layout=down_layout, dtype=x.dtype, **options),
-        grid=(expert_ids.size, -(-x.shape[1] // tiling.down_tile)),
-        out_shape=jax.ShapeDtypeStruct((rows * topk, x.shape[1]), jnp.float32),
+    out_shapes = [jax.ShapeDtypeStruct((rows * topk, x.shape[1]), jnp.float32)]
+    shared_layout: SharedLayout | None = None
+    operands: tuple[Array, ...] = ()
+    if shared is not None and tiling.takes_shared(rows):
+        shared_layout, operands = shared_operands(shared)
+        out_shapes.append(jax.ShapeDtypeStruct(x.shape, jnp.float32))
+    outputs, *shared_output = pl.pallas_call(
+        partial(_down_kernel, layout=down_layout, dtype=x.dtype, shared=shared_layout, **options),
+        grid=(expert_ids.size + len(out_shapes) - 1, -(-x.shape[1] // tiling.down_tile)),
+        out_shape=out_shapes,
         compiler_params=tiling.compiler_params(down_layout, x.dtype),
         interpret=interpret,
         name=f"experts_down_{down_layout.layout}",
-    )(*index, topk_weights.astype(jnp.float32).reshape(-1), hidden, *down_operands).reshape(rows, topk, -1)
+    )(*index, topk_weights.astype(jnp.float32).reshape(-1), hidden, *down_operands, *operands)
+    return outputs.reshape(rows, topk, -1), shared_output[0] if shared_output else None

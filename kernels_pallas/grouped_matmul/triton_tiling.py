@@ -66,6 +66,10 @@ class Tiling(NamedTuple):
         """The outputs of a program of the down projection."""
         return 2 * OUT_TILE if self.is_wide else OUT_TILE
 
+    def takes_shared(self, rows: int) -> bool:
+        """Whether the down kernel also multiplies the rows of the shared expert: all of them fit one block."""
+        return not self.sorted and rows <= self.block_size
+
     def compiler_params(self, layout: PackedLayout, dtype: DTypeLike) -> plt.CompilerParams:
         """Return the warps of a program and the steps under way."""
         num_stages = layout.num_stages(self.block_size, dtype)

@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool, Float
 
 from kernels_pallas.activation import silu_and_mul
-from kernels_pallas.grouped_matmul import fused_moe_unreduced
+from kernels_pallas.grouped_matmul import SharedExpert, fused_moe_with_shared
 from kernels_pallas.matmul import fused_linears, linears_split_k
 from kernels_pallas.norm import MoeOutput
 from kernels_pallas.partial_sums import PartialSums
@@ -76,10 +76,16 @@ class Moe(nnx.Module):
         logits, shared_gate, gate, up = linears_split_k(x, *weights, out_dtypes=[jnp.float32] * 4)
         choice = self.route(logits, gate, up, valid, x.dtype, implementation)
         index = jnp.asarray(layer, jnp.int32)
-        outputs = fused_moe_unreduced(
-            rows, self.gate_up[...], self.down[...], index, choice.topk_ids, choice.topk_weights
+        hidden = choice.shared_hidden.reshape(*x.shape[:-1], -1)
+        outputs, shared_out = fused_moe_with_shared(
+            rows,
+            self.gate_up[...],
+            self.down[...],
+            index,
+            choice.topk_ids,
+            choice.topk_weights,
+            SharedExpert(hidden, shared.down[...]),
         )
-        shared_out = shared.down_projection(choice.shared_hidden.reshape(*x.shape[:-1], -1))
         return MoeOutput(outputs, valid, shared_out, shared_gate)
 
     def route(

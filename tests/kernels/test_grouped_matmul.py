@@ -8,14 +8,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.grouped_matmul import combine_experts, fused_moe, fused_moe_unreduced
+from kernels_pallas.grouped_matmul import (
+    SharedExpert,
+    combine_experts,
+    fused_moe,
+    fused_moe_unreduced,
+    fused_moe_with_shared,
+)
 from kernels_pallas.grouped_matmul.reference import DENSE_MOE_ROWS
 from kernels_pallas.grouped_matmul.shapes import ROWS, SHAPES, fused_moe_inputs
 from kernels_pallas.grouped_matmul.triton_tiling import choose_tiling, num_parts
+from kernels_pallas.matmul import linears_split_k
 from kernels_pallas.packed.formats import FORMATS
 from kernels_pallas.platform import override_platform
 from kernels_pallas.row_tiles import only_proved_row_tiles
-from kernels_pallas.weights import FusedExperts, QuantizedTensor, TransposedWeight
+from kernels_pallas.weights import FusedExperts, LayerView, QuantizedTensor, TransposedWeight
 from mtpjax.presets import PRESETS
 from tests.helpers.models import cpu_only
 from tests.helpers.numerics import assert_close
@@ -164,6 +171,27 @@ class TestKernel:
         assert all((of(slice(0, rows))[:21] == few).all() for rows in (64, 130))
         assert (of(slice(0, 1)) == few[:1]).all()
         assert (of(np.arange(130)[::-1])[:-22:-1] == few).all()
+
+    @pytest.mark.parametrize("rows", [1, 5, 8, 9])
+    def test_the_shared_expert_has_the_bits_of_its_own_product(self, rows: int) -> None:
+        """In the launch of the routed experts where all rows fit a block of eight, or in its own launch; two layers."""
+        topk_ids, topk_weights, _ = route(rows)
+        hidden = inputs(rows, 512, "bfloat16")
+        shared = random_weight("iq4_nl", (LAYERS, 256, 512), 5)
+        args = (inputs(rows, 256, "bfloat16"), *experts("q4_k"), np.int32(1), topk_ids, topk_weights)
+
+        def together(layer: jax.Array) -> Any:
+            return fused_moe_with_shared(*args, SharedExpert(hidden, LayerView(shared, layer)), implementation="triton")
+
+        outputs = jax.jit(partial(fused_moe_unreduced, implementation="triton"))(*args)
+        for layer in range(LAYERS):
+            got, total = jax.jit(together)(np.int32(layer))
+            [expected] = linears_split_k(hidden, LayerView(shared, jnp.int32(layer)), implementation="triton")
+            assert expected.parts.shape[0] > 1
+            np.testing.assert_array_equal(got, outputs)
+            np.testing.assert_array_equal(total.sum(jnp.float32), expected.sum(jnp.float32))
+        kernels = str(jax.make_jaxpr(together)(np.int32(0))).count("pallas_call")
+        assert kernels == (2 if rows <= 8 else 3)
 
     @pytest.mark.parametrize("capability", [(8, 6), (9, 0)])
     def test_blocks_of_several_products_give_the_same(self, capability: tuple[int, int]) -> None:
