@@ -87,12 +87,14 @@ OPS: dict[str, type[Constants]] = {
 }
 
 
-def parse_constants(op: str, values: dict[str, Any]) -> Constants:
+def parse_constants(op: str, values: Any) -> Constants:
     """Return the constants of an op from JSON, every one of them named.
 
     Raises:
         ValueError: a name is missing or unknown, or a value is out of range or, where it must be, no power of two.
     """
+    if not isinstance(values, dict):
+        raise ValueError(f"constants are a {type(values).__name__}, expected an object")
     kind = OPS[op]
     known = {each.name: each for each in fields(kind)}
     for name in values.keys() - known.keys():

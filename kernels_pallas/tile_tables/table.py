@@ -106,7 +106,7 @@ def parse_table(text: str, where: str, device: str) -> TileTable:
         ) from error
 
 
-def _parse(content: dict[str, Any], device: str) -> TileTable:
+def _parse(content: Any, device: str) -> TileTable:
     if not isinstance(content, dict):
         raise ValueError(f"it holds a {type(content).__name__}, expected an object")
     if content.get("version") != VERSION:
@@ -114,6 +114,8 @@ def _parse(content: dict[str, Any], device: str) -> TileTable:
     _check_keys(content, ("version", "device", "source", "ops"), "the table")
     if content["device"] != device:
         raise ValueError(f"it is for the device {content['device']!r}, and this one is {device!r}")
+    if not isinstance(content["ops"], dict):
+        raise ValueError(f"its ops are a {type(content['ops']).__name__}, expected an object")
     for op in content["ops"]:
         if op not in OPS:
             raise ValueError(f"unknown op {op!r}, expected {', '.join(OPS)}")
@@ -121,7 +123,9 @@ def _parse(content: dict[str, Any], device: str) -> TileTable:
     return TileTable(device, str(content["source"]), ops)
 
 
-def _parse_entries(op: str, entries: list[dict[str, Any]]) -> tuple[Entry, ...]:
+def _parse_entries(op: str, entries: Any) -> tuple[Entry, ...]:
+    if not isinstance(entries, list):
+        raise ValueError(f"{op} is a {type(entries).__name__}, expected a list")
     found = []
     for number, values in enumerate(entries):
         try:
@@ -139,7 +143,9 @@ def _parse_entries(op: str, entries: list[dict[str, Any]]) -> tuple[Entry, ...]:
     return tuple(found)
 
 
-def _check_keys(values: dict[str, Any], expected: tuple[str, ...], what: str, optional: tuple[str, ...] = ()) -> None:
+def _check_keys(values: Any, expected: tuple[str, ...], what: str, optional: tuple[str, ...] = ()) -> None:
+    if not isinstance(values, dict):
+        raise ValueError(f"{what} is a {type(values).__name__}, expected an object")
     for key in values.keys() - {*expected, *optional}:
         raise ValueError(f"{what} has the unknown key {key!r}, expected {', '.join(expected + optional)}")
     for key in expected:
