@@ -62,7 +62,7 @@ class LLM:
             room; None: a quarter of `max_num_seqs`. They need a cache of their own beside that of `max_num_seqs`
             sequences. If it is `max_num_seqs`, there is one cache, and the next prompts wait until all sequences have
             ended.
-        prefill_buckets: lengths of prompt chunks; each is compiled when it is first needed.
+        prefill_buckets: lengths of prompt chunks; each gets a program. Bits are promised if the largest is 64 n.
         mtp_prompt_tokens: how many of the last prompt tokens the MTP head reads, at least 1; None: all, as the head was
             trained. With a small number the chunks before these tokens cost exactly what they cost without MTP, and
             drafting reads fewer keys. Drafts that depend on distant tokens get worse; the text stays the same.

@@ -7,16 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from kernels_pallas.grouped_matmul import fused_moe
 from kernels_pallas.weights import BitcastBfloat16
 from mtpjax import LLM, SamplingParams
 from mtpjax.loading.cpu_layout import optimize_for_cpu
 from mtpjax.loading.load import cache_dtype
-from mtpjax.loading.loaded_model import LoadedModel
-from mtpjax.model import abstract_model
-from tests.helpers.models import cpu_only, numpy_model, tiny_config
+from tests.helpers.models import cpu_only, numpy_model, rounded_to_bfloat16, tiny_config
 
 EXPERTS, CHOSEN, SIZE, HIDDEN, ROWS = 8, 2, 24, 40, 56
 
@@ -35,12 +32,6 @@ def arguments(rows: int = ROWS) -> tuple[jax.Array, ...]:
 @jax.jit
 def run(x: Any, gate_up: Any, down: Any, chosen: Any, weights: Any) -> jax.Array:
     return fused_moe(x, gate_up, down, jnp.int32(0), chosen, weights, jnp.ones(len(x), bool))
-
-
-def bfloat16(model: LoadedModel) -> LoadedModel:
-    """The same weights, matrices rounded to bfloat16 and computed in it."""
-    graph, like = nnx.split(abstract_model(model.cfg, jnp.bfloat16))
-    return LoadedModel(model.cfg, graph, jax.tree.map(lambda leaf, new: leaf.astype(new.dtype), model.params, like))
 
 
 def bits(stack: jax.Array) -> BitcastBfloat16:
@@ -71,7 +62,7 @@ def test_experts_as_bits_are_never_converted_whole() -> None:
 @cpu_only
 def test_the_engine_holds_experts_as_bits_without_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mtpjax.loading.cpu_layout.MAX_WEIGHT_ELEMENTS", 0)
-    model = bfloat16(numpy_model(tiny_config(moe=True, num_superblocks=1)))
+    model = rounded_to_bfloat16(numpy_model(tiny_config(moe=True, num_superblocks=1)))
     held = optimize_for_cpu(model)
     stacks = [leaf for leaf in jax.tree.leaves(held.params) if leaf.dtype == jnp.uint16]
     layers = model.cfg.num_layers + model.cfg.mtp_layers
@@ -83,7 +74,7 @@ def test_the_engine_holds_experts_as_bits_without_a_copy(monkeypatch: pytest.Mon
 def test_bfloat16_follows_float32_and_drafts_do_not_change_its_text() -> None:
     """The same weights in both dtypes, and prompts of one token and of many."""
     model = numpy_model(tiny_config(moe=True, num_superblocks=1))
-    rounded = bfloat16(model)
+    rounded = rounded_to_bfloat16(model)
     sizes: dict[str, Any] = {"max_model_len": 96, "prefill_buckets": (64,)}
     exact = LLM(model, num_speculative_tokens=0, **sizes)
     plain, drafting = (LLM(rounded, num_speculative_tokens=k, **sizes) for k in (0, 2))

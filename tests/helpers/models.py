@@ -113,6 +113,12 @@ def numpy_model(cfg: ModelConfig, *, seed: int = 0, scale: float = 0.15) -> Load
     return LoadedModel(cfg, graph, map_params(params, make))
 
 
+def rounded_to_bfloat16(model: LoadedModel) -> LoadedModel:
+    """Return the same weights, matrices rounded to bfloat16 and computed in it."""
+    graph, like = nnx.split(abstract_model(model.cfg, jnp.bfloat16))
+    return LoadedModel(model.cfg, graph, jax.tree.map(lambda leaf, new: leaf.astype(new.dtype), model.params, like))
+
+
 def make_engine(
     model: LoadedModel,
     *,
