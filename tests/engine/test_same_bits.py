@@ -8,6 +8,7 @@ import pytest
 
 from kernels_pallas.gated_delta_rule import reference as delta_reference
 from kernels_pallas.gated_delta_rule.inputs import DeltaInputs
+from kernels_pallas.gated_delta_rule.reference import CHUNK
 from scripts.gpu.bits_model import BitChecks, Difference, ModelSizes
 from tests.helpers.models import cpu_only, numpy_model, rounded_to_bfloat16, tiny_config
 
@@ -57,14 +58,17 @@ def test_texts(checks: BitChecks) -> None:
 def test_chunks_that_are_counted_from_the_first_row_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rows of a prompt of 70 tokens then stand elsewhere in their chunks of 64 than in a call of 128 rows."""
 
-    def pad_behind(inputs: DeltaInputs, num_rows: int) -> DeltaInputs:
-        return jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, num_rows)] + [(0, 0)] * (x.ndim - 2)), inputs)
+    def chunk_gated_delta_rule(inputs: DeltaInputs, state: jax.Array) -> tuple[jax.Array, jax.Array]:
+        rows = inputs.q.shape[1]
+        behind = jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, -rows % CHUNK)] + [(0, 0)] * (x.ndim - 2)), inputs)
+        outputs = delta_reference.chunked_form(behind, state, CHUNK)
+        return outputs.o[:, :rows], outputs.state
 
-    monkeypatch.setattr(delta_reference, "_pad_in_front", pad_behind)
+    monkeypatch.setattr(delta_reference, "chunk_gated_delta_rule", chunk_gated_delta_rule)
     jax.clear_caches()
     model = rounded_to_bfloat16(numpy_model(tiny_config(moe=False, num_superblocks=1)))
     checks = BitChecks(model, jnp.float32, SIZES)
     reference = checks.caches(True, (128,), one_by_one=True)
     found = checks.compare_caches("chunks", reference, checks.caches(True, (16, 64), one_by_one=True))
     jax.clear_caches()
-    assert found.where is not None and "recurrent state of layer 0" in found.where
+    assert found.where is not None and found.where.startswith("recurrent state of layer 0 of prompt 0")
