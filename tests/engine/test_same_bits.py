@@ -56,7 +56,7 @@ def test_texts(checks: BitChecks) -> None:
 
 
 def test_chunks_that_are_counted_from_the_first_row_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rows of a prompt of 70 tokens then stand elsewhere in their chunks of 64 than in a call of 128 rows."""
+    """The 33 rows of a prompt then stand elsewhere in a chunk of 64 if they come in a call of 48 rows."""
 
     def chunk_gated_delta_rule(inputs: DeltaInputs, state: jax.Array) -> tuple[jax.Array, jax.Array]:
         rows = inputs.q.shape[1]
@@ -69,6 +69,6 @@ def test_chunks_that_are_counted_from_the_first_row_are_found(monkeypatch: pytes
     model = rounded_to_bfloat16(numpy_model(tiny_config(moe=False, num_superblocks=1)))
     checks = BitChecks(model, jnp.float32, SIZES)
     reference = checks.caches(True, (128,), one_by_one=True)
-    found = checks.compare_caches("chunks", reference, checks.caches(True, (16, 64), one_by_one=True))
+    found = checks.compare_caches("chunks", reference, checks.caches(True, (48, 64), one_by_one=True))
     jax.clear_caches()
-    assert found.where is not None and found.where.startswith("recurrent state of layer 0 of prompt 0")
+    assert found.where is not None and "recurrent state of layer 0 of prompt" in found.where
