@@ -62,7 +62,7 @@ def piece_bounds(piece: Array) -> tuple[Array, Array]:
 
 
 def _pieces_kernel(
-    index_ref: Any,
+    layer_ref: Any,
     position_ref: Any,
     q_ref: Any,
     k_ref: Any,
@@ -73,13 +73,14 @@ def _pieces_kernel(
     *,
     sizes: DecodeTile,
     programs: int,
+    first: int,
 ) -> None:
     """Compute the sums of every `programs`-th piece for a tile of pairs, all with the same key/value head."""
     _, rows, heads, size = q_ref.shape
     kv_heads = k_ref.shape[2]
     group = heads // kv_heads
     sequence_head = pl.program_id(1)
-    layer, b, n = index_ref[0], index_ref[1] + sequence_head // kv_heads, sequence_head % kv_heads
+    layer, b, n = layer_ref[0], first + sequence_head // kv_heads, sequence_head % kv_heads
     pair = pl.program_id(0) * sizes.pairs + jnp.arange(sizes.pairs)
     row, head, channel = lax.div(pair, group), n * group + lax.rem(pair, group), jnp.arange(size)
     row_grid, channel_grid = index_grid(row, channel)
@@ -131,7 +132,6 @@ def _pieces_kernel(
 
 
 def _join_kernel(
-    index_ref: Any,
     position_ref: Any,
     out_ref: Any,
     max_ref: Any,
@@ -141,13 +141,14 @@ def _join_kernel(
     *,
     kv_heads: int,
     channels: int,
+    first: int,
 ) -> None:
     """Join the pieces that a pair sees, for some channels, and apply the gate."""
     _, rows, heads, size = y_ref.shape
     group, blocks = heads // kv_heads, size // channels
     pair, block, sequence_head = pl.program_id(0) // blocks, pl.program_id(0) % blocks, pl.program_id(1)
     sequence, n = sequence_head // kv_heads, sequence_head % kv_heads
-    b, row, head = index_ref[1] + sequence, pair // group, n * group + pair % group
+    b, row, head = first + sequence, pair // group, n * group + pair % group
     channel = block * channels + jnp.arange(channels)
     num_pieces = count_pieces(position_ref[b, row] + 1)
 
@@ -193,28 +194,28 @@ def decode_attention(
     pairs, pieces = rows * (heads // kv_heads), int(count_pieces(kv_len, np))
     turns = -(-batch // max(1, MAX_TEMP_BYTES // (kv_heads * pairs * pieces * size * 4)))
     sequences = -(-batch // turns)
-    results: list[Array] = []
+    index, results = jnp.asarray(layer, jnp.int32).reshape(1), list[Array]()
     for first in range(0, batch, sequences):
-        index = jnp.stack([jnp.asarray(layer, jnp.int32), jnp.int32(first)])
         if results:  # the sums of these sequences take the memory of the former ones
             index, results[-1] = lax.optimization_barrier((index, results[-1]))
         num = min(sequences, batch - first)
-        results.append(_attend(index, position, q, keys, values, gates.parts, num, pieces, interpret))
+        results.append(_attend(index, position, q, keys, values, gates.parts, first, num, pieces, interpret))
     return results[0] if len(results) == 1 else jnp.concatenate(results)
 
 
 def _attend(
-    index: Int[Array, " 2"],
+    layer: Int[Array, " 1"],
     position: Int[Array, "B T"],
     q: Float[Array, "B T Q H"],
     keys: Float[Array, "A B N S H"],
     values: Float[Array, "A B N S H"],
     gates: Float[Array, "P BT QH2"],
+    first: int,
     sequences: int,
     pieces: int,
     interpret: bool,
 ) -> Float[Array, "sequences T Q H"]:
-    """Compute some sequences. `index`: the layer, and the first sequence."""
+    """Compute some sequences, from number `first` on."""
     _, rows, heads, size = q.shape
     kv_heads = keys.shape[2]
     pairs, sequence_heads, sizes = rows * (heads // kv_heads), sequences * kv_heads, DECODE_TILES[card_class(q.dtype)]
@@ -224,19 +225,19 @@ def _attend(
     padded = -(-pieces // JOIN_PIECES) * JOIN_PIECES
     shapes = ((sequence_heads, pairs, pieces, size), *[(sequence_heads, pairs, padded)] * 2)
     sums = pl.pallas_call(
-        partial(_pieces_kernel, sizes=sizes, programs=programs),
+        partial(_pieces_kernel, sizes=sizes, programs=programs, first=first),
         grid=(tiles, sequence_heads, programs),
         out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
         compiler_params=plt.CompilerParams(num_warps=sizes.warps, num_stages=sizes.stages),
         interpret=interpret,
         name="attention_decode",
-    )(index, position, q, keys, values)
+    )(layer, position, q, keys, values)
     channels = min(JOIN_CHANNELS, size)
     return pl.pallas_call(
-        partial(_join_kernel, kv_heads=kv_heads, channels=channels),
+        partial(_join_kernel, kv_heads=kv_heads, channels=channels, first=first),
         grid=(pairs * (size // channels), sequence_heads),
         out_shape=jax.ShapeDtypeStruct((sequences, rows, heads, size), q.dtype),
         compiler_params=plt.CompilerParams(num_warps=JOIN_WARPS, num_stages=1),
         interpret=interpret,
         name="attention_join",
-    )(index, position, *sums, gates)
+    )(position, *sums, gates)
