@@ -178,7 +178,7 @@ class TestKernel:
         topk_ids, topk_weights, _ = route(rows)
         hidden = inputs(rows, 512, "bfloat16")
         shared = random_weight("iq4_nl", (LAYERS, 256, 512), 5)
-        args = (inputs(rows, 256, "bfloat16"), *experts("q4_k"), np.int32(1), topk_ids, topk_weights)
+        args: Any = (inputs(rows, 256, "bfloat16"), *experts("q4_k"), np.int32(1), topk_ids, topk_weights)
 
         def together(layer: jax.Array) -> Any:
             return fused_moe_with_shared(*args, SharedExpert(hidden, LayerView(shared, layer)), implementation="triton")

@@ -110,7 +110,7 @@ class TestAlignBlocks:
         """Of 64 experts, six for a row: at random, all rows on the same, or all on the last, with invalid rows."""
         experts, rng = 64, np.random.default_rng(rows)
         chosen = np.argsort(rng.random((rows, experts)), axis=1)[:, :6].astype(np.int32)
-        for topk_ids in (chosen, np.broadcast_to(np.int32([5, 63, 0, 1, 2, 3]), chosen.shape)):
+        for topk_ids in (chosen, np.broadcast_to(np.array([5, 63, 0, 1, 2, 3], np.int32), chosen.shape)):
             for valid in (np.ones(rows, bool), rng.random(rows) < 0.7, np.zeros(rows, bool)):
                 blocks = jitted(align, experts, block_size)(topk_ids, valid)
                 check_blocks(blocks, np.where(valid[:, None], topk_ids, experts), experts, block_size)
