@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -99,22 +100,19 @@ class BitChecks:
         """Yield checks of the caches after the prompts, each with its name."""
         first = self.sizes.chunks[:1]
         reference = self.caches(True, first, one_by_one=True)
+
+        def compare(name: str, *args: Any, **how: Any) -> Difference:
+            return self.compare_caches(name, reference, self.caches(*args, **how))
+
         for mtp in (True, False):
             name = f"prompts, MTP {'on' if mtp else 'off'}"
-            yield (
-                f"{name}, together",
-                lambda mtp=mtp, name=name: self.compare_caches(f"{name}, together", reference, self.caches(mtp, first)),
-            )
+            yield f"{name}, together", partial(compare, f"{name}, together", mtp, first)
             for chunk in self.sizes.chunks[1:]:
-                yield (
-                    f"{name}, chunk {chunk}",
-                    lambda mtp=mtp, name=name, chunk=chunk: self.compare_caches(
-                        f"{name}, chunk {chunk}", reference, self.caches(mtp, (chunk,), one_by_one=True)
-                    ),
-                )
+                what = f"{name}, chunk {chunk}"
+                yield what, partial(compare, what, mtp, (chunk,), one_by_one=True)
         number = self.sizes.mtp_prompt_tokens
         name = f"prompts, mtp_prompt_tokens={number}"
-        yield name, lambda: self.compare_caches(name, reference, self.caches(True, first, mtp_prompt_tokens=number))
+        yield name, partial(compare, name, True, first, mtp_prompt_tokens=number)
 
     def caches(
         self,
@@ -183,7 +181,7 @@ class BitChecks:
         for count in self.sizes.window_batches:
             for rows in self.sizes.windows:
                 name = f"window of {rows} rows, {count} sequences"
-                yield name, lambda name=name, count=count, rows=rows: compare(name, count, rows)
+                yield name, partial(compare, name, count, rows)
 
     def text_checks(self) -> Iterator[tuple[str, Callable[[], Difference]]]:
         """Yield checks of whole texts, greedy ones and sampled ones, each with its name."""
@@ -214,7 +212,7 @@ class BitChecks:
             for batch in self.sizes.batches:
                 if (drafts, batch) != (0, longest):
                     name = f"texts, {drafts} drafts, batch {batch}"
-                    yield name, lambda name=name, drafts=drafts, batch=batch: compare(name, drafts, batch)
+                    yield name, partial(compare, name, drafts, batch)
 
 
 def count_differing(got: np.ndarray, want: np.ndarray) -> int:

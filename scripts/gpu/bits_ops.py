@@ -11,7 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas.attention import CosSin, QkvProjections, attention, norm_rope_update_cache
-from kernels_pallas.gated_delta_rule import DeltaProjections, DeltaState, DeltaWeights, recurrent_gated_delta_rule
+from kernels_pallas.gated_delta_rule import (
+    DeltaProjections,
+    DeltaState,
+    DeltaWeights,
+    no_updates,
+    recurrent_gated_delta_rule,
+)
 from kernels_pallas.grouped_matmul import fused_moe
 from kernels_pallas.matmul import linear
 from kernels_pallas.norm import MoeOutput, add_rms_norm, gated_rms_norm, rms_norm
@@ -133,8 +139,12 @@ def _delta_case(size: KernelSizes, dtype: Any) -> OpCase:
     def window(n: int) -> list[jax.Array]:
         projections = DeltaProjections(*(PartialSums(sums[:, :n]) for sums in (qkv, b, a)))
         pad, valid = jnp.zeros(1, jnp.int32), jnp.ones((1, n), bool)
-        o, updates = recurrent_gated_delta_rule(projections, weights, state, 0, pad, valid, dtype=dtype)
-        return [o[0], updates.k[0], updates.delta[0], updates.decay[0]]
+        args = projections, weights, state, no_updates(state, n), 0, pad, valid
+        o, _, updates = recurrent_gated_delta_rule(*args, dtype=dtype)
+        return [
+            o[0],
+            *(stack[0, 0] for stack in (updates.k, updates.delta, updates.decay)),
+        ]  # of the layer and sequence
 
     return OpCase(WINDOW_ROWS, window, from_end=False)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -71,7 +72,7 @@ def all_checks(smoke: bool) -> Iterator[Check]:
     """Yield every check: ops in the order of a layer, then models."""
     size, rows = (SMOKE, (1, 2, 5, 9, 16, 20, 70)) if smoke else (KernelSizes(layers=1), ROWS)
     for name, case in op_cases(size, FORMS[:1] if smoke else FORMS, rows=rows):
-        yield name, lambda name=name, case=case: check_op(name, case)
+        yield name, partial(check_op, name, case)
     for weights in ("int8",) if smoke else WEIGHTS:
         if smoke:
             model = random_model(TOY_CONFIG, quantization=weights, scale=0.3, dtype=jnp.bfloat16)

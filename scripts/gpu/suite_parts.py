@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ class Loop:
         """Compile the loop, if it is not yet."""
         if self.program is None:
             state = jax.eval_shape(lambda: self.state(0))
-            self.program = decode.lower(
+            lowered: Any = decode.lower(
                 self.model.params,
                 state,
                 self.requests(),
@@ -79,7 +80,8 @@ class Loop:
                 max_steps=ROUNDS,
                 vocab_size=self.model.cfg.vocab_size,
                 acceptance=rule(self.draft),
-            ).compile(**compile_options())
+            )
+            self.program = lowered.compile(**compile_options())
 
     def requests(self) -> BatchSamplingParams:
         """Return greedy requests that never end."""
@@ -129,7 +131,7 @@ def model_programs(setup: Setup) -> Iterator[Callable[[], Any]]:
         yield Loop(setup, draft, 1, setup.kv_len).compile
     for chunk in setup.chunks:
         for mtp in (True, False):
-            yield lambda mtp=mtp, chunk=chunk: setup.side(mtp, chunk)
+            yield partial(setup.side, mtp, chunk)
 
 
 def model(setup: Setup, results: Results) -> None:

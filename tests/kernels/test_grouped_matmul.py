@@ -181,7 +181,8 @@ class TestKernel:
         args: Any = (inputs(rows, 256, "bfloat16"), *experts("q4_k"), np.int32(1), topk_ids, topk_weights)
 
         def together(layer: jax.Array) -> Any:
-            return fused_moe_with_shared(*args, SharedExpert(hidden, LayerView(shared, layer)), implementation="triton")
+            args_with_shared: Any = (*args, SharedExpert(hidden, LayerView(shared, layer)))
+            return fused_moe_with_shared(*args_with_shared, implementation="triton")
 
         outputs = jax.jit(partial(fused_moe_unreduced, implementation="triton"))(*args)
         for layer in range(LAYERS):
