@@ -13,7 +13,7 @@ from jax import Array, lax
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Float
 
-from kernels_pallas.matmul.triton import num_splits
+from kernels_pallas.matmul.tiling import Operands
 from kernels_pallas.packed.dequantize import WeightRefs, load_tile
 from kernels_pallas.packed.layout import PackedLayout, load_rows, mma_m_order, pack_operands
 from kernels_pallas.packed.ptx_ops import WordOps
@@ -33,6 +33,7 @@ class SharedLayout(NamedTuple):
 
     layout: PackedLayout
     is_stack: bool
+    num_splits: int  # of the sum over I
 
 
 def shared_operands(shared: SharedExpert) -> tuple[SharedLayout, tuple[Array, ...]]:
@@ -41,7 +42,8 @@ def shared_operands(shared: SharedExpert) -> tuple[SharedLayout, tuple[Array, ..
     weight, layer = (shared.down.stack, shared.down.layer) if isinstance(shared.down, LayerView) else (shared.down, 0)
     layout, arrays = pack_operands(weight)
     hidden = shared.hidden.reshape(-1, shared.hidden.shape[-1])
-    return SharedLayout(layout, is_stack), (jnp.asarray(layer, jnp.int32).reshape(1), hidden, *arrays)
+    splits = Operands(layout, arrays).num_splits
+    return SharedLayout(layout, is_stack, splits), (jnp.asarray(layer, jnp.int32).reshape(1), hidden, *arrays)
 
 
 def store_shared_tile(
@@ -60,7 +62,7 @@ def store_shared_tile(
     weight = WeightRefs(layout, tuple(weight_refs), index, outputs, num_words, ops)
     rows, weight_rows = jnp.arange(row_tile), tile * out_tile + mma_m_order(layout, out_tile)
     steps = -(-num_words // layout.words_per_step)
-    splits = num_splits(outputs, steps)
+    splits = shared.num_splits
     steps_per_split = -(-steps // splits)
     zero = jnp.zeros((out_tile, row_tile), jnp.float32)
 
