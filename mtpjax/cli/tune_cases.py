@@ -164,7 +164,9 @@ def _matmul_case(
 
 
 def _experts_cases(toy: bool) -> Iterator[TuneCase]:
-    base, few_rows, many_rows, parts, blocks = ExpertsConstants(), (1, 5), 2048, (1, 2, 4), (64, 128)
+    base, many_rows, blocks = ExpertsConstants(), 2048, (64, 128)
+    few_rows: tuple[int, ...] = (1, 5)
+    parts: tuple[int, ...] = (1, 2, 4)
     shapes = {1024: MOE_SHAPES["35b-a3b"], None: MOE_SHAPES["122b-a10b"]}  # by the most outputs of gate and up
     if toy:
         few_rows, many_rows, parts, blocks = (3,), 72, (1, 2), (16, 32)
@@ -210,7 +212,9 @@ def _experts_case(
 
 
 def _delta_cases(toy: bool) -> Iterator[TuneCase]:
-    shape, few_rows, columns, layers = DELTA_SHAPES["35b-a3b"], (1, 5), (8, 16, 32), LAYERS
+    shape, layers = DELTA_SHAPES["35b-a3b"], LAYERS
+    few_rows: tuple[int, ...] = (1, 5)
+    columns: tuple[int, ...] = (8, 16, 32)
     if toy:
         shape = DeltaShape(layers=1, value_heads=2, key_heads=1, key_size=16, value_size=16)
         few_rows, columns, layers = (3,), (8, 16), TOY_LAYERS
