@@ -28,11 +28,10 @@ from jaxtyping import Float, Int
 from kernels_pallas.gated_delta_rule.inputs import DeltaProjections, DeltaWeights
 from kernels_pallas.gated_delta_rule.state import DeltaState, PendingDeltaUpdates, page_offsets
 from kernels_pallas.gated_delta_rule.triton_inputs import window_inputs
+from kernels_pallas.tile_tables import tile_constants
 from kernels_pallas.tiles import index_grid
 
 DECODE_ROWS = 16  # largest window; with more rows the chunked form is faster
-# Columns of the state that a program holds. A program is one warp, so that no sum waits at a barrier.
-STATE_COLUMNS = 8
 
 
 class _UpdateRefs(NamedTuple):
@@ -163,6 +162,14 @@ def _check(rows: int, key_size: int, value_size: int) -> None:
         raise ValueError(f"{rows} rows of heads of {key_size} x {value_size}; {expected}")
 
 
+def _state_columns(value_size: int) -> int:
+    """Return the columns of a state that a program holds, as the tile table has them.
+
+    A program is one warp, so that no sum waits at a barrier.
+    """
+    return min(tile_constants("gated_delta_rule").state_columns, value_size)
+
+
 def _accepted(pending: PendingDeltaUpdates) -> Int[Array, " B"]:
     return jnp.zeros(pending.k.shape[1], jnp.int32) if pending.accepted is None else pending.accepted
 
@@ -198,7 +205,7 @@ def recurrent_gated_delta_rule(
     """
     num_layers, batch, *sizes = state.recurrent.shape
     value_heads, key_size, value_size = sizes
-    rows, columns = projections.qkv.parts.shape[1] // batch, min(STATE_COLUMNS, value_size)
+    rows, columns = projections.qkv.parts.shape[1] // batch, _state_columns(value_size)
     _check(rows, key_size, value_size)
     accepted = _accepted(pending)
     pages = page_offsets(pending, num_layers)
@@ -249,7 +256,7 @@ def replay_recurrent(
     """
     num_layers, batch, value_heads, key_size, value_size = state.shape
     _check(pending.k.shape[2], key_size, value_size)
-    columns = min(STATE_COLUMNS, value_size)
+    columns = _state_columns(value_size)
     pages = page_offsets(pending, num_layers)
     updates = _UpdateRefs(_accepted(pending), pages, pending.k, pending.delta, pending.decay)
     return pl.pallas_call(

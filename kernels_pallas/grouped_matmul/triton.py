@@ -6,9 +6,9 @@ kernel with SiLU; down applies the routing weight in float32.
 
 A row's result does not depend on the other rows, bit for bit: its sums over D and I are taken in steps of a fixed size
 and order, and the sum over its experts in the order in which they were chosen. The sum over D of gate and up is cut
-into parts, as the shapes of the weights say. With few rows a part is a program of its own, which fills the GPU. It
-writes partial sums, float32, `2 * parts * I` for each assignment (at most 0.4 MiB for a 35B-A3B), and the down kernel
-adds and activates them. With more rows one program adds the parts in the same order.
+into parts, as the tile table says for the shape of the weight. With few rows a part is a program of its own, which
+fills the GPU. It writes partial sums, float32, `2 * parts * I` for each assignment (at most 0.4 MiB for a 35B-A3B), and
+the down kernel adds and activates them. With more rows one program adds the parts in the same order.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ from kernels_pallas.grouped_matmul.triton_shared import (
     store_shared_tile,
 )
 from kernels_pallas.grouped_matmul.triton_tiling import Tiling, choose_tiling, places_of
-from kernels_pallas.matmul.triton import OUT_TILE, supports
+from kernels_pallas.matmul.tiling import OUT_TILE, Operands
+from kernels_pallas.matmul.triton import supports
 from kernels_pallas.packed.dequantize import WeightRefs, load_tile
 from kernels_pallas.packed.layout import (
     PackedLayout,
@@ -45,6 +46,7 @@ from kernels_pallas.packed.layout import (
 )
 from kernels_pallas.packed.ptx_ops import WordOps, word_ops
 from kernels_pallas.partial_sums import load_partial_sum
+from kernels_pallas.tile_tables import tile_constants
 from kernels_pallas.tiles import dot, index_grid
 from kernels_pallas.weights import Weight
 
@@ -76,10 +78,6 @@ def _halves(x: Float[Array, "two_O rows"]) -> tuple[Float[Array, "O rows"], Floa
     x = x.reshape(2, -1, x.shape[1])
     upper = jnp.arange(2)[:, None, None] == 0
     return jnp.sum(jnp.where(upper, x, 0.0), axis=0), jnp.sum(jnp.where(upper, 0.0, x), axis=0)
-
-
-def silu_and_mul(gate: Array, up: Array, dtype: DTypeLike) -> Array:
-    return (gate / (1.0 + jnp.exp(-gate)) * up).astype(dtype)
 
 
 def _gate_up_kernel(
@@ -260,11 +258,10 @@ def fused_moe_unreduced(
         interpret: run as plain `jnp`, on any device.
     """
     rows, topk = topk_ids.shape
-    gate_up_layout, gate_up_operands = pack_operands(gate_up)
-    down_layout, down_operands = pack_operands(down)
-    num_experts, num_hidden = gate_up_operands[0].shape[1], gate_up_operands[0].shape[2] // 2
-    steps = -(-gate_up_operands[0].shape[3] // gate_up_layout.words_per_step)
-    tiling = choose_tiling(rows, topk, num_experts, num_hidden, steps, x.dtype)
+    gate_up_operands, down_operands = Operands(*pack_operands(gate_up)), Operands(*pack_operands(down))
+    num_experts, num_hidden = gate_up.shape[1], gate_up_operands.outputs // 2
+    constants = tile_constants("experts", outputs=2 * num_hidden, inputs=x.shape[1])
+    tiling = choose_tiling(rows, topk, num_experts, gate_up_operands.num_steps, x.dtype, constants)
     if not tiling.sorted:
         expert_ids = sorted_token_ids = topk_ids.reshape(-1).astype(jnp.int32)  # the second is not read
     else:
@@ -277,13 +274,13 @@ def fused_moe_unreduced(
     else:
         hidden_shape = jax.ShapeDtypeStruct((sorted_token_ids.size, num_hidden), x.dtype)
     hidden = pl.pallas_call(
-        partial(_gate_up_kernel, layout=gate_up_layout, **options),
+        partial(_gate_up_kernel, layout=gate_up_operands.layout, **options),
         grid=(expert_ids.size, -(-num_hidden // OUT_TILE), tiling.parts if tiling.write_partials else 1),
         out_shape=hidden_shape,
-        compiler_params=tiling.compiler_params(gate_up_layout, x.dtype),
+        compiler_params=tiling.compiler_params(gate_up_operands, 2 * OUT_TILE, x.dtype),
         interpret=interpret,
-        name=f"experts_gate_up_{gate_up_layout.layout}",
-    )(*index, x, *gate_up_operands)
+        name=f"experts_gate_up_{gate_up_operands.layout.layout}",
+    )(*index, x, *gate_up_operands.arrays)
     out_shapes = [jax.ShapeDtypeStruct((rows * topk, x.shape[1]), jnp.float32)]
     shared_layout: SharedLayout | None = None
     operands: tuple[Array, ...] = ()
@@ -291,11 +288,11 @@ def fused_moe_unreduced(
         shared_layout, operands = shared_operands(shared)
         out_shapes.append(jax.ShapeDtypeStruct(x.shape, jnp.float32))
     outputs, *shared_output = pl.pallas_call(
-        partial(_down_kernel, layout=down_layout, dtype=x.dtype, shared=shared_layout, **options),
+        partial(_down_kernel, layout=down_operands.layout, dtype=x.dtype, shared=shared_layout, **options),
         grid=(expert_ids.size + len(out_shapes) - 1, -(-x.shape[1] // tiling.down_tile)),
         out_shape=out_shapes,
-        compiler_params=tiling.compiler_params(down_layout, x.dtype),
+        compiler_params=tiling.compiler_params(down_operands, tiling.down_tile, x.dtype),
         interpret=interpret,
-        name=f"experts_down_{down_layout.layout}",
-    )(*index, topk_weights.astype(jnp.float32).reshape(-1), hidden, *down_operands, *operands)
+        name=f"experts_down_{down_operands.layout.layout}",
+    )(*index, topk_weights.astype(jnp.float32).reshape(-1), hidden, *down_operands.arrays, *operands)
     return outputs.reshape(rows, topk, -1), shared_output[0] if shared_output else None

@@ -11,17 +11,16 @@ from jax.typing import DTypeLike
 from jaxtyping import Int
 
 from kernels_pallas.grouped_matmul.plan import choose_kernel_block
-from kernels_pallas.matmul.triton import OUT_TILE
-from kernels_pallas.packed.layout import PackedLayout, max_row_tile, min_row_tile
-from kernels_pallas.platform import capability
+from kernels_pallas.matmul.tiling import OUT_TILE, Operands
+from kernels_pallas.packed.layout import max_row_tile, min_row_tile
+from kernels_pallas.platform import capability, shared_memory_bytes
 from kernels_pallas.row_tiles import product_rows
+from kernels_pallas.tile_tables import ExpertsConstants
 
 # Assignments of a call up to which every one has a block of its own. Six rows of eight experts among 256 choose 44
 # different ones: the other four blocks read 7 MB again, which take an H100 as long as the launch of a plan. Of eight
 # rows it would be 12 MB, of sixteen 45.
 MAX_UNSORTED = 48
-MAX_BLOCK = 128  # rows, on cards with fast products
-PROGRAMS = 128  # programs of gate and up, for one row, that fill a GPU
 
 
 def has_fast_products() -> bool:
@@ -42,6 +41,7 @@ class Tiling(NamedTuple):
         sorted: blocks hold sorted assignments. If not, each assignment has the block of its number, and is its first.
         parts: the pieces of the sum over D of gate and up.
         write_partials: each piece is a program of its own. It writes its partial sums, and the down kernel adds them.
+        stages: steps that are under way at once, where shared memory suffices.
     """
 
     block_size: int
@@ -50,6 +50,7 @@ class Tiling(NamedTuple):
     sorted: bool
     parts: int
     write_partials: bool
+    stages: int
 
     @property
     def is_wide(self) -> bool:
@@ -70,21 +71,28 @@ class Tiling(NamedTuple):
         """Whether the down kernel also multiplies the rows of the shared expert: all of them fit one block."""
         return not self.sorted and rows <= self.block_size
 
-    def compiler_params(self, layout: PackedLayout, dtype: DTypeLike) -> plt.CompilerParams:
-        """Return the warps of a program and the steps under way."""
-        num_stages = layout.num_stages(self.block_size, dtype)
-        return plt.CompilerParams(num_warps=8 if self.is_wide else 4, num_stages=num_stages)
+    def compiler_params(self, weight: Operands, out_tile: int, dtype: DTypeLike) -> plt.CompilerParams:
+        """Return the warps of a program and the steps under way: fewer where the card's shared memory is too small.
+
+        Args:
+            weight: the stack that the kernel reads.
+            out_tile: rows of the weight that a program reads.
+            dtype: of the token rows.
+        """
+        stages = 2 if dtype == jnp.float32 else self.stages
+        while stages > 2 and weight.shared_bytes(self.block_size, out_tile, stages, dtype) > shared_memory_bytes():
+            stages -= 1
+        return plt.CompilerParams(num_warps=8 if self.is_wide else 4, num_stages=stages)
 
 
-def num_parts(topk: int, num_hidden: int, steps: int) -> int:
-    """Return the parts of the sum over D: a power of two that makes about `PROGRAMS` programs for one row.
+def num_parts(steps: int, constants: ExpertsConstants) -> int:
+    """Return the parts of the sum over D of so many steps: those of the tile table, as far as each has two steps.
 
-    The shapes of the weights and the number of experts of a row alone decide, never the number of rows. A part has at
-    least two steps.
+    The shape of the weight decides alone, never the number of rows.
     """
-    parts = 1
-    while parts * topk * -(-num_hidden // OUT_TILE) < PROGRAMS and steps // (2 * parts) >= 2:
-        parts *= 2
+    parts = constants.gate_up_parts
+    while parts > 1 and steps // parts < 2:
+        parts //= 2
     return parts
 
 
@@ -109,17 +117,33 @@ def places_of(block: Array, sorted_token_ids_ref: Any, num_assignments: int, til
     return [of(number) for number in range(tiling.num_products)]
 
 
-def choose_tiling(rows: int, topk: int, num_experts: int, num_hidden: int, steps: int, dtype: DTypeLike) -> Tiling:
+def choose_tiling(
+    rows: int, topk: int, num_experts: int, steps: int, dtype: DTypeLike, constants: ExpertsConstants
+) -> Tiling:
     """Return the tiling of a call.
+
+    A block has at most `block_tile` rows on cards with fast products; on others, and for float32, `max_row_tile` limits
+    it, too.
 
     Args:
         rows, topk: token rows, and experts of each.
-        num_experts, num_hidden: of the layer, and hidden units of an expert.
+        num_experts: of the layer.
         steps: of the sum over D of gate and up.
         dtype: of the rows.
+        constants: what the tile table has for the shape of gate and up.
     """
     fast = has_fast_products()
-    most = MAX_BLOCK if fast and dtype != jnp.float32 else max_row_tile(dtype)
+    most = constants.block_tile
+    if not fast or dtype == jnp.float32:
+        most = min(most, max_row_tile(dtype))
     block_size = max(min_row_tile(), min(choose_kernel_block(rows, topk, num_experts, sure=fast), most))
-    parts, few = num_parts(topk, num_hidden, steps), rows * topk <= MAX_UNSORTED
-    return Tiling(block_size, product_rows(block_size), topk, not few, parts, write_partials=few and parts > 1)
+    parts, few = num_parts(steps, constants), rows * topk <= MAX_UNSORTED
+    return Tiling(
+        block_size,
+        product_rows(block_size),
+        topk,
+        sorted=not few,
+        parts=parts,
+        write_partials=few and parts > 1,
+        stages=constants.stages_few if few else constants.stages_many,
+    )

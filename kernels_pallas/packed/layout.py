@@ -83,15 +83,6 @@ class PackedLayout:
         """The elements along F that one iteration of a kernel's loop reads."""
         return self.words_per_step * self.values_per_word
 
-    def num_stages(self, rows: int, dtype: DTypeLike) -> int:
-        """Return how many iterations of a kernel's loop are under way at once, for tiles of so many token rows.
-
-        Two instead of three where what is prefetched would not fit the 99 KiB that a block has on smaller cards: for
-        float32, and for bytes with scales and offsets of small groups.
-        """
-        large = rows > 16 and self.values_per_word == 4 and "offset" in self.operand_names
-        return 2 if large or dtype == jnp.float32 else 3
-
 
 def has_wgmma() -> bool:
     """Return whether the tensor cores of the platform take 64 rows of the weight at once (`wgmma` and `tcgen05`).

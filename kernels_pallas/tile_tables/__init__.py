@@ -1,7 +1,6 @@
 """Tile constants of the kernels by kind of device: measured where a card was at hand, predicted elsewhere."""
 
 from kernels_pallas.tile_tables.constants import (
-    AttentionConstants,
     ExpertsConstants,
     GatedDeltaRuleConstants,
     MatmulConstants,
@@ -19,7 +18,6 @@ from kernels_pallas.tile_tables.table import Entry, TileTable, TileTableError, d
 
 __all__ = [
     "ENVIRONMENT_VARIABLE",
-    "AttentionConstants",
     "Entry",
     "ExpertsConstants",
     "GatedDeltaRuleConstants",

@@ -38,32 +38,16 @@ class ExpertsConstants:
     """Products of rows with the experts that they chose.
 
     Attributes:
-        gate_up_parts: parts into which the sum over D of gate and up is cut, each a program of its own.
-        stages_few, stages_many: as in `MatmulConstants`.
-        block_tile: the most rows of a block.
+        gate_up_parts: parts into which the sum over D of gate and up is cut, fewer where they would not have two steps
+            each. With few rows a part is a program of its own.
+        stages_few, stages_many: as in `MatmulConstants`, where each assignment has a block of its own and where not.
+        block_tile: the most rows of a block of bfloat16; 64 at most on cards without `wgmma` or `tcgen05`.
     """
 
     gate_up_parts: int = _power_of_2(2, 1, 16)
     stages_few: int = _count(3, 2, 8)
     stages_many: int = _count(3, 2, 8)
-    block_tile: int = _power_of_2(64, 8, 128)
-
-
-@dataclass(frozen=True)
-class AttentionConstants:
-    """Attention of few rows over a cache.
-
-    Attributes:
-        kv_split: cache positions of one program.
-        kv_tile: cache positions that an iteration of its loop reads, at most `kv_split`.
-    """
-
-    kv_split: int = _power_of_2(256, 32, 4096)
-    kv_tile: int = _power_of_2(32, 16, 128)
-
-    def __post_init__(self) -> None:
-        if self.kv_tile > self.kv_split:
-            raise ValueError(f"kv_tile is {self.kv_tile}, expected at most kv_split, which is {self.kv_split}")
+    block_tile: int = _power_of_2(128, 8, 128)
 
 
 @dataclass(frozen=True)
@@ -71,18 +55,17 @@ class GatedDeltaRuleConstants:
     """The recurrence of Gated DeltaNet for few rows.
 
     Attributes:
-        state_columns: columns of a head's state that one program holds.
+        state_columns: columns of a head's state that one program holds, which is one warp.
     """
 
-    state_columns: int = _power_of_2(64, 8, 256)
+    state_columns: int = _power_of_2(8, 8, 64)
 
 
-Constants = MatmulConstants | ExpertsConstants | AttentionConstants | GatedDeltaRuleConstants
+Constants = MatmulConstants | ExpertsConstants | GatedDeltaRuleConstants
 
 OPS: dict[str, type[Constants]] = {
     "matmul": MatmulConstants,
     "experts": ExpertsConstants,
-    "attention": AttentionConstants,
     "gated_delta_rule": GatedDeltaRuleConstants,
 }
 

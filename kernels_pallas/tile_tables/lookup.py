@@ -22,7 +22,6 @@ from typing import Literal, NamedTuple, overload
 from kernels_pallas.platform import device_kind, platform
 from kernels_pallas.tile_tables.constants import (
     OPS,
-    AttentionConstants,
     Constants,
     ExpertsConstants,
     GatedDeltaRuleConstants,
@@ -46,8 +45,6 @@ _override: ContextVar[TileTable | None] = ContextVar("override_table", default=N
 def tile_constants(op: Literal["matmul"], outputs: int, inputs: int) -> MatmulConstants: ...
 @overload
 def tile_constants(op: Literal["experts"], outputs: int, inputs: int) -> ExpertsConstants: ...
-@overload
-def tile_constants(op: Literal["attention"]) -> AttentionConstants: ...
 @overload
 def tile_constants(op: Literal["gated_delta_rule"]) -> GatedDeltaRuleConstants: ...
 def tile_constants(op: str, outputs: int = 0, inputs: int = 0) -> Constants:

@@ -145,7 +145,7 @@ def main(argv: list[str] | None = None) -> int:
     trials = all_trials(args.toy)
     if args.dry_run:
         for trial in trials:
-            print(f"{trial.case.op:10} {trial.case.name:26} {trial.case.describe(trial.constants)}")
+            print(f"{trial.case.op:16} {trial.case.name:26} {trial.case.describe(trial.constants)}")
         print(f"{len(trials)} programs of {len({trial.case.name for trial in trials})} cases")
         return 0
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the workers need some of the card's memory

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from kernels_pallas.matmul.tiling import DECODE_ROWS, num_splits
-from kernels_pallas.tile_tables import (
-    AttentionConstants,
-    ExpertsConstants,
-    GatedDeltaRuleConstants,
-    MatmulConstants,
-    packaged_table,
-)
+from kernels_pallas.tile_tables import ExpertsConstants, MatmulConstants, packaged_table
 from kernels_pallas.tiles import next_power_of_2
 from scripts.gpu.cuda_target import Card
 
@@ -59,6 +54,19 @@ class Delta(NamedTuple):
     value_size: int = 128
 
 
+@dataclass(frozen=True)
+class AttentionSplits:
+    """How the attention kernel that was measured was cut; today's sizes are in `attention/tile_sizes.py`.
+
+    Attributes:
+        kv_split: cache positions of one program.
+        kv_tile: cache positions that an iteration of its loop read.
+    """
+
+    kv_split: int = 256
+    kv_tile: int = 32
+
+
 class Launch(NamedTuple):
     """What the model sees of a kernel.
 
@@ -85,9 +93,8 @@ class Launch(NamedTuple):
 
 def matmul_launch(shape: Sequence[Matrix], rows: int, card: Card, constants: MatmulConstants | None) -> Launch:
     """Return the launch of one product of rows with all matrices."""
-    table = packaged_table(card.name)
     few, programs, turns, longest = rows <= DECODE_ROWS, 0, 0, 0
-    of_all = [constants or table.find("matmul", w.outputs, w.inputs) for w in shape]
+    of_all = [constants or packaged_table(card.name).find("matmul", w.outputs, w.inputs) for w in shape]
     assert all(isinstance(each, MatmulConstants) for each in of_all)
     chosen = [each for each in of_all if isinstance(each, MatmulConstants)]
     row_tile = min(next_power_of_2(rows), DECODE_ROWS if few else min(each.row_tile_many for each in chosen))
@@ -130,10 +137,9 @@ def experts_launch(kind: str) -> Any:
     return launch
 
 
-def attention_launch(shape: Cache, rows: int, card: Card, constants: AttentionConstants | None) -> Launch:
-    """Return the launch of the kernel that reads the cache for few rows."""
-    found = constants or packaged_table(card.name).find("attention")
-    assert isinstance(found, AttentionConstants)
+def attention_launch(shape: Cache, rows: int, card: Card, constants: AttentionSplits | None) -> Launch:
+    """Return the launch of the kernel that read the cache for few rows when it was measured."""
+    found = constants or AttentionSplits()
     pairs, splits = -(-rows * shape.heads // shape.kv_heads // 16), -(-shape.context // found.kv_split)
     programs, longest = shape.kv_heads * pairs * splits, found.kv_split // found.kv_tile
     resident = max(1, card.shared_kib * 1024 // (8 * found.kv_tile * shape.head_dim))  # keys and values, two stages
@@ -141,11 +147,9 @@ def attention_launch(shape: Cache, rows: int, card: Card, constants: AttentionCo
     return Launch("attention", programs, programs * longest, longest, resident, read, found.kv_tile / 32)
 
 
-def delta_launch(shape: Delta, rows: int, card: Card, constants: GatedDeltaRuleConstants | None) -> Launch:
-    """Return the launch of the recurrence for few rows."""
-    found = constants or packaged_table(card.name).find("gated_delta_rule")
-    assert isinstance(found, GatedDeltaRuleConstants)
-    programs = shape.heads * -(-shape.value_size // min(found.state_columns, shape.value_size))
+def delta_launch(shape: Delta, rows: int, card: Card, columns: int | None) -> Launch:
+    """Return the launch of the recurrence for few rows when it was measured: four warps a program, 64 columns."""
+    programs = shape.heads * -(-shape.value_size // min(columns or 64, shape.value_size))
     return Launch("delta", programs, programs * rows, rows, 4, 4.0 * shape.heads * shape.key_size * shape.value_size)
 
 

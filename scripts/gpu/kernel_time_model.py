@@ -28,15 +28,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.optimize import least_squares
 
-from kernels_pallas.tile_tables import (
-    AttentionConstants,
-    ExpertsConstants,
-    GatedDeltaRuleConstants,
-    MatmulConstants,
-)
+from kernels_pallas.tile_tables import ExpertsConstants, MatmulConstants
 from scripts.gpu.cuda_target import CARDS, Card
 from scripts.gpu.kernel_launches import (
     LAUNCHES,
+    AttentionSplits,
     Cache,
     Delta,
     Experts,
@@ -54,12 +50,13 @@ def kernel_time(op: str, shape: Any, rows: int, card: Card, constants: Any = Non
     """Return the microseconds that a kernel takes.
 
     Args:
-        op: "matmul", "experts_gate_up", "experts_down", "attention" (without what combines the splits) or
-            "gated_delta_rule" (few rows).
+        op: "matmul", "experts_gate_up", "experts_down"; or "attention" (without what combines the splits) and
+            "gated_delta_rule", both for few rows and as they were measured: other kernels do their work now.
         shape: a list of `Matrix` for "matmul", all in one launch; `Experts`, `Cache` or `Delta` for the others.
         rows: token rows of the call.
         card: one of `CARDS`.
-        constants: tile constants; None: those that the package's table has for the card.
+        constants: tile constants; None: those that the package's table has for the card. For attention
+            `AttentionSplits` and for the recurrence the columns of a program, which no table has.
 
     Raises:
         ValueError: there is no such op.
@@ -144,9 +141,9 @@ def measured_points(file: Path = POINTS) -> list[Point]:
                 launch = LAUNCHES[which](Experts(), rows, card, chosen)
             elif op == "attention":
                 cache_ = Cache(int(kernel.split()[-1]))
-                launch = attention_launch(cache_, rows, card, AttentionConstants(values["piece"], values["slots"]))
+                launch = attention_launch(cache_, rows, card, AttentionSplits(values["piece"], values["slots"]))
             else:
-                launch = delta_launch(Delta(), rows, card, GatedDeltaRuleConstants(values["columns"]))
+                launch = delta_launch(Delta(), rows, card, values["columns"])
             points.append(Point(f"{case}: {kernel}", launch, microseconds))
     return points
 

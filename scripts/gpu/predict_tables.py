@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from kernels_pallas import tile_tables
 from kernels_pallas.tile_tables import Entry, TileTable, packaged_table
 from scripts.gpu.cuda_target import CARDS, Card
-from scripts.gpu.kernel_launches import Cache, Delta, Experts
+from scripts.gpu.kernel_launches import Experts
 from scripts.gpu.kernel_time_model import MODEL, kernel_time
 
 FOLDER = Path(tile_tables.__file__).parent
@@ -27,6 +27,7 @@ MARGIN = 0.05
 ROWS = (1, 5)
 # Compiled for this card, products of 128 rows spill 88 to 160 bytes of a thread's registers; with 64 rows, none.
 FEWER_ROWS = {"RTX 5090": 64}
+LARGE_EXPERTS = Experts(hidden=3072, size=1024)  # of the 122B-A10B
 C = TypeVar("C")
 
 
@@ -48,19 +49,17 @@ def predicted_table(card: Card) -> TileTable:
 
 def predicted_entry(op: str, entry: Entry, card: Card, is_last: bool) -> Entry:
     """Return an entry of the H100's table as it should be on a card."""
+    if op == "gated_delta_rule":
+        return entry  # the kernel that was measured is gone
     found: Any = entry.constants
     kernels: list[tuple[str, Any]]
     if op == "matmul":
         kernels = [("matmul", MODEL[name]) for name in (("in", "qkv") if is_last else ("out",))]
         values = [replace(found, programs=programs) for programs in (128, 256, 512, 1024)]
-    elif op == "experts":
-        kernels = [("experts_gate_up", Experts())]
-        values = [replace(found, gate_up_parts=parts) for parts in (1, 2, 4)]
-    elif op == "attention":
-        kernels = [("attention", Cache(context)) for context in (1024, 32768)]
-        values = [replace(found, kv_split=split) for split in (256, 512, 1024)]
     else:
-        kernels, values = [("gated_delta_rule", Delta())], [found]
+        kernels = [("experts_gate_up", LARGE_EXPERTS if is_last else Experts())]
+        # The model does not count the partial sums, which every program of the down kernel reads.
+        values = [replace(found, gate_up_parts=parts) for parts in ((1, 2) if is_last else (1, 2, 4))]
 
     def time(constants: Any) -> float:
         return sum(kernel_time(kind, shape, rows, card, constants) for kind, shape in kernels for rows in ROWS)
@@ -71,6 +70,13 @@ def predicted_entry(op: str, entry: Entry, card: Card, is_last: bool) -> Entry:
     if op == "matmul" and card.name in FEWER_ROWS:
         chosen = replace(chosen, row_tile_many=FEWER_ROWS[card.name])
         note += f"; tiles of {chosen.row_tile_many} rows, because with more the compiler spills registers"
+    if op == "experts":
+        fast = (9, 0) <= card.capability < (12, 0)
+        chosen = replace(chosen, block_tile=chosen.block_tile if fast else 64)
+        blocks = (
+            "as predicted for the H100" if fast else "because the card unpacks weights faster than it multiplies them"
+        )
+        note += f"; blocks of {chosen.block_tile} rows, {blocks}"
     return replace(entry, constants=chosen, basis="predicted", note=note)
 
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,12 +19,15 @@ from kernels_pallas.tile_tables import (
     TileTable,
     TileTableError,
     lookup,
+    override_table,
+    packaged_table,
     tile_constants,
 )
+from kernels_pallas.tile_tables.constants import OPS
 from mtpjax.cli import tune_times
 from mtpjax.cli.main import main
 from mtpjax.cli.tune import choose_entries, write_table
-from mtpjax.cli.tune_cases import Trial, TuneCase, all_trials
+from mtpjax.cli.tune_cases import Trial, TuneCase, all_trials, tune_cases
 from mtpjax.cli.tune_times import kernel_events, kernel_microseconds, load_programs, measure
 
 
@@ -39,15 +43,19 @@ class TestCommand:
         out = tmp_path / "new" / "toy.json"
         done = run_tune("--toy", "--out", str(out), "--minutes", "20", "--workers", "2")
         assert done.returncode == 0, done.stderr
-        assert "8 programs compiled" in done.stdout and "chosen for matmul, all sizes" in done.stdout
+        assert "14 programs compiled" in done.stdout
+        assert all(f"chosen for {op}, all sizes" in done.stdout for op in OPS)
         assert [file.name for file in out.parent.iterdir()] == ["toy.json"]
         table = json.loads(out.read_text())
-        assert table["device"] == "cpu" and {entry["basis"] for entry in table["ops"]["matmul"]} == {"toy"}
+        entries = [entry for each in table["ops"].values() for entry in each]
+        assert table["device"] == "cpu" and {entry["basis"] for entry in entries} == {"toy"}
         assert [entry.get("max_outputs") for entry in table["ops"]["matmul"]] == [64, None]
         monkeypatch.setenv(ENVIRONMENT_VARIABLE, str(out))
         monkeypatch.setattr(lookup, "_loaded", {})
         with override_platform("cpu"):
             assert tile_constants("matmul", 8192, 2048).programs in (16, 32)
+            assert tile_constants("experts", 1024, 2048).block_tile in (16, 32)
+            assert tile_constants("gated_delta_rule").state_columns in (8, 16)
         with override_platform("cuda", device_kind="H100"), pytest.raises(TileTableError, match="this one is 'H100'"):
             tile_constants("matmul", 8192, 2048)
 
@@ -61,7 +69,33 @@ class TestCommand:
         assert main(["tune", "--dry-run"]) == 0
         out = capsys.readouterr().out
         assert "DeltaNet in, 5 rows" in out and "programs 1024, stages_few 2" in out
-        assert "row_tile_many 128" in out and f"{len(all_trials(toy=False))} programs of 11 cases" in out
+        assert "row_tile_many 128" in out and f"{len(all_trials(toy=False))} programs of 19 cases" in out
+        assert (
+            "experts of 512, 5 rows     gate_up_parts 4" in out and "DeltaNet window, 1 rows    state_columns 32" in out
+        )
+
+    def test_every_op_of_the_tables_is_tuned(self) -> None:
+        """An entry of a user's table holds for all shapes of its op, so the last class takes any size."""
+        for toy in (False, True):
+            classes = {op: {case.size_class for case in tune_cases(toy) if case.op == op} for op in OPS}
+            assert all((None, None) in each for each in classes.values())
+        experts = {case.size_class for case in tune_cases(False) if case.op == "experts"}
+        assert experts == {(entry.max_outputs, entry.max_inputs) for entry in packaged_table("H100").ops["experts"]}
+
+    @pytest.mark.parametrize("toy", [True, False])
+    def test_candidates_are_other_programs(self, toy: bool) -> None:
+        """Grids, results and stages of the kernels differ; a constant that nothing reads would be measured in vain."""
+        for case in [each for each in tune_cases(toy) if each.op != "matmul"]:
+            found = set()
+            for constants in case.candidates:
+                table = TileTable("", "test", {case.op: (Entry(constants, "measured"),)})
+                with override_platform("cuda", (9, 0), interpret=True), override_table(table):
+                    program = jax.make_jaxpr(partial(case.run))(*case.args)  # `partial`: JAX caches what it traced
+                calls = [(e.outvars, e.params) for e in program.eqns if e.primitive.name == "pallas_call"]
+                shapes = [(tuple(v.aval.shape for v in out), params["grid_mapping"].grid) for out, params in calls]
+                found.add((*shapes, *(params["compiler_params"] for _, params in calls)))
+                assert calls
+            assert len(found) == len(case.candidates), case.name
 
     def test_what_is_refused(self, capsys: pytest.CaptureFixture[str]) -> None:
         for arguments, message in (

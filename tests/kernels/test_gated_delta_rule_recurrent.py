@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels_pallas.gated_delta_rule import no_updates, recurrent_gated_delta_rule
+from kernels_pallas.gated_delta_rule import no_updates, recurrent_gated_delta_rule, replay_updates
 from kernels_pallas.gated_delta_rule.shapes import (
     NUM_PARTIAL_SUMS,
     ROWS,
@@ -22,6 +22,7 @@ from kernels_pallas.gated_delta_rule.shapes import (
 )
 from kernels_pallas.gated_delta_rule.triton import DECODE_ROWS, supports
 from kernels_pallas.platform import override_platform
+from kernels_pallas.tile_tables import Entry, GatedDeltaRuleConstants, TileTable, override_table
 from mtpjax.presets import PRESETS
 from tests.helpers.gated_delta_rule import (
     LAYER,
@@ -156,6 +157,36 @@ class TestImplementations:
             with override_platform(name, (9, 0)):
                 program = str(jax.make_jaxpr(partial(recurrent_gated_delta_rule, dtype="float32"))(*args))
             assert ("pallas_call" in program) == expected
+
+    @pytest.mark.parametrize("columns", [8, 32, 64])
+    def test_the_tile_table_has_the_columns_of_a_program(self, columns: int) -> None:
+        """Of the window and of the replay; all of a head that has fewer."""
+        entry = Entry(GatedDeltaRuleConstants(state_columns=columns), "measured")
+        for value_size in (16, 64):
+            shape = SMALL._replace(value_size=value_size)
+            args = with_updates(gated_delta_rule_inputs(shape, 5, jnp.float32))
+
+            def run(*args: Any) -> Any:
+                window = recurrent_gated_delta_rule(*args, dtype=jnp.float32, implementation="triton")
+                return window, replay_updates(args[2], args[3], implementation="triton")
+
+            with override_table(TileTable("", "test", {"gated_delta_rule": (entry,)})):
+                calls = [each for each in jax.make_jaxpr(run)(*args).eqns if each.primitive.name == "pallas_call"]
+            programs = value_size // min(columns, value_size)
+            grids = [call.params["grid_mapping"].grid for call in calls]
+            assert grids[1:] == [(shape.value_heads, programs), (shape.layers, shape.value_heads, programs)]
+
+    def test_other_columns_change_no_result(self) -> None:
+        """Beyond the order of a sum."""
+        args = window_args(5)
+        for columns in (16, 32):
+            entry = Entry(GatedDeltaRuleConstants(state_columns=columns), "measured")
+            with override_table(TileTable("", "test", {"gated_delta_rule": (entry,)})):
+                op = jax.jit(
+                    lambda *args, **options: recurrent_gated_delta_rule(*args, **options), static_argnames=STATIC
+                )
+                for got, want in zip(results(args, "triton", op=op), exact_results(args), strict=True):
+                    assert_close(got, want, "float32")
 
     @pytest.mark.parametrize("size", SHAPES)
     def test_real_shapes(self, size: str) -> None:

@@ -19,9 +19,12 @@ from kernels_pallas.grouped_matmul.reference import DENSE_MOE_ROWS
 from kernels_pallas.grouped_matmul.shapes import ROWS, SHAPES, fused_moe_inputs
 from kernels_pallas.grouped_matmul.triton_tiling import choose_tiling, num_parts
 from kernels_pallas.matmul import linears_split_k
+from kernels_pallas.matmul.tiling import OUT_TILE, Operands
 from kernels_pallas.packed.formats import FORMATS
-from kernels_pallas.platform import override_platform
+from kernels_pallas.packed.layout import pack_operands
+from kernels_pallas.platform import DEVICE_KINDS, SHARED_KIB, override_platform
 from kernels_pallas.row_tiles import only_proved_row_tiles
+from kernels_pallas.tile_tables import Entry, ExpertsConstants, TileTable, override_table, tile_constants
 from kernels_pallas.weights import FusedExperts, LayerView, QuantizedTensor, TransposedWeight
 from mtpjax.presets import PRESETS
 from tests.helpers.models import cpu_only
@@ -77,6 +80,11 @@ def expected(x: Any, name: str, layer: int, routing: Routing, dtype: str) -> np.
         gate, up = np.split(gate_up[expert] @ x[row], 2)
         out[row] += routing.topk_weights[row, k] * (down[expert] @ rounded(gate / (1 + np.exp(-gate)) * up, dtype))
     return out * routing.valid[:, None]
+
+
+def experts_table(**constants: int) -> TileTable:
+    """Return a tile table with one entry for all experts."""
+    return TileTable("", "test", {"experts": (Entry(ExpertsConstants(**constants), "measured"),)})
 
 
 def check(name: str, routing: Routing, dtype: str, implementation: str, layer: int = 1) -> None:
@@ -147,7 +155,8 @@ class TestKernel:
 
     run = staticmethod(partial(run, implementation="triton"))
 
-    def test_a_row_is_invariant_to_the_batch_bit_for_bit(self) -> None:
+    @pytest.mark.parametrize("parts", [1, 2, 4])
+    def test_a_row_is_invariant_to_the_batch_bit_for_bit(self, parts: int) -> None:
         """A block for each assignment, blocks of 32 and of 64 rows, other neighbours, another place among the rows.
 
         Sums of eight and three steps, before their rounding to bfloat16, which hides most changes of order.
@@ -160,17 +169,18 @@ class TestKernel:
         topk_weights = rng.dirichlet(np.ones(topk), 130).astype(np.float32)
         x = inputs(130, hidden, "bfloat16")
 
-        op = jax.jit(partial(fused_moe_unreduced, implementation="triton"))
+        op = jax.jit(lambda *args: fused_moe_unreduced(*args, implementation="triton"))  # traced for each table
 
         def of(rows: Any) -> np.ndarray:
             outputs = op(x[rows], gate_up, down, np.int32(0), topk_ids[rows], topk_weights[rows])
             assert outputs.dtype == jnp.float32
             return np.asarray(outputs)
 
-        few = of(slice(0, 21))
-        assert all((of(slice(0, rows))[:21] == few).all() for rows in (64, 130))
-        assert (of(slice(0, 1)) == few[:1]).all()
-        assert (of(np.arange(130)[::-1])[:-22:-1] == few).all()
+        with override_table(experts_table(gate_up_parts=parts)):
+            few = of(slice(0, 21))
+            assert all((of(slice(0, rows))[:21] == few).all() for rows in (64, 130))
+            assert (of(slice(0, 1)) == few[:1]).all()
+            assert (of(np.arange(130)[::-1])[:-22:-1] == few).all()
 
     @pytest.mark.parametrize("rows", [1, 5, 8, 9])
     def test_the_shared_expert_has_the_bits_of_its_own_product(self, rows: int) -> None:
@@ -203,19 +213,66 @@ class TestKernel:
             usual = jax.jit(partial(fused_moe, implementation="triton"))(*args)
             with only_proved_row_tiles():
                 strict = jax.jit(lambda *args: fused_moe(*args, implementation="triton"))(*args)
-                tiling = choose_tiling(257, TOPK, EXPERTS, 256, 8, jnp.bfloat16)
+                tiling = choose_tiling(257, TOPK, EXPERTS, 8, jnp.bfloat16, ExpertsConstants())
         assert tiling.block_size == (128 if capability >= (9, 0) else 64)
         assert tiling.product_rows == (16 if capability >= (9, 0) else 64)
         np.testing.assert_array_equal(strict, usual)
 
-    def test_parts_follow_the_shapes_alone(self) -> None:
-        """The 35B-A3B has 64 tiles for a row, the 122B-A10B twice as many; sixteen steps of the sum in either."""
-        assert [num_parts(8, hidden, 16) for hidden in (512, 1024)] == [2, 1]
-        assert num_parts(2, 64, 4) == 2 and num_parts(2, 64, 3) == 1  # two steps a part at least
-        tilings = [choose_tiling(rows, 8, 256, 512, 16, jnp.bfloat16) for rows in (1, 5, 9, 64, 320, 2048)]
+    def test_parts_follow_the_shape_of_the_weight_alone(self) -> None:
+        """Two for the 35B-A3B and one for larger experts on every card; two steps a part at least."""
+        for kind in DEVICE_KINDS:
+            with override_platform("cuda", device_kind=kind):
+                small, large = (tile_constants("experts", *shape) for shape in ((1024, 2048), (2048, 3072)))
+            assert (small.gate_up_parts, large.gate_up_parts) == (2, 1)
+        assert [num_parts(steps, ExpertsConstants(gate_up_parts=8)) for steps in (16, 15, 4, 3, 1)] == [8, 4, 2, 1, 1]
+        tilings = [choose_tiling(rows, 8, 256, 16, jnp.bfloat16, small) for rows in (1, 5, 9, 64, 320, 2048)]
         assert {tiling.parts for tiling in tilings} == {2}
         assert [tiling.sorted for tiling in tilings] == [False, False, True, True, True, True]
         assert [tiling.write_partials for tiling in tilings] == [True, True, False, False, False, False]
+
+    def test_the_tile_table_decides(self) -> None:
+        """Parts, blocks and stages of a call are those of the table, within the limits of the card."""
+        gate_up = random_weight("iq4_nl", (1, EXPERTS, 128, 512))
+        down = random_weight("iq4_nl", (1, EXPERTS, 512, 64), 1)
+
+        def kernels(rows: int, dtype: str = "bfloat16", capability: tuple[int, int] = (9, 0), **constants: int) -> Any:
+            """Shape of the result, grid and stages of both kernels."""
+            ids, weights, _ = map(jnp.asarray, route(rows))
+            args: Any = (inputs(rows, 512, dtype), gate_up, down, jnp.int32(0), ids, weights)
+            with override_platform("cuda", capability, interpret=True), override_table(experts_table(**constants)):
+                traced = jax.make_jaxpr(lambda *args: fused_moe_unreduced(*args, implementation="triton"))(*args)
+            calls = [each for each in traced.eqns if each.primitive.name == "pallas_call"][-2:]
+            return [(c.outvars[0].aval.shape, c.params["grid_mapping"].grid, stages(c)) for c in calls]  # type: ignore
+
+        def stages(call: Any) -> int:
+            return call.params["compiler_params"].num_stages
+
+        for parts, per_card in ((1, 1), (2, 2), (4, 2)):  # of four steps
+            first, second = kernels(5, gate_up_parts=parts, stages_few=5)
+            assert first == ((per_card, 15, 128) if per_card > 1 else (15, 64), (15, 1, per_card), 5), parts
+            assert second == ((15, 512), (15, 8), 5)
+        for tile, blocks in ((32, 6 + 771 // 32), (64, 6 + 771 // 64), (128, 6 + 771 // 128)):
+            first, second = kernels(257, block_tile=tile, stages_many=4)
+            assert first == ((blocks * tile, 64), (blocks, 1, 1), 4) and second[1][0] == blocks and second[2] == 4
+        # A card with little shared memory and without `wgmma`, and float32, have limits of their own.
+        assert kernels(5, capability=(8, 6), stages_few=8)[0][2] == 7
+        assert kernels(257, capability=(8, 6), block_tile=128)[0][0] == ((6 + 771 // 64) * 64, 64)
+        first, second = kernels(257, "float32", block_tile=128, stages_many=4)
+        assert first == (((6 + 771 // 16) * 16, 64), (6 + 771 // 16, 1, 1), 2) and second[2] == 2
+
+    @pytest.mark.parametrize("name", [name for name in FORMATS if FORMATS[name].layout != "plain"])
+    def test_what_is_prefetched_fits_every_card(self, name: str) -> None:
+        """99 KiB on the smaller cards, with as many stages as a table may have."""
+        constants = ExpertsConstants(stages_few=8, stages_many=8)
+        weight = Operands(*pack_operands(random_weight(name, (1, 1, 2048, 1024))))
+        for capability, kib in SHARED_KIB.items():
+            with override_platform("cuda", capability):
+                for rows in (1, 64, 2048):
+                    tiling = choose_tiling(rows, 8, 256, 16, jnp.bfloat16, constants)
+                    for tile in (2 * OUT_TILE, tiling.down_tile):
+                        stages = tiling.compiler_params(weight, tile, jnp.bfloat16).num_stages
+                        assert stages and 2 <= stages <= 8
+                        assert weight.shared_bytes(tiling.block_size, tile, stages, jnp.bfloat16) <= kib * 1024
 
     def test_plain_experts_have_the_gradient_of_the_reference(self) -> None:
         topk_ids, topk_weights, valid = map(jnp.asarray, route(5))

@@ -16,8 +16,9 @@ from kernels_pallas.matmul import linears_split_k
 from kernels_pallas.platform import DEVICE_KINDS, device_kind, override_platform
 from kernels_pallas.tile_tables import (
     ENVIRONMENT_VARIABLE,
-    AttentionConstants,
     Entry,
+    ExpertsConstants,
+    GatedDeltaRuleConstants,
     MatmulConstants,
     TileTable,
     TileTableError,
@@ -62,13 +63,15 @@ def write(path: Path, text: str) -> Path:
 class TestWhichTable:
     @pytest.mark.parametrize("kind", DEVICE_KINDS)
     def test_every_kind_has_one_in_the_package(self, kind: str) -> None:
-        """Every entry says how it was found; what is measured, was measured on this kind."""
+        """Every entry says how it was found; products were measured on an H100, all else is predicted."""
         with on(kind):
             table = active_table()
         assert table.device == kind and table.ops.keys() == OPS.keys()
         entries = [entry for entries in table.ops.values() for entry in entries]
         assert all(entry.note for entry in entries)
-        assert {entry.basis for entry in entries} == {"measured" if kind == "H100" else "predicted"}
+        bases = {op: {entry.basis for entry in entries} for op, entries in table.ops.items()}
+        assert bases.pop("matmul") == {"measured" if kind == "H100" else "predicted"}
+        assert all(each == {"predicted"} for each in bases.values())
 
     def test_the_described_cards_are_kinds_of_devices(self) -> None:
         assert {card.name for card in CARDS.values()} == DEVICE_KINDS.keys()
@@ -100,13 +103,14 @@ class TestWhichTable:
         for device in ("", "NVIDIA L40S"):
             with on(device):
                 assert active_table().ops == default_table().ops
-                assert tile_constants("attention") == AttentionConstants()
+                assert tile_constants("experts", 1024, 2048) == ExpertsConstants()
+                assert tile_constants("gated_delta_rule") == GatedDeltaRuleConstants()
 
     def test_the_users_table_wins_and_ours_has_the_rest(self) -> None:
         path = write(user_table_path("H100"), table_of("H100", programs=1024).to_json())
         with on("H100"):
             assert tile_constants("matmul", 8192, 2048).programs == 1024
-            assert tile_constants("attention") == packaged_table("H100").find("attention")
+            assert tile_constants("experts", 1024, 2048) == packaged_table("H100").find("experts", 1024, 2048)
         with on("H200"):
             assert tile_constants("matmul", 8192, 2048) == packaged_table("H200").find("matmul", 8192, 2048)
         assert path.name == "h100.json"
@@ -171,9 +175,9 @@ class TestWrongTables:
             (lambda t: t["ops"]["matmul"][0]["constants"].update(stages_few=True), "stages_few is True, expected an"),
             (
                 lambda t: t["ops"].update(
-                    attention=[{"basis": "measured", "note": "", "constants": {"kv_split": 32, "kv_tile": 64}}]
+                    gated_delta_rule=[{"basis": "measured", "note": "", "constants": {"state_columns": 4}}]
                 ),
-                "attention, entry 0: kv_tile is 64, expected at most kv_split, which is 32",
+                "gated_delta_rule, entry 0: state_columns is 4, expected an integer from 8 to 64",
             ),
         ],
     )
