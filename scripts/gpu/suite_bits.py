@@ -93,7 +93,7 @@ def bits(setup: Setup, results: Results) -> None:
             if not setup.go_on(name):
                 continue
             found = check()
-            results.add(found._asdict())
+            results.add(found._asdict() | {"check": name})
             verdict = "the same" if found.same else f"{found.differing} of {found.total} DIFFER, first in {found.where}"
             print(f"{name:44} {verdict}", flush=True)
             failed += [] if found.same else [f"{name} ({found.where})"]
