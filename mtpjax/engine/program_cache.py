@@ -84,14 +84,23 @@ class ProgramCache:
         return program
 
     def save(self, digest: str, lowered: Lowered, program: Any) -> None:
-        """Keep a program, in the background; the process waits for that before it ends.
+        """Keep a program. It is written in the background; the process waits for that before it ends.
+
+        The program may not have run yet: XLA's CPU runtime cannot serialise a sort that has run.
 
         Args:
             digest: of the step.
             lowered: what was compiled.
             program: a `jax.stages.Compiled`.
         """
-        self._submit(self._save_executable, lowered, program)
+        if not self._enabled:
+            return
+        try:
+            executable, _, _ = serialize(program)
+        except Exception as error:  # the platform decides what it raises where it cannot serialise
+            _warn_once(f"a compiled program cannot be kept here: {type(error).__name__}: {str(error).strip()[:200]}")
+            return
+        self._submit(self._save_executable, lowered, executable)
         self._submit(self._save_name, digest, lowered)
 
     def wait(self) -> None:
@@ -117,12 +126,7 @@ class ProgramCache:
         self.num_loaded += program is not None
         return program
 
-    def _save_executable(self, lowered: Lowered, program: Any) -> None:
-        try:
-            executable, _, _ = serialize(program)
-        except Exception as error:  # the platform decides what it raises where it cannot serialise
-            _warn_once(f"a compiled program cannot be kept here: {type(error).__name__}: {str(error).strip()[:200]}")
-            return
+    def _save_executable(self, lowered: Lowered, executable: bytes) -> None:
         self._write(self._path(lowered.digest, PROGRAM), lowered, executable)
         self.num_saved += 1
 
