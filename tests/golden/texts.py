@@ -3,7 +3,8 @@
 `texts.json` holds the token ids that commit 833b245 gave on an x86-64 CPU with AVX-512 (Python 3.11, jax 0.10.2): the
 prompts of `make demo` (sampled and greedy), fifty sampled requests in a mixed batch, some of them again in bfloat16
 without drafts and with int8 weights, and continuations of the six golden models with a hash of their logits. A change
-that keeps behaviour keeps them all. `--write FILE` writes the token ids of this commit instead.
+that keeps behaviour keeps them all. The texts in bfloat16 and the hashes are of 2026-11-27, when sums over features got
+a fixed order; all other texts are those of that commit. `--write FILE` writes the token ids of this commit instead.
 
 On another processor the hashes of logits differ, and a token can differ where two logits lie within rounding (about one
 token in 10^5). The command then says so; for this reason it is not part of the tests.
