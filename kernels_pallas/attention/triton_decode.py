@@ -121,7 +121,7 @@ def _pieces_kernel(
         running_max, total, out = lax.fori_loop(0, turns, partial(add_tile, begin=begin), empty)
         sees = position >= begin
         pair_grid, channel_grid = index_grid(pair, channel)
-        sees_grid, _ = index_grid(sees, channel)
+        sees_grid = jnp.broadcast_to(sees[:, None], pair_grid.shape)
         plt.store(out_ref.at[sequence_head, pair_grid, piece, channel_grid], out.T, mask=sees_grid)
         plt.store(max_ref.at[sequence_head, pair, piece], running_max, mask=sees)
         plt.store(total_ref.at[sequence_head, pair, piece], jnp.sum(total, axis=0), mask=sees)
@@ -157,7 +157,7 @@ def _join_kernel(
         piece = i * JOIN_PIECES + jnp.arange(JOIN_PIECES)
         exists = piece < num_pieces
         piece_grid, channel_grid = index_grid(piece, channel)
-        exists_grid, _ = index_grid(exists, channel)
+        exists_grid = jnp.broadcast_to(exists[:, None], piece_grid.shape)
         piece_max = plt.load(max_ref.at[sequence_head, pair, piece], mask=exists, other=MASK_VALUE)
         piece_total = plt.load(total_ref.at[sequence_head, pair, piece], mask=exists, other=0)
         piece_out = plt.load(out_ref.at[sequence_head, pair, piece_grid, channel_grid], mask=exists_grid, other=0)

@@ -188,11 +188,12 @@ class TestKernel:
         topk_ids, topk_weights, _ = route(rows)
         hidden = inputs(rows, 512, "bfloat16")
         shared = random_weight("iq4_nl", (LAYERS, 256, 512), 5)
-        args: Any = (inputs(rows, 256, "bfloat16"), *experts("q4_k"), np.int32(1), topk_ids, topk_weights)
+        stacks, choice = experts("q4_k"), map(jnp.asarray, (topk_ids, topk_weights))
+        args: tuple[Any, ...] = (inputs(rows, 256, "bfloat16"), *stacks, jnp.int32(1), *choice)
+        op: Any = partial(fused_moe_with_shared, implementation="triton")
 
         def together(layer: jax.Array) -> Any:
-            args_with_shared: Any = (*args, SharedExpert(hidden, LayerView(shared, layer)))
-            return fused_moe_with_shared(*args_with_shared, implementation="triton")
+            return op(*args, SharedExpert(hidden, LayerView(shared, layer)))
 
         outputs = jax.jit(partial(fused_moe_unreduced, implementation="triton"))(*args)
         for layer in range(LAYERS):
