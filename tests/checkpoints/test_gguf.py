@@ -75,6 +75,7 @@ def save_random_model(cfg: ModelConfig, path: Path, tensor_type: str, seed: int 
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("moe", "v_heads", "mtp"), [(True, 4, 1), (False, 6, 1), (True, 2, 0)], ids=["moe-2", "dense-3", "moe-1-no-mtp"]
 )

@@ -82,7 +82,7 @@ class TestCommand:
         experts = {case.size_class for case in tune_cases(False) if case.op == "experts"}
         assert experts == {(entry.max_outputs, entry.max_inputs) for entry in packaged_table("H100").ops["experts"]}
 
-    @pytest.mark.parametrize("toy", [True, False])
+    @pytest.mark.parametrize("toy", [True, pytest.param(False, marks=pytest.mark.slow)])
     def test_candidates_are_other_programs(self, toy: bool) -> None:
         """Grids, results and stages of the kernels differ; a constant that nothing reads would be measured in vain."""
         for case in [each for each in tune_cases(toy) if each.op != "matmul"]:

@@ -58,6 +58,7 @@ def first_drafts(states: Sequence[RequestState]) -> float:
     return sum(s.num_accepted_tokens_per_pos[0] for s in states) / sum(s.num_steps for s in states)
 
 
+@pytest.mark.slow
 def test_the_text_is_the_same_whatever_part_drafts_come_from() -> None:
     """Greedy and sampled, with penalties and truncation, from one id to all but one."""
     requests = [replace(r, **how) for r, how in zip(unequal_requests(0.8, max_tokens=60), HOW, strict=True)]

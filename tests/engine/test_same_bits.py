@@ -51,6 +51,7 @@ def test_windows(checks: BitChecks) -> None:
     assert_same(checks.window_checks())
 
 
+@pytest.mark.slow
 def test_texts(checks: BitChecks) -> None:
     assert_same(checks.text_checks())
 

@@ -59,6 +59,7 @@ def assert_same_text(first: LLM, second: LLM) -> None:
     assert a.token_ids == b.token_ids and a.metrics.num_accepted_tokens_per_pos == b.metrics.num_accepted_tokens_per_pos
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_quantized_on_load(folder: Path, mode: str) -> None:
     """The packed model computes what its dequantised weights do, drafts included; most matrices are packed."""
@@ -72,6 +73,7 @@ def test_quantized_on_load(folder: Path, mode: str) -> None:
     )  # near the unquantised model, but not equal to it
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tensor_type", ["q8_0", "q4_0", "iq4_nl"])
 def test_a_gguf_file_stays_packed(tensor_type: str, tmp_path: Path) -> None:
     """The packed model computes what the dequantised one does; packed tensors have the values that `read` returns."""
