@@ -71,6 +71,7 @@ def test_the_engine_holds_experts_as_bits_without_a_copy(monkeypatch: pytest.Mon
     assert cache_dtype(jnp.bfloat16) == jnp.float32
 
 
+@pytest.mark.slow
 def test_bfloat16_follows_float32_and_drafts_do_not_change_its_text() -> None:
     """The same weights in both dtypes, and prompts of one token and of many."""
     model = numpy_model(tiny_config(moe=True, num_superblocks=1))

@@ -70,6 +70,7 @@ def test_the_text_does_not_depend_on_when_a_slot_is_filled(
     assert engine.decode_seconds >= max(state.decode_seconds for state in states)
 
 
+@pytest.mark.slow
 def test_an_mtp_head_that_reads_the_end_of_prompts_only(model: LoadedModel, texts: list[list[int]]) -> None:
     engine = make_engine(
         model, num_speculative_tokens=3, max_model_len=MAX_MODEL_LEN, max_prefill_seqs=2, mtp_prompt_tokens=8

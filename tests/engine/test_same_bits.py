@@ -47,6 +47,7 @@ def test_prompts(checks: BitChecks) -> None:
     assert checks.compare_caches("chunks of 16 and 64", reference, mixed).same
 
 
+@pytest.mark.slow
 def test_windows(checks: BitChecks) -> None:
     assert_same(checks.window_checks())
 

@@ -142,6 +142,7 @@ def test_a_checkpoint_without_a_template_says_so(tmp_path: Path) -> None:
         LLM(tokenizer=tokenizer).chat(HELLO)
 
 
+@pytest.mark.slow
 def test_conversations_in_a_file_of_json_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A line of messages gives the text that `chat` gives; one that has a prompt too, or an odd role, is named."""
     odd = [{"role": "wizard", "content": "x"}]
