@@ -62,7 +62,7 @@ class LLM:
             room; None: a quarter of `max_num_seqs`. They need a cache of their own beside that of `max_num_seqs`
             sequences. If it is `max_num_seqs`, there is one cache, and the next prompts wait until all sequences have
             ended.
-        prefill_buckets: lengths of prompt chunks; each gets a program. Bits are promised if the largest is 64 n.
+        prefill_buckets: lengths of prompt chunks; the text keeps every bit if the largest is a multiple of 64.
         mtp_prompt_tokens: how many of the last prompt tokens the MTP head reads, at least 1; None: all, as the head was
             trained. With a small number the chunks before these tokens cost exactly what they cost without MTP, and
             drafting reads fewer keys. Drafts that depend on distant tokens get worse; the text stays the same.
@@ -77,7 +77,7 @@ class LLM:
             `mtpjax.engine.programs.CompileFn`), for example to run it by emulation.
         program_cache: a folder that keeps compiled programs, so that the next process with the same job compiles
             nothing. "auto": that of the environment variable MTPJAX_PROGRAM_CACHE, else `mtpjax/programs` in your
-            folder for caches (XDG_CACHE_HOME). None or an empty text: nothing is kept. Give only a folder that nobody
+            folder for caches (XDG_CACHE_HOME). None or an empty text: nothing is kept. Give only a folder that no one
             else can write to: reading a program runs code from it.
 
     Attributes:

@@ -21,17 +21,8 @@ class Pieces(NamedTuple):
     size: int  # cache positions of a piece
 
 
-class DecodeTile(NamedTuple):
-    """Sizes of the kernel that reads the cache for few rows."""
-
-    pairs: int  # (row, query head) pairs of a program
-    kv: int  # cache positions that one loop iteration reads
-    warps: int
-    stages: int
-
-
-class PrefillTile(NamedTuple):
-    """Sizes of the kernel for prompts."""
+class AttentionTile(NamedTuple):
+    """Sizes of a kernel that reads the cache."""
 
     pairs: int  # (row, query head) pairs of a program
     kv: int  # cache positions that one loop iteration reads
@@ -47,14 +38,14 @@ PIECES = (Pieces(2048, 32), Pieces(8192, 128), Pieces(32768, 256), Pieces(2**31 
 
 DECODE_TILES = {
     # Products of float32 are unrolled: 32 positions, or eight warps on an A100, spill registers.
-    "float32": DecodeTile(pairs=16, kv=16, warps=4, stages=2),
+    "float32": AttentionTile(pairs=16, kv=16, warps=4, stages=2),
     # 41 KiB of shared memory, which leaves room for two programs on a multiprocessor with 100 KiB.
-    "sm80": DecodeTile(pairs=16, kv=32, warps=4, stages=2),
-    "sm86": DecodeTile(pairs=16, kv=32, warps=4, stages=2),
+    "sm80": AttentionTile(pairs=16, kv=32, warps=4, stages=2),
+    "sm86": AttentionTile(pairs=16, kv=32, warps=4, stages=2),
     # With 16 pairs five rows read the cache three times, at the 5.7 TB/s of the second-level cache (143 us at 131k);
     # 32 pairs read it twice. 64 positions take 148 KiB of shared memory, so only one program runs on a multiprocessor:
     # that took 203 us.
-    "sm90": DecodeTile(pairs=32, kv=32, warps=4, stages=2),
+    "sm90": AttentionTile(pairs=32, kv=32, warps=4, stages=2),
 }
 # Programs that read the cache, together; each goes through several pieces where there are more. About 400 run at a
 # time, and one without a piece takes 2 ns. How pieces are dealt out has no effect on any sum, so it may follow the
@@ -69,14 +60,14 @@ JOIN_WARPS = 4
 MAX_TEMP_BYTES = 256 * 2**20
 
 PREFILL_TILES = {
-    "float32": PrefillTile(pairs=16, kv=32, warps=4, stages=2),
+    "float32": AttentionTile(pairs=16, kv=32, warps=4, stages=2),
     # More pairs spill registers: one warp would hold 16 pairs by 256 channels, and as many queries.
-    "sm80": PrefillTile(pairs=64, kv=64, warps=8, stages=2),
-    "sm86": PrefillTile(pairs=64, kv=32, warps=8, stages=2),  # 64 positions take 105 of 99 KiB
+    "sm80": AttentionTile(pairs=64, kv=64, warps=8, stages=2),
+    "sm86": AttentionTile(pairs=64, kv=32, warps=8, stages=2),  # 64 positions take 105 of 99 KiB
     # Two groups of four warps with 64 pairs each: wgmma with 64 x 256 results, and 192 KiB of shared memory. With 64
     # pairs a program would need keys and values faster than the second-level cache gives them. On a B200 144 bytes of
     # registers spill, and none with 64 pairs, which would use half of its tensor cores' rows.
-    "sm90": PrefillTile(pairs=128, kv=64, warps=8, stages=2),
+    "sm90": AttentionTile(pairs=128, kv=64, warps=8, stages=2),
 }
 
 

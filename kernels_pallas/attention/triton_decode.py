@@ -31,7 +31,7 @@ from kernels_pallas.attention.tile_sizes import (
     JOIN_WARPS,
     MAX_TEMP_BYTES,
     PIECES,
-    DecodeTile,
+    AttentionTile,
     card_class,
 )
 from kernels_pallas.partial_sums import PartialSums
@@ -71,7 +71,7 @@ def _pieces_kernel(
     max_ref: Any,
     total_ref: Any,
     *,
-    sizes: DecodeTile,
+    sizes: AttentionTile,
     programs: int,
     first: int,
 ) -> None:

@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int
 
 from kernels_pallas.attention.gate import apply_gate
 from kernels_pallas.attention.reference import MASK_VALUE
-from kernels_pallas.attention.tile_sizes import PREFILL_TILES, PrefillTile, card_class
+from kernels_pallas.attention.tile_sizes import PREFILL_TILES, AttentionTile, card_class
 from kernels_pallas.partial_sums import PartialSums
 from kernels_pallas.tiles import dot, index_grid
 
@@ -34,7 +34,7 @@ def _prefill_kernel(
     gate_ref: Any,
     y_ref: Any,
     *,
-    sizes: PrefillTile,
+    sizes: AttentionTile,
     kv_heads: int,
 ) -> None:
     """Compute a tile of pairs: `sum_s p_s v_s / sum_s p_s` with a running maximum, see `reference.attention`."""

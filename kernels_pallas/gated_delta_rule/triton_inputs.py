@@ -107,7 +107,7 @@ def _inputs_kernel(
         return (total * lax.logistic(total)).astype(dtype).astype(jnp.float32)
 
     def keep_conv_state(first_channel: Array, size: int) -> None:
-        """Store the inputs that the next step needs; in a window, those that the accepted rows before it leave."""
+        """Store the inputs that the next step needs; in a window, the inputs that end at the last accepted row."""
         row, channel = index_grid(jnp.arange(1), first_channel + jnp.arange(size))
         if window is None:
 

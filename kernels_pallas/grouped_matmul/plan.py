@@ -58,10 +58,7 @@ def choose_block_size(rows: int, topk: int, num_experts: int) -> int:
     One row decodes as matrix-vector products. For more rows, a block that is too small reads an expert twice, and one
     that is too large multiplies padding.
     """
-    block = 1
-    while block < rows * topk / num_experts and block < 64:
-        block *= 2
-    return block
+    return min(64, choose_kernel_block(rows, topk, num_experts, sure=False))
 
 
 def choose_kernel_block(rows: int, topk: int, num_experts: int, *, sure: bool) -> int:

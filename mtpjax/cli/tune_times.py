@@ -60,7 +60,7 @@ def compile_share(trials: list[Trial], device: str, share: int, workers: int) ->
 
 
 def load_programs(trials: list[Trial], device: str) -> tuple[dict[Trial, Program], dict[Trial, str]]:
-    """Return a function for each trial that runs it on random data, and the errors of those that do not compile."""
+    """Return a function for each trial that runs it on random data, and the errors of trials that do not compile."""
     programs: dict[Trial, Program] = {}
     failed: dict[Trial, str] = {}
     data: dict[str, tuple[Any, ...]] = {}

@@ -7,7 +7,7 @@ edited source file changes the latter digest but often not the former.
 A file begins with `MAGIC` and a SHA-256 of the rest, which is a line of JSON for people who look into it and a pickle.
 Reading a pickle can run any code: files count only if they and their folder belong to the user and nobody else may
 write to them. They are written under another name and renamed, so that a reader never sees half of one and several
-processes may write the same. Beyond `max_bytes`, those that were not used for longest go.
+processes may write the same. Beyond `max_bytes`, the least recently used go first.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ AUTO = "auto"
 MAX_BYTES = 2 << 30
 MAGIC = b"mtpjax program 1\n"
 NAME, PROGRAM, UNFINISHED = ".name", ".program", ".unfinished"
-UNFINISHED_SECONDS = 3600  # after that, whoever was writing a file is gone
+UNFINISHED_SECONDS = 3600  # after that, the process that was writing a file has ended
 Result = TypeVar("Result")
 
 

@@ -57,7 +57,7 @@ CPU_FIELDS = ("vendor_id", "cpu family", "model", "model name", "stepping", "fla
 
 
 class UnknownValueError(Exception):
-    """A value of which nobody can say that it is the same in another process; names it."""
+    """A value that may be another one in the next process; the message names it."""
 
 
 def step_digest(fn: Callable[..., Any], static: Any, args: Any, options: Any) -> str | None:

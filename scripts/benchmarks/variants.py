@@ -103,6 +103,56 @@ class Variant:
         self.seconds += time.perf_counter() - start
 
 
+def greedy_requests(batch: int, max_tokens: int) -> BatchSamplingParams:
+    """Return `batch` greedy requests without stop tokens."""
+    stops = jnp.full((batch, MAX_STOP_TOKENS), -1, jnp.int32)
+    limit = jnp.full(batch, max_tokens, jnp.int32)
+    return BatchSamplingParams(limit, jnp.zeros(batch, jnp.float32), jnp.zeros(batch, jnp.uint32), stops)
+
+
+def start_state(cache: Any, hidden: Any, token: int, draft: int) -> DecodeState:
+    """Return the state of sequences that decode from `token` on, with `draft` drafts.
+
+    Every leaf is an array of its own: the loop takes over their memory.
+
+    Args:
+        cache: of B sequences.
+        hidden: their last hidden states `[B, D]`.
+    """
+    batch = len(hidden)
+
+    def ints(*shape: int) -> jax.Array:
+        return jnp.zeros(shape, jnp.int32)
+
+    return DecodeState(
+        cache,
+        hidden,
+        ints(batch) + token,
+        ints(batch),
+        jnp.zeros(batch, bool),
+        jnp.zeros(batch, bool),
+        ints(batch),
+        ints(batch, draft),
+    )
+
+
+def compile_decode(
+    model: LoadedModel, state: Any, requests: Any, draft: int, vocab_size: int, acceptance: Any, max_steps: int
+) -> Any:
+    """Compile the decoding loop for a state and requests like these; both may be shapes."""
+    lowered: Any = decode.lower(
+        model.params,
+        state,
+        requests,
+        graph=model.graph,
+        num_speculative_tokens=draft,
+        max_steps=max_steps,
+        vocab_size=vocab_size,
+        acceptance=acceptance,
+    )
+    return lowered.compile(**compile_options())
+
+
 class Decoder:
     """Decodes after a prompt that a variant has read."""
 
@@ -114,34 +164,12 @@ class Decoder:
     def __call__(self, token: int) -> dict[str, Any]:
         """Decode `max_tokens` tokens after `token`; compile the loop at the first call, outside the measured time."""
         variant, model = self.variant, self.variant.model
-        requests = BatchSamplingParams(
-            jnp.array([self.max_tokens], jnp.int32),
-            jnp.zeros(1, jnp.float32),
-            jnp.zeros(1, jnp.uint32),
-            jnp.full((1, MAX_STOP_TOKENS), -1, jnp.int32),
-        )
+        requests = greedy_requests(1, self.max_tokens)
         hidden = variant.hidden if model.cfg.mtp_layers else jnp.zeros((1, model.cfg.hidden_size), self.dtype())
-        # Every leaf is an array of its own: the loop takes over their memory.
-        state = DecodeState(
-            variant.cache,
-            hidden,
-            jnp.array([token], jnp.int32),
-            jnp.zeros(1, jnp.int32),
-            jnp.zeros(1, bool),
-            jnp.zeros(1, bool),
-            jnp.zeros(1, jnp.int32),
-            jnp.zeros((1, self.draft), jnp.int32),
-        )
-        static: dict[str, Any] = {
-            "graph": model.graph,
-            "num_speculative_tokens": self.draft,
-            "max_steps": MAX_STEPS_PER_CALL,
-            "vocab_size": self.vocab_size,
-            "acceptance": self.acceptance,
-        }
+        state = start_state(variant.cache, hidden, token, self.draft)
         if self.program is None:
-            lowered: Any = decode.lower(model.params, state, requests, **static)
-            self.program = lowered.compile(**compile_options())
+            options = self.draft, self.vocab_size, self.acceptance, MAX_STEPS_PER_CALL
+            self.program = compile_decode(model, state, requests, *options)
         state = jax.block_until_ready(jax.device_put(state))
         start = time.perf_counter()
         while not bool(state.finished[0]):

@@ -55,7 +55,7 @@ def kernel_time(op: str, shape: Any, rows: int, card: Card, constants: Any = Non
         shape: a list of `Matrix` for "matmul", all in one launch; `Experts`, `Cache` or `Delta` for the others.
         rows: token rows of the call.
         card: one of `CARDS`.
-        constants: tile constants; None: those that the package's table has for the card. For attention
+        constants: tile constants; None: the constants of the package's table for the card. For attention
             `AttentionSplits` and for the recurrence the columns of a program, which no table has.
 
     Raises:

@@ -20,7 +20,7 @@ from scripts.gpu.kernel_counts import DRAFT, OTHER
 FILES = Path(__file__).resolve().parent.parent.parent / "docs" / "benchmarks"
 TRIAL_CONTEXTS = (1024, 32768, 131072)
 COMMIT = "DeltaNet commit"  # a fusion of XLA's that added accepted rows to all states
-# Kernels of the traces by name; XLA numbers those that differ in shape. All others are small ones of XLA's.
+# Kernels of the traces by name; XLA numbers kernels of one name and other shapes. All others are small ones of XLA's.
 TRACES: dict[str, dict[str, str]] = {
     "decode 0": {
         "experts_gate_up_codes4": "experts, gate and up",

@@ -12,7 +12,6 @@ That is fitted to the trials of attention at 1,024 tokens with a cache of 131,13
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -20,6 +19,10 @@ from typing import Any
 
 import numpy as np
 
+from kernels_pallas.tile_tables import MatmulConstants
+from scripts.gpu.cuda_target import CARDS
+from scripts.gpu.kernel_launches import Matrix
+from scripts.gpu.kernel_time_model import kernel_time
 from scripts.gpu.predict_measured import bandwidth, trace, trial
 
 PACKED, PLAIN = 0.5625, 2.0  # bytes of a weight: IQ4_NL (32 codes of 4 bits and a 16-bit scale), bfloat16
@@ -111,44 +114,20 @@ def more_bytes_us(num_bytes: float) -> float:
     return products().slopes[0] * num_bytes / bandwidth()
 
 
-@cache
-def _tile_model() -> tuple[Any, Any] | None:
-    """Return the modules of the model that knows tile constants, `kernel_time_model` and `kernel_launches`, if here."""
-    try:
-        names = ("scripts.gpu.kernel_time_model", "scripts.gpu.kernel_launches")
-        found = [importlib.import_module(name) for name in names]
-    except ImportError:  # it needs scipy
-        return None
-    return found[0], found[1]
-
-
 def product_us(outputs: int, inputs: int, rows: int) -> float:
-    """Return the predicted microseconds of a product of few rows with an IQ4_NL weight.
-
-    By the model that knows tile constants if it is here, else by bytes.
-    """
-    if (found := _tile_model()) is None:
-        return bytes_us(weight_bytes(outputs, 0, inputs))
-    model, kernels = found
-    return model.kernel_time("matmul", [kernels.Matrix(outputs, inputs)], rows, model.CARDS["h100"])
+    """Return the predicted microseconds of a product of few rows with an IQ4_NL weight, by `kernel_time_model`."""
+    return kernel_time("matmul", [Matrix(outputs, inputs)], rows, CARDS["h100"])
 
 
-def row_tile_ratio(weights: Sequence[tuple[int, int, int]], rows: int) -> float | None:
+def row_tile_ratio(weights: Sequence[tuple[int, int, int]], rows: int) -> float:
     """Return the predicted time of a product of many rows in tiles of 128 rows, divided by that in tiles of 64.
 
     Args:
         weights: outputs, inputs and bits of each weight of the launch.
         rows: of the chunk.
-
-    Returns:
-        None if the model that knows tile constants is not here.
     """
-    if (found := _tile_model()) is None:
-        return None
-    model, kernels = found
-    matrices, card = [kernels.Matrix(*weight) for weight in weights], model.CARDS["h100"]
+    matrices = [Matrix(*weight) for weight in weights]
     times = [
-        model.kernel_time("matmul", matrices, rows, card, model.MatmulConstants(512, 2, 3, tile, 64))
-        for tile in (128, 64)
+        kernel_time("matmul", matrices, rows, CARDS["h100"], MatmulConstants(512, 2, 3, tile, 64)) for tile in (128, 64)
     ]
     return times[0] / times[1]

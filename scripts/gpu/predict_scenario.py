@@ -151,31 +151,14 @@ def window(measured: float, rows: int, context: int) -> float:
     return model.bytes_us(2 * STATE_BYTES) + 0.5 * (rows + accepted)
 
 
-def row_tiles(
-    weights: tuple[tuple[int, int, int], ...], stand_in: tuple[str, str]
-) -> Callable[[float, int, int], float]:
-    """Return a prediction for row tiles of 128: the model that knows tiles, else the ratio of another product's trials.
-
-    Args:
-        weights: outputs, inputs, bits of each weight.
-        stand_in: name of the other product in the trials, and its kernel.
-    """
-    name, kernel = stand_in
-
-    def predict(measured: float, rows: int, context: int) -> float:
-        ratio = model.row_tile_ratio(weights, rows)
-        if ratio is None:
-            tried = (trial(f"{name} M{rows} rows{tile} stages3", kernel) for tile in (128, 64))
-            ratio = next(tried) / next(tried)
-        return measured * ratio
-
-    return predict
+def row_tiles(weights: tuple[tuple[int, int, int], ...]) -> Callable[[float, int, int], float]:
+    """Return a prediction for row tiles of 128 by `kernel_time_model`. `weights`: outputs, inputs, bits of each."""
+    return lambda measured, rows, context: measured * model.row_tile_ratio(weights, rows)
 
 
-IN, OUT = ("in", "matmul_codes4_plain"), ("out", "matmul_codes4")
 _FEW = "512 programs, 2 stages (tried with 5 rows)"
 _SMALL = "256 programs, 2 stages, not tried together: as 512 programs, 2 stages (tried with 5 rows)"
-_TILES = "row tiles of 128, not tried itself: the model of tiles, or the ratio of another product's trials"
+_TILES = "row tiles of 128, not tried itself: the model of kernel times"
 
 ROUND: dict[str, Change] = {
     "DeltaNet, in": Candidate("matmul_codes4_plain", "in M5 programs128 stages3", "in M5 programs512 stages2", _FEW),
@@ -213,11 +196,11 @@ CHUNK: dict[str, Change] = {
     "out, o": Candidate(
         "matmul_codes4", "out M{rows} rows64 stages3", "out M{rows} rows128 stages3", "row tiles of 128"
     ),
-    "q, k, v": Modelled(row_tiles(((8192, 2048, 4), (512, 2048, 4), (512, 2048, 4)), IN), _TILES),
+    "q, k, v": Modelled(row_tiles(((8192, 2048, 4), (512, 2048, 4), (512, 2048, 4))), _TILES),
     "router and shared gate, up": Modelled(
-        row_tiles(((256, 2048, 16), (1, 2048, 16), (512, 2048, 4), (512, 2048, 4)), IN), _TILES
+        row_tiles(((256, 2048, 16), (1, 2048, 16), (512, 2048, 4), (512, 2048, 4))), _TILES
     ),
-    "shared down": Modelled(row_tiles(((2048, 512, 4),), OUT), _TILES),
+    "shared down": Modelled(row_tiles(((2048, 512, 4),)), _TILES),
     "attention": Assumed(attention_many, "tiles of 128 pairs for wgmma, at half of the rate of a large matmul"),
     "DeltaNet inputs": Added(
         0, lambda rows: model.bytes_us(rows * 8192 * (2 + 4)), "bytes: projections in bfloat16, results in float32"

@@ -4,7 +4,7 @@
 
 Of each constant the candidates are those that were measured on the H100, as far as the shapes of the 35B-A3B tell them
 apart. The model knows times only to some percent, so the value of the H100 stays where no candidate is predicted to be
-at least `MARGIN` faster; and among equals, fewer programs leave fewer partial sums to whoever adds them.
+at least `MARGIN` faster; and among equals, fewer programs leave fewer partial sums to the reader.
 """
 
 from __future__ import annotations

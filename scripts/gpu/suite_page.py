@@ -43,12 +43,12 @@ def write_page(out: Path, ended: Mapping[str, str]) -> Path:
 
 def _decode_table(rows: Rows) -> list[str]:
     lines = [
-        "| sequences | context | drafts | ms a round | tokens/s | share of the roofline |",
-        "|---|---|---|---|---|---|",
+        "| sequences | context | drafts | acceptance | ms a round | tokens/s | share of the roofline |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         lines.append(
-            f"| {row['batch']} | {row['context']:,} | {row['draft']} | {row['ms_a_round']:.3f} | "
+            f"| {row['batch']} | {row['context']:,} | {row['draft']} | {row['acceptance']} | {row['ms_a_round']:.3f} | "
             f"{row['tokens_per_second']:,.0f} | {row['of_roofline']:.2f} |"
         )
     return lines

@@ -16,17 +16,15 @@ import jax
 import jax.numpy as jnp
 
 from checkpoints import TINY
-from kernels_pallas.platform import compile_options
 from mtpjax import LLM, SamplingParams
 from mtpjax.decoding.acceptance import SimulatedAcceptance, exact_match
-from mtpjax.decoding.sampling import MAX_STOP_TOKENS, BatchSamplingParams
 from mtpjax.decoding.speculative import DecodeState
 from mtpjax.loading.load import cache_dtype
 from mtpjax.model.cache import new_cache, padded_kv_length
-from scripts.benchmarks.jitted_steps import decode
 from scripts.benchmarks.published import ACCEPTANCE_LENGTHS
 from scripts.benchmarks.roofline import Work, chunk_work, round_work
 from scripts.benchmarks.trace_events import op_kind, read_op_times
+from scripts.benchmarks.variants import compile_decode, greedy_requests, start_state
 from scripts.gpu.suite_setup import Results, Setup
 
 HOLDERS = ("while", "call", "conditional")  # their time is that of what they hold, which is counted itself
@@ -34,10 +32,9 @@ BATCH_DRAFTS = (0, 3)
 ROUNDS = 16  # rounds of a call of the loop
 
 
-def rule(draft: int) -> Any:
-    """Return the simulated acceptance of so many drafts, or the real rule of none."""
-    lengths = ACCEPTANCE_LENGTHS | {8: max(ACCEPTANCE_LENGTHS.values())}
-    return SimulatedAcceptance.from_mean_length(lengths[draft], draft) if draft else exact_match
+def acceptance_length(draft: int) -> float:
+    """Return the tokens a round that are simulated: as published, and for more drafts the longest published."""
+    return ACCEPTANCE_LENGTHS.get(draft, max(ACCEPTANCE_LENGTHS.values())) if draft else 1.0
 
 
 class Loop:
@@ -46,58 +43,31 @@ class Loop:
     def __init__(self, setup: Setup, draft: int, batch: int, kv_len: int):
         self.setup, self.draft, self.batch, self.kv_len = setup, draft, batch, kv_len
         self.model = setup.models[draft > 0]
+        self.requests = greedy_requests(batch, 1 << 20)  # none of them ends
         self.program: Any = None
 
     def state(self, length: int) -> DecodeState:
         """Return a state whose caches hold `length` tokens of zeros: the time does not depend on them."""
-        cfg, batch = self.model.cfg, self.batch
-        cache = new_cache(cfg, batch, self.kv_len, dtype=cache_dtype(self.setup.dtype))
-
-        def ints(*shape: int) -> jax.Array:
-            return jnp.zeros(shape, jnp.int32)
-
-        return DecodeState(
-            cache.replace(length=ints(batch) + length),
-            jnp.ones((batch, cfg.hidden_size), self.setup.dtype),
-            ints(batch),
-            ints(batch),
-            jnp.zeros(batch, bool),
-            jnp.zeros(batch, bool),
-            ints(batch),
-            ints(batch, self.draft),
-        )
+        cache = new_cache(self.model.cfg, self.batch, self.kv_len, dtype=cache_dtype(self.setup.dtype))
+        hidden = jnp.ones((self.batch, self.model.cfg.hidden_size), self.setup.dtype)
+        return start_state(cache.replace(length=cache.length + length), hidden, 0, self.draft)
 
     def compile(self) -> None:
         """Compile the loop, if it is not yet."""
         if self.program is None:
-            state = jax.eval_shape(lambda: self.state(0))
-            lowered: Any = decode.lower(
-                self.model.params,
-                state,
-                self.requests(),
-                graph=self.model.graph,
-                num_speculative_tokens=self.draft,
-                max_steps=ROUNDS,
-                vocab_size=self.model.cfg.vocab_size,
-                acceptance=rule(self.draft),
-            )
-            self.program = lowered.compile(**compile_options())
-
-    def requests(self) -> BatchSamplingParams:
-        """Return greedy requests that never end."""
-        batch = self.batch
-        stops = jnp.full((batch, MAX_STOP_TOKENS), -1, jnp.int32)
-        most = jnp.full(batch, 1 << 20, jnp.int32)
-        return BatchSamplingParams(most, jnp.zeros(batch), jnp.zeros(batch, jnp.uint32), stops)
+            draft, state = self.draft, jax.eval_shape(lambda: self.state(0))
+            rule = SimulatedAcceptance.from_mean_length(acceptance_length(draft), draft) if draft else exact_match
+            options = draft, self.model.cfg.vocab_size, rule, ROUNDS
+            self.program = compile_decode(self.model, state, self.requests, *options)
 
     def seconds(self, length: int, calls: int) -> list[float]:
         """Return seconds a round of each of `calls` calls, after one that does not count."""
         self.compile()
         times = []
         for call in range(calls + 1):
-            state = jax.block_until_ready(jax.jit(self.state, static_argnums=0)(length))
+            state = jax.block_until_ready(self.state(length))
             start = time.perf_counter()
-            jax.block_until_ready(self.program(self.model.params, state, self.requests())[0])
+            jax.block_until_ready(self.program(self.model.params, state, self.requests)[0])
             if call:
                 times.append((time.perf_counter() - start) / ROUNDS)
             del state
@@ -111,7 +81,6 @@ class Loop:
 
     def row(self, length: int, times: list[float]) -> dict[str, Any]:
         """Return the figures of a measurement."""
-        tokens = ACCEPTANCE_LENGTHS.get(self.draft, max(ACCEPTANCE_LENGTHS.values())) if self.draft else 1.0
         middle = statistics.median(times)
         return {
             "kind": "decode",
@@ -119,7 +88,8 @@ class Loop:
             "context": length,
             "draft": self.draft,
             "ms_a_round": middle * 1e3,
-            "tokens_per_second": self.batch * tokens / middle,
+            "tokens_per_second": self.batch * acceptance_length(self.draft) / middle,
+            "acceptance": "simulated" if self.draft else "real",
             "of_roofline": self.floor(length) / middle,
             "seconds": times,
         }
@@ -145,13 +115,14 @@ def model(setup: Setup, results: Results) -> None:
         for chunk in setup.chunks:
             if context >= chunk and setup.go_on(f"chunk of {chunk} at {context}"):
                 _measure_chunk(setup, results, chunk, context)
-    results.finish(acceptance="simulated acceptance")
+    results.finish()
 
 
 def _decode_line(row: dict[str, Any]) -> str:
     return (
         f"batch {row['batch']:2} at {row['context']:7} draft {row['draft']}: {row['ms_a_round']:8.3f} ms a round, "
-        f"{row['tokens_per_second']:8.1f} tok/s, {row['of_roofline']:.2f} of the roofline"
+        f"{row['tokens_per_second']:8.1f} tok/s ({row['acceptance']} acceptance), "
+        f"{row['of_roofline']:.2f} of the roofline"
     )
 
 
@@ -201,7 +172,7 @@ def batch(setup: Setup, results: Results) -> None:
                 loop = Loop(setup, draft, count, _batch_kv_len(setup))
                 results.add(loop.row(length, loop.seconds(length, setup.runs)))
                 print(_decode_line(results.content["rows"][-1]), flush=True)
-    results.finish(acceptance="simulated acceptance")
+    results.finish()
 
 
 def profile(setup: Setup, results: Results) -> None:

@@ -12,12 +12,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from kernels_pallas.platform import platform
 from mtpjax.decoding.output_rows import NO_ROWS
 from mtpjax.loading.load import cache_dtype
 from mtpjax.loading.loaded_model import LoadedModel
 from mtpjax.loading.random_init import random_model
+from mtpjax.model import abstract_model
 from mtpjax.model.cache import padded_kv_length
 from mtpjax.presets import preset
 from scripts.benchmarks.jitted_steps import prefill
@@ -86,13 +88,13 @@ class Setup:
     def models(self) -> dict[bool, LoadedModel]:
         """The model with the MTP head (True), and without it (False): the same arrays."""
         cfg = TOY if self.smoke else preset(self.options.shape)
-        model = partial(random_model, cfg, quantization=self.options.weights, dtype=self.dtype)
+        make = partial(random_model, cfg, quantization=self.options.weights, dtype=self.dtype)
         if self.abstract:
-            graph, params = None, jax.eval_shape(lambda: model().params)
-            graph = _graph_of(cfg, self.dtype, params)
+            params = jax.eval_shape(lambda: make().params)
+            graph, _ = nnx.split(nnx.merge(nnx.split(abstract_model(cfg, self.dtype))[0], params))
             with_mtp = LoadedModel(cfg, graph, params)
         else:
-            with_mtp = model()
+            with_mtp = make()
         return {True: with_mtp, False: without_mtp(with_mtp)}
 
     @property
@@ -114,17 +116,6 @@ class Setup:
     def ids(self, count: int) -> np.ndarray:
         """Return random token ids `[1, count]`."""
         return np.random.default_rng(count).integers(0, self.models[True].cfg.vocab_size, (1, count)).astype(np.int32)
-
-
-def _graph_of(cfg: Any, dtype: Any, params: Any) -> Any:
-    """Return the static half of a model whose weights have the types of `params`."""
-    from flax import nnx
-
-    from mtpjax.model import abstract_model
-
-    graph, _ = nnx.split(abstract_model(cfg, dtype))
-    graph, _ = nnx.split(nnx.merge(graph, params))
-    return graph
 
 
 class Results:
