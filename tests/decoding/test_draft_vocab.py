@@ -169,6 +169,7 @@ def test_drafts_show_a_planted_bug(
     assert (draft(model_of(9), temperature) != want).mean() > 0.5
 
 
+@pytest.mark.slow
 def test_acceptance_at_temperature_1_is_that_of_shared_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     """With half of the ids about half of the drafts are left; with noise of its own the drafter agrees by chance."""
     requests = unequal_requests(1.0, max_tokens=100)

@@ -157,6 +157,7 @@ def joint_counts(model: LoadedModel, num_speculative_tokens: int) -> tuple[np.nd
     return counts, sum(s.num_accepted_tokens_per_pos[0] for s in states) / sum(s.num_steps for s in states)
 
 
+@pytest.mark.slow
 def test_the_loop_samples_the_model(toy: tuple[LoadedModel, np.ndarray]) -> None:
     """Plain and speculative decoding give one sample, not only one distribution, and it is the model's."""
     model, joint = toy

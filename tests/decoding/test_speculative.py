@@ -91,6 +91,7 @@ def engine_whose_head_reads(mtp_prompt_tokens: int) -> Engine:
     return engine
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mtp_prompt_tokens", [1, 5, 32, 33])
 def test_how_much_of_the_prompt_the_head_reads_does_not_change_the_text(mtp_prompt_tokens: int) -> None:
     """Chunks have 32 rows: the rows that the head skips end inside a chunk, at its edge, or in the chunk before."""

@@ -40,6 +40,7 @@ def prompts(number: int, longest: int, vocab: int) -> list[list[int]]:
     return [rng.integers(0, vocab, length).tolist() for length in rng.integers(1, longest, number, endpoint=True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("num_speculative_tokens", "max_prefill_seqs", "others"), [(2, None, 4), (0, 3, 4), (2, 8, 2)])
 def test_a_job_compiles_as_many_programs_as_chunk_lengths_and_a_few(
     events: Counter[str], num_speculative_tokens: int, max_prefill_seqs: int | None, others: int

@@ -117,6 +117,7 @@ class TestRecurrentGatedDeltaRule:
         for one, other in zip(got, again, strict=True):
             assert np.array_equal(one, other)
 
+    @pytest.mark.slow
     def test_a_window_is_invariant_to_later_rows_and_to_the_batch_bit_for_bit(self) -> None:
         """A property of the kernel, which is one program for any number of rows. XLA makes other loops for one row."""
         args = window_args(5)

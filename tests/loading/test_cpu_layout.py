@@ -81,6 +81,7 @@ def test_the_logits_are_the_same(moe: bool, monkeypatch: pytest.MonkeyPatch) -> 
     assert np.abs(logits[0] - logits[1]).max() <= 2e-5 * np.abs(logits[1]).max()
 
 
+@pytest.mark.slow
 def test_drafts_leave_the_text_of_a_model_that_is_not_small(nothing_is_small: None) -> None:
     """A small model takes the way of large ones through the loop: experts in windows, weights as published."""
     model = numpy_model(tiny_config(moe=True, vocab_size=96), seed=7, scale=0.15)
