@@ -149,6 +149,7 @@ def decode(
     state: DecodeState,
     sampling_params: BatchSamplingParams,
     return_when_finished: Int[Array, ""] | None = None,
+    step_limit: Int[Array, ""] | None = None,
     *,
     graph: Any,
     num_speculative_tokens: int,
@@ -163,6 +164,7 @@ def decode(
         params: weights of the split model.
         state: consumed, if donated.
         return_when_finished: number of finished requests at which the loop returns; None: all.
+        step_limit: number of steps of this call, at most `max_steps`; None: `max_steps`.
         graph: static half of the split model.
         num_speculative_tokens: k, tokens drafted in a step; 0 decodes without drafts.
         max_steps: bounds the time until the host sees tokens.
@@ -177,9 +179,10 @@ def decode(
     batch = state.token.shape[0]
     capacity = max_steps * (num_speculative_tokens + 1)
     limit = batch if return_when_finished is None else return_when_finished
+    last_step = max_steps if step_limit is None else jnp.minimum(step_limit, max_steps)
 
     def should_continue(carry: _LoopCarry) -> Bool[Array, ""]:
-        return (carry.step < max_steps) & (jnp.sum(carry.state.finished) < limit)
+        return (carry.step < last_step) & (jnp.sum(carry.state.finished) < limit)
 
     def body(carry: _LoopCarry) -> _LoopCarry:
         state, pending, window, num_new = speculative_step(

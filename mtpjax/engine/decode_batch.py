@@ -113,11 +113,14 @@ class DecodeBatch:
         else:
             self.runner.begin_decode(shapes(self.state.cache, self.num_slots), self._params, new)
 
-    def decode(self, return_when_finished: int) -> DecodedTokens:
-        """Advance all slots by one call of the loop, which returns early when `return_when_finished` slots are done."""
+    def decode(self, return_when_finished: int, step_limit: int | None = None) -> DecodedTokens:
+        """Advance all slots by one call of the loop, which returns early when `return_when_finished` slots are done.
+
+        With `step_limit`, it makes no more than so many steps.
+        """
         state = self._started()
         steps_before, start = np.array(state.num_steps), self.runner.seconds_without_compile()
-        self.state, out, counts = self.runner.decode(state, self._params, return_when_finished)
+        self.state, out, counts = self.runner.decode(state, self._params, return_when_finished, step_limit)
         seconds = self.runner.seconds_without_compile() - start
         num_steps = int(np.max(np.asarray(self.state.num_steps) - steps_before))
         return DecodedTokens([row[:count].tolist() for row, count in zip(out, counts, strict=True)], num_steps, seconds)

@@ -9,6 +9,8 @@ from mtpjax.engine.model_runner import ModelRunner
 from mtpjax.engine.request import Request, RequestState
 from mtpjax.engine.scheduler import Scheduler
 
+STEPS_OF_FIRST_CALL = 4  # of the decode loop in a run, so that the first tokens do not wait for a whole call
+
 TokenCallback = Callable[[RequestState, list[int]], None]
 """Called with the state of a request and its new tokens."""
 
@@ -80,6 +82,7 @@ class Engine:
         """
         scheduler = Scheduler(requests, num_slots, max_prefill_seqs=self.max_prefill_seqs, lookahead=lookahead)
         batch = DecodeBatch(self.runner, num_slots, scheduler.prefill_batch)
+        step_limit: int | None = STEPS_OF_FIRST_CALL
         while True:
             while group := scheduler.admit():
                 seconds = batch.prefill(group, scheduler.requests_by_slot)
@@ -90,7 +93,8 @@ class Engine:
                 yield from _finished(scheduler, batch)
             if scheduler.num_free_slots == num_slots:
                 return
-            decoded = batch.decode(scheduler.return_when_finished)
+            decoded = batch.decode(scheduler.return_when_finished, step_limit)
+            step_limit = None
             self.decode_seconds += decoded.seconds
             self.slot_steps += num_slots * decoded.num_steps
             for running, tokens in zip(scheduler.running, decoded.tokens, strict=True):

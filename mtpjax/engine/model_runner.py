@@ -190,7 +190,11 @@ class ModelRunner:
         return np.concatenate(chunks)[-len(prompt) :]
 
     def decode(
-        self, state: DecodeState, params: BatchSamplingParams, return_when_finished: int
+        self,
+        state: DecodeState,
+        params: BatchSamplingParams,
+        return_when_finished: int,
+        step_limit: int | None = None,
     ) -> tuple[DecodeState, np.ndarray, np.ndarray]:
         """Run the decode loop until `return_when_finished` slots are done, for at most `max_steps_per_call` steps.
 
@@ -198,11 +202,12 @@ class ModelRunner:
             state: of B slots; consumed.
             params: settings of the requests in the slots.
             return_when_finished: number of slots that are done, free ones included, at which the loop returns.
+            step_limit: fewer steps than `max_steps_per_call`, if given.
 
         Returns:
             the state, the new tokens `[B, max_steps_per_call * (k + 1)]`, and how many there are of each slot `[B]`.
         """
-        state, out, counts = self._run(*self._decode_program(state, params, return_when_finished))
+        state, out, counts = self._run(*self._decode_program(state, params, return_when_finished, step_limit))
         return state, np.asarray(out), np.asarray(counts)
 
     def insert(self, state: DecodeState, new: DecodeState, rows: Sequence[int], slots: Sequence[int]) -> DecodeState:
@@ -229,7 +234,11 @@ class ModelRunner:
         self.programs.begin(*self._decode_program(state, params, 0))
 
     def _decode_program(
-        self, state: DecodeState, params: BatchSamplingParams, return_when_finished: int
+        self,
+        state: DecodeState,
+        params: BatchSamplingParams,
+        return_when_finished: int,
+        step_limit: int | None = None,
     ) -> tuple[ProgramName, Step, tuple[Any, ...]]:
         step = partial(
             jit_step,
@@ -242,7 +251,8 @@ class ModelRunner:
             acceptance=self.acceptance,
         )
         name = ("decode", len(state.token), state.token_counts is None)
-        return name, step, (self.model.params, state, params, np.array(return_when_finished, np.int32))
+        limits = (return_when_finished, self.max_steps_per_call if step_limit is None else step_limit)
+        return name, step, (self.model.params, state, params, *(np.array(limit, np.int32) for limit in limits))
 
     def _insert_program(
         self, state: DecodeState, new: DecodeState, rows: Sequence[int], slots: Sequence[int]

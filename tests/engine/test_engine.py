@@ -9,6 +9,7 @@ import pytest
 
 from mtpjax.decoding.speculative import DecodeState
 from mtpjax.engine.decode_batch import DecodeBatch, stack_requests
+from mtpjax.engine.engine import STEPS_OF_FIRST_CALL
 from mtpjax.engine.programs import compile_ahead
 from mtpjax.engine.request import Request, RequestState
 from mtpjax.engine.scheduler import PrefillGroup, Scheduler
@@ -104,6 +105,14 @@ def test_the_loop_returns_when_enough_requests_are_finished(model: LoadedModel) 
     for return_when_finished, expected in ((1, 4), (2, 9), (3, 20)):
         num_steps += batch.decode(return_when_finished).num_steps
         assert num_steps == expected and batch.figures().finished.sum() == return_when_finished
+
+
+def test_the_first_tokens_do_not_wait_for_a_whole_call_of_the_loop(model: LoadedModel) -> None:
+    engine = make_engine(model, num_speculative_tokens=0, max_model_len=MAX_MODEL_LEN)
+    calls: list[int] = []
+    engine.run([replace(requests()[0], max_tokens=60)], 1, lambda state, tokens: calls.append(len(tokens)))
+    per_call = engine.runner.max_steps_per_call
+    assert calls == [STEPS_OF_FIRST_CALL, per_call, 60 - STEPS_OF_FIRST_CALL - per_call]
 
 
 def slot_rows(state: DecodeState | None) -> list[np.ndarray]:

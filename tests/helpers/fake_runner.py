@@ -74,7 +74,13 @@ class FakeRunner:
                 cache[row] = extend(int(cache[row]), token)
         return cache, self.zero_hidden(len(prompts)), []
 
-    def decode(self, state: DecodeState, params: BatchSamplingParams, return_when_finished: int) -> Any:
+    def decode(
+        self,
+        state: DecodeState,
+        params: BatchSamplingParams,
+        return_when_finished: int,
+        step_limit: int | None = None,
+    ) -> Any:
         state, params = jax.tree.map(np.asarray, (state, params))
         batch, width = len(state.token), self.num_speculative_tokens + 1
         arrays = {
@@ -83,7 +89,7 @@ class FakeRunner:
         num_steps, accepted = np.array(state.num_steps), np.array(state.num_accepted_per_pos)
         out, counts = np.zeros((batch, self.max_steps_per_call * width), np.int32), np.zeros(batch, np.int32)
         assert arrays["finished"].sum() < return_when_finished <= batch  # otherwise the call would do nothing
-        for _ in range(self.max_steps_per_call):
+        for _ in range(min(step_limit or self.max_steps_per_call, self.max_steps_per_call)):
             if arrays["finished"].sum() >= return_when_finished:
                 break
             for slot in np.flatnonzero(~arrays["finished"]).tolist():

@@ -1,0 +1,235 @@
+"""Delete, duplicate, retype, rename and add keys and tensors of a checkpoint at random.
+
+    python -m scripts.format_checks.fuzz_keys PATH [PATH ...] [--cases 10000]
+
+A path is a small checkpoint: a folder of safetensors, quantised or not, or a GGUF file. Every outcome must be one of
+
+* the same model as before, where the change cannot matter (`NEUTRAL`) or a warning names what was changed;
+* another model, where the changed key says so;
+* an error (CheckpointError, ConfigError, ValueError) whose message names a changed key or tensor;
+
+within 2 s and 1 GB. Anything else is printed by kind of change and key, and the exit status is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import copy
+import hashlib
+import random
+import re
+import resource
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from checkpoints import open_checkpoint
+from mtpjax.loading.load import load_checkpoint
+from mtpjax.loading.loaded_model import flatten_params
+from mtpjax.loading.open_model import eos_token_ids, own_tokenizer
+from mtpjax.sampling_params import SamplingParams
+from scripts.format_checks.key_documents import ARRAY, SCALARS, TEXT, Document, Pairs, Tensor, TypedPairs, read_document
+
+SECONDS = 2.0
+MEGABYTES = 1000.0
+VALUES: tuple[Any, ...] = (None, True, False, -1, 0, 1, 7, 1 << 40, 0.5, 1e300, "", "x", [], ["x"], [3, -1], Pairs())
+DTYPES = ("U8", "I8", "I32", "BF16", "F16", "F32", "F64", "F8_E4M3", "BOOL", "X9")
+ITEM_BYTES = {"U8": 1, "I8": 1, "F8_E4M3": 1, "BOOL": 1, "BF16": 2, "F16": 2, "F32": 4, "I32": 4, "F64": 8}
+
+
+class Change(NamedTuple):
+    """The kind of a change, its key or tensor, and the names of which a message must have one."""
+
+    kind: str
+    name: str
+    names: tuple[str, ...]
+
+
+@dataclass
+class Result:
+    """What became of one case.
+
+    Attributes:
+        outcome: "same", "other", "warning", "error", or "bad: ..." for what must not happen.
+        text: the message of the error or of the warnings.
+    """
+
+    outcome: str
+    text: str = ""
+
+
+@dataclass
+class Report:
+    """Outcomes by number, and the changes that ended badly with one example each."""
+
+    counts: collections.Counter[str] = field(default_factory=collections.Counter)
+    bad: dict[tuple[str, str, str], str] = field(default_factory=dict)
+
+
+def change_objects(rng: random.Random, document: Document) -> Change:
+    """Change one key of a JSON object or of GGUF metadata."""
+    name = rng.choice(list(document.objects))
+    pairs = rng.choice(list(_all_pairs(document.objects[name])))
+    kind = rng.choice(("delete", "duplicate", "retype", "retype", "rename", "add"))
+    if kind == "add" or not pairs:
+        key = f"unheard_of_{rng.randrange(1000)}"
+        pairs.append([key, _other_value(rng, pairs, (4, 1))])
+        return Change("add", f"{name}: unheard_of", (key,))
+    entry = rng.choice(pairs)
+    key = entry[0]
+    if kind == "delete":
+        pairs.remove(entry)
+    elif kind == "duplicate":
+        pairs.append([key, _other_value(rng, pairs, entry[1])])
+    elif kind == "rename":
+        entry[0] = key[:-1] + chr(ord("a") + rng.randrange(26)) + "_"
+        return Change(kind, f"{name}: {key}", (key, entry[0]))
+    else:
+        entry[1] = _other_value(rng, pairs, entry[1])
+    return Change(kind, f"{name}: {key}", (key,))
+
+
+def change_tensors(rng: random.Random, document: Document) -> Change:
+    """Change one entry of the table of tensors."""
+    kind = rng.choice(("delete", "twice", "copy", "retype", "reshape", "rename"))
+    tensor = rng.choice(document.tensors)
+    name = tensor.name
+    if kind == "delete":
+        document.tensors.remove(tensor)
+    elif kind == "twice":
+        document.tensors.append(copy.copy(tensor))
+    elif kind == "copy":
+        document.tensors.append(Tensor(f"{name}.unheard_of", tensor.dtype, list(tensor.shape), tensor.data))
+    elif kind == "rename":
+        tensor.name = name.replace(".weight", ".wait") if ".weight" in name else name + "x"
+    elif kind == "reshape":
+        shape = tensor.shape
+        others = ([*shape, 1], [1, *shape], shape[::-1], [int(np.prod(shape))], [0])
+        tensor.shape = rng.choice([other for other in others if other != shape])
+        tensor.data = tensor.data if 0 not in tensor.shape else b""
+    elif document.is_gguf:
+        tensor.dtype = rng.choice([n for n in (*range(45), 1 << 20) if n != tensor.dtype])
+    else:
+        tensor.dtype = rng.choice([d for d in DTYPES if d != tensor.dtype])
+        if rng.random() < 0.5:  # a table that fits its bytes
+            tensor.data = bytes(int(np.prod(tensor.shape)) * ITEM_BYTES.get(tensor.dtype, 1))
+    canonical = re.sub(r"^(model\.)?(language_model\.)?", "", name)
+    return Change(f"tensor {kind}", name, (name, canonical, tensor.name))
+
+
+def _all_pairs(value: Any) -> Iterator[list[Any]]:
+    """Yield a table and all those within it."""
+    if isinstance(value, Pairs | TypedPairs):
+        yield value
+    if isinstance(value, Pairs):
+        for _, item in value:
+            yield from _all_pairs(item)
+
+
+def _other_value(rng: random.Random, pairs: list[Any], value: Any) -> Any:
+    """Return another value, in GGUF metadata with a type."""
+    if isinstance(pairs, TypedPairs):
+        kind = rng.choice((*SCALARS, TEXT, ARRAY))
+        if kind == TEXT:
+            return TEXT, rng.choice(("", "x", "yarn"))
+        if kind == ARRAY:
+            return ARRAY, (4, [rng.randrange(100) for _ in range(rng.randrange(4))])
+        return kind, rng.choice((0, 1)) if kind == 7 else rng.choice((0, 1, 3, 100))
+    others: list[Any] = [v for v in VALUES if repr(v) != repr(value)]
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        others += [str(value), value + 1, -value, value * 2, value + 0.5]
+    return rng.choice(others)
+
+
+def fingerprint(path: Path) -> Any:
+    """Load a checkpoint whole. Returns what the rest of the product sees of it, without its paths."""
+    source = open_checkpoint(path)
+    model = load_checkpoint(source, dtype="float32")
+    digest = hashlib.sha256()
+    for leaf_path, leaf in flatten_params(model.params).items():
+        digest.update(repr(leaf_path).encode() + np.asarray(leaf[...]).tobytes())
+    tokenizer = own_tokenizer(source)
+    advice = SamplingParams.from_generation_config(source.generation_config)
+    eos = eos_token_ids(model.cfg, source.generation_config, model.cfg.vocab_size)
+    template = tokenizer and tokenizer.chat_template
+    return model.cfg, digest.digest(), repr(advice), eos, tokenizer and tokenizer.size, template
+
+
+def run_case(document: Document, names: tuple[str, ...], base: Any) -> Result:
+    """Load a changed checkpoint and judge the outcome."""
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        path = document.write(Path(folder))
+        start = time.process_time()
+        try:
+            found = fingerprint(path)
+        except ValueError as error:  # CheckpointError and ConfigError are kinds of it
+            text = str(error).replace(folder, "")
+            named = any(name in text for name in names)
+            result = Result("error" if named else "bad: error without the name", text)
+        except Exception as error:
+            result = Result(f"bad: {type(error).__name__}", str(error).replace(folder, ""))
+        else:
+            text = " ".join(str(w.message) for w in caught).replace(folder, "")
+            if any(name in text for name in names):
+                result = Result("warning", text)
+            else:
+                result = Result("same" if found == base else "other", text)
+        if (seconds := time.process_time() - start) > SECONDS:
+            result = Result("bad: slow", f"{seconds:.1f} s")
+        return result
+
+
+def fuzz(path: Path, cases: int, neutral: Callable[[str, str], bool], seed: int = 0) -> Report:
+    """Run the cases of one checkpoint.
+
+    Args:
+        neutral: whether a change of this kind to this key, or tensor, may leave the model as it is without a word.
+    """
+    document, report = read_document(path), Report()
+    with tempfile.TemporaryDirectory() as folder:
+        base = fingerprint(document.write(Path(folder)))
+    for case in range(seed, seed + cases):
+        rng = random.Random(case)
+        changed = copy.deepcopy(document)
+        kind, name, names = (change_objects if rng.random() < 0.6 else change_tensors)(rng, changed)
+        result = run_case(changed, names, base)
+        outcome = result.outcome
+        if outcome == "same" and not neutral(kind, name):
+            outcome = "bad: no effect, in silence"
+        if outcome == "other" and kind in ("add", "rename", "tensor copy", "tensor rename"):
+            outcome = "bad: another model"
+        report.counts[outcome] += 1
+        if outcome.startswith("bad"):
+            report.bad.setdefault((outcome, kind, name), f"case {case}: {result.text[:300]}")
+    return report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("path", type=Path, nargs="+", help="small, valid checkpoints")
+    parser.add_argument("--cases", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=0, help="the number of the first case")
+    args = parser.parse_args()
+    failed = False
+    for path in args.path:
+        report = fuzz(path, args.cases, lambda kind, name: False, args.seed)
+        print(f"{path}: {args.cases:,} cases: {dict(report.counts)}")
+        for (outcome, kind, name), example in sorted(report.bad.items()):
+            print(f"  {outcome}: {kind} {name}: {example}")
+        failed |= bool(report.bad)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"peak {peak:,.0f} MiB of memory")
+    sys.exit(1 if failed or peak > MEGABYTES else 0)
+
+
+if __name__ == "__main__":
+    main()
