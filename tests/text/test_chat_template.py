@@ -73,7 +73,7 @@ def test_a_template_may_use_whatever_published_ones_use() -> None:
         ("Hello", "a list of messages"),
         ({"role": "user", "content": "Hello"}, "a list of messages"),
         ([{"content": "Hello"}], "message 0 is"),
-        ([*HELLO, {"role": "assistant"}], "message 1 has a 'content' of type NoneType"),
+        ([*HELLO, {"role": "assistant"}], "message 1 has no 'content'"),
         ([{"role": "user", "content": 3}], "message 0 has a 'content' of type int"),
     ],
 )
