@@ -152,8 +152,7 @@ def test_a_thought_in_the_history_reaches_every_template(name: str) -> None:
         template(name).render([*first, past, user("Two?")], chat_template_kwargs=kwargs)
         for past in (output.to_message(), message("assistant", output.text))
     }
-    if name != "qwen3_5_nothink_training":
-        assert len(prompts) == 1
+    assert len(prompts) == 1
     for text in prompts:
         keeps = bool(kwargs) or "training" in name
         assert text.count("plan") == keeps and text.count("plan\n</think>\n\nHi") == keeps
