@@ -200,7 +200,7 @@ def _with_text(
     thought = split_thought(marked, thought_state(before))
     content, calls = thought.content, list[ToolCall]()
     if content is not None:
-        content, calls = parse_tool_calls(content, hashlib.sha256(np.asarray(ids, np.int64)).hexdigest())
+        content, calls = parse_tool_calls(content, hashlib.sha256(np.asarray(ids, np.int64).tobytes()).hexdigest())
     return replace(
         completion,
         text=text,

@@ -94,7 +94,9 @@ class ChatTemplate:
         try:
             normal = normalize_messages(messages, self.names)
             if tools and "tools" not in self.variables:
-                raise ValueError(f"{self.source}: the chat template has no place for tools; the model would not see them")
+                raise ValueError(
+                    f"{self.source}: the chat template has no place for tools; the model would not see them"
+                )
             self._warn_of_unread(others)
             return self._compiled.render({**self.special_tokens, **others, **own, "messages": normal})
         except jinja2.TemplateError as error:
@@ -107,7 +109,9 @@ class ChatTemplate:
             if name not in self.variables:
                 alike = get_close_matches(name, self.variables, 1, 0.7)
                 hint = f" (did you mean {alike[0]!r}?)" if alike else ""
-                text = f"chat_template_kwargs has {name!r}, which the chat template does not read; it has no effect{hint}"
+                text = (
+                    f"chat_template_kwargs has {name!r}, which the chat template does not read; it has no effect{hint}"
+                )
                 warnings.warn(text, stacklevel=4)
 
 

@@ -152,7 +152,7 @@ def _tool_calls(where: str, calls: Any) -> list[dict[str, Any]]:
 
 
 def _tool_call(where: str, call: Any) -> dict[str, Any]:
-    """A call as `{"type": "function", "function": {"name": ..., "arguments": {...}}}`, whose arguments are an object."""
+    """A call as `{"type": "function", "function": {"name": ..., "arguments": {...}}}` with arguments as an object."""
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise ValueError(

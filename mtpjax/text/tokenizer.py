@@ -25,7 +25,7 @@ MARKS = ("<think>", "</think>", "<tool_call>", "</tool_call>")  # of thoughts an
 
 
 def _byte_letters() -> dict[str, int]:
-    """The byte that each letter of a byte-level BPE stands for: printable ones for themselves, others from U+0100 on."""
+    """The byte that each letter of a byte-level BPE stands for: a printable one for itself, others from U+0100 on."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = (byte for byte in range(256) if byte not in printable)
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
@@ -71,7 +71,7 @@ class Tokenizer:
         return self.hf_tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def decode_with_marks(self, ids: Sequence[int]) -> str:
-        """Return the same text as `decode`, but with the marks of thoughts and tool calls where they are special tokens.
+        """Return the text of `decode`, but with the marks of thoughts and tool calls where they are special tokens.
 
         In the checkpoints of Qwen they are not special, and the text has them already.
         """

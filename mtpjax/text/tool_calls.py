@@ -29,7 +29,8 @@ _END_OF_FUNCTION = re.compile(r"\s*</function>")
 _END_OF_CALL = re.compile(r"\s*</tool_call>")
 _AFTER_A_VALUE = re.compile(r"\s*(?:<parameter=[^<>\n]+>|</function>)")
 _PARAMETER_TAG = re.compile(r"<parameter=[^<>\n]+>|</parameter>")
-_WHOLE_NUMBER = re.compile(r"[+-]?\d+")
+_WHOLE_NUMBER = re.compile(r"[+-]?[0-9]+")
+MAX_DIGITS = 4000  # of a whole number; Python reads no longer ones
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,9 @@ def parse_tool_calls(text: str, seed: str = "") -> tuple[str, list[ToolCall]]:
         text: of the model, without its thought.
         seed: part of the ids of the calls, which tells one request from another.
     """
-    rest, calls, position = [], [], 0
+    rest: list[str] = []
+    calls: list[ToolCall] = []
+    position = 0
     while (start := _next_call(text, position)) >= 0:
         found = _call_at(text, start)
         if found is None:
@@ -92,6 +95,8 @@ def _call_at(text: str, start: int) -> tuple[str, dict[str, Any], int, bool] | N
     """The name, arguments, end and form (True: XML) of the call that begins at `start`, or None."""
     inside = start + len(OPEN) if text.startswith(OPEN, start) else start
     if match := _FUNCTION_NAME.match(text, inside):
+        if text.find(_FUNCTION_END, match.end()) < 0:  # soon said of a text that repeats beginnings without an end
+            return None
         found = _parameters(text, match.end(), nested=True) or _parameters(text, match.end(), nested=False)
         if found is None:
             return None
@@ -111,7 +116,7 @@ def _call_at(text: str, start: int) -> tuple[str, dict[str, Any], int, bool] | N
         except (ValueError, RecursionError):
             return None
     closing = _END_OF_CALL.match(text, end)
-    if not isinstance(arguments, dict) or (closing is None and text[end:].strip()):
+    if not isinstance(arguments, dict) or not _is_text_value(call) or (closing is None and text[end:].strip()):
         return None
     return call["name"], arguments, closing.end() if closing else end, False
 
@@ -215,13 +220,15 @@ def _convert(text: str, types: Sequence[str]) -> Any:
         if _is_text(name):
             return text
         if name.startswith(("int", "uint", "long", "short", "unsigned")):
-            if _WHOLE_NUMBER.fullmatch(text.strip()):
+            if _WHOLE_NUMBER.fullmatch(text.strip()) and len(text) < MAX_DIGITS:
                 return int(text)
         elif name.startswith(("num", "float", "double")):
             try:
-                return int(text) if _WHOLE_NUMBER.fullmatch(text.strip()) else float(text)
+                value = int(text) if _WHOLE_NUMBER.fullmatch(text.strip()) else float(text)
             except ValueError:
                 continue
+            if abs(value) < float("inf"):  # JSON has neither infinity nor NaN
+                return value
         elif name in ("boolean", "bool", "binary"):
             if lower in ("true", "false"):
                 return lower == "true"
@@ -245,6 +252,15 @@ def _container(text: str) -> Any:
             continue
         if isinstance(value, tuple):
             value = list(value)
-        if isinstance(value, dict | list):
+        if isinstance(value, dict | list) and _is_text_value(value):
             return value
     return None
+
+
+def _is_text_value(value: Any) -> bool:
+    """Whether a value can be written as JSON in UTF-8: it has no half of a surrogate pair, no set and no infinity."""
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, TypeError, RecursionError):
+        return False
+    return True

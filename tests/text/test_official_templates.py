@@ -30,7 +30,7 @@ from tests.helpers.conversations import (
 
 pytestmark = pytest.mark.fast
 
-# Where transformers fails on the messages of our users, or renders what nobody wants, and ours bring them into form first.
+# Where transformers fails on messages as our users give them, or renders what nobody wants; we normalise them first.
 JSON_TEXTS = {"arguments as a JSON text", "no arguments, no result"}
 OBJECTS = {"parallel calls, results as objects"}
 RAW_TEXTS = {"raw text of an output as history", "raw text with both marks"}
