@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from os import PathLike
 from typing import Any
 
 import numpy as np
 from jax.typing import DTypeLike
 
+from mtpjax.argument_names import names_arguments
+from mtpjax.chat import ChatMethods
 from mtpjax.decoding.acceptance import SimulatedAcceptance, exact_match
 from mtpjax.decoding.output_rows import OutputRows
 from mtpjax.decoding.sampling import MAX_STOP_TOKENS
@@ -26,13 +28,12 @@ from mtpjax.loading.loaded_model import LoadedModel
 from mtpjax.loading.open_model import eos_token_ids, open_model
 from mtpjax.outputs import RequestOutput, make_output
 from mtpjax.sampling_params import PENALTIES, SamplingParams, check_int
-from mtpjax.text.chat_template import Message
 from mtpjax.text.prompts import Prompt, as_list, encode_prompt
 
 MAX_SPECULATIVE_TOKENS = 8
 
 
-class LLM:
+class LLM(ChatMethods):
     """A checkpoint that is ready to generate.
 
     Example, with the embedded tiny model:
@@ -96,6 +97,7 @@ class LLM:
         ValueError: an argument is out of range.
     """
 
+    @names_arguments
     def __init__(
         self,
         model: str | PathLike[str] | LoadedModel | None = None,
@@ -167,6 +169,7 @@ class LLM:
         """
         return SamplingParams.from_generation_config(self._generation_config, **overrides)
 
+    @names_arguments
     def generate(
         self,
         prompts: Prompt | Iterable[Prompt],
@@ -228,68 +231,6 @@ class LLM:
         for state in self.engine.stream(requests(), self.max_num_seqs, _by_index(on_tokens)):
             index = state.request.index
             yield index, self._output(prompts.pop(index), state)
-
-    def chat(
-        self,
-        messages: Sequence[Message] | Sequence[Sequence[Message]],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        add_generation_prompt: bool = True,
-        on_tokens: Callable[[int, list[int]], None] | None = None,
-    ) -> list[RequestOutput]:
-        """Answer one conversation, a list of messages `{"role": "user", "content": "..."}`, or each of several.
-
-        Args:
-            messages: one conversation or several.
-            sampling_params, on_tokens: as for `generate`.
-            tools, chat_template_kwargs, add_generation_prompt: as for `chat_prompt`.
-
-        Raises:
-            ValueError: as `generate` and `chat_prompt`.
-        """
-        conversations: Any = [messages] if messages and isinstance(messages[0], Mapping) else messages
-        prompts = [
-            self.chat_prompt(
-                conversation,
-                tools=tools,
-                chat_template_kwargs=chat_template_kwargs,
-                add_generation_prompt=add_generation_prompt,
-            )
-            for conversation in conversations
-        ]
-        return self.generate(prompts, sampling_params, on_tokens=on_tokens)
-
-    def chat_prompt(
-        self,
-        messages: Sequence[Message],
-        *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        add_generation_prompt: bool = True,
-    ) -> str:
-        """Return the prompt that `chat` makes of one conversation, with the checkpoint's own chat template.
-
-        Args:
-            messages: of the conversation.
-            tools: descriptions of functions that the model may call.
-            chat_template_kwargs: other variables of the template, for example `{"enable_thinking": False}`.
-            add_generation_prompt: end with the opening of the assistant's next message.
-
-        Raises:
-            ValueError: the checkpoint has no chat template, or the template refuses the conversation.
-        """
-        if self.tokenizer is None or self.tokenizer.chat_template is None:
-            raise ValueError(
-                "the checkpoint has no chat template (chat_template.jinja, or in tokenizer_config.json); use generate"
-            )
-        return self.tokenizer.chat_template.render(
-            messages,
-            tools=tools,
-            chat_template_kwargs=chat_template_kwargs,
-            add_generation_prompt=add_generation_prompt,
-        )
 
     def encode(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> list[int]:
         """Return the token ids of a prompt that `generate` accepts. Raises ValueError if `generate` would."""

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
 
 from mtpjax.engine.request import RequestState
 from mtpjax.text.prompts import Prompt
+from mtpjax.text.reasoning import split_thought, thought_state
 from mtpjax.text.tokenizer import Tokenizer
+from mtpjax.text.tool_calls import ToolCall, parse_tool_calls, type_arguments
+
+_PROMPT_END = 256  # tokens of a prompt given as ids in which the opening of a thought is looked for
 
 
 @dataclass(frozen=True)
@@ -48,11 +57,20 @@ class CompletionOutput:
 
     Attributes:
         index: its number among the texts of the prompt; always 0, because each prompt gets one.
-        text: without special tokens and without the stop token; None if the model has no tokenizer.
+        text: all of it, with thought and tool calls, without special tokens and without the stop token; None if the
+            model has no tokenizer. A character that "length" cut in the middle of its bytes is left out; its tokens
+            stay in `token_ids`.
         token_ids: the new tokens; a stop token is the last of them.
         finish_reason: "stop" (a stop token) or "length" (`max_tokens`, or no room left).
         stop_reason: the id out of `SamplingParams.stop_token_ids` that ended the text. None if the checkpoint's own
             end-of-text token or the length did.
+        reasoning: the thought, without `<think>`, `</think>` and the white space around it; also if the prompt opened
+            it. None if there is none.
+        content: the text without thought and tool calls; None if there is none: the thought did not end, or the
+            text has nothing else than tool calls.
+        tool_calls: in their order. `LLM.chat(tools=...)` gives their arguments the types of the tools' schemas. What
+            is not a whole, well-formed call stays in `content`.
+        unfinished_thought: whether the text ended inside its thought; more `max_tokens` may help.
     """
 
     index: int
@@ -60,6 +78,26 @@ class CompletionOutput:
     token_ids: list[int] = field(repr=False)
     finish_reason: str
     stop_reason: int | None = None
+    reasoning: str | None = None
+    content: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    unfinished_thought: bool = False
+
+    def to_message(self) -> dict[str, Any]:
+        """Return the assistant's message that continues the conversation, in the form that chat templates read.
+
+        It has `content`, and `reasoning_content` and `tool_calls` (whose arguments are objects) if there are any. An
+        unfinished thought becomes a finished one.
+        """
+        message: dict[str, Any] = {"role": "assistant", "content": self.content or ""}
+        if self.reasoning is not None:
+            message["reasoning_content"] = self.reasoning
+        if self.tool_calls:
+            message["tool_calls"] = [
+                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+                for call in self.tool_calls
+            ]
+        return message
 
 
 @dataclass(frozen=True)
@@ -95,6 +133,32 @@ class RequestOutput:
         """The same as `outputs[0].finish_reason`."""
         return self.outputs[0].finish_reason
 
+    @property
+    def reasoning(self) -> str | None:
+        """The same as `outputs[0].reasoning`."""
+        return self.outputs[0].reasoning
+
+    @property
+    def content(self) -> str | None:
+        """The same as `outputs[0].content`."""
+        return self.outputs[0].content
+
+    @property
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        """The same as `outputs[0].tool_calls`."""
+        return self.outputs[0].tool_calls
+
+    def to_message(self) -> dict[str, Any]:
+        """The same as `outputs[0].to_message()`."""
+        return self.outputs[0].to_message()
+
+    def with_tools(self, tools: Sequence[Mapping[str, Any]] | None) -> RequestOutput:
+        """Return the same with arguments of tool calls converted to the types of the tools' JSON schemas."""
+        if not tools or not any(one.tool_calls for one in self.outputs):
+            return self
+        outputs = [replace(one, tool_calls=tuple(type_arguments(one.tool_calls, tools))) for one in self.outputs]
+        return replace(self, outputs=outputs)
+
 
 def make_output(prompt: Prompt, state: RequestState, tokenizer: Tokenizer | None, acceptance: str) -> RequestOutput:
     """Turn the state of a finished request into what its user sees.
@@ -105,20 +169,45 @@ def make_output(prompt: Prompt, state: RequestState, tokenizer: Tokenizer | None
         tokenizer: None if the model has none.
         acceptance: see `Metrics`.
     """
-    text_token_ids = state.tokens[:-1] if state.stopped else state.tokens
     completion = CompletionOutput(
         index=0,
-        text=tokenizer.decode(text_token_ids) if tokenizer else None,
+        text=None,
         token_ids=state.tokens,
         finish_reason="stop" if state.stopped else "length",
         stop_reason=state.stop_reason,
     )
+    if tokenizer is not None:
+        completion = _with_text(completion, prompt, state, tokenizer)
     return RequestOutput(
         prompt=prompt if isinstance(prompt, str) else None,
         prompt_token_ids=list(state.request.prompt_token_ids),
         outputs=[completion],
         seed=state.request.seed,
         metrics=_metrics(state, acceptance),
+    )
+
+
+def _with_text(
+    completion: CompletionOutput, prompt: Prompt, state: RequestState, tokenizer: Tokenizer
+) -> CompletionOutput:
+    """Decode the tokens, and take thought, content and tool calls apart."""
+    token_ids = state.tokens[:-1] if state.stopped else state.tokens
+    text, marked = tokenizer.decode(token_ids), tokenizer.decode_with_marks(token_ids)
+    if not state.stopped and text.endswith("\ufffd") and tokenizer.ends_inside_a_character(token_ids):
+        text, marked = text[:-1], marked[:-1]
+    ids = state.request.prompt_token_ids
+    before = prompt if isinstance(prompt, str) else tokenizer.decode_all(ids[-_PROMPT_END:])
+    thought = split_thought(marked, thought_state(before))
+    content, calls = thought.content, list[ToolCall]()
+    if content is not None:
+        content, calls = parse_tool_calls(content, hashlib.sha256(np.asarray(ids, np.int64).tobytes()).hexdigest())
+    return replace(
+        completion,
+        text=text,
+        reasoning=thought.reasoning,
+        content=None if calls and not content else content,
+        tool_calls=tuple(calls),
+        unfinished_thought=thought.unfinished,
     )
 
 

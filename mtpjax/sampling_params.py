@@ -8,9 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from mtpjax.argument_names import names_fields
+
 PENALTIES = ("presence_penalty", "frequency_penalty", "repetition_penalty")
 
 
+@names_fields
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How to generate for one prompt.
@@ -36,6 +39,7 @@ class SamplingParams:
 
     Raises:
         ValueError: a value of another type or out of range.
+        TypeError: a name that is not among these; it names the one that is alike.
     """
 
     max_tokens: int | None = 128

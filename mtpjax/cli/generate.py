@@ -3,36 +3,45 @@
     mtpjax generate [--model PATH] [--input prompts.jsonl] [--output answers.jsonl]
 
 A line of the input is a JSON object, for example {"id": "a", "prompt": "Once"}. The prompt is a text or a list of token
-ids. "messages": [{"role": "user", "content": "Hello"}] in place of "prompt" goes through the checkpoint's chat
-template. A line may give its own "max_tokens", "temperature", "top_k", "top_p", "min_p", "presence_penalty",
-"frequency_penalty", "repetition_penalty" and "seed". In a .txt file each line is a prompt.
+ids. "messages": [{"role": "user", "content": "Hello"}] in place of "prompt" goes through the chat template, with the
+line's own "tools" and "chat_template_kwargs". A line may give its own "max_tokens" (or "max_completion_tokens"),
+"temperature", "top_k", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed",
+"stop_token_ids" and "ignore_eos". Lines of OpenAI's batch files ("custom_id", "method", "url", "body") are read and
+answered in OpenAI's form. In a .txt file each line is a prompt. Parquet and CSV files (.parquet, .csv, with pyarrow)
+have these keys as columns.
 
 A line of the output has "id", "prompt", "text", "token_ids", "finish_reason", "stop_reason" and "metrics", in the order
-of the input. While the job runs, finished answers are in OUTPUT.part. After an interruption, the same command with
---resume continues from there and ends with the same texts. A line that cannot be used is reported and left out; the
-exit status is then 1.
+of the input; that of a conversation has "reasoning", "content", "tool_calls" and "unfinished_thought", too. While the
+job runs, finished answers are in OUTPUT.part. After an interruption, the same command with --resume continues there and
+ends with the same texts. A line that cannot be used, for example because it has an unknown key, is reported; its line
+of the output has the "error", and the exit status is then 1.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from checkpoints import TINY
 from mtpjax import LLM, RequestOutput, SamplingParams
-from mtpjax.cli.jsonl import LINE_OPTIONS, LineError, PromptLine, count_lines, read_prompt_lines
+from mtpjax.cli.jsonl import LineError, PromptLine, count_lines, read_prompt_lines
+from mtpjax.cli.line_keys import LINE_OPTIONS
+from mtpjax.cli.openai_batch import response_row
 from mtpjax.cli.report import JobTotals, format_answer
 from mtpjax.cli.resumable_output import ResumableJsonl, ResumeError
 from mtpjax.llm import MAX_SPECULATIVE_TOKENS
 from mtpjax.loading.open_model import DTYPES, resolve_dtype
 from mtpjax.loading.quantized_leaves import QUANTIZATIONS
+from mtpjax.text.chat_template import check_tools
 
 PROG = "mtpjax generate"
 # Options that the texts do not depend on: an interrupted job may continue with others.
@@ -66,25 +75,43 @@ def validate(llm: LLM, line: PromptLine, args: argparse.Namespace) -> ValidatedL
         LineError: `generate` would refuse the line; the message names it.
     """
     options = {name: value for name in LINE_OPTIONS if (value := getattr(args, name)) is not None}
-    options |= {"seed": args.seed + line.line - 1} | line.options
     options |= {"stop_token_ids": tuple(args.stop_token_ids), "ignore_eos": args.ignore_eos}
+    options |= {"seed": args.seed + line.line - 1} | line.options
     try:
         if line.messages is not None:
-            line = replace(line, prompt=llm.chat_prompt(line.messages))
+            tools = args.tools if line.tools is None else line.tools
+            prompt = llm.chat_prompt(
+                line.messages,
+                tools=tools,
+                chat_template=args.chat_template,
+                chat_template_kwargs={**args.chat_template_kwargs, **line.chat_template_kwargs},
+            )
+            line = replace(line, prompt=prompt, tools=tools)
         recommended = args.recommended_sampling
         params = llm.get_default_sampling_params(**options) if recommended else SamplingParams(**options)
         return ValidatedLine(line, llm.encode(line.prompt, params), params)
     except ValueError as error:
-        raise LineError(f"{line.source}: {error}") from None
+        raise line.error(str(error)) from None
 
 
-def output_row(line: PromptLine, output: RequestOutput) -> dict[str, object]:
-    """Return an answer as a line of the output."""
+def output_row(line: PromptLine, output: RequestOutput, model: str) -> dict[str, object]:
+    """Return an answer as a line of the output; `model` is the name of the checkpoint."""
+    if line.url is not None:
+        return response_row(line.request_id, line.id, line.url, line.model or model, output)
     completion = output.outputs[0]
+    parts: dict[str, object] = {}
+    if line.messages is not None:
+        parts = {
+            "reasoning": completion.reasoning,
+            "content": completion.content,
+            "tool_calls": [call.to_openai() for call in completion.tool_calls],
+            "unfinished_thought": completion.unfinished_thought,
+        }
     return {
         "id": line.id,
         "prompt": line.prompt,
         "text": completion.text,
+        **parts,
         "token_ids": completion.token_ids,
         "finish_reason": completion.finish_reason,
         "stop_reason": completion.stop_reason,
@@ -98,15 +125,14 @@ def run(
     args: argparse.Namespace,
     answers: ResumableJsonl | None,
     bar: tqdm[None],
-) -> tuple[JobTotals, int]:
-    """Answer all lines. Returns the totals and how many lines could not be used."""
-    totals, num_bad, num_new, start = JobTotals(), 0, 0, llm.engine.seconds_without_compile()
+) -> JobTotals:
+    """Answer all lines. Returns the totals."""
+    totals, num_new, start = JobTotals(), 0, llm.engine.seconds_without_compile()
     unanswered: dict[int, PromptLine] = {}
     formatted: dict[int, str] = {}  # answers for the terminal that wait for an earlier one
     num_shown = 0
 
     def valid_requests() -> Iterator[tuple[list[int], SamplingParams]]:
-        nonlocal num_bad
         index = 0
         for line in lines:
             try:
@@ -114,9 +140,11 @@ def run(
                     raise line
                 request = validate(llm, line, args)
             except LineError as error:
-                num_bad += 1
+                totals.num_errors += 1
                 bar.update()
                 tqdm.write(f"{PROG}: {error}", file=sys.stderr)
+                if answers is not None:
+                    answers.write(error.line, error.row)
                 continue
             if answers is not None and answers.has(request.line):
                 bar.update()
@@ -135,20 +163,42 @@ def run(
 
     for index, output in llm.generate_iter(valid_requests(), on_tokens=on_tokens):
         line = unanswered.pop(index)
+        output = output.with_tools(line.tools)
         totals.add(output)
         if answers is not None:
-            answers.write(line.line, output_row(line, output))
+            answers.write(line.line, output_row(line, output, args.model.name if args.model else "embedded"))
         else:
             formatted[index] = format_answer(line, output)
             while num_shown in formatted:
                 tqdm.write(formatted.pop(num_shown))
                 num_shown += 1
         bar.update()
-    return totals, num_bad
+    return totals
 
 
 def _number_or_path(text: str) -> int | str:
     return int(text) if text.lstrip("-").isdecimal() else text
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError(text)
+    return value
+
+
+def _tools(file: str) -> list[dict[str, Any]] | None:
+    try:
+        return check_tools(json.loads(Path(file).read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{file}: {error}") from None
+
+
+def _text_file(file: str) -> str:
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{file}: {error}") from None
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -185,10 +235,20 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--max-num-seqs", type=int, default=8, metavar="N", help="sequences generated at the same time (default 8)")
     prefill = "prompts read together when sequences end (default: a quarter of --max-num-seqs)"
     add("--max-prefill-seqs", type=int, metavar="N", help=prefill)
+    add(
+        "--tools", type=_tools, metavar="FILE", help="a JSON list of functions that the model may call in conversations"
+    )
+    add("--chat-template", type=_text_file, metavar="FILE", help="a Jinja template in place of the checkpoint's own")
+    kwargs_help = "variables of the chat template, for example '{\"preserve_thinking\": true}'"
+    add("--chat-template-kwargs", type=_json_object, default={}, metavar="JSON", help=kwargs_help)
+    thinking = 'the same as "enable_thinking" in --chat-template-kwargs (default: as the chat template does)'
+    add("--enable-thinking", action=argparse.BooleanOptionalAction, help=thinking)
     add("--limit", type=int, metavar="N", help="read only the first N lines")
     add("--stop-token-ids", type=int, nargs="+", default=[], metavar="ID", help="beside those of the checkpoint")
     add("--ignore-eos", action="store_true", help="generate past the end-of-text tokens of the checkpoint")
     args = parser.parse_args(argv)
+    if args.enable_thinking is not None:
+        args.chat_template_kwargs = {**args.chat_template_kwargs, "enable_thinking": args.enable_thinking}
     if args.resume and not args.output:
         parser.error("--resume continues an --output, and none was given")
     for name, low in (("max_num_seqs", 1), ("max_prefill_seqs", 1), ("limit", 1), ("max_tokens", 0)):
@@ -201,7 +261,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run `mtpjax generate`.
 
     Returns:
-        the exit status: 0; 1 if lines were left out; 2 if the job could not start or continue; 130 if it was
+        the exit status: 0; 1 if lines have errors; 2 if the job could not start or continue; 130 if it was
         interrupted.
     """
     args = _parse(argv)
@@ -236,7 +296,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         with tqdm(total=num_lines, unit="prompt", disable=None, leave=False) as bar:
-            totals, num_bad = run(llm, islice(read_prompt_lines(args.input), args.limit), args, answers, bar)
+            totals = run(llm, islice(read_prompt_lines(args.input), args.limit), args, answers, bar)
         if answers is not None:
             answers.finish()
     except BaseException as error:
@@ -252,6 +312,6 @@ def main(argv: list[str] | None = None) -> int:
     print(totals.summary(llm.engine, time.perf_counter() - start))
     if args.output:
         print(f"answers  {args.output}")
-    if num_bad:
-        print(f"{PROG}: {num_bad:,} lines of {args.input} were left out, see above", file=sys.stderr)
-    return int(num_bad > 0)
+    if totals.num_errors:
+        print(f"{PROG}: {totals.num_errors:,} lines of {args.input} have errors, see above", file=sys.stderr)
+    return int(totals.num_errors > 0)

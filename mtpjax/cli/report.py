@@ -12,9 +12,17 @@ from mtpjax.engine.engine import Engine
 
 @dataclass
 class JobTotals:
-    """Sums over the answers of a job."""
+    """Sums over the answers of a job.
+
+    Attributes:
+        num_errors: lines that could not be used.
+        num_thoughts, num_unfinished_thoughts: answers that have a thought, and those that ended inside it.
+    """
 
     num_prompts: int = 0
+    num_errors: int = 0
+    num_thoughts: int = 0
+    num_unfinished_thoughts: int = 0
     num_prompt_tokens: int = 0
     num_new_tokens: int = 0
     num_steps: int = 0
@@ -32,6 +40,8 @@ class JobTotals:
         self.num_prompts += 1
         self.num_prompt_tokens += metrics.num_prompt_tokens
         self.num_new_tokens += len(output.token_ids)
+        self.num_thoughts += output.reasoning is not None
+        self.num_unfinished_thoughts += output.outputs[0].unfinished_thought
         self.num_steps += metrics.num_steps
         self.num_draft_tokens += metrics.num_draft_tokens
         before = self.num_accepted_tokens_per_pos or [0] * len(metrics.num_accepted_tokens_per_pos)
@@ -61,6 +71,11 @@ class JobTotals:
             f"slots    {self.num_steps / max(engine.slot_steps, 1):>9.0%} busy",
             f"seconds  {seconds:>9,.1f} in all, {engine.compile_seconds:,.1f} of them compiling",
         ]
+        if self.num_thoughts:
+            hint = "; more --max-tokens may end them" if self.num_unfinished_thoughts else ""
+            lines.append(f"thoughts {self.num_thoughts:>9,}, {self.num_unfinished_thoughts:,} of them unfinished{hint}")
+        if self.num_errors:
+            lines.append(f"errors   {self.num_errors:>9,} lines")
         return "\n".join(lines)
 
 
@@ -75,6 +90,8 @@ def format_answer(line: PromptLine, output: RequestOutput) -> str:
         num_drafted = max(num_tokens - metrics.num_steps, 0)
         share = metrics.num_accepted_tokens / metrics.num_draft_tokens
         figures += f": {num_drafted} were drafted and accepted ({share:.0%} of the drafts)"
+    if output.outputs[0].unfinished_thought:
+        figures += "; the thought is unfinished"
     question, answer = _wrap(prompt, f"[{line.id}] ", "    "), _wrap(text, "  > ", "  > ")
     return f"{question}\n{answer}\n  {figures}\n"
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from mtpjax.cli.jsonl import PromptLine
+from mtpjax.cli.tables import check_pyarrow, is_table, write_table
 
 # JSON allows these characters in a string, but some readers (`str.splitlines`) end a line there.
 LINE_SEPARATORS = {ord(c): f"\\u{ord(c):04x}" for c in "\x85\u2028\u2029"}
@@ -19,6 +21,8 @@ class ResumeError(ValueError):
 
 class ResumableJsonl:
     """A JSON-lines file: rows are appended to `FILE.part` as they come; `finish` sorts them and renames it to `FILE`.
+
+    Where `FILE` is named `.parquet` or `.csv`, `finish` turns the lines into such a table.
 
     Beside the partial file, `FILE.part.settings` records the settings that the texts depend on. Only a run with the
     same settings may continue it.
@@ -32,15 +36,20 @@ class ResumableJsonl:
     Raises:
         FileExistsError: `FILE` exists, or `FILE.part` exists and `resume` is False (neither matters with `overwrite`).
         ResumeError: `FILE.part` was made with other settings, or holds something other than rows.
+        ValueError: a table is asked for and pyarrow is not installed.
     """
 
     def __init__(self, file: Path, settings: dict[str, Any], *, overwrite: bool = False, resume: bool = False) -> None:
         if file.is_dir():
             raise FileExistsError(f"{file}: is a folder, expected a file name")
+        if is_table(file):
+            check_pyarrow(file)
         self.file, self.part, self._overwrite = file, file.with_name(file.name + ".part"), overwrite
         self._settings = file.with_name(file.name + ".part.settings")
         self._rows: list[tuple[int, int, int]] = []  # line of the input, byte offset and size in the partial file
-        self._earlier: dict[str, tuple[int, int, Any]] = {}  # rows of an earlier run by id: offset, size, prompt
+        self._earlier: dict[str, tuple[int, int, Any]] = {}  # answers of an earlier run by id: offset, size, request
+        self._num_errors = 0
+        self._has_dropped_rows = False
         self._stream: IO[bytes]
         self._check_absent(self.file, "exists already; choose another --output, or give --overwrite")
         if resume and self.part.exists():
@@ -79,8 +88,13 @@ class ResumableJsonl:
                 break
             try:
                 row = json.loads(data)
-                self._earlier[json.dumps(row["id"])] = (offset, len(data), row["prompt"])
-            except (ValueError, KeyError, TypeError) as error:
+                if row.get("error") is not None:  # the line is checked anew
+                    self._has_dropped_rows = True
+                elif "custom_id" in row:
+                    self._earlier[json.dumps(row["custom_id"])] = (offset, len(data), row["id"])
+                else:
+                    self._earlier[json.dumps(row["id"])] = (offset, len(data), row["prompt"])
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 self._stream.close()
                 raise ResumeError(
                     f"{self.part}: the bytes from {offset} are not an answer ({error}); move it away to begin anew"
@@ -98,8 +112,8 @@ class ResumableJsonl:
         earlier = self._earlier.pop(json.dumps(line.id), None)
         if earlier is None:
             return False
-        offset, size, prompt = earlier
-        if prompt != line.prompt:
+        offset, size, request = earlier
+        if request != (line.request_id if line.url else line.prompt):
             raise ResumeError(
                 f"{line.source}: {self.part} answers another prompt under the id {line.id!r}; was the input changed?"
             )
@@ -107,12 +121,17 @@ class ResumableJsonl:
         return True
 
     def __len__(self) -> int:
-        return len(self._rows) + len(self._earlier)
+        return len(self._rows) + len(self._earlier) - self._num_errors
 
     def write(self, line: int, row: dict[str, Any]) -> None:
-        """Append the answer to line `line` of the input, and hand it to the operating system."""
-        data = (json.dumps(row, ensure_ascii=False).translate(LINE_SEPARATORS) + "\n").encode()
+        """Append the answer to line `line` of the input, or its "error", and hand it to the operating system."""
+        text = json.dumps(row, ensure_ascii=False).translate(LINE_SEPARATORS)
+        try:
+            data = (text + "\n").encode()
+        except UnicodeEncodeError:  # half of a surrogate pair, in the id of a line
+            data = (json.dumps(row) + "\n").encode()
         self._rows.append((line, self._stream.tell(), len(data)))
+        self._num_errors += row.get("error") is not None
         self._stream.write(data)
         self._stream.flush()
 
@@ -126,7 +145,8 @@ class ResumableJsonl:
         """
         self.close()
         self._check_absent(self.file, f"has appeared in the meantime; the answers are in {self.part}")
-        if self._rows == sorted(self._rows) and not self._earlier:
+        whole = not self._earlier and not self._has_dropped_rows
+        if whole and self._rows == sorted(self._rows) and not is_table(self.file):
             self.part.replace(self.file)
             self._settings.unlink()
             return
@@ -136,6 +156,11 @@ class ResumableJsonl:
                 unsorted.seek(offset)
                 output.write(unsorted.read(size))
             _sync(output)
+        if is_table(self.file):
+            table = self.file.with_name(f"{self.file.stem}.table{self.file.suffix}")
+            write_table(table, lambda: _rows_of(in_order))
+            in_order.unlink()
+            in_order = table
         in_order.replace(self.file)
         self.part.unlink()
         self._settings.unlink()
@@ -143,7 +168,7 @@ class ResumableJsonl:
     def discard(self) -> None:
         """Remove the partial file if it has no rows."""
         self.close()
-        if not len(self):
+        if not self._rows and not self._earlier:
             self.part.unlink()
             self._settings.unlink()
 
@@ -152,6 +177,12 @@ class ResumableJsonl:
         if not self._stream.closed:
             _sync(self._stream)
             self._stream.close()
+
+
+def _rows_of(file: Path) -> Iterator[dict[str, Any]]:
+    with open(file, encoding="utf-8") as stream:
+        for line in stream:
+            yield json.loads(line)
 
 
 def _sync(stream: IO[bytes]) -> None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from difflib import get_close_matches
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from checkpoints.folder import read_json_file
+from mtpjax.text.messages import Message, normalize_messages
 
 TEMPLATE, TOKENIZER_CONFIG = "chat_template.jinja", "tokenizer_config.json"
-Message = Mapping[str, Any]
-"""`{"role": "user", "content": "..."}`, with other keys if the template reads them."""
+TOOL = '{"type": "function", "function": {"name": "f", "description": "...", "parameters": {...}}}'
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,35 @@ class ChatTemplate:
     source: str
     special_tokens: Mapping[str, str]
 
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """Names that the template reads: its variables, attributes of values, and constant texts (keys, roles).
+
+        Raises:
+            ValueError: the template is not Jinja.
+        """
+        from jinja2 import meta, nodes
+
+        tree = self._environment.parse(self.text)
+        attributes = {node.attr for node in tree.find_all(nodes.Getattr)}
+        constants = {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
+        return frozenset(meta.find_undeclared_variables(tree) | attributes | constants)
+
+    @cached_property
+    def variables(self) -> frozenset[str]:
+        """Variables that the template takes from outside."""
+        from jinja2 import meta
+
+        return frozenset(meta.find_undeclared_variables(self._environment.parse(self.text)))
+
+    @cached_property
+    def _environment(self) -> Any:
+        return _environment()
+
+    @cached_property
+    def _compiled(self) -> Any:
+        return self._environment.from_string(self.text)
+
     def render(
         self,
         messages: Sequence[Message],
@@ -38,7 +70,7 @@ class ChatTemplate:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         add_generation_prompt: bool = True,
     ) -> str:
-        """Return the prompt of one conversation.
+        """Return the prompt of one conversation, after `normalize_messages`.
 
         Args:
             messages: of the conversation.
@@ -47,44 +79,57 @@ class ChatTemplate:
             add_generation_prompt: end with the opening of the assistant's next message.
 
         Raises:
-            ValueError: the messages have another form, the template refuses them, or `chat_template_kwargs` has a
-                variable that is an argument of its own.
+            ValueError: the messages have another form, the template refuses them or knows no tools, or
+                `chat_template_kwargs` has a variable that is an argument of its own.
+
+        Warns:
+            UserWarning: a key of a message or a variable that the template does not read.
         """
         import jinja2
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-        check_messages(messages)
-        variables = {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
+        own = {"tools": check_tools(tools), "add_generation_prompt": add_generation_prompt}
         others = dict(chat_template_kwargs or {})
-        if twice := sorted(variables.keys() & others.keys()):
+        if twice := sorted({"messages", *own} & others.keys()):
             raise ValueError(f"chat_template_kwargs has {twice[0]!r}, which is an argument of its own; give it there")
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
         try:
-            return environment.from_string(self.text).render({**self.special_tokens, **others, **variables})
+            normal = normalize_messages(messages, self.names)
+            if tools and "tools" not in self.variables:
+                raise ValueError(
+                    f"{self.source}: the chat template has no place for tools; the model would not see them"
+                )
+            self._warn_of_unread(others)
+            return self._compiled.render({**self.special_tokens, **others, **own, "messages": normal})
         except jinja2.TemplateError as error:
             raise ValueError(f"{self.source}: the chat template refuses the conversation: {error}") from None
         except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{self.source}: the chat template cannot read the conversation: {error!r}") from None
 
+    def _warn_of_unread(self, names: Iterable[str]) -> None:
+        for name in names:
+            if name not in self.variables:
+                alike = get_close_matches(name, self.variables, 1, 0.7)
+                hint = f" (did you mean {alike[0]!r}?)" if alike else ""
+                text = (
+                    f"chat_template_kwargs has {name!r}, which the chat template does not read; it has no effect{hint}"
+                )
+                warnings.warn(text, stacklevel=4)
 
-def check_messages(messages: Any) -> None:
-    """Raise ValueError that names the first message which has no role, or neither content nor tool calls."""
-    if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or not messages:
-        raise ValueError(
-            'a conversation is a list of messages like {"role": "user", "content": "Hello"}, and not empty'
-        )
-    for number, message in enumerate(messages):
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise ValueError(
-                f'message {number} is {message!r}; expected an object like {{"role": "user", "content": "Hello"}}'
-            )
-        content = message.get("content")
-        if not isinstance(content, str | list) and not (content is None and message.get("tool_calls")):
-            raise ValueError(f"message {number} has a 'content' of type {type(content).__name__}; expected a text")
+
+def check_tools(tools: Any) -> list[dict[str, Any]] | None:
+    """Return descriptions of functions as a list, or None for none.
+
+    Raises:
+        ValueError: names the tool by its number, from 0: it is not an object with the name of a function.
+    """
+    if tools is None:
+        return None
+    if isinstance(tools, str | Mapping) or not isinstance(tools, Sequence):
+        raise ValueError(f"tools are of type {type(tools).__name__}; expected a list like [{TOOL}]")
+    for number, tool in enumerate(tools):
+        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise ValueError(f"tool {number} is {tool!r:.200}; expected an object like {TOOL}")
+    return [dict(tool) for tool in tools]
 
 
 def find_chat_template(folder: Path) -> ChatTemplate | None:
@@ -110,6 +155,31 @@ def _token_text(token: Any) -> str | None:
     """The text of a token in tokenizer_config.json, which is a string or an object with "content"."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) else None
+
+
+def _environment() -> Any:
+    """The Jinja environment that transformers has for chat templates."""
+    from jinja2 import nodes
+    from jinja2.ext import Extension
+    from jinja2.parser import Parser
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """Renders the body of `{% generation %}`, which marks an assistant's tokens for training."""
+
+        tags = {"generation"}
+
+        def parse(self, parser: Parser) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body).set_lineno(line)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
+    return environment
 
 
 def _raise_exception(message: str) -> None:

@@ -21,6 +21,18 @@ _SPLIT = (
 PRETOKENIZER_REGEX = {"qwen2": _SPLIT % (r"\p{L}+", r"\p{L}"), "qwen35": _SPLIT % (r"[\p{L}\p{M}]+", r"\p{L}\p{M}")}
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # token types of GGUF
 
+MARKS = ("<think>", "</think>", "<tool_call>", "</tool_call>")  # of thoughts and tool calls
+
+
+def _byte_letters() -> dict[str, int]:
+    """The byte that each letter of a byte-level BPE stands for: a printable one for itself, others from U+0100 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = (byte for byte in range(256) if byte not in printable)
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_letters()
+
 
 @dataclass(frozen=True)
 class Tokenizer:
@@ -57,6 +69,41 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids, without special tokens."""
         return self.hf_tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def decode_with_marks(self, ids: Sequence[int]) -> str:
+        """Return the text of `decode`, but with the marks of thoughts and tool calls where they are special tokens.
+
+        In the checkpoints of Qwen they are not special, and the text has them already.
+        """
+        marks, parts, start = self._special_marks, [], 0
+        for position, token in enumerate(ids):
+            if token in marks:
+                parts += [self.decode(ids[start:position]), marks[token]]
+                start = position + 1
+        return "".join(parts) + self.decode(ids[start:])
+
+    def decode_all(self, ids: Sequence[int]) -> str:
+        """Return the text of token ids with all special tokens."""
+        return self.hf_tokenizer.decode(list(ids), skip_special_tokens=False)
+
+    @cached_property
+    def _special_marks(self) -> dict[int, str]:
+        added = self.hf_tokenizer.get_added_tokens_decoder()
+        return {i: token.content for i, token in added.items() if token.special and token.content in MARKS}
+
+    def ends_inside_a_character(self, ids: Sequence[int]) -> bool:
+        """Return whether the bytes of the last tokens begin a character of UTF-8 and do not end it."""
+        added, data = self.hf_tokenizer.get_added_tokens_decoder(), b""
+        for token in reversed(ids[-4:]):  # a character has at most four bytes, and a token at least one
+            text = self.hf_tokenizer.id_to_token(int(token))
+            if text is None or token in added or not all(letter in _BYTE_OF for letter in text):
+                break
+            data = bytes(_BYTE_OF[letter] for letter in text) + data
+        for length in range(1, min(4, len(data) + 1)):  # bytes of a character that is cut: one, two or three
+            first = data[-length]
+            if first & 0xC0 != 0x80:  # not a byte that continues a character
+                return length < (4 if first >= 0xF0 else 3 if first >= 0xE0 else 2 if first >= 0xC2 else 1)
+        return False
 
 
 def load_tokenizer(path: str | PathLike[str]) -> Tokenizer:

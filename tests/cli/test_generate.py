@@ -131,21 +131,36 @@ BAD: list[tuple[Any, str]] = [
     ({"prompt": "w1", "seed": "s"}, "seed is 's'"),
     ({"prompt": "w1", "top_p": 0}, "top_p is 0; expected a number above 0 and at most 1"),
     ({"prompt": "w1", "presence_penalty": 3}, "presence_penalty is 3; expected a number from -2 to 2"),
+    ({"prompt": "w1", "max_token": 3}, "has an unknown key 'max_token'; did you mean 'max_tokens'"),
+    ({"prompt": "w1", "colour": 3}, "has an unknown key 'colour'; known: id, prompt, messages"),
+    ({"prompt": "w1", "stop": ["\n"]}, "has 'stop' = .*, which is not supported; only .* or null is"),
+    ({"prompt": "w1", "n": 2}, "has 'n' = 2, which is not supported; only 1 or null is"),
+    ({"prompt": "w1", "chat_template_kwargs": {"a": 1}}, "which a 'prompt' does not use; give 'messages'"),
+    ({"prompt": "w1", "max_tokens": 3, "max_completion_tokens": 4}, "which differ; give one of them"),
+    ({"prompt": "w1", "stop_token_ids": 4}, "'stop_token_ids' that are not a list"),
+    ({"prompt": ["w1", "w2"]}, "has several prompts; give each its own line"),
 ]
 
 
 def test_bad_lines_are_named_and_the_others_answered(
     job: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """The error of a line is on the terminal, and in its line of the output."""
     good = [{"id": "first", "prompt": "w1 w2"}, {"id": None, "prompt": [3], "seed": None}, {"id": 7, "prompt": "w3"}]
     lines = [good[0], *(line for line, _ in BAD), b"  ", *good[1:]]
     assert job(lines) == 1
-    printed = capsys.readouterr().err.splitlines()
+    captured = capsys.readouterr()
+    printed = captured.err.splitlines()
     assert len(printed) == len(BAD) + 1
     for number, ((_, message), line) in enumerate(zip(BAD, printed, strict=False), start=2):
         assert re.match(f"mtpjax generate: {tmp_path}/in.jsonl:{number}: .*{message}", line), line
-    assert printed[-1] == f"mtpjax generate: {len(BAD)} lines of {tmp_path}/in.jsonl were left out, see above"
-    assert [row["id"] for row in rows(tmp_path / "out.jsonl")] == ["first", len(lines) - 1, 7]
+    assert printed[-1] == f"mtpjax generate: {len(BAD)} lines of {tmp_path}/in.jsonl have errors, see above"
+    assert f"errors          {len(BAD)} lines" in captured.out
+    answers = rows(tmp_path / "out.jsonl")
+    assert [row["id"] for row in answers if "error" not in row] == ["first", len(lines) - 1, 7]
+    assert [f"mtpjax generate: {tmp_path}/in.jsonl:{i}: {row['error']}" for i, row in enumerate(answers[1:-2], 2)] == (
+        printed[:-1]
+    )
 
 
 def test_a_text_file_has_a_prompt_a_line(job: Callable, tmp_path: Path) -> None:
@@ -158,9 +173,9 @@ def test_a_text_file_has_a_prompt_a_line(job: Callable, tmp_path: Path) -> None:
     ]
 
 
-def test_an_input_of_bad_lines_only_gives_an_empty_file(job: Callable, tmp_path: Path) -> None:
+def test_an_input_of_bad_lines_only_gives_their_errors(job: Callable, tmp_path: Path) -> None:
     assert job([[], {}, 5]) == 1
-    assert (tmp_path / "out.jsonl").read_bytes() == b""
+    assert [(row["id"], "error" in row) for row in rows(tmp_path / "out.jsonl")] == [(1, True), (2, True), (3, True)]
 
 
 def test_only_a_window_of_the_input_is_read_ahead(job: Callable, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ def prompt_lines(number: int) -> list[dict[str, Any]]:
         lines.append({"id": f"é{i}", "prompt": ids if i % 3 else " ".join(f"w{t}" for t in ids)})
     lines[2] |= {"max_tokens": 0}
     lines[4] |= {"temperature": 5.0}  # at this temperature the noise decides, and drafts are often accepted
-    lines[5] |= {"temperature": 5, "seed": 77, "max_tokens": 3, "unknown": "stays out"}
+    lines[5] |= {"temperature": 5, "seed": 77, "max_tokens": 3}
     lines[5] |= {"top_k": 9, "top_p": 0.5, "min_p": 0.0}
     lines[3] |= {"presence_penalty": 1, "frequency_penalty": 0.5, "repetition_penalty": 1.5}
     return lines

@@ -73,7 +73,7 @@ def test_a_template_may_use_whatever_published_ones_use() -> None:
         ("Hello", "a list of messages"),
         ({"role": "user", "content": "Hello"}, "a list of messages"),
         ([{"content": "Hello"}], "message 0 is"),
-        ([*HELLO, {"role": "assistant"}], "message 1 has a 'content' of type NoneType"),
+        ([*HELLO, {"role": "assistant"}], "message 1 has no 'content'"),
         ([{"role": "user", "content": 3}], "message 0 has a 'content' of type int"),
     ],
 )
@@ -131,6 +131,13 @@ def test_the_embedded_model_answers() -> None:
     sums = [{"role": "user", "content": "What is 2 plus 3?"}]
     two = llm.chat([HELLO, sums], SamplingParams(max_tokens=40))
     assert [o.token_ids for o in two] == [one[0].token_ids, llm.chat(sums, SamplingParams(max_tokens=40))[0].token_ids]
+    assert one[0].content == one[0].text and one[0].reasoning is None and one[0].tool_calls == ()
+    past = [*HELLO, one[0].to_message(), *sums]
+    assert llm.chat_prompt(past).count(str(one[0].text)) == 1
+    other = "{{ messages[0].content }}{{ tools[0].name }}{{ eos_token }}"
+    assert llm.chat_prompt(HELLO, tools=[{"name": "f"}], chat_template=other) == "Hello!f<|im_end|>"
+    (mine,) = llm.chat(HELLO, SamplingParams(max_tokens=1), tools=[{"name": "f"}], chat_template=other)
+    assert mine.prompt == "Hello!f<|im_end|>"
     with pytest.raises(ValueError, match="Unexpected role judge"):
         llm.chat([{"role": "judge", "content": "Guilty."}])
 
