@@ -168,10 +168,11 @@ def check_tensors(
     """
     ignored = {"lm_head.weight"} if cfg.tied_embeddings else set()
     present = {n for n in source.tensors if n not in ignored and (cfg.mtp_layers or not n.startswith("mtp."))}
+    misshaped = {n for n in present & locations.keys() if source.tensors[n].shape != locations[n].shape}
     wrong = [
         f"'{info.name}' in {info.file.name} has shape {list(info.shape)}, expected {list(locations[name].shape)}"
-        for name in sorted(present & locations.keys())
-        if (info := source.tensors[name]).shape != locations[name].shape
+        for name in sorted(misshaped)
+        if (info := source.tensors[name])
     ]
     missing = [
         f"'{name}' is missing, expected shape {list(locations[name].shape)}"
@@ -185,14 +186,13 @@ def check_tensors(
         raise CheckpointError(
             f"{source.path}: {len(missing)} missing, {len(wrong)} mis-shaped and {len(extra)} unexpected tensors for "
             f"the model that its config.json describes:\n{format_list([*missing, *wrong, *extra])}"
-            f"{_without_head(present, locations, beside)}"
+            f"{_without_head(present, locations, misshaped | (present ^ locations.keys()) - set(beside))}"
         )
 
 
-def _without_head(present: Set[str], locations: Mapping[str, TensorLocation], beside: Collection[str]) -> str:
-    """Return the end of the error if all names that differ are of the MTP head; else nothing."""
-    differ = (present ^ locations.keys()) - set(beside)
-    if not differ or not all(name.startswith("mtp.") for name in differ):
+def _without_head(present: Set[str], locations: Mapping[str, TensorLocation], wrong: Set[str]) -> str:
+    """Return the end of the error if all names in `wrong` are of the MTP head; else nothing."""
+    if not all(name.startswith("mtp.") for name in wrong):
         return ""
     head = [name for name in locations if name.startswith("mtp.")]
     return (
