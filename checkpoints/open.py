@@ -8,10 +8,14 @@ from pathlib import Path
 from checkpoints.errors import CheckpointError
 from checkpoints.folder import CONFIG, list_names, read_json_file
 from checkpoints.gguf.file import GgufFile, is_gguf
-from checkpoints.hf_quantized.directory import QuantizedDirectory, quantization_config
+from checkpoints.hf_quantized.directory import QuantizedDirectory
+from checkpoints.hf_quantized.settings import HF_QUANT_CONFIG, quantization_settings
+from checkpoints.mlx import refuse_mlx
 from checkpoints.orbax_dir import PARAMS, OrbaxDirectory
 from checkpoints.safetensors.reader import SafetensorsDirectory, weight_files
+from checkpoints.safetensors.unclaimed import refuse_unclaimed_bytes
 from checkpoints.source import TensorSource
+from checkpoints.trunk_and_head import refuse_lone_head
 
 _FORMATS = "a folder with config.json and *.safetensors, one saved by mtpjax, or a .gguf file"
 
@@ -39,14 +43,27 @@ def open_checkpoint(path: str | os.PathLike[str]) -> TensorSource | OrbaxDirecto
             "Move the other elsewhere."
         )
     if has_safetensors:
-        is_quantized = bool(quantization_config(read_json_file(folder / CONFIG)))
-        return QuantizedDirectory(folder) if is_quantized else SafetensorsDirectory(folder)
+        return _open_safetensors(folder)
     if has_orbax:
         return OrbaxDirectory(folder)
     raise CheckpointError(
         f"{folder}: has {CONFIG} but no weights; found {names}. Expected *.safetensors: download the weights "
         "too, or convert them from another format."
     )
+
+
+def _open_safetensors(folder: Path) -> SafetensorsDirectory:
+    """Open a folder of safetensors files as a whole model."""
+    config = read_json_file(folder / CONFIG)
+    refuse_mlx(folder, config, {})
+    is_quantized = quantization_settings(folder, config) is not None
+    source = QuantizedDirectory(folder) if is_quantized else SafetensorsDirectory(folder)
+    refuse_mlx(folder, config, source.tensors)
+    refuse_lone_head(source)
+    if not is_quantized:
+        reason = f"need a quantization_config, and neither {CONFIG} nor {HF_QUANT_CONFIG} has one"
+        refuse_unclaimed_bytes(folder, source.tensors.values(), reason)
+    return source
 
 
 def _describe_file(file: Path) -> str:

@@ -77,6 +77,19 @@ class PackedArray:
             return self.scale, self.offset
         return _times_super_scale(self.scale, self.super_scale), _times_super_scale(self.offset, self.super_offset)
 
+    def times(self, factor: NDArray[np.float32]) -> PackedArray:
+        """Return the weight with the rows multiplied by `factor` `[..., O, 1]`; each scale is rounded once to float32.
+
+        Raises ValueError for the layout fp8, whose scales several rows share.
+        """
+        if self.layout == "fp8":
+            raise ValueError("rows of fp8 weights share scales and cannot be multiplied one by one")
+        names = ("scale", "offset") if self.super_scale is None else ("super_scale", "super_offset")
+        scaled: dict[str, Any] = {
+            name: array.astype(np.float32) * factor for name in names if (array := getattr(self, name)) is not None
+        }
+        return replace(self, **scaled)
+
     def split_super_groups(self, columns: int) -> PackedArray:
         """Return the same weight with super groups of at most `columns` columns: each super scale is repeated.
 

@@ -59,10 +59,9 @@ class LLM(ChatMethods):
             `dtype` on a CPU, which computes with these faster; other checkpoints become arrays of `dtype`.
         max_model_len: prompt and new tokens of a sequence at most; memory for the cache grows with it.
         max_num_seqs: sequences that are generated at the same time.
-        max_prefill_seqs: if there are more prompts than that, how many are read together when sequences end and make
-            room; None: a quarter of `max_num_seqs`. They need a cache of their own beside that of `max_num_seqs`
-            sequences. If it is `max_num_seqs`, there is one cache, and the next prompts wait until all sequences have
-            ended.
+        max_prefill_seqs: how many prompts are read together when sequences end and make room; None: a quarter of
+            `max_num_seqs`. They need a cache of their own beside that of `max_num_seqs` sequences. If it is
+            `max_num_seqs`, there is one cache, and the next prompts wait until all sequences have ended.
         prefill_buckets: lengths of prompt chunks; the text keeps every bit if the largest is a multiple of 64.
         mtp_prompt_tokens: how many of the last prompt tokens the MTP head reads, at least 1; None: all, as the head was
             trained. With a small number the chunks before these tokens cost exactly what they cost without MTP, and
@@ -71,15 +70,14 @@ class LLM(ChatMethods):
             LM head of a draft step smaller; or a file of token ids. None: from all. See `loading/draft_head.py`.
         seed: base of the seeds of requests that have none.
         tokenizer: a `tokenizer.json` in place of the checkpoint's own.
+        mtp: a GGUF file or folder whose MTP head is used in place of the checkpoint's own; it may hold nothing else.
         drafter: a function that drafts in place of the MTP head (see `mtpjax.decoding.speculative.Drafter`).
-        acceptance: a `SimulatedAcceptance` in place of the real rule, to measure speed with weights that were not
-            trained. The text is not the model's then.
+        acceptance: a `SimulatedAcceptance`, to measure speed with untrained weights. The text is not the model's then.
         compile_fn: makes each program from a jitted function and its arguments (see
             `mtpjax.engine.programs.CompileFn`), for example to run it by emulation.
-        program_cache: a folder that keeps compiled programs, so that the next process with the same job compiles
-            nothing. "auto": that of the environment variable MTPJAX_PROGRAM_CACHE, else `mtpjax/programs` in your
-            folder for caches (XDG_CACHE_HOME). None or an empty text: nothing is kept. Give only a folder that no one
-            else can write to: reading a program runs code from it.
+        program_cache: a folder that keeps compiled programs for the next process with the same job. "auto": that of
+            MTPJAX_PROGRAM_CACHE, else `mtpjax/programs` in your folder for caches (XDG_CACHE_HOME). None or "": none is
+            kept. Give only a folder that no one else can write to: reading a program runs code from it.
 
     Attributes:
         cfg: the `ModelConfig` of the checkpoint.
@@ -113,6 +111,7 @@ class LLM(ChatMethods):
         draft_vocab_size: int | str | PathLike[str] | None = None,
         seed: int = 0,
         tokenizer: str | PathLike[str] | None = None,
+        mtp: str | PathLike[str] | None = None,
         drafter: Drafter = mtp_drafter,
         acceptance: SimulatedAcceptance | None = None,
         compile_fn: CompileFn = compile_ahead,
@@ -129,7 +128,7 @@ class LLM(ChatMethods):
         if not prefill_buckets:
             raise ValueError("prefill_buckets is empty; give at least one length")
         opened = open_model(
-            model, dtype=dtype, quantization=quantization, mtp=num_speculative_tokens > 0, tokenizer=tokenizer
+            model, dtype=dtype, quantization=quantization, mtp=num_speculative_tokens > 0, tokenizer=tokenizer, head=mtp
         )
         self.cfg, self.tokenizer, self._generation_config = opened.model.cfg, opened.tokenizer, opened.generation_config
         if num_speculative_tokens and not self.cfg.mtp_layers and drafter is mtp_drafter:

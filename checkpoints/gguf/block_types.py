@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from checkpoints.code_tables import DOUBLED_E2M1_TABLE, INT4_TABLE, IQ4_NL_TABLE, UINT4_TABLE
-from checkpoints.packed_array import PackedArray, from_indices
+from checkpoints.packed_array import PackedArray, from_indices, pack4
 
 Bytes = NDArray[np.uint8]
 
@@ -180,6 +180,29 @@ def _repack_mxfp4(raw: Bytes) -> PackedArray:
     return PackedArray(merge_blocks(raw[..., 1:]), scale, None, "codes4", 32, DOUBLED_E2M1_TABLE)
 
 
+def _half_e4m3_values() -> NDArray[np.float16]:
+    """Return half the value of every E4M3 scale byte as ggml decodes it: without a sign, and 0x7F, its NaN, as zero."""
+    byte = np.arange(256)
+    exponent, mantissa = byte >> 3 & 15, byte & 7
+    values = np.where(exponent == 0, mantissa / 8 * 2.0**-6, (1 + mantissa / 8) * 2.0 ** (exponent - 7))
+    values[0x7F] = 0
+    return (values / 2).astype(np.float16)
+
+
+_HALF_E4M3 = _half_e4m3_values()
+
+
+def _repack_nvfp4(raw: Bytes) -> PackedArray:
+    """Repack NVFP4: four E4M3 scales, then for each of them eight bytes of E2M1 codes, low nibbles before high ones.
+
+    The table holds doubled values, hence half the scales.
+    """
+    qs = raw[..., 4:].reshape(*raw.shape[:-1], 4, 8)
+    codes = np.concatenate([qs & 15, qs >> 4], axis=-1).reshape(*raw.shape[:-1], 64)
+    scale = merge_blocks(_HALF_E4M3[raw[..., :4]])
+    return PackedArray(pack4(merge_blocks(codes)), scale, None, "codes4", 16, DOUBLED_E2M1_TABLE)
+
+
 def _repack_q4_k(raw: Bytes) -> PackedArray:
     return from_indices(merge_blocks(_unpack_nibble_runs(raw[..., 16:])), "codes4", 0, **_k_scales(raw))
 
@@ -212,6 +235,7 @@ BLOCK_TYPES: dict[int, BlockType] = {
     20: BlockType("IQ4_NL", 32, 18, repack=_repack_nibbles(IQ4_NL_TABLE)),
     23: BlockType("IQ4_XS", 256, 136, repack=_repack_iq4_xs),
     39: BlockType("MXFP4", 32, 17, repack=_repack_mxfp4),
+    40: BlockType("NVFP4", 64, 36, repack=_repack_nvfp4),
     10: BlockType("Q2_K", 256, 84, repack=_repack_q2_k),
     11: BlockType("Q3_K", 256, 110, repack=_repack_q3_k),
     12: BlockType("Q4_K", 256, 144, repack=_repack_q4_k),

@@ -3,198 +3,129 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
-from checkpoints.dtypes import non_finite
-from checkpoints.errors import REDOWNLOAD, CheckpointError
-from checkpoints.folder import read_error
-from checkpoints.gguf.block_types import dequantize_rows, repack_rows
-from checkpoints.gguf.config import config_from_metadata, stop_token_ids
+from checkpoints.errors import CheckpointError, CheckpointWarning
+from checkpoints.gguf.aliases import find_factors, spellings
+from checkpoints.gguf.config import MODEL_TYPES, config_from_metadata, stop_token_ids
 from checkpoints.gguf.header import GgufTensor
-from checkpoints.gguf.names import Convention, DeltaNetHeads, convert_tensor, name_table
+from checkpoints.gguf.layers import mtp_blocks, refuse_parts_of_models, settle_metadata
+from checkpoints.gguf.metadata_keys import check_value_types, warn_of_unknown_metadata
+from checkpoints.gguf.names import Convention, DeltaNetHeads, GgufNames, name_table
+from checkpoints.gguf.reader import GgufTensors, StoredWeight
+from checkpoints.gguf.sampling import sampling_advice
 from checkpoints.gguf.split import read_split_gguf
-from checkpoints.packed_array import PackedArray, concatenate
-from checkpoints.source import TensorInfo
 
-_CHUNK_ELEMENTS = 1 << 20  # elements that are dequantised at a time
-_COLUMN_ALIGNMENT = 32  # columns of a packed layout can be moved in multiples of this number only
 _IGNORED = ("rope_freqs.weight",)
-# Conventions whose tensors can stay packed: their elements are only moved.
-_PACKABLE = (
-    Convention.SAME,
-    Convention.GATE_UP,
-    Convention.VALUE_ROWS,
-    Convention.QKV_ROWS,
-    Convention.VALUE_COLUMNS,
-)
+# First components of tensors outside the text model, in files that hold all of a model: images, audio, and the MTP head
+# as Ollama's first converter copied it, of whose norms it is not known whether 1 was added to them.
+_OTHER_PARTS = ("v", "mm", "a", "mtp")
+_MTP_NORM, _FINAL_NORM = "mtp.norm.weight", "norm.weight"
 
 
-class StoredWeight(NamedTuple):
-    """The tensors of the file that one weight is made of, and their convention."""
+class GgufFile(GgufTensors):
+    """A `TensorSource` over one GGUF file of an architecture in `MODEL_TYPES`, with or without its MTP block.
 
-    tensors: tuple[GgufTensor, ...]
-    convention: Convention
-
-
-class GgufFile:
-    """A `TensorSource` over one GGUF file of the architecture `qwen35moe` or `qwen35`, with or without its MTP block.
-
-    Opening reads metadata and the table of tensors, but no weights. Values are those of ggml's own dequantiser in
-    float32, in the conventions of the published checkpoints (`checkpoints/gguf/names.py`). Raises CheckpointError if
-    the file is damaged, has another architecture, or has tensors of an unsupported type.
+    Opening reads metadata and the table of tensors, but no weights. Raises CheckpointError if the file is damaged, is
+    a part of a model only, has another architecture, or has tensors of an unsupported type.
 
     Attributes:
-        metadata: all metadata of the file by key.
-        heads: the heads of the DeltaNet layers.
-        stored: what each weight is made of, by canonical name.
+        metadata: all metadata of the file by key. Numbers of layers are those that the tensors show.
+        config: the content of a config.json of the same model.
+        generation_config: the end-of-text tokens and the sampling advice of the file.
+
+    Warns:
+        CheckpointWarning: metadata that the tensors contradict or that have no effect, or tensors of other parts.
     """
 
     tokenizer_file = None
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self.metadata, tensors = read_split_gguf(self.path)
-        self.config = config_from_metadata(self.path, self.metadata, tensors)
-        self.generation_config = {"eos_token_id": stop_token_ids(self.metadata)}
-        self.heads = DeltaNetHeads.from_config(self.config)
-        self.stored: dict[str, StoredWeight] = {}
-        used = set(_IGNORED)
+        file = Path(path)
+        metadata, tensors = read_split_gguf(file)
+        refuse_parts_of_models(file, metadata, tensors)
+        check_value_types(file, metadata)
+        self.metadata = settle_metadata(file, metadata, tensors)
+        self.config = config_from_metadata(file, self.metadata, tensors)
+        self.generation_config = {"eos_token_id": stop_token_ids(self.metadata)} | sampling_advice(file, metadata)
+        warn_of_unknown_metadata(file, self.metadata)
+        factors, factor_names = find_factors(file, tensors)
         names = name_table(self.config["layer_types"], self.config["mtp_num_hidden_layers"] > 0)
-        for hf_name, (gguf_names, convention) in names.items():
-            if all(name in tensors for name in gguf_names):
-                self.stored[hf_name] = StoredWeight(tuple(tensors[name] for name in gguf_names), convention)
-                used.update(gguf_names)
-        for name, tensor in tensors.items():
-            if name not in used:
-                self.stored[name] = StoredWeight((tensor,), Convention.SAME)  # the loader reports it as unexpected
-        infos = {name: _tensor_info(weight) for name, weight in self.stored.items()}
-        self.tensors: Mapping[str, TensorInfo] = MappingProxyType(infos)
+        stored, used = _find_weights(names, tensors)
+        if any(name.startswith("mtp.") for name in stored) and _MTP_NORM not in stored and _FINAL_NORM in stored:
+            stored[_MTP_NORM] = stored[_FINAL_NORM]  # as llama.cpp does
+        left = [name for name in tensors if name not in used | factor_names | set(_IGNORED)]
+        for name in _without_other_parts(file, left):
+            stored[name] = StoredWeight((tensors[name],), Convention.SAME)  # the loader reports it as unexpected
+        super().__init__(file, stored, DeltaNetHeads.from_config(self.config), factors)
 
-    def read_into(self, name: str, out: NDArray[Any], check_finite: bool = True) -> None:
-        """Dequantise tensor `name` (canonical) into `out`: the shape of `tensors[name]`, any float dtype.
 
-        Raises CheckpointError if there is no such tensor, the shape differs, the file ends early, or, with
-        `check_finite`, a value is NaN or infinite.
-        """
-        tensors, convention = self._stored_weight(name)
-        if out.shape != self.tensors[name].shape:
+class GgufMtpHead(GgufTensors):
+    """The MTP head in a GGUF file, which may hold nothing else: `convert_hf_to_gguf.py --mtp` writes such files.
+
+    `tensors` has the head's alone. Other tensors of the file stay unread: embedding and LM head are those of the trunk.
+    Raises CheckpointError as `GgufFile`, or if the file has no MTP head.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        file = Path(path)
+        self.metadata, tensors = read_split_gguf(file)
+        architecture, blocks = self.metadata.get("general.architecture"), mtp_blocks(tensors)
+        if architecture not in MODEL_TYPES or len(blocks) != 1:
+            what = "no MTP head" if not blocks else f"{len(blocks)} MTP blocks"
             raise CheckpointError(
-                f"{self.path}: {name!r} has shape {list(self.tensors[name].shape)}, expected {list(out.shape)}."
+                f"{file}: has {what} (blk.*.nextn.*) and the architecture {architecture!r}; expected one head of "
+                f"{' or '.join(map(repr, MODEL_TYPES))} for mtp=."
             )
-        if convention is Convention.GATE_UP:
-            gate_rows = tensors[0].shape[1]
-            targets = [out[:, :gate_rows], out[:, gate_rows:]]
+        factors, factor_names = find_factors(file, tensors)
+        # The head has no DeltaNet layer, so the kinds and heads of the trunk's layers do not matter.
+        names = name_table(["full_attention"] * blocks[0], True)
+        stored, used = _find_weights({n: g for n, g in names.items() if n.startswith("mtp.")}, tensors)
+        if _MTP_NORM not in stored and "output_norm.weight" in tensors:
+            stored[_MTP_NORM] = StoredWeight((tensors["output_norm.weight"],), Convention.NORM_GAIN)
+        block = f"blk.{blocks[0]}."
+        for name in tensors:
+            if name.startswith(block) and name not in used | factor_names:
+                stored[f"mtp.{name}"] = StoredWeight((tensors[name],), Convention.SAME)  # reported as unexpected
+        super().__init__(file, stored, DeltaNetHeads(1, 1, 1, 1), factors)
+
+
+def _find_weights(
+    names: Mapping[str, GgufNames], tensors: Mapping[str, GgufTensor]
+) -> tuple[dict[str, StoredWeight], set[str]]:
+    """Return what each weight is made of in the first spelling that the file has, and the tensors that are used."""
+    stored: dict[str, StoredWeight] = {}
+    used: set[str] = set()
+    for hf_name, usual in names.items():
+        for gguf_names, convention in spellings(usual):
+            if all(name in tensors for name in gguf_names):
+                stored[hf_name] = StoredWeight(tuple(tensors[name] for name in gguf_names), convention)
+                used.update(gguf_names)
+                break
+    return stored, used
+
+
+def _without_other_parts(file: Path, names: Iterable[str]) -> list[str]:
+    """Return the names that are not of another part of the model; warns of those that are, by part and number."""
+    counts = dict.fromkeys(_OTHER_PARTS, 0)
+    others = []
+    for name in names:
+        part = name.partition(".")[0]
+        if part in counts:
+            counts[part] += 1
         else:
-            targets = [out]
-        for tensor, target in zip(tensors, targets, strict=True):
-            if convention in (Convention.SAME, Convention.GATE_UP):
-                self._dequantize_into(tensor, target)
-            else:
-                values = np.empty(tensor.shape, np.float32)
-                self._dequantize_into(tensor, values)
-                target[...] = convert_tensor(values, convention, self.heads, to_gguf=False)
-            if check_finite and non_finite(target).any():
-                raise CheckpointError(
-                    f"{tensor.file}: {tensor.name!r} has NaN or infinite values, expected none. {REDOWNLOAD}"
-                )
-
-    def read(self, name: str) -> NDArray[Any]:
-        """Return tensor `name` (canonical) as an array with the shape and dtype in `tensors`; raises as `read_into`."""
-        self._stored_weight(name)
-        out = np.empty(self.tensors[name].shape, self.tensors[name].dtype)
-        self.read_into(name, out)
-        return out
-
-    def read_packed(self, name: str) -> PackedArray | None:
-        """Return tensor `name` (canonical) packed, with exactly the values of the file; None if it cannot stay packed.
-
-        A tensor cannot stay packed if it is not quantised or if its convention changes values. Value heads are put
-        in the published order without requantising: rows move one by one, columns in whole blocks of 32.
-        """
-        tensors, convention = self._stored_weight(name)
-        heads = self.heads
-        if any(tensor.type.repack is None for tensor in tensors) or convention not in _PACKABLE:
-            return None
-        if convention is Convention.VALUE_COLUMNS and heads.value_head_dim % _COLUMN_ALIGNMENT:
-            return None
-        if convention is Convention.GATE_UP:
-            return concatenate([self._repack(tensor) for tensor in tensors], axis=1)
-        packed = self._repack(tensors[0])
-        if convention is Convention.VALUE_COLUMNS:
-            num_columns = heads.num_value_heads * heads.value_head_dim
-
-            def reorder(array: NDArray[Any]) -> NDArray[Any]:
-                # One entry of codes or scales stands for several columns.
-                entries_per_head = heads.value_head_dim * array.shape[1] // num_columns
-                return heads.reorder_value_columns(array, entries_per_head, to_gguf=False)
-
-            return packed.split_super_groups(heads.value_head_dim).map_arrays(reorder)
-        return packed.map_arrays(lambda array: convert_tensor(array, convention, heads, to_gguf=False))
-
-    def _stored_weight(self, name: str) -> StoredWeight:
-        if name not in self.stored:
-            raise CheckpointError(f"{self.path}: has no tensor {name!r} among its {len(self.tensors):,}.")
-        return self.stored[name]
-
-    def _repack(self, tensor: GgufTensor) -> PackedArray:
-        rows = concatenate([repack_rows(tensor.type, raw) for _, raw in self._read_chunks(tensor)], axis=0)
-        return rows.map_arrays(lambda array: array.reshape(*tensor.shape[:-1], -1))
-
-    def _dequantize_into(self, tensor: GgufTensor, out: NDArray[Any]) -> None:
-        """Write the values of a tensor as stored, chunk by chunk, into `out` of the same shape, which may be a view."""
-        flat = out.reshape(-1, *out.shape[-1:]) if out.ndim == 1 or out.flags.c_contiguous else None
-        for start, raw in self._read_chunks(tensor):
-            with np.errstate(invalid="ignore", over="ignore"):  # `read_into` reports NaN and infinity
-                values = dequantize_rows(tensor.type, raw)
-            if flat is not None:
-                flat[start : start + len(values)] = values
-                continue
-            rows_per_matrix = tensor.shape[-2]
-            for row, value in enumerate(values, start):
-                out[row // rows_per_matrix, row % rows_per_matrix] = value
-
-    def _read_chunks(self, tensor: GgufTensor) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-        """Yield the first row and the bytes `[rows, bytes of a row]` of every chunk of a tensor."""
-        num_rows, num_columns = int(np.prod(tensor.shape[:-1], dtype=np.int64)), tensor.shape[-1]
-        row_bytes = num_columns // tensor.type.elements_per_block * tensor.type.bytes_per_block
-        chunk_rows = max(1, _CHUNK_ELEMENTS // num_columns)
-        try:
-            with open(tensor.file, "rb", buffering=0) as stream:
-                stream.seek(tensor.offset)
-                for start in range(0, num_rows, chunk_rows):
-                    count = min(chunk_rows, num_rows - start)
-                    raw = np.fromfile(stream, np.uint8, count * row_bytes)
-                    if raw.size != count * row_bytes:
-                        raise CheckpointError(
-                            f"{tensor.file}: ends inside {tensor.name!r}; it was longer when opened. {REDOWNLOAD}"
-                        )
-                    yield start, raw.reshape(count, row_bytes)
-        except OSError as error:
-            raise read_error(tensor.file, error) from error
-
-
-def _tensor_info(weight: StoredWeight) -> TensorInfo:
-    """Describe a weight with the shape and dtype of the published convention."""
-    tensors, convention = weight
-    first = tensors[0]
-    shape = first.shape
-    if convention is Convention.GATE_UP:
-        shape = (shape[0], sum(t.shape[1] for t in tensors), *shape[2:]) if len(shape) == 3 else shape
-    elif convention is Convention.ROW_VECTOR:
-        shape = (1, *shape) if len(shape) == 1 else shape
-    elif convention is Convention.CONVOLUTION:
-        shape = (shape[0], 1, *shape[1:])
-    dtype = first.type.dtype
-    if dtype is None or convention is Convention.NORM_GAIN:
-        dtype = np.dtype(np.float32)
-    name = " + ".join(tensor.name for tensor in tensors)
-    return TensorInfo(name, shape, dtype, first.file, first.offset, sum(tensor.nbytes for tensor in tensors))
+            others.append(name)
+    if any(counts.values()):
+        listed = ", ".join(f"{part}.* ({count})" for part, count in counts.items() if count)
+        warnings.warn(
+            f"{file}: {sum(counts.values())} tensors have no effect, since they are of other parts of the model: "
+            f"{listed}",
+            CheckpointWarning,
+            stacklevel=4,
+        )
+    return others
 
 
 def is_gguf(path: str | os.PathLike[str]) -> bool:

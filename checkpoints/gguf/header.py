@@ -18,22 +18,9 @@ from checkpoints.errors import REDOWNLOAD, CheckpointError
 from checkpoints.folder import read_error
 from checkpoints.gguf.block_types import BLOCK_TYPES, BlockType
 from checkpoints.gguf.codebooks import CODEBOOK_TYPES, load_grid
+from checkpoints.gguf.other_types import describe_type
 
 TENSOR_TYPES = BLOCK_TYPES | CODEBOOK_TYPES
-# Types that this program does not read, by number, for the message.
-_OTHER_TYPES = {
-    9: "Q8_1",
-    15: "Q8_K",
-    24: "I8",
-    25: "I16",
-    26: "I32",
-    27: "I64",
-    28: "F64",
-    34: "TQ1_0",
-    35: "TQ2_0",
-    40: "NVFP4",
-    41: "Q1_0",
-}
 # Value types of metadata, by number: format letters of `struct`, and the two types without one.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
@@ -197,8 +184,9 @@ def _check_entry(file: Path, size: int, data_start: int, alignment: int, entry: 
     tensor_type = TENSOR_TYPES.get(entry.type_number)
     if tensor_type is None:
         supported = ", ".join(t.name for t in TENSOR_TYPES.values())
-        type_name = _OTHER_TYPES.get(entry.type_number, f"number {entry.type_number}")
-        raise CheckpointError(f"{label} has the type {type_name}, supported: {supported}. Use another file.")
+        raise CheckpointError(
+            f"{label} has the type {describe_type(entry.type_number)}, supported: {supported}. Use another file."
+        )
     if tensor_type.codebook:
         try:
             load_grid(tensor_type.codebook)

@@ -81,6 +81,9 @@ _MTP = {
     "mtp.pre_fc_norm_embedding.weight": ("nextn.enorm.weight", Convention.NORM_GAIN),
     "mtp.pre_fc_norm_hidden.weight": ("nextn.hnorm.weight", Convention.NORM_GAIN),
     "mtp.norm.weight": ("nextn.shared_head_norm.weight", Convention.NORM_GAIN),
+    # Only in files whose head has an embedding or an LM head of its own.
+    "mtp.embed_tokens.weight": ("nextn.embed_tokens.weight", Convention.SAME),
+    "mtp.lm_head.weight": ("nextn.shared_head_head.weight", Convention.SAME),
 }
 _GATE_UP_HF_NAME = "mlp.experts.gate_up_proj"
 _GATE_UP_GGUF_NAMES = ("ffn_gate_exps.weight", "ffn_up_exps.weight")

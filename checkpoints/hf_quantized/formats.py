@@ -201,15 +201,24 @@ def _modelopt_int8() -> WeightFormat:
     return _int8(group=0)
 
 
-# modelopt's `quant_algo` -> format.
-_MODELOPT: dict[str, Callable[[], WeightFormat]] = {
-    "NVFP4": _modelopt_nvfp4,
-    "W4A16_NVFP4": _modelopt_nvfp4,
-    "FP8": _fp8,
-    "FP8_PER_CHANNEL_PER_TOKEN": _fp8,
-    "FP8_PB_WO": _fp8,
-    "MXFP8": _fp8,
-    "W8A16": _modelopt_int8,
+def _fp8_either_name() -> tuple[WeightFormat, ...]:
+    """FP8 whose scales are called `weight_scale_inv`, as DeepSeek and Qwen call them, or `weight_scale`.
+
+    Both are factors.
+    """
+    return _fp8("weight_scale_inv"), _fp8()
+
+
+# modelopt's `quant_algo` -> formats.
+_MODELOPT: dict[str, Callable[[], tuple[WeightFormat, ...]]] = {
+    "NVFP4": lambda: (_modelopt_nvfp4(),),
+    "W4A16_NVFP4": lambda: (_modelopt_nvfp4(),),
+    "FP8": _fp8_either_name,
+    "FP8_PER_CHANNEL_PER_TOKEN": _fp8_either_name,
+    "FP8_PB_WO": _fp8_either_name,
+    "FP8_BLOCK_SCALES": _fp8_either_name,
+    "MXFP8": _fp8_either_name,
+    "W8A16": lambda: (_modelopt_int8(),),
 }
 
 
@@ -217,11 +226,11 @@ def _modelopt(settings: Mapping[str, Any]) -> tuple[WeightFormat, ...]:
     algorithm = str(settings.get("quant_algo")).upper()  # modelopt 0.47 writes "fp8_pb_wo"
     _expect({"quant_algo": algorithm}, quant_algo=(*_MODELOPT, "MIXED_PRECISION"))
     if algorithm != "MIXED_PRECISION":
-        return (_MODELOPT[algorithm](),)
+        return _MODELOPT[algorithm]()
     for layer, layer_settings in (settings.get("quantized_layers") or {}).items():
         layer_algorithm = str(layer_settings.get("quant_algo")).upper()
         _expect({"quant_algo": layer_algorithm}, f"quantized_layers: {layer}: ", quant_algo=tuple(_MODELOPT))
-    return _modelopt_nvfp4(), _fp8(), _modelopt_int8()
+    return _modelopt_nvfp4(), *_fp8_either_name(), _modelopt_int8()
 
 
 def formats_from_config(settings: Mapping[str, Any]) -> tuple[WeightFormat, ...]:
@@ -237,7 +246,7 @@ def formats_from_config(settings: Mapping[str, Any]) -> tuple[WeightFormat, ...]
     _expect(settings, rotation_config=(None, {}))  # rotated weights need rotated inputs
     if method == "fp8":
         _expect(settings, weight_block_size=([FP8_BLOCK, FP8_BLOCK], None))
-        return (_fp8("weight_scale_inv"),)  # a factor in spite of its name
+        return _fp8_either_name()
     if method == "gptq":
         _expect(settings, checkpoint_format=("gptq", "gptq_v2", None))
         return (_gptq(settings, 0 if settings.get("checkpoint_format") == "gptq_v2" else 1),)

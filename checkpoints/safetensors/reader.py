@@ -30,11 +30,16 @@ class SafetensorsDirectory:
     Opening reads and checks every header, but no data. Files that the index does not mention
     (`model_extra_tensors.safetensors`) are read too. Raises CheckpointError if a file is missing, damaged or
     contradicts the index.
+
+    Args:
+        path: the folder.
+        needs_config: False if it may lack config.json, as a folder with nothing but an MTP head may.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, needs_config: bool = True) -> None:
         self.path = Path(path)
-        self.config = read_json_file(self.path / CONFIG)
+        config = self.path / CONFIG
+        self.config = read_json_file(config) if needs_config or config.exists() else {}
         self.generation_config = read_generation_config(self.path)
         self.tokenizer_file = find_tokenizer(self.path)
         files = weight_files(self.path)

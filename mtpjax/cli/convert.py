@@ -38,6 +38,7 @@ from mtpjax.loading.export import ExportedTensor, export_tensors
 from mtpjax.loading.load import load_checkpoint
 from mtpjax.loading.orbax_restore import orbax_tensors
 from mtpjax.loading.orbax_save import ORIGIN, save_orbax
+from mtpjax.loading.weight_map import OWN_MTP_TENSORS
 from mtpjax.text.tokenizer import load_tokenizer, tokenizer_to_gguf
 
 PROG = "mtpjax convert"
@@ -83,6 +84,9 @@ def to_hf(source: OrbaxDirectory, target: Path, max_shard_bytes: int) -> int:
 
 def to_gguf(source: TensorSource | OrbaxDirectory, target: Path, tensor_type: str) -> int:
     """Write a GGUF file with tokenizer and chat template. Returns the number of tensors written."""
+    own = [name for name in OWN_MTP_TENSORS if isinstance(source, GgufFile) and name in source.tensors]
+    if own:
+        raise ValueError(f"{source.path}: its MTP head has {', '.join(own)} of its own, which no GGUF written here has")
     model = load_checkpoint(source, dtype=None)
     cfg = model.cfg
     tokenizer = load_tokenizer(source.tokenizer_file) if source.tokenizer_file else None

@@ -52,6 +52,7 @@ OUTPUT_INDEPENDENT = {
     "resume",
     "limit",
     "num_speculative_tokens",
+    "mtp",
     "mtp_prompt_tokens",
     "draft_vocab_size",
     "max_num_seqs",
@@ -213,6 +214,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--resume", action="store_true", help="continue an interrupted run from OUTPUT.part")
     draft_help = f"tokens drafted a round, 0...{MAX_SPECULATIVE_TOKENS} (default 3); the text does not depend on it"
     add("--num-speculative-tokens", type=int, default=3, metavar="K", help=draft_help)
+    add("--mtp", type=Path, metavar="PATH", help="GGUF file or folder of the MTP head (default: the checkpoint's own)")
     add("--mtp-prompt-tokens", type=int, metavar="N", help="let the MTP head read only the last N prompt tokens")
     draft_vocab = "draft from the N most frequent tokens, or those of a file (mtpjax count-tokens); same text"
     add("--draft-vocab-size", type=_number_or_path, metavar="N|FILE", help=draft_vocab)
@@ -281,6 +283,7 @@ def main(argv: list[str] | None = None) -> int:
         llm = LLM(
             args.model,
             num_speculative_tokens=args.num_speculative_tokens,
+            mtp=args.mtp,
             mtp_prompt_tokens=args.mtp_prompt_tokens,
             draft_vocab_size=args.draft_vocab_size,
             dtype=args.dtype,

@@ -27,7 +27,6 @@ from checkpoints import (
     QuantizedDirectory,
     TensorSource,
     open_checkpoint,
-    quantization_config,
 )
 from mtpjax.config import ModelConfig
 from mtpjax.hf_config import config_from_hf
@@ -69,8 +68,8 @@ def describe_format(source: TensorSource | OrbaxDirectory) -> str:
     if isinstance(source, OrbaxDirectory):
         return "Orbax folder"
     if isinstance(source, QuantizedDirectory):
-        settings = quantization_config(source.config)
-        return f"Hugging Face folder, quantised with {settings['quant_method']}"
+        method = source.settings["quant_method"]
+        return f"Hugging Face folder, quantised with {method}"
     return "Hugging Face folder"
 
 

@@ -19,6 +19,7 @@ from mtpjax.model.params import Dense, Expert
 
 # The most elements of a weight that is transposed: of a larger one, a single row would pay for what several rows gain.
 MAX_WEIGHT_ELEMENTS, MAX_HEAD_ELEMENTS = 1 << 18, 1 << 20
+LOOKUP_TABLES = ("embedding", "mtp_embedding")  # names of matrices of which single rows are read
 # Weights of a module that read the same rows: the first one's name -> paths of the others, from the module on.
 SHARE_INPUT: dict[str, tuple[ParamPath, ...]] = {
     "in_qkv": (("in_z",), ("in_b",), ("in_a",)),
@@ -61,7 +62,7 @@ def _cpu_weight(path: ParamPath, variable: Any) -> Any:
     if isinstance(variable, Expert) and getattr(weight, "dtype", None) == jnp.bfloat16:
         return BitcastBfloat16(jax.device_put(np.asarray(weight).view(np.uint16)))
     limit = MAX_HEAD_ELEMENTS if path[0] in ("lm_head", "draft_head") else MAX_WEIGHT_ELEMENTS
-    if isinstance(variable, Dense) and path != ("embedding",) and _is_small(weight, 2, limit):
+    if isinstance(variable, Dense) and path[-1] not in LOOKUP_TABLES and _is_small(weight, 2, limit):
         return TransposedWeight(_transpose(weight, *range(weight.ndim - 2), -1, -2))
     return weight
 

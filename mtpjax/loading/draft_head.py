@@ -85,11 +85,17 @@ def choose_draft_token_ids(
 
 
 def with_draft_head(model: LoadedModel, token_ids: NDArray[np.int32] | None) -> LoadedModel:
-    """Return the model with a draft head of these ids; the model itself for None."""
+    """Return the model with a draft head of these ids; the model itself for None.
+
+    The rows are those of the LM head, or of the MTP head's own one, which `load_model` has put there.
+    """
     if token_ids is None:
         return model
     merged: Any = nnx.merge(model.graph, model.params)
-    head = (merged.embedding if merged.lm_head is None else merged.lm_head)[...]
+    if merged.draft_head is not None:
+        head = merged.draft_head.weight[...]
+    else:
+        head = (merged.embedding if merged.lm_head is None else merged.lm_head)[...]
     merged.draft_head = nnx.data(DraftHead(take_rows(head, token_ids, compute_dtype_of(model)), _put(token_ids)))
     graph, params = nnx.split(merged)
     return replace(model, graph=graph, params=params)

@@ -16,13 +16,14 @@ from kernels_pallas.platform import platform
 from kernels_pallas.weights.quantized import QuantizedTensor
 from mtpjax.loading.loaded_model import LoadedModel, ParamPath, map_params
 from mtpjax.loading.orbax_restore import restore_orbax
+from mtpjax.loading.own_mtp_tensors import OWN_MTP_TENSORS, with_own_mtp_tensors
 from mtpjax.loading.quantized_leaves import (
     KEEP_PACKED,
-    PACKED_SOURCES,
     QUANTIZATIONS,
     can_quantize,
     can_share_layout,
     is_block_aligned,
+    is_packed_source,
     read_quantized,
     stack_quantized,
 )
@@ -71,7 +72,7 @@ def load_checkpoint(
                 "convert it back first"
             )
         return restore_orbax(source, mtp=mtp, dtype=dtype or jnp.float32)
-    if isinstance(source, PACKED_SOURCES):
+    if is_packed_source(source):
         quantization = quantization or (KEEP_PACKED if platform() != "cpu" else None)
     elif quantization == KEEP_PACKED:
         modes = ", ".join(repr(mode) for mode in QUANTIZATIONS if mode != KEEP_PACKED)
@@ -104,7 +105,7 @@ def load_model(
     """
     cfg = checkpoint_config(source) if mtp else checkpoint_config(source).without_mtp()
     locations = weight_map(cfg, source.tensors.__contains__)
-    check_tensors(source, locations, cfg)
+    check_tensors(source, locations, cfg, beside=OWN_MTP_TENSORS)
     graph, params = nnx.split(abstract_model(cfg, jnp.dtype(dtype or jnp.float32)))
     tensors_of = group_by_leaf(locations)
 
@@ -122,7 +123,8 @@ def load_model(
             source.read_into(name, array[location.index].reshape(location.shape))
         return jax.device_put(array)
 
-    return LoadedModel(cfg, graph, map_params(params, read))
+    loaded = LoadedModel(cfg, graph, map_params(params, read))
+    return with_own_mtp_tensors(loaded, source, quantization) if cfg.mtp_layers else loaded
 
 
 def _read_quantized_leaf(

@@ -11,7 +11,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from checkpoints import TINY, GgufFile, OrbaxDirectory, TensorSource, open_checkpoint
+from checkpoints import (
+    TINY,
+    GgufFile,
+    OrbaxDirectory,
+    TensorSource,
+    TrunkAndHead,
+    open_checkpoint,
+    open_mtp_head,
+)
 from kernels_pallas.platform import platform
 from mtpjax.config import DEFAULT_STOP_TOKEN_IDS, ModelConfig
 from mtpjax.loading.load import load_checkpoint
@@ -52,6 +60,7 @@ def open_model(
     quantization: str | None,
     mtp: bool,
     tokenizer: str | PathLike[str] | None,
+    head: str | PathLike[str] | None = None,
 ) -> OpenedModel:
     """Load a model; the arguments are those of `mtpjax.LLM`.
 
@@ -61,21 +70,38 @@ def open_model(
         quantization: how matrices are packed, or None.
         mtp: whether to load the MTP head.
         tokenizer: a `tokenizer.json` in place of the checkpoint's own.
+        head: the file or folder of the MTP head, in place of the checkpoint's own.
 
     Raises:
         checkpoints.CheckpointError, mtpjax.config.ConfigError: the checkpoint cannot be read.
-        ValueError: unknown `dtype` or `quantization`, an unreadable tokenizer, or a `quantization` of a loaded model.
+        ValueError: unknown `dtype` or `quantization`, an unreadable tokenizer, or a `quantization` or an `head` of a
+            loaded model.
     """
     resolved = resolve_dtype(dtype, model)
     loaded_tokenizer = load_tokenizer(tokenizer) if tokenizer else None
     if isinstance(model, LoadedModel):
         if quantization is not None:
             raise ValueError(f"quantization is {quantization!r}, but the model is already loaded; give a path, or None")
+        if head is not None:
+            raise ValueError(f"mtp is {str(head)!r}, but the model is already loaded; give its path, or no mtp")
         return OpenedModel(model, resolved, loaded_tokenizer, {})
     source = open_checkpoint(TINY if model is None else model)
-    loaded = load_checkpoint(source, dtype=resolved, mtp=mtp, quantization=quantization)
+    whole = source if head is None or not mtp else with_mtp_head(source, head)
+    loaded = load_checkpoint(whole, dtype=resolved, mtp=mtp, quantization=quantization)
     folder = source.path.parent if isinstance(source, GgufFile) else source.path
     return OpenedModel(loaded, resolved, loaded_tokenizer or own_tokenizer(source), source.generation_config, folder)
+
+
+def with_mtp_head(source: TensorSource | OrbaxDirectory, mtp_head: str | PathLike[str]) -> TrunkAndHead:
+    """Return the checkpoint with the MTP head of another file or folder in place of its own.
+
+    Raises:
+        checkpoints.CheckpointError: there is no head, or it is of a model of another width.
+        ValueError: the checkpoint is an Orbax folder.
+    """
+    if isinstance(source, OrbaxDirectory):
+        raise ValueError(f"{source.path}: an MTP head of its own (mtp=) is not supported for an Orbax folder")
+    return TrunkAndHead(source, open_mtp_head(mtp_head))
 
 
 def own_tokenizer(source: TensorSource | OrbaxDirectory) -> Tokenizer | None:

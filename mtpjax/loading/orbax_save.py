@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from checkpoints import CheckpointError, TensorSource, quantization_config
+from checkpoints import CheckpointError, QuantizedDirectory, TensorSource, quantization_config
 from mtpjax.loading.loaded_model import ParamPath, param_shapes
 from mtpjax.loading.orbax_io import LazyLeaf, write_tree
 from mtpjax.loading.weight_map import TensorLocation, check_tensors, checkpoint_config, group_by_leaf, weight_map
@@ -89,7 +89,8 @@ def _check_free(target: Path) -> None:
 
 
 def _check_dtypes(source: TensorSource) -> None:
-    if settings := quantization_config(source.config):
+    settings = source.settings if isinstance(source, QuantizedDirectory) else quantization_config(source.config)
+    if settings:
         method = settings.get("quant_method") if isinstance(settings, Mapping) else settings
         raise CheckpointError(
             f"{source.path}: is quantised (quant_method {method!r}); converting that to Orbax is not supported yet in "

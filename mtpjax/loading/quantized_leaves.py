@@ -9,19 +9,23 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from checkpoints import GgufFile, QuantizedDirectory, TensorSource
+from checkpoints import GgufFile, OrbaxDirectory, QuantizedDirectory, TensorSource, TrunkAndHead
 from checkpoints.packed_array import FP8_BLOCK, PackedArray, to_common_layout
 from checkpoints.quantize import GROUP, MODES, quantize
 from kernels_pallas.weights.quantized import QuantizedTensor
 from mtpjax.loading.loaded_model import ParamPath
 from mtpjax.loading.weight_map import LeafIndex
 
-PACKED_SOURCES = (GgufFile, QuantizedDirectory)  # checkpoints whose weights can stay as they are
 KEEP_PACKED = "packed"  # as the checkpoint has them
 QUANTIZATIONS = (KEEP_PACKED, *MODES)
 # Small and sensitive matrices (the router, gates, DeltaNet's beta and decay) and the taps of the convolution.
 _NEVER_QUANTIZED = {"router", "shared_gate", "in_a", "in_b", "conv"}
-_LOOKUP_TABLES = {"embedding"}  # single rows are read, so rows cannot share scales in blocks
+_LOOKUP_TABLES = {"embedding", "mtp_embedding"}  # single rows are read, so rows cannot share scales in blocks
+
+
+def is_packed_source(source: TensorSource | OrbaxDirectory) -> bool:
+    """Return whether the weights of a checkpoint can stay packed as they are."""
+    return isinstance(source, GgufFile | QuantizedDirectory) or (isinstance(source, TrunkAndHead) and source.is_packed)
 
 
 def can_quantize(path: ParamPath, shape: Sequence[int], quantization: str) -> bool:
@@ -56,7 +60,7 @@ def can_share_layout(path: ParamPath, weights: Sequence[PackedArray]) -> bool:
 def read_quantized(source: TensorSource, name: str, quantization: str) -> PackedArray | None:
     """Read one tensor packed: as the checkpoint has it, or quantised here. None if a checkpoint has it unpacked."""
     if quantization == KEEP_PACKED:
-        return source.read_packed(name) if isinstance(source, PACKED_SOURCES) else None
+        return source.read_packed(name) if isinstance(source, GgufFile | QuantizedDirectory | TrunkAndHead) else None
     return quantize(source.read(name), quantization)
 
 

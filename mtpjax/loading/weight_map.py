@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Set
 from dataclasses import dataclass, replace
 
 from checkpoints import CheckpointError, OrbaxDirectory, TensorSource
@@ -41,6 +41,9 @@ _MTP = {
     "fc": "fc.weight",
     "norm": "norm.weight",
 }
+
+# Tensors of an MTP head that does not share the embedding and the LM head of the trunk; see `own_mtp_tensors.py`.
+OWN_MTP_TENSORS = ("mtp.embed_tokens.weight", "mtp.lm_head.weight")
 
 LeafIndex = tuple[int | slice, ...]
 
@@ -148,31 +151,54 @@ def checkpoint_config(source: TensorSource) -> ModelConfig:
     return replace(read_config(source), mtp_layers=int(any(name.startswith("mtp.") for name in source.tensors)))
 
 
-def check_tensors(source: TensorSource, locations: Mapping[str, TensorLocation], cfg: ModelConfig) -> None:
+def check_tensors(
+    source: TensorSource,
+    locations: Mapping[str, TensorLocation],
+    cfg: ModelConfig,
+    beside: Collection[str] = (),
+) -> None:
     """Compare the tensors of a checkpoint with those of the model.
 
+    Args:
+        beside: names of further tensors that may be there; they are read elsewhere.
+
     Raises:
-        CheckpointError: missing, mis-shaped or unexpected tensors, all of them in one error.
+        CheckpointError: missing, mis-shaped or unexpected tensors, all of them in one error. If they are all of the MTP
+            head, it says how to do without.
     """
     ignored = {"lm_head.weight"} if cfg.tied_embeddings else set()
     present = {n for n in source.tensors if n not in ignored and (cfg.mtp_layers or not n.startswith("mtp."))}
+    misshaped = {n for n in present & locations.keys() if source.tensors[n].shape != locations[n].shape}
     wrong = [
         f"'{info.name}' in {info.file.name} has shape {list(info.shape)}, expected {list(locations[name].shape)}"
-        for name in sorted(present & locations.keys())
-        if (info := source.tensors[name]).shape != locations[name].shape
+        for name in sorted(misshaped)
+        if (info := source.tensors[name])
     ]
     missing = [
         f"'{name}' is missing, expected shape {list(locations[name].shape)}"
         for name in sorted(locations.keys() - present)
     ]
     extra = [
-        f"'{source.tensors[name].name}' is not a tensor of this model" for name in sorted(present - locations.keys())
+        f"'{source.tensors[name].name}' is not a tensor of this model"
+        for name in sorted(present - locations.keys() - set(beside))
     ]
     if wrong or missing or extra:
         raise CheckpointError(
             f"{source.path}: {len(missing)} missing, {len(wrong)} mis-shaped and {len(extra)} unexpected tensors for "
             f"the model that its config.json describes:\n{format_list([*missing, *wrong, *extra])}"
+            f"{_without_head(present, locations, misshaped | (present ^ locations.keys()) - set(beside))}"
         )
+
+
+def _without_head(present: Set[str], locations: Mapping[str, TensorLocation], wrong: Set[str]) -> str:
+    """Return the end of the error if all names in `wrong` are of the MTP head; else nothing."""
+    if not all(name.startswith("mtp.") for name in wrong):
+        return ""
+    head = [name for name in locations if name.startswith("mtp.")]
+    return (
+        f"\n{sum(name in present for name in head)} of the {len(head)} tensors of its MTP head are there. Without the "
+        "head the model loads: num_speculative_tokens=0 (--num-speculative-tokens 0), or mtp= with another head."
+    )
 
 
 def format_list(lines: list[str]) -> str:
@@ -188,5 +214,5 @@ def check_source(source: TensorSource) -> ModelConfig:
         CheckpointError, ConfigError: as `load_model` would.
     """
     cfg = checkpoint_config(source)
-    check_tensors(source, weight_map(cfg, source.tensors.__contains__), cfg)
+    check_tensors(source, weight_map(cfg, source.tensors.__contains__), cfg, beside=OWN_MTP_TENSORS)
     return cfg

@@ -42,7 +42,9 @@ class Model(nnx.Module):
         self.norm = make.vector(cfg.hidden_size)
         self.lm_head = None if cfg.tied_embeddings else make.matrix(cfg.vocab_size, cfg.hidden_size)
         self.mtp: Any = Mtp(cfg, dtype) if cfg.mtp_layers else None
-        self.draft_head: Any = None  # a `DraftHead`, if drafts come from a part of the vocabulary
+        # A `DraftHead`, if drafts come from a part of the vocabulary or the MTP head has an LM head of its own.
+        self.draft_head: Any = None
+        self.mtp_embedding: Any = None  # a matrix, if the MTP head has an embedding of its own
 
     def embed(self, tokens: Int[Array, "B T"], valid: Bool[Array, "B T"]) -> Float[Array, "B T D"]:
         """Look up embeddings in the compute dtype. Padding rows are zero, and stay zero through every layer."""
@@ -114,13 +116,20 @@ class Model(nnx.Module):
         self, hidden: Float[Array, "B T D"], next_tokens: Int[Array, "B T"], cache: Cache, positions: Positions
     ) -> Cache:
         """Write keys and values of the MTP head for rows whose next tokens are `next_tokens`; see `Mtp.sync`."""
-        return self.mtp.sync(self.embed(next_tokens, positions.valid), hidden, cache, positions)
+        return self.mtp.sync(self._embed_for_mtp(next_tokens, positions.valid), hidden, cache, positions)
 
     def mtp_step(
         self, hidden: Float[Array, "B T D"], next_tokens: Int[Array, "B T"], cache: Cache, positions: Positions
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Run the whole MTP head on rows whose next tokens are `next_tokens`; see `Mtp.__call__`."""
-        return self.mtp(self.embed(next_tokens, positions.valid), hidden, cache, positions)
+        return self.mtp(self._embed_for_mtp(next_tokens, positions.valid), hidden, cache, positions)
+
+    def _embed_for_mtp(self, tokens: Int[Array, "B T"], valid: Bool[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Look up the embeddings that the MTP head reads; see `embed`."""
+        if self.mtp_embedding is None:
+            return self.embed(tokens, valid)
+        rows = embedding_lookup(self.mtp_embedding[...], tokens, self.compute_dtype)
+        return jnp.where(valid[..., None], rows, 0)
 
 
 class DraftHead(nnx.Module):

@@ -11,7 +11,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from mtpjax.text.chat_template import ChatTemplate, find_chat_template
+from mtpjax.text.added_tokens import with_added_tokens
+from mtpjax.text.chat_template import TOKENIZER_CONFIG, ChatTemplate, find_chat_template
 
 # Qwen2's pre-tokenizer, and that of Qwen3.5, which joins combining marks to letters; by the names that GGUF gives them.
 _SPLIT = (
@@ -107,7 +108,7 @@ class Tokenizer:
 
 
 def load_tokenizer(path: str | PathLike[str]) -> Tokenizer:
-    """Read a `tokenizer.json`, and the chat template beside it.
+    """Read a `tokenizer.json`, and the chat template and the added tokens of tokenizer_config.json beside it.
 
     Raises:
         ValueError: names a file that cannot be read.
@@ -118,6 +119,8 @@ def load_tokenizer(path: str | PathLike[str]) -> Tokenizer:
         hf_tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the package raises bare Exceptions
         raise ValueError(f"{path}: not a readable tokenizer.json: {error}") from None
+    if (config_file := Path(path).parent / TOKENIZER_CONFIG).is_file():
+        hf_tokenizer = with_added_tokens(hf_tokenizer, config_file)
     return Tokenizer(hf_tokenizer, find_chat_template(Path(path).parent))
 
 

@@ -11,11 +11,12 @@ import resource
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
 
-from checkpoints import CheckpointError, GgufFile
+from checkpoints import CheckpointError, CheckpointWarning, GgufFile
 from mtpjax.config import ConfigError
 from mtpjax.loading.weight_map import check_source
 
@@ -33,7 +34,7 @@ def flipped(raw: bytes, seed: int) -> bytes:
 
 
 def outcome(raw: bytes, file: Path, limit: float | None = None) -> str:
-    """Read the header and every tensor; return "loaded" or "refused".
+    """Read the header and every tensor; return "loaded", "loaded with a warning" or "refused".
 
     Raises:
         TimeoutError: that took more than `limit` seconds of processor time.
@@ -42,11 +43,13 @@ def outcome(raw: bytes, file: Path, limit: float | None = None) -> str:
     file.write_bytes(raw)
     start = time.process_time()
     try:
-        source = GgufFile(file)
-        check_source(source)
-        for name in source.tensors:
-            source.read(name)
-        result = "loaded"
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", CheckpointWarning)
+            source = GgufFile(file)
+            check_source(source)
+            for name in source.tensors:
+                source.read(name)
+        result = "loaded with a warning" if caught else "loaded"
     except (CheckpointError, ConfigError):
         result = "refused"
     if limit is not None and (seconds := time.process_time() - start) > limit:
