@@ -70,6 +70,8 @@ class LLM:
             LM head of a draft step smaller; or a file of token ids. None: from all. See `loading/draft_head.py`.
         seed: base of the seeds of requests that have none.
         tokenizer: a `tokenizer.json` in place of the checkpoint's own.
+        hf_overrides: merged over config.json before it is read, for example YaRN: `{"text_config": {"rope_parameters":
+            {"rope_type": "yarn", "factor": 4.0}}}`. Of a GGUF file, over the config.json that its metadata amount to.
         drafter: a function that drafts in place of the MTP head (see `mtpjax.decoding.speculative.Drafter`).
         acceptance: a `SimulatedAcceptance` in place of the real rule, to measure speed with weights that were not
             trained. The text is not the model's then.
@@ -111,6 +113,7 @@ class LLM:
         draft_vocab_size: int | str | PathLike[str] | None = None,
         seed: int = 0,
         tokenizer: str | PathLike[str] | None = None,
+        hf_overrides: Mapping[str, Any] | None = None,
         drafter: Drafter = mtp_drafter,
         acceptance: SimulatedAcceptance | None = None,
         compile_fn: CompileFn = compile_ahead,
@@ -126,9 +129,8 @@ class LLM:
             check_int("prefill_buckets", rows, 1)
         if not prefill_buckets:
             raise ValueError("prefill_buckets is empty; give at least one length")
-        opened = open_model(
-            model, dtype=dtype, quantization=quantization, mtp=num_speculative_tokens > 0, tokenizer=tokenizer
-        )
+        mtp, forms = num_speculative_tokens > 0, {"dtype": dtype, "quantization": quantization}
+        opened = open_model(model, mtp=mtp, tokenizer=tokenizer, hf_overrides=hf_overrides, **forms)
         self.cfg, self.tokenizer, self._generation_config = opened.model.cfg, opened.tokenizer, opened.generation_config
         if num_speculative_tokens and not self.cfg.mtp_layers and drafter is mtp_drafter:
             num_speculative_tokens = 0

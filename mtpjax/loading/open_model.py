@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from checkpoints import TINY, GgufFile, OrbaxDirectory, TensorSource, open_checkpoint
 from kernels_pallas.platform import platform
 from mtpjax.config import DEFAULT_STOP_TOKEN_IDS, ModelConfig
+from mtpjax.hf_config import apply_hf_overrides
 from mtpjax.loading.load import load_checkpoint
 from mtpjax.loading.loaded_model import LoadedModel
 from mtpjax.text.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_gguf
@@ -52,6 +53,7 @@ def open_model(
     quantization: str | None,
     mtp: bool,
     tokenizer: str | PathLike[str] | None,
+    hf_overrides: Mapping[str, Any] | None = None,
 ) -> OpenedModel:
     """Load a model; the arguments are those of `mtpjax.LLM`.
 
@@ -61,18 +63,23 @@ def open_model(
         quantization: how matrices are packed, or None.
         mtp: whether to load the MTP head.
         tokenizer: a `tokenizer.json` in place of the checkpoint's own.
+        hf_overrides: merged over config.json; see `apply_hf_overrides`.
 
     Raises:
         checkpoints.CheckpointError, mtpjax.config.ConfigError: the checkpoint cannot be read.
-        ValueError: unknown `dtype` or `quantization`, an unreadable tokenizer, or a `quantization` of a loaded model.
+        ValueError: unknown `dtype` or `quantization`, an unreadable tokenizer, or a `quantization` or `hf_overrides` of
+            a loaded model.
     """
     resolved = resolve_dtype(dtype, model)
     loaded_tokenizer = load_tokenizer(tokenizer) if tokenizer else None
     if isinstance(model, LoadedModel):
         if quantization is not None:
             raise ValueError(f"quantization is {quantization!r}, but the model is already loaded; give a path, or None")
+        if hf_overrides is not None:
+            raise ValueError("hf_overrides change how a checkpoint is read, but the model is already loaded; give a path")
         return OpenedModel(model, resolved, loaded_tokenizer, {})
     source = open_checkpoint(TINY if model is None else model)
+    source.config = apply_hf_overrides(source.config, hf_overrides)
     loaded = load_checkpoint(source, dtype=resolved, mtp=mtp, quantization=quantization)
     folder = source.path.parent if isinstance(source, GgufFile) else source.path
     return OpenedModel(loaded, resolved, loaded_tokenizer or own_tokenizer(source), source.generation_config, folder)

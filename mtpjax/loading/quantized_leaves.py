@@ -56,7 +56,8 @@ def can_share_layout(path: ParamPath, weights: Sequence[PackedArray]) -> bool:
 def read_quantized(source: TensorSource, name: str, quantization: str) -> PackedArray | None:
     """Read one tensor packed: as the checkpoint has it, or quantised here. None if a checkpoint has it unpacked."""
     if quantization == KEEP_PACKED:
-        return source.read_packed(name) if isinstance(source, PACKED_SOURCES) else None
+        can_stay_packed: Any = source if hasattr(source, "read_packed") else None
+        return can_stay_packed and can_stay_packed.read_packed(name)
     return quantize(source.read(name), quantization)
 
 
