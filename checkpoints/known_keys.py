@@ -1,4 +1,4 @@
-"""The rule for settings that come from outside: every key is used, is known to be harmless, or is named in a warning."""
+"""The rule for settings from outside: every key is used, is known to be harmless, or is named in a warning."""
 
 from __future__ import annotations
 

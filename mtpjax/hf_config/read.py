@@ -97,7 +97,7 @@ def _check_neutral(get: Reader, moe: bool) -> None:
             get.used.add(key)  # a dense model has no experts
     window = get.get("sliding_window")
     if window is not None and "use_sliding_window" not in get.raw:
-        raise get.unsupported("'sliding_window'", window, "null, or any value beside \"use_sliding_window\": false")
+        raise get.unsupported("'sliding_window'", window, 'null, or any value beside "use_sliding_window": false')
 
 
 def _layer_types(get: Reader, num_layers: int) -> tuple[str, ...]:

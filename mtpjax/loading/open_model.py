@@ -76,7 +76,7 @@ def open_model(
         if quantization is not None:
             raise ValueError(f"quantization is {quantization!r}, but the model is already loaded; give a path, or None")
         if hf_overrides is not None:
-            raise ValueError("hf_overrides change how a checkpoint is read, but the model is already loaded; give a path")
+            raise ValueError("hf_overrides are for reading a checkpoint, but the model is already loaded; give a path")
         return OpenedModel(model, resolved, loaded_tokenizer, {})
     source = open_checkpoint(TINY if model is None else model)
     source.config = apply_hf_overrides(source.config, hf_overrides)

@@ -42,8 +42,9 @@ def save_orbax(
         published names of the tensors in it; the other tensors of `source` are no part of the model.
 
     Raises:
-        CheckpointError: `path` is taken; `source` is quantised or has Qwen3-Next's fused projections; its tensors are not those of the model in config.json
-            (lists all that differs), hold NaN, or have a dtype other than BF16, F16 and F32.
+        CheckpointError: `path` is taken; `source` is quantised or has the fused projections of Qwen3-Next; its tensors
+            are not those of the model in config.json (lists all that differs), hold NaN, or have a dtype other than
+            BF16, F16 and F32.
         ConfigError: config.json is not that of a supported model.
     """
     target = Path(path).absolute()
@@ -94,7 +95,7 @@ def _check_not_fused(source: TensorSource) -> None:
     fused = next((info.name for name, info in source.tensors.items() if name.endswith(FUSED)), None)
     if fused is not None:
         raise CheckpointError(
-            f"{source.path}: has fused projections ({fused!r}) as Qwen3-Next; an Orbax folder would hold them split, and "
+            f"{source.path}: has fused projections as Qwen3-Next ({fused!r}); an Orbax folder would hold them split and "
             "could not give them back. mtpjax.LLM reads the folder as it is, and it can be converted to GGUF"
         )
 

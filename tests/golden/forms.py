@@ -22,14 +22,14 @@ _OPTIONS = {"beta_fast": 4, "beta_slow": 0.5, "truncate": False, "mscale": 1.5, 
 _LINEAR = {"rope_type": "linear", "rope_theta": 100.0, "factor": 4.0}
 # Name -> golden case and changes of its rope_parameters.
 _ROPE: dict[str, tuple[str, dict[str, Any]]] = {
-    "linear_dense": ("dense_r2", _LINEAR),
+    "linear_dense": ("dense_r3", _LINEAR),
     "linear_moe": ("moe_r3", _LINEAR),
-    "yarn_dense": ("dense_r2", _YARN),
+    "yarn_dense": ("dense_r3", _YARN),
     "yarn_moe": ("moe_r3", _YARN),
-    "yarn_options": ("dense_r2", _YARN | _OPTIONS),
-    "yarn_attention_factor": ("dense_r2", _YARN | {"attention_factor": 1.4}),
+    "yarn_options": ("dense_r3", _YARN | _OPTIONS),
+    "yarn_attention_factor": ("dense_r3", _YARN | {"attention_factor": 1.4}),
 }
-_NEXT = {"next_r2": "moe_r2", "next_r3": "moe_r3"}
+_NEXT = {"next": "moe_r3"}
 _TIED = {"tied_own_head": "dense_r1"}
 ROPE_FORMS, NEXT_FORMS, TIED_FORMS = tuple(_ROPE), tuple(_NEXT), tuple(_TIED)
 MTP_FORMS = ("yarn_moe", *NEXT_FORMS)  # whose answers have logits of the MTP head, too

@@ -1,65 +1,18 @@
 """RoPE kinds, Qwen3-Next and a tied model with a head of its own, each read from its folder, against transformers."""
 
-import json
-import warnings
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from checkpoints import SafetensorsDirectory, write_safetensors_directory
 from checkpoints.errors import CheckpointWarning
 from mtpjax import LLM
+from mtpjax.hf_config import config_from_hf
 from mtpjax.loading.load import load_model
-from mtpjax.loading.loaded_model import LoadedModel
-from mtpjax.model import make_positions
-from mtpjax.model.cache import KV_BLOCK, new_cache
-from tests.golden.forms import FORMS, MTP_FORMS, ROPE_FORMS, STORED_ROWS, TIED_FORMS, form_config, form_tensors
-
-ANSWERS = dict(np.load(Path(__file__).parent.parent / "golden" / "forms.npz"))
-TOLERANCE = 1e-4
-
-
-def write_form(folder: Path, form: str, **config: Any) -> Path:
-    """Write the folder of a form, its config changed by `config`."""
-    entries = [(name, a.shape, a.dtype, lambda a=a: a) for name, a in form_tensors(form).items()]
-    write_safetensors_directory(folder, form_config(form) | config, entries)
-    return folder
-
-
-def load_form(folder: Path, form: str, **config: Any) -> LoadedModel:
-    source = SafetensorsDirectory(write_form(folder, form, **config))
-    with warnings.catch_warnings():
-        if form in TIED_FORMS:
-            warnings.simplefilter("ignore", CheckpointWarning)
-        return load_model(source)
-
-
-@partial(jax.jit, static_argnames="graph")
-def run(params: Any, tokens: jax.Array, *, graph: Any) -> tuple[jax.Array, jax.Array]:
-    """Logits of one uncached chunk, and those of the MTP head over its pairs (row t, token t + 1)."""
-    model = nnx.merge(graph, params)
-    zero, none = jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.int32)
-    cache = new_cache(model.cfg, 1, KV_BLOCK)
-    rows, cache = model.trunk(tokens[None], cache, make_positions(model.cfg, zero, len(tokens), none, kv_len=KV_BLOCK))
-    hidden = model.final_norm(rows)
-    pairs = make_positions(model.cfg, zero, len(tokens) - 1, none, kv_len=KV_BLOCK)
-    mtp, _ = model.mtp_step(hidden[:, :-1], tokens[None, 1:], cache, pairs)
-    return model.head(hidden)[0], model.head(mtp)[0]
-
-
-def agree(ours: Any, form: str, name: str) -> None:
-    """Stored rows within the tolerance, with the same choice in every row."""
-    theirs = ANSWERS[f"{form}/{name}"]
-    rows = np.asarray(ours)[STORED_ROWS]
-    assert rows.shape == theirs.shape
-    assert float(np.abs(rows - theirs).max()) <= TOLERANCE
-    assert np.array_equal(rows.argmax(-1), theirs.argmax(-1))
+from tests.golden.forms import FORMS, MTP_FORMS, ROPE_FORMS, form_config, form_tensors
+from tests.helpers.golden_forms import ANSWERS, TOLERANCE, agree, load_form, run, write_form
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -88,26 +41,24 @@ def test_the_engine_reads_beyond_the_original_length(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("where", ["rope_scaling", "type", "by_layer_type", "override"])
-def test_yarn_in_another_place_is_the_same(where: str, tmp_path: Path) -> None:
-    form = "yarn_dense"
-    config = form_config(form)
-    parameters = config["rope_parameters"]
-    plain = {"rope_type": "default", "rope_theta": 5.0, "partial_rotary_factor": parameters["partial_rotary_factor"]}
-    overrides = None
+def test_yarn_in_another_place_is_the_same_config(where: str, tmp_path: Path) -> None:
+    want = form_config("yarn_dense")
+    parameters = want["rope_parameters"]
+    plain = {"rope_type": "default", "rope_theta": 5.0, "partial_rotary_factor": 0.5}
+    cfg = config_from_hf(want)
     if where == "rope_scaling":
-        config |= {"rope_parameters": plain, "rope_scaling": parameters}
+        assert config_from_hf(want | {"rope_parameters": plain, "rope_scaling": parameters}) == cfg
     elif where == "type":
         renamed = {("type" if key == "rope_type" else key): value for key, value in parameters.items()}
-        config |= {"rope_parameters": renamed}
+        assert config_from_hf(want | {"rope_parameters": renamed}) == cfg
     elif where == "by_layer_type":
-        config |= {"rope_parameters": {"full_attention": parameters, "linear_attention": None}}
+        by_layer_type = {"full_attention": parameters, "linear_attention": None}
+        assert config_from_hf(want | {"rope_parameters": by_layer_type}) == cfg
     else:
-        config |= {"rope_parameters": plain}
+        folder = write_form(tmp_path, "yarn_dense", rope_parameters=plain)
+        assert LLM(folder, max_model_len=32).cfg.rope_scaling is None
         overrides = {"text_config": {"rope_parameters": parameters}}
-    folder = write_form(tmp_path, form)
-    (folder / "config.json").write_text(json.dumps(config))
-    llm = LLM(folder, dtype="float32", max_model_len=128, prefill_buckets=(64,), hf_overrides=overrides)
-    agree(llm.logits(ANSWERS[f"{form}/tokens"].tolist()), form, "logits")
+        assert LLM(folder, max_model_len=128, hf_overrides=overrides).cfg == cfg
 
 
 def test_a_head_beside_tied_embeddings_is_used_and_named(tmp_path: Path) -> None:
