@@ -58,10 +58,9 @@ class LLM:
             `dtype` on a CPU, which computes with these faster; other checkpoints become arrays of `dtype`.
         max_model_len: prompt and new tokens of a sequence at most; memory for the cache grows with it.
         max_num_seqs: sequences that are generated at the same time.
-        max_prefill_seqs: if there are more prompts than that, how many are read together when sequences end and make
-            room; None: a quarter of `max_num_seqs`. They need a cache of their own beside that of `max_num_seqs`
-            sequences. If it is `max_num_seqs`, there is one cache, and the next prompts wait until all sequences have
-            ended.
+        max_prefill_seqs: if there are more prompts than that, how many are read together when sequences make room;
+            None: a quarter of `max_num_seqs`. They need a cache of their own beside that of `max_num_seqs` sequences.
+            If it is `max_num_seqs`, there is one cache, and the next prompts wait until all sequences have ended.
         prefill_buckets: lengths of prompt chunks; the text keeps every bit if the largest is a multiple of 64.
         mtp_prompt_tokens: how many of the last prompt tokens the MTP head reads, at least 1; None: all, as the head was
             trained. With a small number the chunks before these tokens cost exactly what they cost without MTP, and
@@ -77,10 +76,9 @@ class LLM:
             trained. The text is not the model's then.
         compile_fn: makes each program from a jitted function and its arguments (see
             `mtpjax.engine.programs.CompileFn`), for example to run it by emulation.
-        program_cache: a folder that keeps compiled programs, so that the next process with the same job compiles
-            nothing. "auto": that of the environment variable MTPJAX_PROGRAM_CACHE, else `mtpjax/programs` in your
-            folder for caches (XDG_CACHE_HOME). None or an empty text: nothing is kept. Give only a folder that no one
-            else can write to: reading a program runs code from it.
+        program_cache: a folder that keeps compiled programs, so that the next process compiles nothing. "auto": that of
+            the variable MTPJAX_PROGRAM_CACHE, else `mtpjax/programs` in your folder for caches (XDG_CACHE_HOME). None
+            or "": none. Give only a folder that no one else can write to: reading a program runs code from it.
 
     Attributes:
         cfg: the `ModelConfig` of the checkpoint.
@@ -129,8 +127,8 @@ class LLM:
             check_int("prefill_buckets", rows, 1)
         if not prefill_buckets:
             raise ValueError("prefill_buckets is empty; give at least one length")
-        mtp, forms = num_speculative_tokens > 0, {"dtype": dtype, "quantization": quantization}
-        opened = open_model(model, mtp=mtp, tokenizer=tokenizer, hf_overrides=hf_overrides, **forms)
+        how: dict[str, Any] = {"dtype": dtype, "quantization": quantization, "hf_overrides": hf_overrides}
+        opened = open_model(model, mtp=num_speculative_tokens > 0, tokenizer=tokenizer, **how)
         self.cfg, self.tokenizer, self._generation_config = opened.model.cfg, opened.tokenizer, opened.generation_config
         if num_speculative_tokens and not self.cfg.mtp_layers and drafter is mtp_drafter:
             num_speculative_tokens = 0

@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from checkpoints import TINY, GgufFile, OrbaxDirectory, TensorSource, open_checkpoint
 from kernels_pallas.platform import platform
 from mtpjax.config import DEFAULT_STOP_TOKEN_IDS, ModelConfig
+from mtpjax.generation_config import recommended_stop_token_ids, warn_of_unused_settings
 from mtpjax.hf_config import apply_hf_overrides
 from mtpjax.loading.load import load_checkpoint
 from mtpjax.loading.loaded_model import LoadedModel
@@ -81,6 +82,8 @@ def open_model(
     source = open_checkpoint(TINY if model is None else model)
     source.config = apply_hf_overrides(source.config, hf_overrides)
     loaded = load_checkpoint(source, dtype=resolved, mtp=mtp, quantization=quantization)
+    if not isinstance(source, GgufFile):
+        warn_of_unused_settings(source.generation_config, str(source.path / "generation_config.json"))
     folder = source.path.parent if isinstance(source, GgufFile) else source.path
     return OpenedModel(loaded, resolved, loaded_tokenizer or own_tokenizer(source), source.generation_config, folder)
 
@@ -99,8 +102,7 @@ def compute_dtype_of(model: LoadedModel) -> jnp.dtype:
 
 def eos_token_ids(cfg: ModelConfig, generation_config: Mapping[str, Any], vocab_size: int) -> tuple[int, ...]:
     """Return the end-of-text tokens of config.json and generation_config.json, and the usual ones if they exist."""
-    eos = generation_config.get("eos_token_id")
-    ids = set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
+    ids = set(recommended_stop_token_ids(generation_config))
     ids |= set(cfg.stop_token_ids) | {t for t in DEFAULT_STOP_TOKEN_IDS if t < vocab_size}
     return tuple(sorted(t for t in ids if 0 <= t < cfg.vocab_size))
 

@@ -95,8 +95,8 @@ def _check_not_fused(source: TensorSource) -> None:
     fused = next((info.name for name, info in source.tensors.items() if name.endswith(FUSED)), None)
     if fused is not None:
         raise CheckpointError(
-            f"{source.path}: has fused projections as Qwen3-Next ({fused!r}); an Orbax folder would hold them split and "
-            "could not give them back. mtpjax.LLM reads the folder as it is, and it can be converted to GGUF"
+            f"{source.path}: has fused projections as Qwen3-Next ({fused!r}); an Orbax folder would hold them "
+            "split and could not give them back. mtpjax.LLM reads the folder as it is, and it can be converted to GGUF"
         )
 
 

@@ -137,8 +137,9 @@ def group_by_leaf(locations: Mapping[str, TensorLocation]) -> dict[ParamPath, li
 
 
 def read_config(source: TensorSource | OrbaxDirectory) -> ModelConfig:
-    """Return the config of a checkpoint as its config.json says. Raises ConfigError."""
-    return config_from_hf(source.config, source=str(source.path / "config.json"))
+    """Return the config of a checkpoint as its config.json, or its metadata, says. Raises ConfigError."""
+    file = source.path if source.path.is_file() else source.path / "config.json"
+    return config_from_hf(source.config, source=str(file))
 
 
 def checkpoint_config(source: TensorSource) -> ModelConfig:

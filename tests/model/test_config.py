@@ -271,6 +271,7 @@ def layer_sizes(cfg: ModelConfig) -> tuple[int, int]:
         ("27b", 26.9),
         ("122b-a10b", 122.1),
         ("397b-a17b", 396.3),
+        ("next-80b-a3b", 79.7),
     ],
 )
 def test_parameters_of_the_other_sizes(name: str, billions: float) -> None:
@@ -294,9 +295,19 @@ def test_preset_names(alias: str) -> None:
     assert preset(alias) is PRESETS["35b-a3b"]
 
 
+def test_qwen3_next_is_a_preset() -> None:
+    assert preset("Qwen3-Next-80B-A3B") is PRESETS["next-80b-a3b"]
+
+
 def test_unknown_preset_lists_the_names() -> None:
     with pytest.raises(ConfigError, match="no preset '7b'; there are: 0.8b, 2b, .*397b-a17b"):
         preset("7b")
+
+
+@pytest.mark.parametrize("name", ["Qwen3.8-27B", "qwen3.8-2.4t-a95b"])
+def test_models_without_a_preset_say_what_is_known(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"no preset '{name}' \(model_type qwen3_5.*loads by its own config\)"):
+        preset(name)
 
 
 def test_config_is_a_value() -> None:
