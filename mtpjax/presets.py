@@ -1,8 +1,8 @@
 """Shapes of the published checkpoints, for abstract evaluation and random weights.
 
 A checkpoint's own config always decides. The sizes of 2b, 4b, 122b-a10b and 397b-a17b are partly from third-party
-dumps. Qwen3.8-27B and Qwen3.8-2.4T-A95B load by their configs, which have the types of Qwen3.5; no source at hand gives
-all their sizes, so there are no presets of them.
+dumps. Qwen3.8-27B has the sizes of Qwen3.5-27B (headers of its GGUF files, read by others). Qwen3.8-2.4T-A95B loads by
+its config, too, but no source at hand gives all its sizes, so there is no preset of it.
 """
 
 from __future__ import annotations
@@ -42,9 +42,12 @@ def _moe(num_experts: int, experts_per_token: int, expert_size: int) -> dict[str
     }
 
 
-PREFIXES = ("qwen3.5-", "qwen3.6-", "qwen3-")
+ALIASES = {
+    "qwen3.8-27b": "27b",
+    "qwen3-next-80b-a3b": "next-80b-a3b",
+    "qwen3-coder-next": "next-80b-a3b",
+}
 WITHOUT_PRESET = {
-    "qwen3.8-27b": "model_type qwen3_5, dense, 64 layers",
     "qwen3.8-2.4t-a95b": "model_type qwen3_5_moe_text, 92 layers, 512 experts of which 10 for a token",
 }
 PRESETS: dict[str, ModelConfig] = {
@@ -69,11 +72,10 @@ def preset(name: str) -> ModelConfig:
     Raises:
         ConfigError: there is no such size; lists the names, and says so of a model that is known but not all its sizes.
     """
-    size = name.lower()
-    for prefix in PREFIXES:
-        size = size.removeprefix(prefix)
+    lower = name.lower()
+    size = ALIASES.get(lower, lower.removeprefix("qwen3.5-").removeprefix("qwen3.6-"))
     if size in PRESETS:
         return PRESETS[size]
-    known = WITHOUT_PRESET.get(name.lower())
+    known = WITHOUT_PRESET.get(lower)
     why = f" ({known}; its other sizes are not known here, and its checkpoint loads by its own config)" if known else ""
     raise ConfigError(f"no preset '{name}'{why}; there are: {', '.join(PRESETS)}")
