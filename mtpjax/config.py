@@ -22,6 +22,7 @@ the convolution).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 LINEAR, FULL = "linear_attention", "full_attention"
@@ -34,6 +35,39 @@ class ConfigError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How rotary frequencies are changed so that a model reads texts longer than those of its training; hashable.
+
+    Attributes:
+        kind: "linear" (positions are divided by `factor`) or "yarn" (arXiv:2309.00071).
+        factor: how many times longer the texts may be, at least 1.
+        original_max_position: positions that the model was trained for.
+        attention_factor: cosine and sine are multiplied by it, in queries and in keys.
+        beta_fast, beta_slow: rotations within `original_max_position` from which on, and below which, YaRN keeps a
+            frequency, and divides it by `factor`.
+        truncate: round the two borders between these frequencies outward to whole channels.
+    """
+
+    kind: str
+    factor: float
+    original_max_position: int
+    attention_factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+
+    @property
+    def max_position(self) -> int:
+        """Positions that the model can use with this scaling."""
+        return int(self.original_max_position * self.factor)
+
+
+def yarn_attention_factor(factor: float, mscale: float = 1.0) -> float:
+    """Return the `attention_factor` that YaRN recommends for a scaling by `factor` (arXiv:2309.00071, section 3.4)."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Sizes and constants of one text model (`config.json`'s `text_config`); hashable, so usable as a static argument.
 
@@ -41,6 +75,7 @@ class ModelConfig:
         layer_pattern: the shortest repeating run of layer types, `LINEAR` (Gated DeltaNet) or `FULL` (gated attention).
             One repeat of it is a super-block.
         rotary_dim: leading dimensions of an attention head that RoPE rotates.
+        rope_scaling: how its frequencies are changed for longer texts; None: not at all.
         linear_k_heads, linear_v_heads, linear_k_dim, linear_v_dim: heads of a Gated DeltaNet layer and their sizes.
         conv_width: taps of the causal convolution in front of the delta rule.
         mlp_size: hidden units of the SwiGLU MLP of a dense model; 0 in a Mixture-of-Experts model.
@@ -48,7 +83,7 @@ class ModelConfig:
         expert_size, shared_expert_size: hidden units of a routed expert and of the shared expert.
         tied_embeddings: the LM head uses the embedding matrix.
         output_gate_act: activation of the gate behind a Gated DeltaNet layer's norm, "silu", "swish" or "sigmoid".
-        max_position: positions that the model was made for.
+        max_position: positions that the model was made for; with a `rope_scaling`, those that it makes possible.
         mtp_layers: layers of the Multi-Token-Prediction head, 0 or 1.
         stop_token_ids: tokens that end a text.
     """
@@ -74,6 +109,7 @@ class ModelConfig:
     shared_expert_size: int = 0
     tied_embeddings: bool = False
     norm_eps: float = 1e-6
+    rope_scaling: RopeScaling | None = None
     output_gate_act: str = "silu"
     max_position: int = 262_144
     mtp_layers: int = 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from typing import Any
 
@@ -59,9 +59,9 @@ class LLM(ChatMethods):
             `dtype` on a CPU, which computes with these faster; other checkpoints become arrays of `dtype`.
         max_model_len: prompt and new tokens of a sequence at most; memory for the cache grows with it.
         max_num_seqs: sequences that are generated at the same time.
-        max_prefill_seqs: how many prompts are read together when sequences end and make room; None: a quarter of
-            `max_num_seqs`. They need a cache of their own beside that of `max_num_seqs` sequences. If it is
-            `max_num_seqs`, there is one cache, and the next prompts wait until all sequences have ended.
+        max_prefill_seqs: if there are more prompts than that, how many are read together when sequences make room;
+            None: a quarter of `max_num_seqs`. They need a cache of their own beside that of `max_num_seqs` sequences.
+            If it is `max_num_seqs`, there is one cache, and the next prompts wait until all sequences have ended.
         prefill_buckets: lengths of prompt chunks; the text keeps every bit if the largest is a multiple of 64.
         mtp_prompt_tokens: how many of the last prompt tokens the MTP head reads, at least 1; None: all, as the head was
             trained. With a small number the chunks before these tokens cost exactly what they cost without MTP, and
@@ -71,13 +71,15 @@ class LLM(ChatMethods):
         seed: base of the seeds of requests that have none.
         tokenizer: a `tokenizer.json` in place of the checkpoint's own.
         mtp: a GGUF file or folder whose MTP head is used in place of the checkpoint's own; it may hold nothing else.
+        hf_overrides: merged over config.json before it is read, for example YaRN: `{"text_config": {"rope_parameters":
+            {"rope_type": "yarn", "factor": 4.0}}}`. Of a GGUF file, over the config.json that its metadata amount to.
         drafter: a function that drafts in place of the MTP head (see `mtpjax.decoding.speculative.Drafter`).
         acceptance: a `SimulatedAcceptance`, to measure speed with untrained weights. The text is not the model's then.
         compile_fn: makes each program from a jitted function and its arguments (see
             `mtpjax.engine.programs.CompileFn`), for example to run it by emulation.
-        program_cache: a folder that keeps compiled programs for the next process with the same job. "auto": that of
-            MTPJAX_PROGRAM_CACHE, else `mtpjax/programs` in your folder for caches (XDG_CACHE_HOME). None or "": none is
-            kept. Give only a folder that no one else can write to: reading a program runs code from it.
+        program_cache: a folder that keeps compiled programs, so that the next process compiles nothing. "auto": that of
+            the variable MTPJAX_PROGRAM_CACHE, else `mtpjax/programs` in your folder for caches (XDG_CACHE_HOME). None
+            or "": none. Give only a folder that no one else can write to: reading a program runs code from it.
 
     Attributes:
         cfg: the `ModelConfig` of the checkpoint.
@@ -112,6 +114,7 @@ class LLM(ChatMethods):
         seed: int = 0,
         tokenizer: str | PathLike[str] | None = None,
         mtp: str | PathLike[str] | None = None,
+        hf_overrides: Mapping[str, Any] | None = None,
         drafter: Drafter = mtp_drafter,
         acceptance: SimulatedAcceptance | None = None,
         compile_fn: CompileFn = compile_ahead,
@@ -128,7 +131,13 @@ class LLM(ChatMethods):
         if not prefill_buckets:
             raise ValueError("prefill_buckets is empty; give at least one length")
         opened = open_model(
-            model, dtype=dtype, quantization=quantization, mtp=num_speculative_tokens > 0, tokenizer=tokenizer, head=mtp
+            model,
+            dtype=dtype,
+            quantization=quantization,
+            mtp=num_speculative_tokens > 0,
+            tokenizer=tokenizer,
+            head=mtp,
+            hf_overrides=hf_overrides,
         )
         self.cfg, self.tokenizer, self._generation_config = opened.model.cfg, opened.tokenizer, opened.generation_config
         if num_speculative_tokens and not self.cfg.mtp_layers and drafter is mtp_drafter:

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from mtpjax.argument_names import names_fields
+from mtpjax.generation_config import PENALTIES, recommended_sampling
 
-PENALTIES = ("presence_penalty", "frequency_penalty", "repetition_penalty")
+__all__ = ["PENALTIES", "SamplingParams", "check_int"]
 
 
 @names_fields
@@ -74,16 +75,12 @@ class SamplingParams:
     def from_generation_config(cls, generation_config: Mapping[str, Any], **overrides: Any) -> SamplingParams:
         """Return what a `generation_config.json` recommends, as far as `SamplingParams` has it; `overrides` go first.
 
-        As in vLLM, a temperature counts without `do_sample`; `"do_sample": false` is greedy.
+        See `recommended_sampling` for what values mean.
 
         Raises:
             ValueError: a value that is out of range.
         """
-        names: tuple[str, ...] = PENALTIES
-        if generation_config.get("do_sample", True):
-            names += ("temperature", "top_k", "top_p", "min_p")
-        recommended = {name: generation_config[name] for name in names if generation_config.get(name) is not None}
-        return cls(**recommended | overrides)
+        return cls(**recommended_sampling(generation_config, overrides) | overrides)
 
 
 def check_int(name: str, value: object, low: int | None, high: int | None = None, *, optional: bool = False) -> None:

@@ -8,9 +8,10 @@ from typing import Any
 
 from checkpoints.errors import CheckpointError
 from checkpoints.gguf.header import GgufTensor
+from checkpoints.gguf.rope import rope_scaling_from_metadata
 
 # GGUF's `general.architecture` -> `model_type` of config.json.
-MODEL_TYPES = {"qwen35moe": "qwen3_5_moe_text", "qwen35": "qwen3_5_text"}
+MODEL_TYPES = {"qwen35moe": "qwen3_5_moe_text", "qwen35": "qwen3_5_text", "qwen3next": "qwen3_next"}
 
 
 def config_from_metadata(file: Path, metadata: Mapping[str, Any], tensors: Mapping[str, GgufTensor]) -> dict[str, Any]:
@@ -54,7 +55,7 @@ def config_from_metadata(file: Path, metadata: Mapping[str, Any], tensors: Mappi
         "hidden_act": "silu",
         "rms_norm_eps": float(f"{values.number('attention.layer_norm_rms_epsilon', float, 1e-6):.6g}"),
         "rope_parameters": {
-            "rope_type": metadata.get(f"{architecture}.rope.scaling.type", "default").replace("none", "default"),
+            **rope_scaling_from_metadata(file, architecture, metadata),
             "rope_theta": float(values.number("rope.freq_base", (int, float))),
             "partial_rotary_factor": values.count("rope.dimension_count", head_dim) / head_dim,
         },
@@ -69,7 +70,7 @@ def config_from_metadata(file: Path, metadata: Mapping[str, Any], tensors: Mappi
         "mtp_num_hidden_layers": num_mtp_layers,
         "eos_token_id": stop_token_ids(metadata),
     }
-    if architecture == "qwen35moe":
+    if architecture != "qwen35":
         config |= {
             "num_experts": values.count("expert_count"),
             "num_experts_per_tok": values.count("expert_used_count"),

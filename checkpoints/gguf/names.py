@@ -2,7 +2,8 @@
 
 GGUF differs as follows: RMSNorm gains are stored as 1 + w, the decay as -exp(A_log), and the convolution without its
 middle axis. Gate and up projections of the experts are two tensors. The value heads of a DeltaNet are in the order
-(repeat, key head) instead of (key head, repeat), which makes a difference if there are more value than key heads.
+(repeat, key head) instead of (key head, repeat), which makes a difference if there are more value than key heads. Files
+of Qwen3-Next (`qwen3next`) keep the published order of value heads.
 """
 
 from __future__ import annotations
@@ -70,6 +71,9 @@ _LINEAR_ATTENTION = {
     "linear_attn.dt_bias": ("ssm_dt.bias", Convention.VALUE_HEADS),
     "linear_attn.norm.weight": ("ssm_norm.weight", Convention.SAME),
     "linear_attn.out_proj.weight": ("ssm_out.weight", Convention.VALUE_COLUMNS),
+    # Files of Qwen3-Next have the first of these as it is published, and older ones the second, too.
+    "linear_attn.in_proj_ba.weight": ("ssm_ba.weight", Convention.SAME),
+    "linear_attn.in_proj_qkvz.weight": ("ssm_in.weight", Convention.SAME),
 }
 _OUTSIDE_LAYERS = {
     "embed_tokens.weight": ("token_embd.weight", Convention.SAME),
@@ -117,12 +121,13 @@ def name_table(layer_types: list[str], has_mtp: bool) -> dict[str, GgufNames]:
 
 @dataclass(frozen=True)
 class DeltaNetHeads:
-    """The number and size of the heads of a DeltaNet layer."""
+    """The number and size of the heads of a DeltaNet layer, and whether GGUF reorders its value heads."""
 
     num_key_heads: int
     num_value_heads: int
     key_head_dim: int
     value_head_dim: int
+    reordered: bool = True
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> DeltaNetHeads:
@@ -132,6 +137,7 @@ class DeltaNetHeads:
             config["linear_num_value_heads"],
             config["linear_key_head_dim"],
             config["linear_value_head_dim"],
+            reordered=config["model_type"] != "qwen3_next",
         )
 
     def reorder_values(self, x: NDArray[Any], size: int, to_gguf: bool) -> NDArray[Any]:
@@ -139,6 +145,8 @@ class DeltaNetHeads:
 
         `to_gguf`: from the order (key head, repeat) to GGUF's order (repeat, key head); else back.
         """
+        if not self.reordered:
+            return x
         repeat = self.num_value_heads // self.num_key_heads
         first, second = (self.num_key_heads, repeat) if to_gguf else (repeat, self.num_key_heads)
         blocks = x.reshape(first, second, size, *x.shape[1:])

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from checkpoints.code_tables import IQ4_NL_TABLE
 from checkpoints.errors import CheckpointError
 from checkpoints.gguf.names import Convention, DeltaNetHeads, convert_tensor, name_table
+from checkpoints.gguf.rope import rope_scaling_metadata
 from checkpoints.packed_array import pack4
 from checkpoints.quantize import quantize_blocks
 
@@ -153,6 +154,7 @@ def _metadata(config: dict[str, Any], architecture: str) -> dict[str, Any]:
         }
     else:
         values["feed_forward_length"] = config["intermediate_size"]
+    values |= rope_scaling_metadata(rope)
     if num_mtp_layers:
         values["nextn_predict_layers"] = num_mtp_layers
     return {f"{architecture}.{key}": value for key, value in values.items()}

@@ -182,9 +182,12 @@ def _number_or_path(text: str) -> int | str:
 
 
 def _json_object(text: str) -> dict[str, Any]:
-    value = json.loads(text)
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not valid JSON ({error})") from None
     if not isinstance(value, dict):
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f'{text!r} is no JSON object, for example {{"max_position_embeddings": 4096}}')
     return value
 
 
@@ -233,6 +236,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--dtype", choices=dtypes, default="auto", help="of computing; auto: bfloat16 on a GPU, float32 on a CPU")
     quantization = "quantise matrices while they are read; packed: keep those of the file (default: the fastest)"
     add("--quantization", choices=QUANTIZATIONS, help=quantization)
+    overrides = 'merged over config.json: {"text_config": {"rope_parameters": {"rope_type": "yarn", "factor": 4}}}'
+    add("--hf-overrides", type=_json_object, metavar="JSON", help=overrides)
     add("--max-model-len", type=int, default=2048, metavar="N", help="prompt and new tokens at most (default 2048)")
     add("--max-num-seqs", type=int, default=8, metavar="N", help="sequences generated at the same time (default 8)")
     prefill = "prompts read together when sequences end (default: a quarter of --max-num-seqs)"
@@ -288,6 +293,7 @@ def main(argv: list[str] | None = None) -> int:
             draft_vocab_size=args.draft_vocab_size,
             dtype=args.dtype,
             quantization=args.quantization,
+            hf_overrides=args.hf_overrides,
             max_model_len=args.max_model_len,
             max_num_seqs=max_num_seqs,
             max_prefill_seqs=args.max_prefill_seqs and min(args.max_prefill_seqs, max_num_seqs),

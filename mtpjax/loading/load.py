@@ -27,6 +27,7 @@ from mtpjax.loading.quantized_leaves import (
     read_quantized,
     stack_quantized,
 )
+from mtpjax.loading.split_projections import split_projections
 from mtpjax.loading.weight_map import TensorLocation, check_tensors, checkpoint_config, group_by_leaf, weight_map
 from mtpjax.model import abstract_model
 
@@ -104,6 +105,7 @@ def load_model(
         ConfigError: config.json is not that of a supported model.
     """
     cfg = checkpoint_config(source) if mtp else checkpoint_config(source).without_mtp()
+    source = split_projections(source, cfg)
     locations = weight_map(cfg, source.tensors.__contains__)
     check_tensors(source, locations, cfg, beside=OWN_MTP_TENSORS)
     graph, params = nnx.split(abstract_model(cfg, jnp.dtype(dtype or jnp.float32)))

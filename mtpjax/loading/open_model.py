@@ -22,6 +22,8 @@ from checkpoints import (
 )
 from kernels_pallas.platform import platform
 from mtpjax.config import DEFAULT_STOP_TOKEN_IDS, ModelConfig
+from mtpjax.generation_config import recommended_stop_token_ids, warn_of_unused_settings
+from mtpjax.hf_config import apply_hf_overrides
 from mtpjax.loading.load import load_checkpoint
 from mtpjax.loading.loaded_model import LoadedModel
 from mtpjax.text.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_gguf
@@ -61,6 +63,7 @@ def open_model(
     mtp: bool,
     tokenizer: str | PathLike[str] | None,
     head: str | PathLike[str] | None = None,
+    hf_overrides: Mapping[str, Any] | None = None,
 ) -> OpenedModel:
     """Load a model; the arguments are those of `mtpjax.LLM`.
 
@@ -71,11 +74,12 @@ def open_model(
         mtp: whether to load the MTP head.
         tokenizer: a `tokenizer.json` in place of the checkpoint's own.
         head: the file or folder of the MTP head, in place of the checkpoint's own.
+        hf_overrides: merged over config.json; see `apply_hf_overrides`.
 
     Raises:
         checkpoints.CheckpointError, mtpjax.config.ConfigError: the checkpoint cannot be read.
-        ValueError: unknown `dtype` or `quantization`, an unreadable tokenizer, or a `quantization` or an `head` of a
-            loaded model.
+        ValueError: unknown `dtype` or `quantization`, an unreadable tokenizer, or a `quantization`, `head` or
+            `hf_overrides` of a loaded model.
     """
     resolved = resolve_dtype(dtype, model)
     loaded_tokenizer = load_tokenizer(tokenizer) if tokenizer else None
@@ -84,10 +88,15 @@ def open_model(
             raise ValueError(f"quantization is {quantization!r}, but the model is already loaded; give a path, or None")
         if head is not None:
             raise ValueError(f"mtp is {str(head)!r}, but the model is already loaded; give its path, or no mtp")
+        if hf_overrides is not None:
+            raise ValueError("hf_overrides are for reading a checkpoint, but the model is already loaded; give a path")
         return OpenedModel(model, resolved, loaded_tokenizer, {})
     source = open_checkpoint(TINY if model is None else model)
+    source.config = apply_hf_overrides(source.config, hf_overrides)
     whole = source if head is None or not mtp else with_mtp_head(source, head)
     loaded = load_checkpoint(whole, dtype=resolved, mtp=mtp, quantization=quantization)
+    if not isinstance(source, GgufFile):
+        warn_of_unused_settings(source.generation_config, str(source.path / "generation_config.json"))
     folder = source.path.parent if isinstance(source, GgufFile) else source.path
     return OpenedModel(loaded, resolved, loaded_tokenizer or own_tokenizer(source), source.generation_config, folder)
 
@@ -118,8 +127,7 @@ def compute_dtype_of(model: LoadedModel) -> jnp.dtype:
 
 def eos_token_ids(cfg: ModelConfig, generation_config: Mapping[str, Any], vocab_size: int) -> tuple[int, ...]:
     """Return the end-of-text tokens of config.json and generation_config.json, and the usual ones if they exist."""
-    eos = generation_config.get("eos_token_id")
-    ids = set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
+    ids = set(recommended_stop_token_ids(generation_config))
     ids |= set(cfg.stop_token_ids) | {t for t in DEFAULT_STOP_TOKEN_IDS if t < vocab_size}
     return tuple(sorted(t for t in ids if 0 <= t < cfg.vocab_size))
 

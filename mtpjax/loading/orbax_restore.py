@@ -72,13 +72,15 @@ def _read_tensor(
 
 
 def _open_checked(source: OrbaxDirectory) -> tuple[OrbaxReader, ModelConfig]:
-    """Open the stored tree; return it with its config, which has an MTP head if the tree has one.
+    """Open the stored tree; return it with its config, which has the MTP and LM heads of the tree.
 
     Raises:
         CheckpointError: the tree is not that of the model in config.json; one error lists all leaves that differ.
     """
     tree = OrbaxReader(source.params_path)
-    cfg = replace(read_config(source), mtp_layers=int(any(path[0] == "mtp" for path in tree.shapes)))
+    parts, cfg = {path[0] for path in tree.shapes}, read_config(source)
+    tied = cfg.tied_embeddings and "lm_head" not in parts  # as `checkpoint_config` decided when it was saved
+    cfg = replace(cfg, mtp_layers=int("mtp" in parts), tied_embeddings=tied)
     expected_shapes = {tuple(map(str, path)): shape for path, shape in param_shapes(cfg).items()}
     lines = []
     for path in sorted(expected_shapes.keys() | tree.shapes.keys()):

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from checkpoints import CheckpointError, QuantizedDirectory, TensorSource, quantization_config
 from mtpjax.loading.loaded_model import ParamPath, param_shapes
 from mtpjax.loading.orbax_io import LazyLeaf, write_tree
+from mtpjax.loading.split_projections import FUSED
 from mtpjax.loading.weight_map import TensorLocation, check_tensors, checkpoint_config, group_by_leaf, weight_map
 
 ORIGIN = "mtpjax.json"  # canonical name -> [published name, dtype]
@@ -41,13 +42,15 @@ def save_orbax(
         published names of the tensors in it; the other tensors of `source` are no part of the model.
 
     Raises:
-        CheckpointError: `path` is taken; `source` is quantised; its tensors are not those of the model in config.json
-            (lists all that differs), hold NaN, or have a dtype other than BF16, F16 and F32.
+        CheckpointError: `path` is taken; `source` is quantised or has the fused projections of Qwen3-Next; its tensors
+            are not those of the model in config.json (lists all that differs), hold NaN, or have a dtype other than
+            BF16, F16 and F32.
         ConfigError: config.json is not that of a supported model.
     """
     target = Path(path).absolute()
     _check_free(target)
     _check_dtypes(source)
+    _check_not_fused(source)
     cfg = checkpoint_config(source)
     locations = weight_map(cfg, source.tensors.__contains__)
     check_tensors(source, locations, cfg)
@@ -86,6 +89,15 @@ def _write_folder(
 def _check_free(target: Path) -> None:
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise CheckpointError(f"{target}: already exists and is not an empty folder. Choose another name.")
+
+
+def _check_not_fused(source: TensorSource) -> None:
+    fused = next((info.name for name, info in source.tensors.items() if name.endswith(FUSED)), None)
+    if fused is not None:
+        raise CheckpointError(
+            f"{source.path}: has fused projections as Qwen3-Next ({fused!r}); an Orbax folder would hold them "
+            "split and could not give them back. mtpjax.LLM reads the folder as it is, and it can be converted to GGUF"
+        )
 
 
 def _check_dtypes(source: TensorSource) -> None:

@@ -60,7 +60,8 @@ def can_share_layout(path: ParamPath, weights: Sequence[PackedArray]) -> bool:
 def read_quantized(source: TensorSource, name: str, quantization: str) -> PackedArray | None:
     """Read one tensor packed: as the checkpoint has it, or quantised here. None if a checkpoint has it unpacked."""
     if quantization == KEEP_PACKED:
-        return source.read_packed(name) if isinstance(source, GgufFile | QuantizedDirectory | TrunkAndHead) else None
+        read_packed = getattr(source, "read_packed", None)
+        return None if read_packed is None else read_packed(name)
     return quantize(source.read(name), quantization)
 
 

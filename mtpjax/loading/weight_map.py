@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 from checkpoints import CheckpointError, OrbaxDirectory, TensorSource
 from mtpjax.config import FULL, ModelConfig
 from mtpjax.hf_config import config_from_hf
+from mtpjax.loading.lm_head import has_own_lm_head
 from mtpjax.loading.loaded_model import ParamPath, param_shapes
+from mtpjax.loading.split_projections import split_projections
 from mtpjax.model.params import ONLY_LAYER
 
 MAX_LISTED = 40  # lines of an error that lists all that does not fit
@@ -138,17 +140,22 @@ def group_by_leaf(locations: Mapping[str, TensorLocation]) -> dict[ParamPath, li
 
 
 def read_config(source: TensorSource | OrbaxDirectory) -> ModelConfig:
-    """Return the config of a checkpoint as its config.json says. Raises ConfigError."""
-    return config_from_hf(source.config, source=str(source.path / "config.json"))
+    """Return the config of a checkpoint as its config.json, or its metadata, says. Raises ConfigError."""
+    file = source.path if source.path.is_file() else source.path / "config.json"
+    return config_from_hf(source.config, source=str(file))
 
 
 def checkpoint_config(source: TensorSource) -> ModelConfig:
-    """Return the config of a checkpoint. Its tensors, not its config.json, decide whether there is an MTP head.
+    """Return the config of a checkpoint. Its tensors decide whether there is an MTP head, and an LM head of its own.
 
     Raises:
         ConfigError: config.json is not that of a supported model.
+        CheckpointError: a file cannot be read.
     """
-    return replace(read_config(source), mtp_layers=int(any(name.startswith("mtp.") for name in source.tensors)))
+    cfg = read_config(source)
+    has_mtp = any(name.startswith("mtp.") for name in source.tensors)
+    tied = cfg.tied_embeddings and not has_own_lm_head(source)
+    return replace(cfg, mtp_layers=int(has_mtp), tied_embeddings=tied)
 
 
 def check_tensors(
@@ -214,5 +221,6 @@ def check_source(source: TensorSource) -> ModelConfig:
         CheckpointError, ConfigError: as `load_model` would.
     """
     cfg = checkpoint_config(source)
+    source = split_projections(source, cfg)
     check_tensors(source, weight_map(cfg, source.tensors.__contains__), cfg, beside=OWN_MTP_TENSORS)
     return cfg

@@ -78,7 +78,7 @@ def make_positions(
         valid=valid,
         pad=pad,
         num_kv_blocks=jnp.max(jnp.where(valid, positions, -1)) // KV_BLOCK + 1,
-        rope=rope_angles(positions, cfg.rotary_dim, cfg.rope_theta),
+        rope=rope_angles(positions, cfg.rotary_dim, cfg.rope_theta, cfg.rope_scaling),
         static_kv_blocks=static_kv_blocks,
         implementation=implementation,
         is_prompt=is_prompt,

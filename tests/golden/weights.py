@@ -96,7 +96,7 @@ def golden_config(case: str) -> dict[str, Any]:
 
 def golden_tensors(case: str) -> dict[str, np.ndarray]:
     """Every float32 tensor of a case by its HF name: trunk, `lm_head.weight` (absent when tied) and `mtp.*`."""
-    return {name: _values(f"{case}/{name}", name, shape) for name, shape in golden_shapes(case).items()}
+    return {name: golden_values(f"{case}/{name}", name, shape) for name, shape in golden_shapes(case).items()}
 
 
 def golden_tokens(case: str, length: int, seed: int) -> np.ndarray:
@@ -190,8 +190,10 @@ def _prefixed(prefix: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, tupl
     return {prefix + name: shape for name, shape in shapes.items()}
 
 
-def _values(key: str, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Scales that keep every tensor visible in the logits (standard deviation about 3) and rounding errors small.
+def golden_values(key: str, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Return the values of a tensor that `key` names; its `name` decides their scale.
+
+    Scales that keep every tensor visible in the logits (standard deviation about 3) and rounding errors small.
 
     The last is why `in_proj_qkv` is large and no head forgets within a token: a DeltaNet output that is tiny before
     its norm would turn float32 rounding into differences of 1e-4 and more in the logits.
