@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +15,27 @@ TOKENIZER = "tokenizer.json"
 MAX_JSON_BYTES = 100_000_000  # the limit of safetensors' own headers; an index of 64,196 tensors has 6 MB
 
 
-def parse_json_object(
-    text: bytes, source: str, make_object: Callable[[list[tuple[str, Any]]], dict[str, Any]] = dict
-) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object as a dict; raises ValueError for a key that occurs twice, of which one would be lost."""
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        ((duplicate, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {duplicate!r} occurs twice")
+    return table
+
+
+def parse_json_object(text: bytes, source: str) -> dict[str, Any]:
     """Return the JSON object in `text`.
 
     Args:
         text: UTF-8, with or without a byte-order mark.
         source: the beginning of every error message, which says where the text comes from.
-        make_object: builds every JSON object from its pairs; may reject them with a ValueError.
 
     Raises:
-        CheckpointError: `text` is anything but a JSON object.
+        CheckpointError: `text` is anything but a JSON object, or a key occurs twice in one.
     """
     try:
-        value = json.loads(text.decode("utf-8-sig"), object_pairs_hook=make_object)
+        value = json.loads(text.decode("utf-8-sig"), object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:  # ValueError: bad JSON, bad UTF-8, or a number of too many digits
         raise CheckpointError(f"{source} is not valid JSON ({error}). {REDOWNLOAD}") from error
     if not isinstance(value, dict):

@@ -28,7 +28,7 @@ def config_from_metadata(file: Path, metadata: Mapping[str, Any], tensors: Mappi
     architecture = metadata.get("general.architecture")
     if architecture not in MODEL_TYPES:
         raise CheckpointError(
-            f"{file}: has the architecture {architecture!r}, supported: {', '.join(map(repr, MODEL_TYPES))}."
+            f"{file}: its general.architecture is {architecture!r}, supported: {', '.join(map(repr, MODEL_TYPES))}."
         )
     if "token_embd.weight" not in tensors:
         raise CheckpointError(f"{file}: has no tensor 'token_embd.weight'. Is it a whole model, not a part of one?")
@@ -42,6 +42,13 @@ def config_from_metadata(file: Path, metadata: Mapping[str, Any], tensors: Mappi
         )
     is_recurrent = metadata.get(f"{architecture}.attention.recurrent_layers")
     is_recurrent = is_recurrent or [(i + 1) % interval != 0 for i in range(num_layers)]
+    if (width := values.count("attention.value_length", values.count("attention.key_length"))) != values.count(
+        "attention.key_length"
+    ):
+        raise CheckpointError(
+            f"{file}: {architecture}.attention.value_length is {width}, expected the {architecture}.attention."
+            f"key_length, {values.count('attention.key_length')}."
+        )
     head_dim, num_value_heads = values.count("attention.key_length"), values.count("ssm.time_step_rank")
     config: dict[str, Any] = {
         "model_type": MODEL_TYPES[architecture],
@@ -53,7 +60,7 @@ def config_from_metadata(file: Path, metadata: Mapping[str, Any], tensors: Mappi
         "head_dim": head_dim,
         "attn_output_gate": True,
         "hidden_act": "silu",
-        "rms_norm_eps": float(f"{values.number('attention.layer_norm_rms_epsilon', float, 1e-6):.6g}"),
+        "rms_norm_eps": float(f"{values.number('attention.layer_norm_rms_epsilon', float):.6g}"),
         "rope_parameters": {
             **rope_scaling_from_metadata(file, architecture, metadata),
             "rope_theta": float(values.number("rope.freq_base", (int, float))),

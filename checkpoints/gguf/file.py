@@ -34,6 +34,7 @@ class GgufFile(GgufTensors):
     Attributes:
         metadata: all metadata of the file by key. Numbers of layers are those that the tensors show.
         config: the content of a config.json of the same model.
+        file_names: the usual name in a GGUF file of each weight of the model, by canonical name.
         generation_config: the end-of-text tokens and the sampling advice of the file.
 
     Warns:
@@ -53,6 +54,7 @@ class GgufFile(GgufTensors):
         warn_of_unknown_metadata(file, self.metadata)
         factors, factor_names = find_factors(file, tensors)
         names = name_table(self.config["layer_types"], self.config["mtp_num_hidden_layers"] > 0)
+        self.file_names = {name: " + ".join(usual.gguf_names) for name, usual in names.items()}
         stored, used = _find_weights(names, tensors)
         if any(name.startswith("mtp.") for name in stored) and _MTP_NORM not in stored and _FINAL_NORM in stored:
             stored[_MTP_NORM] = stored[_FINAL_NORM]  # as llama.cpp does

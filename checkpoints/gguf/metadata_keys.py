@@ -18,6 +18,7 @@ _USED = (
     "attention.head_count",
     "attention.head_count_kv",
     "attention.key_length",
+    "attention.value_length",
     "attention.layer_norm_rms_epsilon",
     "embedding_length",
     "context_length",
@@ -39,7 +40,6 @@ _TEXT_ONLY = "about images, and positions of text are the same in every section"
 # Keys behind the architecture without an effect, and why.
 _HARMLESS = {
     "vocab_size": _SHAPES_TELL,
-    "attention.value_length": _SHAPES_TELL,
     "expert_shared_count": _SHAPES_TELL,
     "rope.dimension_sections": _TEXT_ONLY,
     "rope.mrope_section": _TEXT_ONLY,
@@ -110,6 +110,12 @@ def check_value_types(file: Path, metadata: Mapping[str, Any]) -> None:
 
 def _is_list_of(item: type) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, list) and all(isinstance(entry, item) for entry in value)
+
+
+def is_harmless_metadata(key: str) -> bool:
+    """Return whether a key may have any value: it is in no list of what is read or refused."""
+    behind = key.partition(".")[2]
+    return behind in _HARMLESS or key in _HARMLESS_KEYS or any(key.startswith(start) for start in _HARMLESS_PREFIXES)
 
 
 def warn_of_unknown_metadata(file: Path, metadata: Mapping[str, Any]) -> None:

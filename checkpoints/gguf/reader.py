@@ -193,7 +193,8 @@ def _tensor_info(weight: StoredWeight, factors: Mapping[str, GgufTensor]) -> Ten
     first = tensors[0]
     shape = first.shape
     if convention is Convention.GATE_UP:
-        shape = (shape[0], sum(t.shape[1] for t in tensors), *shape[2:]) if len(shape) == 3 else shape
+        if all(len(tensor.shape) == 3 for tensor in tensors):
+            shape = (shape[0], sum(tensor.shape[1] for tensor in tensors), shape[2])
     elif convention is Convention.ROW_VECTOR:
         shape = (1, *shape) if len(shape) == 1 else shape
     elif convention is Convention.CONVOLUTION:

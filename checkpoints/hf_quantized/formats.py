@@ -20,7 +20,7 @@ from checkpoints.packed_array import FP8_BLOCK
 Dtypes = tuple[str, ...]  # safetensors' names
 FLOATS = ("F16", "BF16", "F32")
 # Tensors that describe activations. They stay unread: activations are not quantised here.
-_ACTIVATION_SUFFIXES = (
+ACTIVATION_SUFFIXES = (
     "input_scale",
     "input_global_scale",
     "input_zero_point",
@@ -59,7 +59,7 @@ class WeightFormat:
     @property
     def ignored_suffixes(self) -> tuple[str, ...]:
         """All suffixes of tensors that the weight does not need."""
-        return (*_ACTIVATION_SUFFIXES, *self.ignored)
+        return (*ACTIVATION_SUFFIXES, *self.ignored)
 
 
 def _fp8(scale_suffix: str = "weight_scale") -> WeightFormat:
@@ -161,7 +161,7 @@ def _compressed_tensors_group(prefix: str, group: Mapping[str, Any], format_name
         _expect(weights, prefix, block_structure=([FP8_BLOCK, FP8_BLOCK],) if strategy == "block" else (None,))
         return _fp8()
     group_size = 16 if format_name == "nvfp4-pack-quantized" else 32
-    _expect(weights, prefix, num_bits=(4,), group_size=(group_size,))
+    _expect(weights, prefix, num_bits=(4,), group_size=(group_size,), strategy=("tensor_group", "group", None))
     shape = partial(shapes.fp4_shape, weight_suffix="weight_packed", group=group_size)
     if format_name == "mxfp4-pack-quantized":
         required: dict[str, Dtypes] = {"weight_packed": ("U8",), "weight_scale": ("U8", "F8_E8M0")}

@@ -124,6 +124,19 @@ _HARMLESS: dict[str, str] = {
         _HISTORY,
     ),
 }
+# Keys of a group of compressed-tensors and of its "weights": those that `formats_from_config` reads, and others.
+_GROUP_USED = ("format", "weights")
+_WEIGHTS_USED = ("type", "num_bits", "strategy", "group_size", "symmetric", "block_structure")
+_GROUP_HARMLESS: dict[str, str] = {
+    "targets": _TENSORS,
+    **dict.fromkeys(("input_activations", "output_activations"), _ACTIVATIONS),
+}
+_WEIGHTS_HARMLESS: dict[str, str] = {
+    **dict.fromkeys(("actorder", "scale_dtype", "zp_dtype"), _TENSORS),
+    **dict.fromkeys(("dynamic", "observer", "observer_kwargs"), _HISTORY),
+}
+# Settings that say again what the tensors of a weight tell.
+_SAID_TWICE = ("bits", "desc_act", "checkpoint_format", "format", "symmetric", "strategy", "weight_block_size")
 _COMMON = ("quant_method", "quant_library", "version", "rotation_config", "format")
 
 
@@ -163,6 +176,24 @@ def _without_nulls(value: Any) -> Any:
     return value
 
 
+def _check_objects(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Raise CheckpointError where a group, its weights or the settings of a layer are no JSON object."""
+
+    def expect(place: str, value: Any) -> None:
+        if not isinstance(value, Mapping):
+            where = f"{folder}: quantization_config: {place}"
+            raise CheckpointError(f"{where} is {value!r}, expected an object. {REDOWNLOAD}")
+
+    for table in ("config_groups", "quantized_layers"):
+        entries = settings.get(table, {})
+        expect(table, entries)
+        for name, entry in entries.items():
+            expect(f"{table}: {name}", entry)
+            expect(f"{table}: {name}: weights", entry.get("weights", {}))
+    for table in ("sparsity_config", "transform_config"):
+        expect(table, settings.get(table, {}))
+
+
 def read_formats(folder: Path, settings: Any) -> tuple[WeightFormat, ...]:
     """Return the formats that the settings of a folder describe.
 
@@ -174,6 +205,7 @@ def read_formats(folder: Path, settings: Any) -> tuple[WeightFormat, ...]:
     """
     if not isinstance(settings, Mapping):
         settings = {"quant_method": settings}
+    _check_objects(folder, settings)
     try:
         formats = formats_from_config(settings)
     except UnsupportedQuantizationError as error:
@@ -187,4 +219,15 @@ def read_formats(folder: Path, settings: Any) -> tuple[WeightFormat, ...]:
         ) from None
     used = (*_COMMON, *_USED.get(settings["quant_method"], ()))
     warn_of_unknown_keys(f"{folder}: quantization_config has", settings, used, _HARMLESS, stacklevel=5)
+    for name, group in settings.get("config_groups", {}).items():
+        place = f"{folder}: quantization_config: config_groups: {name}"
+        warn_of_unknown_keys(f"{place} has", group, _GROUP_USED, _GROUP_HARMLESS, stacklevel=5)
+        weights = group.get("weights", {})
+        warn_of_unknown_keys(f"{place}: weights has", weights, _WEIGHTS_USED, _WEIGHTS_HARMLESS, stacklevel=5)
     return formats
+
+
+def is_harmless_setting(key: str) -> bool:
+    """Return whether a key of the settings may have another value without an effect: the tensors decide."""
+    harmless = _HARMLESS | _GROUP_HARMLESS | _WEIGHTS_HARMLESS
+    return key in harmless or key in _SAID_TWICE

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -59,20 +58,12 @@ def read_header(file: Path) -> list[TensorInfo]:
         raise read_error(file, error) from error
     if not text.startswith(b"{"):
         raise CheckpointError(f"{file}: the header starts with {text[:1]!r}, expected b'{{'. {REDOWNLOAD}")
-    header = parse_json_object(text, f"{file}: the header", _reject_duplicates)
+    header = parse_json_object(text, f"{file}: the header")
     _check_metadata(file, header.pop("__metadata__", {}))
     infos = [_tensor_info(file, name, entry, 8 + length) for name, entry in header.items()]
     infos.sort(key=lambda info: (info.offset, info.nbytes))
     _check_layout(file, infos, data_start=8 + length, file_size=size)
     return infos
-
-
-def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) < len(pairs):
-        ((duplicate, _),) = Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"the key {duplicate!r} occurs twice")
-    return table
 
 
 def _check_metadata(file: Path, metadata: Any) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from checkpoints.folder import unique_keys
 from mtpjax.cli.line_keys import CHAT_KEYS, SAMPLING_KEYS, chat_options, check_keys, sampling_options
 from mtpjax.cli.openai_batch import CHAT, error_row, is_batch_line, read_body, request_id
 from mtpjax.cli.tables import check_table, is_table, read_rows
@@ -116,7 +117,7 @@ def _parse(raw: bytes, file: Path, number: int) -> PromptLine | LineError:
     if file.suffix == ".txt":
         return PromptLine(source, number, number, text.rstrip("\r\n"))
     try:
-        row = json.loads(text)
+        row = json.loads(text, object_pairs_hook=unique_keys)
     except json.JSONDecodeError as error:
         return unread.error(f"is not JSON ({error.msg} at column {error.colno})")
     except (ValueError, RecursionError) as error:  # a number with too many digits, or nesting that is too deep

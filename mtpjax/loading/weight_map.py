@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from checkpoints import CheckpointError, OrbaxDirectory, TensorSource
 from mtpjax.config import FULL, ModelConfig
-from mtpjax.hf_config import config_from_hf
+from mtpjax.hf_config import config_from_hf, config_to_hf
 from mtpjax.loading.lm_head import has_own_lm_head
 from mtpjax.loading.loaded_model import ParamPath, param_shapes
 from mtpjax.loading.split_projections import split_projections
@@ -181,8 +181,10 @@ def check_tensors(
         for name in sorted(misshaped)
         if (info := source.tensors[name])
     ]
+    file_names = getattr(source, "file_names", {})
     missing = [
-        f"'{name}' is missing, expected shape {list(locations[name].shape)}"
+        f"'{name}'{f' ({file_names[name]})' if name in file_names else ''} is missing, "
+        f"expected shape {list(locations[name].shape)}"
         for name in sorted(locations.keys() - present)
     ]
     extra = [
@@ -192,9 +194,15 @@ def check_tensors(
     if wrong or missing or extra:
         raise CheckpointError(
             f"{source.path}: {len(missing)} missing, {len(wrong)} mis-shaped and {len(extra)} unexpected tensors for "
-            f"the model that its config.json describes:\n{format_list([*missing, *wrong, *extra])}"
+            f"the model that its config.json describes:\n{format_list([*missing, *wrong, *extra])}\n{_sizes(cfg)}"
             f"{_without_head(present, locations, misshaped | (present ^ locations.keys()) - set(beside))}"
         )
+
+
+def _sizes(cfg: ModelConfig) -> str:
+    """Return the numbers of a config, one of which may be what is wrong."""
+    sizes = [f"{key} {value}" for key, value in config_to_hf(cfg).items() if type(value) is int]
+    return "Its config.json says: " + ", ".join(sizes)
 
 
 def _without_head(present: Set[str], locations: Mapping[str, TensorLocation], wrong: Set[str]) -> str:
