@@ -39,6 +39,8 @@ HARMLESS = {
     "status": "a setting of the Responses API",
 }
 KEYS = ("role", "content", "tool_calls", *REASONING_NAMES)
+# Keys of a part of a content; the last three are marks for services.
+PART_KEYS = {"type", "text", "refusal", *MEDIA, "annotations", "cache_control", "detail"}
 CALL_KEYS = {"function", "name", "arguments", "id", "type", "index"}
 
 
@@ -139,6 +141,8 @@ def _part_text(where: str, part: Any) -> str:
     media = kind if kind in MEDIA else next((key for key in MEDIA if part.get(key) is not None), None)
     if media is not None:
         raise ValueError(f"{where} is {MEDIA[media]} ({media!r}), which a text model cannot read; leave it out")
+    if unknown := sorted(key for key in set(part) - PART_KEYS if part[key]):
+        warnings.warn(f"parts of messages have a key {unknown[0]!r}, which has no effect", stacklevel=6)
     text = part.get("refusal" if kind == "refusal" else "text")
     if kind not in (*TEXT_PARTS, "refusal") or not isinstance(text, str):
         raise ValueError(f'{where} is {_short(part)}; expected an object like {{"type": "text", "text": "Hi"}}')
@@ -159,7 +163,7 @@ def _tool_call(where: str, call: Any) -> dict[str, Any]:
             f"{where} is {_short(call)}; expected "
             '{"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}'
         )
-    if unknown := sorted(set(call) - CALL_KEYS):
+    if unknown := sorted((set(call) | set(function)) - CALL_KEYS):
         warnings.warn(f"tool calls have a key {unknown[0]!r}, which has no effect", stacklevel=6)
     arguments = function.get("arguments")
     if arguments is None or isinstance(arguments, str):

@@ -118,7 +118,7 @@ def change_objects(rng: random.Random, document: Document) -> Change:
     if kind == "add" or not pairs:
         key = f"unheard_of_{rng.randrange(1000)}"
         pairs.append([key, _other_value(rng, pairs, (4, 1))])
-        kind = "add null" if pairs[-1][1] is None else "add"
+        kind = "add null" if pairs[-1][1] is None else "add" if pairs[-1][1] else "add empty"
         return Change(kind, f"{name}: unheard_of", (key,))
     entry = rng.choice(pairs)
     key = entry[0]
@@ -129,6 +129,7 @@ def change_objects(rng: random.Random, document: Document) -> Change:
         pairs.append([key, _other_value(rng, pairs, entry[1])])
     elif kind == "rename":
         entry[0] = key[:-1] + chr(ord("a") + rng.randrange(26)) + "_"
+        kind = "rename null" if entry[1] is None else kind
         return Change(kind, f"{name}: {key}", (key, hf_name, entry[0]))
     else:
         entry[1] = _other_value(rng, pairs, entry[1])
@@ -172,6 +173,9 @@ def _all_pairs(value: Any) -> Iterator[list[Any]]:
         yield value
     if isinstance(value, Pairs):
         for _, item in value:
+            yield from _all_pairs(item)
+    elif isinstance(value, list) and not isinstance(value, TypedPairs):
+        for item in value:
             yield from _all_pairs(item)
 
 
@@ -233,7 +237,7 @@ def run_case(document: Document, names: tuple[str, ...], base: Any) -> Result:
 def may_be_silent(kind: str, name: str) -> bool:
     """Return whether a change may leave the model as it is without a word."""
     file, _, key = name.partition(": ")
-    if kind in ("add null", "tensor reshape of one number"):
+    if kind in ("add null", "rename null", "tensor reshape of one number"):
         return True
     if file == "generation_config.json":
         return kind == "delete" or key in generation_config.HARMLESS
