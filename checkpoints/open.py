@@ -17,6 +17,7 @@ from checkpoints.safetensors.unclaimed import refuse_unclaimed_bytes
 from checkpoints.source import TensorSource
 from checkpoints.trunk_and_head import refuse_lone_head
 
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")  # of peft
 _FORMATS = "a folder with config.json and *.safetensors, one saved by mtpjax, or a .gguf file"
 
 
@@ -33,6 +34,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> TensorSource | OrbaxDirecto
     if not os.path.isdir(folder):
         raise CheckpointError(f"{folder}: {_describe_file(folder)}")
     names = list_names(folder)
+    _refuse_adapter(folder)
     if not os.path.exists(folder / CONFIG):
         hint = " For GGUF, give the .gguf file itself." if any(folder.glob("*.gguf")) else ""
         raise CheckpointError(f"{folder}: has no {CONFIG}; found {names}. Expected {_FORMATS}.{hint}")
@@ -50,6 +52,17 @@ def open_checkpoint(path: str | os.PathLike[str]) -> TensorSource | OrbaxDirecto
         f"{folder}: has {CONFIG} but no weights; found {names}. Expected *.safetensors: download the weights "
         "too, or convert them from another format."
     )
+
+
+def _refuse_adapter(folder: Path) -> None:
+    """Raise CheckpointError for a folder that holds a LoRA adapter, alone or beside the model that it would change."""
+    found = [name for name in ADAPTER if os.path.exists(folder / name)]
+    if found:
+        raise CheckpointError(
+            f"{folder}: holds an adapter ({', '.join(found)}), which changes a model and is none; adapters are not "
+            "loaded. Merge it into its model (peft: merge_and_unload, save_pretrained) and give that folder; if the "
+            "folder holds the merged model already, move these files away."
+        )
 
 
 def _open_safetensors(folder: Path) -> SafetensorsDirectory:

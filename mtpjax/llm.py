@@ -151,7 +151,7 @@ class LLM(ChatMethods):
             raise ValueError(f"max_model_len is {max_model_len}; {limit}")
         self.num_speculative_tokens, self.max_model_len = num_speculative_tokens, max_model_len
         self.max_num_seqs, self.seed = max_num_seqs, seed
-        self.stop_token_ids = eos_token_ids(self.cfg, self._generation_config, opened.vocab_size)
+        self.stop_token_ids = eos_token_ids(self.cfg, self._generation_config, opened.vocab_size, self.tokenizer)
         simulated = acceptance is not None and num_speculative_tokens > 0
         self._acceptance = "simulated" if simulated else "real"
         runner = ModelRunner(

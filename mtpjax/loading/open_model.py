@@ -125,9 +125,16 @@ def compute_dtype_of(model: LoadedModel) -> jnp.dtype:
     return nnx.merge(model.graph, model.params).compute_dtype
 
 
-def eos_token_ids(cfg: ModelConfig, generation_config: Mapping[str, Any], vocab_size: int) -> tuple[int, ...]:
-    """Return the end-of-text tokens of config.json and generation_config.json, and the usual ones if they exist."""
+def eos_token_ids(
+    cfg: ModelConfig, generation_config: Mapping[str, Any], vocab_size: int, tokenizer: Tokenizer | None = None
+) -> tuple[int, ...]:
+    """Return the end-of-text tokens of config.json, generation_config.json and the tokenizer, and the usual ones.
+
+    Config files of base models name the end of a document, and tokenizer_config.json that of an answer.
+    """
     ids = set(recommended_stop_token_ids(generation_config))
+    if tokenizer is not None and tokenizer.eos_token_id is not None:
+        ids.add(tokenizer.eos_token_id)
     ids |= set(cfg.stop_token_ids) | {t for t in DEFAULT_STOP_TOKEN_IDS if t < vocab_size}
     return tuple(sorted(t for t in ids if 0 <= t < cfg.vocab_size))
 

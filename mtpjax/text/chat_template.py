@@ -140,8 +140,7 @@ def find_chat_template(folder: Path) -> ChatTemplate | None:
     """
     config_file = folder / TOKENIZER_CONFIG
     config = read_json_file(config_file) if config_file.is_file() else {}
-    names = ("bos_token", "eos_token", "pad_token")
-    special_tokens = {name: text for name in names if (text := _token_text(config.get(name)))}
+    special_tokens = special_tokens_of(config)
     if (file := folder / TEMPLATE).is_file():
         return ChatTemplate(file.read_text(encoding="utf-8"), str(file), special_tokens)
     text = config.get("chat_template")
@@ -149,6 +148,12 @@ def find_chat_template(folder: Path) -> ChatTemplate | None:
         by_name = {entry.get("name"): entry.get("template") for entry in text if isinstance(entry, dict)}
         text = by_name.get("default")
     return ChatTemplate(text, str(config_file), special_tokens) if isinstance(text, str) else None
+
+
+def special_tokens_of(tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
+    """Return the texts of `bos_token`, `eos_token` and `pad_token` in the content of a tokenizer_config.json."""
+    names = ("bos_token", "eos_token", "pad_token")
+    return {name: text for name in names if (text := _token_text(tokenizer_config.get(name)))}
 
 
 def _token_text(token: Any) -> str | None:

@@ -38,7 +38,10 @@ def encode_prompt(name: str, prompt: Prompt, tokenizer: Tokenizer | None, vocab_
     if not isinstance(prompt, str):
         ids = _checked_ids(name, prompt)
     elif tokenizer is None:
-        raise ValueError(f"{name} is a text, but the checkpoint has no tokenizer.json; give token ids or tokenizer=")
+        raise ValueError(
+            f"{name} is a text, but the checkpoint has no tokenizer.json; copy that of the base model to it, "
+            "give token ids, or tokenizer="
+        )
     else:
         ids = tuple(tokenizer.encode(prompt))
     if not ids:

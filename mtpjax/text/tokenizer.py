@@ -11,8 +11,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from checkpoints.folder import read_json_file
 from mtpjax.text.added_tokens import with_added_tokens
-from mtpjax.text.chat_template import TOKENIZER_CONFIG, ChatTemplate, find_chat_template
+from mtpjax.text.chat_template import TOKENIZER_CONFIG, ChatTemplate, find_chat_template, special_tokens_of
 
 # Qwen2's pre-tokenizer, and that of Qwen3.5, which joins combining marks to letters; by the names that GGUF gives them.
 _SPLIT = (
@@ -42,10 +43,17 @@ class Tokenizer:
     Attributes:
         hf_tokenizer: a `tokenizers.Tokenizer`.
         chat_template: None if the checkpoint has none.
+        eos_token: the token that ends a text according to tokenizer_config.json, or None.
     """
 
     hf_tokenizer: Any
     chat_template: ChatTemplate | None = None
+    eos_token: str | None = None
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """The id of `eos_token`; None if there is no such token."""
+        return None if self.eos_token is None else self.hf_tokenizer.token_to_id(self.eos_token)
 
     @property
     def size(self) -> int:
@@ -119,9 +127,11 @@ def load_tokenizer(path: str | PathLike[str]) -> Tokenizer:
         hf_tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the package raises bare Exceptions
         raise ValueError(f"{path}: not a readable tokenizer.json: {error}") from None
+    eos_token = None
     if (config_file := Path(path).parent / TOKENIZER_CONFIG).is_file():
         hf_tokenizer = with_added_tokens(hf_tokenizer, config_file)
-    return Tokenizer(hf_tokenizer, find_chat_template(Path(path).parent))
+        eos_token = special_tokens_of(read_json_file(config_file)).get("eos_token")
+    return Tokenizer(hf_tokenizer, find_chat_template(Path(path).parent), eos_token)
 
 
 def byte_level_bpe(model: Any, pretokenizer: str) -> Any:
