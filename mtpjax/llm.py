@@ -144,7 +144,7 @@ class LLM(ChatMethods):
             num_speculative_tokens = 0
             warnings.warn(
                 f"{model}: the checkpoint has no MTP head; decoding goes on without drafts (num_speculative_tokens=0)",
-                stacklevel=2,
+                stacklevel=3,
             )
         if max_model_len > self.cfg.max_position:
             limit = f"this checkpoint was made for at most {self.cfg.max_position} positions"
