@@ -68,6 +68,22 @@ def test_a_draft_vocabulary_is_a_number_or_a_file(
     assert f"draft_vocab_size is {value!r}" in capsys.readouterr().err
 
 
+def test_overrides_of_the_config_are_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = {"text_config": {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}}
+
+    def refuse(model: Path | None, **arguments: Any) -> LLM:
+        assert arguments["hf_overrides"] == overrides
+        raise ValueError("seen")
+
+    monkeypatch.setattr(generate, "LLM", refuse)
+    assert main(["--hf-overrides", json.dumps(overrides)]) == 2
+    assert "seen" in capsys.readouterr().err
+    for bad, problem in (("{", "is not valid JSON"), ("[1]", "is no JSON object")):
+        with pytest.raises(SystemExit):
+            main(["--hf-overrides", bad])
+        assert problem in capsys.readouterr().err
+
+
 def test_recommended_sampling_is_overridden_by_options_and_lines(
     job: Callable, llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
