@@ -1,6 +1,7 @@
 """`mtpjax generate`: every good line is answered as `LLM` answers it, and every bad one is named."""
 
 import io
+import json
 import os
 import re
 from collections.abc import Callable, Iterator
