@@ -9,13 +9,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from checkpoints import OrbaxDirectory, SafetensorsDirectory, write_safetensors_directory
+from checkpoints import OrbaxDirectory, QuantizedDirectory, SafetensorsDirectory, write_safetensors_directory
 from checkpoints.errors import CheckpointError, CheckpointWarning
 from mtpjax.cli import convert
 from mtpjax.loading import lm_head
 from mtpjax.loading.load import load_checkpoint, load_model
 from mtpjax.loading.loaded_model import LoadedModel, flatten_params
 from tests.golden.forms import form_config, form_tensors
+from tests.helpers.quantized_folders import FORMATS
 
 FORM = "tied_own_head"
 Change = Callable[[np.ndarray], np.ndarray]
@@ -68,6 +69,19 @@ def test_zeros_of_both_signs_are_equal(tmp_path: Path) -> None:
         return head
 
     assert load_model(write(tmp_path, with_zero)).cfg.tied_embeddings
+
+
+def test_a_quantised_head_is_the_models_own(tmp_path: Path) -> None:
+    """Its values are those of another matrix, even where it was made from the embedding."""
+    tensors = form_tensors(FORM)
+    head, values = FORMATS["gptq"].encode(tensors["model.embed_tokens.weight"])
+    tensors |= {f"lm_head.{suffix}": array for suffix, array in head.items()}
+    entries = [(name, a.shape, a.dtype, lambda a=a: a.copy()) for name, a in tensors.items()]
+    config = form_config(FORM) | {"quantization_config": FORMATS["gptq"].config}
+    write_safetensors_directory(tmp_path, config, entries)
+    model = load(QuantizedDirectory(tmp_path))
+    assert not model.cfg.tied_embeddings
+    np.testing.assert_array_equal(model.params["lm_head"][...], values)
 
 
 def test_another_shape_is_reported_like_any_other(tmp_path: Path) -> None:

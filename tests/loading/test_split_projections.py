@@ -1,6 +1,7 @@
 """Fused projections of Qwen3-Next: the right rows, packed or not, in every kind of folder; misfits are named."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ def make_config(dim: int = 32, value_heads: int = 6) -> ModelConfig:
 
 def parts_by_head(fused: np.ndarray, ba: np.ndarray, cfg: ModelConfig) -> dict[str, np.ndarray]:
     """Split the tensors head by head, in the order of transformers' `fix_query_key_value_ordering`."""
-    repeat, found = cfg.linear_v_heads // cfg.linear_k_heads, {name: [] for name in (*"qkvz", "b", "a")}
+    repeat = cfg.linear_v_heads // cfg.linear_k_heads
+    found: dict[str, list[np.ndarray]] = {name: [] for name in (*"qkvz", "b", "a")}
     for group in np.split(fused, cfg.linear_k_heads):
         sizes = [cfg.linear_k_dim] * 2 + [repeat * cfg.linear_v_dim] * 2
         for name, rows in zip("qkvz", np.split(group, np.cumsum(sizes)[:-1]), strict=True):
@@ -37,8 +39,8 @@ def parts_by_head(fused: np.ndarray, ba: np.ndarray, cfg: ModelConfig) -> dict[s
     for group in np.split(ba, cfg.linear_k_heads):
         found["b"].append(group[:repeat])
         found["a"].append(group[repeat:])
-    rows = {name: np.concatenate(pieces) for name, pieces in found.items()}
-    return {"qkv": np.concatenate([rows["q"], rows["k"], rows["v"]]), **{name: rows[name] for name in ("z", "b", "a")}}
+    whole = {name: np.concatenate(pieces) for name, pieces in found.items()}
+    return whole | {"qkv": np.concatenate([whole["q"], whole["k"], whole["v"]])}
 
 
 def write_projections(folder: Path, cfg: ModelConfig, name: str | None) -> dict[str, np.ndarray]:
@@ -46,7 +48,8 @@ def write_projections(folder: Path, cfg: ModelConfig, name: str | None) -> dict[
     rng = np.random.default_rng(0)
     fused = rng.normal(0, 0.1, (cfg.conv_channels + cfg.value_size, cfg.hidden_size)).astype(np.float32)
     ba = rng.normal(0, 0.1, (2 * cfg.linear_v_heads, cfg.hidden_size)).astype(np.float32)
-    tensors, config = {"weight": fused}, {}
+    tensors: dict[str, np.ndarray] = {"weight": fused}
+    config: dict[str, Any] = {}
     if name is not None:
         tensors, fused = FORMATS[name].encode(fused)
         config = {"quantization_config": FORMATS[name].config}
@@ -55,9 +58,13 @@ def write_projections(folder: Path, cfg: ModelConfig, name: str | None) -> dict[
     write_safetensors_directory(
         folder,
         {"model_type": "qwen3_next"} | config,
-        [(name, a.shape, a.dtype, lambda a=a: np.ascontiguousarray(a).reshape(a.shape)) for name, a in entries],
+        [(name, a.shape, a.dtype, partial(_contiguous, a)) for name, a in entries],
     )
     return parts_by_head(fused, ba, cfg)
+
+
+def _contiguous(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array).reshape(array.shape)  # ascontiguousarray gives scalars an axis
 
 
 @pytest.mark.parametrize("value_heads", [2, 4, 6])
