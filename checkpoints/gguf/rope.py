@@ -44,7 +44,7 @@ def rope_scaling_from_metadata(file: Path, architecture: str, metadata: Mapping[
         # A negative `yarn_ext_factor` stands for its default.
         if (value := number(key)) is not None and value >= 0 and value != neutral:
             raise CheckpointError(
-                f"{file}: the metadata {prefix}.{key} is {value!r}, which is not supported; expected {neutral:g} or none."
+                f"{file}: the metadata {prefix}.{key} is {value!r}, which is not supported; expected {neutral:g}."
             )
     for key in ("beta_fast", "beta_slow"):
         if (value := number(f"yarn_{key}")) is not None and value > 0:

@@ -146,7 +146,10 @@ def describe(
         types = weight_types(source).most_common()
         yield "weights", ", ".join(f"{name} {format_bytes(size)}" for name, size in types)
     yield "MTP head", "yes: it drafts" if cfg.mtp_layers else "no: decoding without drafts"
-    yield "positions", f"up to {cfg.max_position:,}"
+    scaling, positions = cfg.rope_scaling, f"up to {cfg.max_position:,}"
+    if scaling is not None:
+        positions += f" ({scaling.kind} RoPE: {scaling.factor:g} times the original {scaling.original_max_position:,})"
+    yield "positions", positions
     yield "tokenizer", describe_tokenizer(source)
     context = min(context, cfg.max_position)
     weights, cache = gpu_weight_bytes(source, cfg), cache_bytes(cfg, context, max_num_seqs)

@@ -92,7 +92,9 @@ def open_model(
             raise ValueError("hf_overrides are for reading a checkpoint, but the model is already loaded; give a path")
         return OpenedModel(model, resolved, loaded_tokenizer, {})
     source = open_checkpoint(TINY if model is None else model)
-    source.config = apply_hf_overrides(source.config, hf_overrides)
+    if hf_overrides is not None:
+        settable: Any = source
+        settable.config = apply_hf_overrides(source.config, hf_overrides)
     whole = source if head is None or not mtp else with_mtp_head(source, head)
     loaded = load_checkpoint(whole, dtype=resolved, mtp=mtp, quantization=quantization)
     if not isinstance(source, GgufFile):

@@ -52,6 +52,7 @@ def job(llm: LLM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[.
             "draft_vocab_size": None,
             "dtype": "auto",
             "quantization": None,
+            "hf_overrides": None,
             "max_model_len": 40,
             "max_num_seqs": 3,
             "max_prefill_seqs": 2,

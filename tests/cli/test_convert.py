@@ -18,7 +18,7 @@ from tests.helpers.published_models import MODELS, PublishedModel, Tensors, cont
 @pytest.mark.parametrize("model", MODELS)
 def test_every_tensor_comes_back_bit_for_bit(model: PublishedModel, tmp_path: Path) -> None:
     case, tensors = model()
-    source = write(tmp_path / "hf", case, tensors, extra={"kept": "€"})
+    source = write(tmp_path / "hf", case, tensors, model_name="€")
     assert main([str(source), str(tmp_path / "orbax")]) == 0
     assert main([str(tmp_path / "orbax"), str(tmp_path / "back")]) == 0
     assert (

@@ -1,6 +1,7 @@
 """`mtpjax generate`: every good line is answered as `LLM` answers it, and every bad one is named."""
 
 import io
+import json
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -66,6 +67,22 @@ def test_a_draft_vocabulary_is_a_number_or_a_file(
     monkeypatch.setattr(generate, "LLM", refuse)
     assert main(["--draft-vocab-size", text]) == 2
     assert f"draft_vocab_size is {value!r}" in capsys.readouterr().err
+
+
+def test_overrides_of_the_config_are_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = {"text_config": {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}}
+
+    def refuse(model: Path | None, **arguments: Any) -> LLM:
+        assert arguments["hf_overrides"] == overrides
+        raise ValueError("seen")
+
+    monkeypatch.setattr(generate, "LLM", refuse)
+    assert main(["--hf-overrides", json.dumps(overrides)]) == 2
+    assert "seen" in capsys.readouterr().err
+    for bad, problem in (("{", "is not valid JSON"), ("[1]", "is no JSON object")):
+        with pytest.raises(SystemExit):
+            main(["--hf-overrides", bad])
+        assert problem in capsys.readouterr().err
 
 
 def test_recommended_sampling_is_overridden_by_options_and_lines(

@@ -6,6 +6,7 @@ transformers itself, so that names, layouts, scalings and tied heads are its own
 
 import tempfile
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -61,7 +62,7 @@ def main() -> None:
         arrays = answers(form)
         found |= {f"{form}/{name}": array for name, array in arrays.items()}
         print(form, {name: array.shape for name, array in arrays.items()}, f"{arrays['logits'].std():.2f}", flush=True)
-    np.savez_compressed(FILE, **found)
+    np.savez_compressed(FILE, **cast("dict[str, Any]", found))
     print(f"{FILE}: {FILE.stat().st_size} bytes")
 
 

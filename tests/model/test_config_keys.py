@@ -239,7 +239,7 @@ def test_overrides_are_merged_object_by_object() -> None:
     rope = {"rope_type": "yarn", "rope_theta": 5.0, "factor": 2.0}
     assert merged == {"a": 1, "text_config": {"rope_parameters": rope, "b": [2]}, "c": {"d": 1}}
     assert config["text_config"] == {"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}, "b": [1]}
-    assert apply_hf_overrides(config, None) == apply_hf_overrides(config, {}) == config
+    assert apply_hf_overrides(config, {}) == config
 
 
 def test_text_config_reaches_a_flat_config() -> None:
@@ -255,6 +255,9 @@ def test_bad_overrides_are_refused() -> None:
     for bad in ("yarn", ["a"], {1: 2}):
         with pytest.raises(ValueError, match="hf_overrides is .*; expected a dictionary of keys of config.json"):
             LLM(hf_overrides=bad)  # type: ignore[arg-type]
+    for quantized in ({"quantization_config": {}}, {"text_config": {"quantization_config": None}}):
+        with pytest.raises(ValueError, match="hf_overrides cannot change quantization_config"):
+            LLM(hf_overrides=quantized)
     with pytest.raises(ValueError, match="hf_overrides are for reading a checkpoint, but the model is already loaded"):
         LLM(numpy_model(tiny_config(moe=False)), hf_overrides={})
     with pytest.warns(CheckpointWarning, match="'hidden_sizes' .did you mean 'hidden_size'"):
