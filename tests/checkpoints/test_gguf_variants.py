@@ -16,8 +16,7 @@ from mtpjax import SamplingParams
 from mtpjax.config import FULL, LINEAR
 from mtpjax.loading.load import load_checkpoint
 from mtpjax.loading.weight_map import check_source
-from tests.checkpoints.test_gguf import QUANTIZED_TYPES, change_entry, random_blocks
-from tests.helpers.gguf_files import GgufContents, Type, random_gguf
+from tests.helpers.gguf_files import QUANTIZED_TYPES, GgufContents, Type, change_entry, random_blocks, random_gguf
 from tests.helpers.quantized_encoders import encode_nvfp4
 
 pytestmark = pytest.mark.fast
@@ -35,7 +34,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def assert_same(path: Path, original: Path, without: str = "none") -> None:
     """Check that a file has the config and the values of the original, but for tensors that begin with `without`."""
     found, expected = open_checkpoint(path), open_checkpoint(original)
-    assert isinstance(found, GgufFile)
+    assert isinstance(found, GgufFile) and isinstance(expected, GgufFile)
     assert found.config["layer_types"] == expected.config["layer_types"]
     names = {name for name in expected.tensors if not name.startswith(without)}
     assert set(found.tensors) == names
@@ -280,7 +279,7 @@ def test_every_tensor_is_read_by_its_own_type(tmp_path: Path) -> None:
 
     Among them gates of DeltaNet in Q8_0, whose heads are reordered after unpacking (candle 3821).
     """
-    sizes = {"hidden_size": 256, "expert_size": 256, "shared_expert_size": 256, "linear_v_heads": 8}
+    sizes: dict[str, Any] = {"hidden_size": 256, "expert_size": 256, "shared_expert_size": 256, "linear_v_heads": 8}
     random_gguf(tmp_path / "f32.gguf", num_superblocks=1, layer_pattern=(LINEAR, FULL), **sizes)
     contents = GgufContents.read(tmp_path / "f32.gguf")
     types = itertools.cycle(QUANTIZED_TYPES)
@@ -293,7 +292,7 @@ def test_every_tensor_is_read_by_its_own_type(tmp_path: Path) -> None:
             used.add(type_name)
             count = data.shape[-1] // QUANTIZED_TYPES[type_name].elements_per_block
             blocks = random_blocks(type_name, int(np.prod(data.shape[:-1])), count, seed, 1e-3)
-            contents.tensors[name] = (blocks.reshape(*data.shape[:-1], -1), Type[type_name])
+            contents.tensors[name] = (blocks.reshape(*data.shape[:-1], -1), getattr(Type, type_name))
     assert used == set(QUANTIZED_TYPES)
     source = open_checkpoint(contents.write(tmp_path / "m.gguf"))
     assert isinstance(source, GgufFile)
