@@ -322,3 +322,29 @@ def test_any_name_of_the_only_file_is_read(file: str, tmp_path: Path) -> None:
     index = {"metadata": {}, "weight_map": {"model.layers.0.a.weight": file}}
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
     assert open_checkpoint(path).tensors.keys() == {"layers.0.a.weight"}  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("name", ["compressed-tensors, zeros", "int8, zeros"])
+@pytest.mark.parametrize("symmetric", [True, None])
+def test_zero_points_count_whatever_the_settings_say(name: str, symmetric: bool | None, tmp_path: Path) -> None:
+    """Settings that call a weight symmetric although its zero points are there: the tensors are right."""
+    config = json.loads(json.dumps(FORMATS[name].config))
+    config["config_groups"]["a"]["weights"]["symmetric"] = symmetric
+    tensors, value = with_names(FORMATS[name].encode, matrices(64, 64), "model.layers.0.a")
+    source = open_checkpoint(write(tmp_path / "m", tensors, config))
+    np.testing.assert_array_equal(source.read("layers.0.a.weight"), value)  # type: ignore[union-attr]
+
+
+def test_zero_points_of_symmetric_formats_must_be_zero(tmp_path: Path) -> None:
+    for name in ("float8 blocks", "compressed-tensors"):
+        tensors, value = with_names(FORMATS[name].encode, matrices(128, 128), "model.layers.0.a")
+        scale = tensors["model.layers.0.a.weight_scale"]
+        for number, zero in enumerate((0, 1)):
+            tensors["model.layers.0.a.weight_zero_point"] = np.full(scale.shape, zero, np.int8)
+            source = open_checkpoint(write(tmp_path / f"{name}{number}", tensors, FORMATS[name].config))
+            assert isinstance(source, QuantizedDirectory)
+            if not zero:
+                np.testing.assert_array_equal(source.read("layers.0.a.weight"), value)
+                continue
+            with pytest.raises(CheckpointError, match="'weight_zero_point' is not zero, expected a symmetric weight"):
+                source.read("layers.0.a.weight")
