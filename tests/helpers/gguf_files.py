@@ -10,11 +10,12 @@ from typing import Any
 import gguf
 import numpy as np
 
-from checkpoints import write_gguf
+from checkpoints import GgufFile, open_checkpoint, write_gguf
 from checkpoints.gguf.header import TENSOR_TYPES
 from mtpjax.config import FULL, LINEAR, ModelConfig
 from mtpjax.hf_config import config_to_hf
 from mtpjax.loading.export import export_tensors
+from mtpjax.loading.weight_map import check_source
 from tests.helpers.models import PACKABLE_SIZES, numpy_model, tiny_config
 
 Type = gguf.GGMLQuantizationType
@@ -135,3 +136,15 @@ def random_gguf(path: Path, tensor_type: str = "f32", moe: bool = True, seed: in
     tensors = [(name.removeprefix("model."), read) for name, _, _, read in export_tensors(numpy_model(cfg, seed=seed))]
     write_gguf(path, config_to_hf(cfg), tensors, tensor_type)
     return cfg
+
+
+def assert_same(path: Path, original: Path, without: str = "none") -> None:
+    """Check that a file has the config and the values of the original, but for tensors that begin with `without`."""
+    found, expected = open_checkpoint(path), open_checkpoint(original)
+    assert isinstance(found, GgufFile) and isinstance(expected, GgufFile)
+    assert found.config["layer_types"] == expected.config["layer_types"]
+    names = {name for name in expected.tensors if not name.startswith(without)}
+    assert set(found.tensors) == names
+    for name in names:
+        np.testing.assert_array_equal(found.read(name), expected.read(name), err_msg=name)
+    check_source(found)
