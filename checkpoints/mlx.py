@@ -34,6 +34,6 @@ def refuse_mlx(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tens
         signs.append(f"config.json has the model_type {_DRAFTER!r}")
     if signs:
         raise CheckpointError(
-            f"{path}: was converted for MLX ({'; '.join(signs)}), expected the files as published. Its norms may have 1 "
+            f"{path}: was converted for MLX ({'; '.join(signs)}), expected the published files. Its norms may have 1 "
             "added or not, which the files do not tell, so they are not converted back: use the original files."
         )

@@ -94,18 +94,26 @@ def check_value_types(file: Path, metadata: Mapping[str, Any]) -> None:
     expect("general.architecture", lambda value: isinstance(value, str), "a text")
     expect(f"{architecture}.rope.scaling.type", lambda value: isinstance(value, str), "a text such as 'yarn'")
     expect(f"{architecture}.attention.recurrent_layers", _is_list_of(bool), "a list with true or false for each layer")
+    for key in ("tokenizer.ggml.model", "tokenizer.ggml.pre", "tokenizer.chat_template"):
+        expect(key, lambda value: isinstance(value, str), "a text")
+    for name in ("bos", "eos", "eot"):
+        expect(f"tokenizer.ggml.{name}_token_id", _is_id, "the id of a token")
     for key in ("tokens", "merges"):
         expect(f"tokenizer.ggml.{key}", _is_list_of(str), "a list of texts")
     expect("tokenizer.ggml.token_type", _is_list_of(int), "a list of numbers")
     for name, values in _ONLY_VALUES.items():
         only = " or ".join(dict.fromkeys(map(repr, values)))
-        expect(f"{architecture}.{name}", lambda value, values=values: value in values, f"{only}, as the model has it")
+        expect(f"{architecture}.{name}", values.__contains__, f"{only}, as the model has it")
     tokens, types = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.ggml.token_type")
     if tokens is not None and types is not None and len(types) != len(tokens):
         raise CheckpointError(
             f"{file}: tokenizer.ggml.token_type has {len(types):,} entries, expected {len(tokens):,}, one for each "
             f"token. {REDOWNLOAD}"
         )
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _is_list_of(item: type) -> Callable[[Any], bool]:

@@ -135,6 +135,11 @@ def decode_packed_int32(arrays: Arrays, bits: int) -> Decoded:
     scale = _scale_per_row(arrays["weight_scale"], len(q))
     _check_column_order(arrays.get("weight_g_idx"), "weight_g_idx", q.shape[1], scale.shape[1])
     zero = arrays.get("weight_zero_point")
+    if zero is not None and zero.dtype == np.int8:
+        _check_all_zero(zero)
+        zero = None
+    if zero is not None and len(zero) != -(-len(q) * bits // 32):
+        raise UnsupportedQuantizationError(f"'weight_zero_point' has {len(zero)} rows of words, which are not packed")
     return decode_affine(q, scale, None if zero is None else unpack_int32(zero.T, bits).T[: len(q)], bits)
 
 
@@ -155,6 +160,7 @@ def decode_fp8(arrays: Arrays, scale_suffix: str) -> Decoded:
     each group of a row, gives float32.
     """
     codes, scale = arrays["weight"], scales_to_float32(arrays[scale_suffix])
+    _check_all_zero(arrays.get("weight_zero_point"))
     blocks = -(-codes.shape[0] // FP8_BLOCK), -(-codes.shape[1] // FP8_BLOCK)
     if scale.size == 1:
         scale = np.full(blocks, scale.reshape(()), np.float32)
@@ -187,6 +193,12 @@ def decode_nvfp4_compressed(arrays: Arrays) -> Decoded:
 def decode_mxfp4(arrays: Arrays) -> Decoded:
     """Decode MXFP4 (OCP Microscaling v1.0): an E8M0 scale for 32 elements."""
     return decode_fp4(arrays["weight_packed"], scales_to_float32(arrays["weight_scale"]))
+
+
+def _check_all_zero(zero: NDArray[Any] | None) -> None:
+    """Check that zero points, if there are any, are zero: these formats have none."""
+    if zero is not None and zero.astype(np.float32).any():
+        raise UnsupportedQuantizationError("'weight_zero_point' is not zero, expected a symmetric weight")
 
 
 def _scale_per_row(scale: NDArray[Any], rows: int) -> NDArray[Any]:

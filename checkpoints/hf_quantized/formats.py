@@ -65,14 +65,17 @@ class WeightFormat:
 def _fp8(scale_suffix: str = "weight_scale") -> WeightFormat:
     required = {"weight": ("F8_E4M3",), scale_suffix: (*FLOATS, "F8_E8M0", "U8")}
     shape = partial(shapes.fp8_shape, scale_suffix=scale_suffix)
-    return WeightFormat(
-        required, shape, partial(decode.decode_fp8, scale_suffix=scale_suffix), ignored=("weight_zero_point",)
-    )
+    zero = {"weight_zero_point": (*FLOATS, "F8_E4M3", "I8")}  # zeros, if they are there at all
+    return WeightFormat(required, shape, partial(decode.decode_fp8, scale_suffix=scale_suffix), optional=zero)
 
 
-def _int8(group: int | None, zero: Mapping[str, Dtypes] | None = None, ignored: tuple[str, ...] = ()) -> WeightFormat:
-    required = {"weight": ("I8",), "weight_scale": FLOATS, **(zero or {})}
-    return WeightFormat(required, partial(shapes.int8_shape, group=group), decode.decode_int8, ignored=ignored)
+def _int8(group: int | None, is_symmetric: bool = True, ignored: tuple[str, ...] = ()) -> WeightFormat:
+    required: dict[str, Dtypes] = {"weight": ("I8",), "weight_scale": FLOATS}
+    zero: dict[str, Dtypes] = {"weight_zero_point": ("I8",)}
+    shape, decoder = partial(shapes.int8_shape, group=group), decode.decode_int8
+    if is_symmetric:
+        return WeightFormat(required, shape, decoder, optional=zero, ignored=ignored)
+    return WeightFormat(required | zero, shape, decoder, ignored=ignored)
 
 
 def _expect(settings: Mapping[str, Any], prefix: str = "", **expected: tuple[Any, ...]) -> None:
@@ -175,19 +178,27 @@ def _compressed_tensors_int(prefix: str, weights: Mapping[str, Any], is_packed: 
     _expect(weights, prefix, type=("int",), num_bits=(4, 8) if is_packed else (8,))
     _expect(weights, prefix, strategy=("group", *_WHOLE_ROW, None))
     strategy, group_size = weights.get("strategy"), weights.get("group_size")
+    if not isinstance(group_size, int | None) or isinstance(group_size, bool):
+        raise UnsupportedQuantizationError(f"{prefix}group_size is {group_size!r}, expected a whole number")
     group = 0 if strategy in _WHOLE_ROW or group_size == -1 else group_size
     is_symmetric = weights.get("symmetric", True)
-    zero: dict[str, Dtypes] = {} if is_symmetric else {"weight_zero_point": ("I32",) if is_packed else ("I8",)}
-    ignored = ("weight_shape", "weight_zero_point") if is_symmetric else ("weight_shape",)
+    _expect(weights, prefix, symmetric=(True, False, None))
     if not is_packed:
-        return _int8(group, zero, ignored)
+        return _int8(group, is_symmetric, ("weight_shape",))
     bits = weights["num_bits"]
+    required: dict[str, Dtypes] = {"weight_packed": ("I32",), "weight_scale": FLOATS}
+    optional: dict[str, Dtypes] = {"weight_g_idx": ("I32", "I64")}
+    # Some symmetric checkpoints have zero points, too: packed ones like others, or bytes, which must be zero.
+    if is_symmetric:
+        optional["weight_zero_point"] = ("I32", "I8")
+    else:
+        required["weight_zero_point"] = ("I32",)
     return WeightFormat(
-        required={"weight_packed": ("I32",), "weight_scale": FLOATS, **zero},
+        required=required,
         shape=partial(shapes.packed_int32_shape, bits=bits, group=group),
         decode=partial(decode.decode_packed_int32, bits=bits),
-        optional={"weight_g_idx": ("I32", "I64")},
-        ignored=ignored,
+        optional=optional,
+        ignored=("weight_shape",),
     )
 
 

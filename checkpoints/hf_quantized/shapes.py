@@ -50,8 +50,8 @@ def packed_int32_shape(shapes: Shapes, bits: int, group: int | None) -> tuple[in
     """Return the weight's shape for int32 words along D; `group` as in `_check_row_scales`."""
     rows, columns = shapes["weight_packed"][0], 32 // bits * shapes["weight_packed"][1]
     _check_row_scales(shapes, rows, columns, group)
-    zero_shape = shapes.get("weight_zero_point")
-    if zero_shape is not None and zero_shape != (-(-rows * bits // 32), _num_groups(shapes["weight_scale"])):
+    zero_shape, num_groups = shapes.get("weight_zero_point"), _num_groups(shapes["weight_scale"])
+    if zero_shape not in (None, (-(-rows * bits // 32), num_groups), (rows, num_groups)):
         raise ScaleShapeError(rows, columns, "zeros packed along the rows")
     return rows, columns
 

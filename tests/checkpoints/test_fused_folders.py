@@ -1,7 +1,5 @@
 """Quantised folders in forms that other tools than the formats' own write: fused experts, other names and places."""
 
-import json
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,16 +9,21 @@ import pytest
 
 from checkpoints import (
     CheckpointError,
-    CheckpointWarning,
     QuantizedDirectory,
-    SafetensorsDirectory,
     open_checkpoint,
-    write_safetensors_directory,
 )
 from checkpoints.packed_array import PackedArray
 from tests.helpers import quantized_encoders as encoders
-from tests.helpers.quantized_encoders import BF16, Encoder
-from tests.helpers.quantized_folders import FORMATS, PublishedFormat, Tensors, compressed_config, config_group
+from tests.helpers.quantized_encoders import Encoder
+from tests.helpers.quantized_folders import (
+    FORMATS,
+    Tensors,
+    compressed_config,
+    config_group,
+    matrices,
+    with_names,
+    write_folder,
+)
 
 pytestmark = pytest.mark.fast
 
@@ -31,22 +34,6 @@ NVFP4_COMPRESSED = FORMATS["nvfp4, divided"].config
 NVFP4_MODELOPT = FORMATS["nvfp4"].config
 encode_divided = partial(encoders.encode_nvfp4, compressed_tensors=True)
 encode_fp8_inv = partial(encoders.encode_fp8, scale_suffix="weight_scale_inv")
-
-
-def write(path: Path, tensors: Tensors, settings: Any = None, **config: Any) -> Path:
-    """Write a folder; `settings` is its quantization_config, if there is one."""
-    own = {"quantization_config": settings} if settings is not None else {}
-
-    def contiguous(array: np.ndarray) -> np.ndarray:
-        return np.ascontiguousarray(array).reshape(array.shape)
-
-    entries = [(name, array.shape, array.dtype, partial(contiguous, array)) for name, array in tensors.items()]
-    write_safetensors_directory(path, {"model_type": "qwen3_5_moe"} | own | config, entries)
-    return path
-
-
-def matrices(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).normal(0, 0.1, shape).astype(np.float32)
 
 
 def encode_stack(encode: Encoder, w: np.ndarray, halves: bool) -> encoders.Encoded:
@@ -139,7 +126,7 @@ def test_fused_experts_are_read_expert_by_expert(name: str, tmp_path: Path) -> N
             array = np.ones((), np.float32) if suffix == "input_scale" else array[:, 0] if one_for_expert else array
             tensors[MOE + last + endings[suffix]] = array
         expected[f"layers.0.mlp.experts.{last}"] = value
-    source = open_checkpoint(write(tmp_path / "m", tensors, config))
+    source = open_checkpoint(write_folder(tmp_path / "m", tensors, config))
     assert isinstance(source, QuantizedDirectory) and source.tensors.keys() == expected.keys()
     for tensor, value in expected.items():
         assert source.tensors[tensor].name == MOE + tensor.rpartition(".")[2]
@@ -157,26 +144,21 @@ def test_a_stack_with_a_wrong_scale_is_named(tmp_path: Path) -> None:
     with pytest.raises(
         CheckpointError, match=r"gate_up_proj' is a stack of 3 experts, but 'weight_scale_inv' has shape"
     ):
-        open_checkpoint(write(tmp_path / "m", named, FP8))
+        open_checkpoint(write_folder(tmp_path / "m", named, FP8))
     named[MOE + "gate_up_proj_scale_inv"] = tensors["weight_scale_inv"].repeat(2, 1)
     with pytest.raises(CheckpointError, match="scales do not fit a weight of 256 x 128"):
-        open_checkpoint(write(tmp_path / "n", named, FP8))
-
-
-def with_names(encode: Encoder, w: np.ndarray, base: str) -> tuple[Tensors, np.ndarray]:
-    encoded, value = encode(w)
-    return {f"{base}.{suffix}": array for suffix, array in encoded.items()}, value
+        open_checkpoint(write_folder(tmp_path / "n", named, FP8))
 
 
 @pytest.mark.parametrize("encode", [encoders.encode_fp8, encoders.encode_fp8_one_scale, encode_fp8_inv])
 def test_fp8_scales_have_two_names(encode: Encoder, tmp_path: Path) -> None:
     """atlas 200, AutoFP8: `weight_scale`, by blocks or one number, where Qwen writes `weight_scale_inv`."""
     tensors, value = with_names(encode, matrices(160, 128), "model.layers.0.a")
-    source = open_checkpoint(write(tmp_path / "m", tensors, FP8))
+    source = open_checkpoint(write_folder(tmp_path / "m", tensors, FP8))
     np.testing.assert_array_equal(source.read("layers.0.a.weight"), value)  # type: ignore[union-attr]
     del tensors[next(name for name in tensors if "scale" in name and "input" not in name)]
     with pytest.raises(CheckpointError, match="weight_scale_inv' is missing, and so is 'layers.0.a.weight_scale'"):
-        open_checkpoint(write(tmp_path / "n", tensors, FP8))
+        open_checkpoint(write_folder(tmp_path / "n", tensors, FP8))
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (96,), (96, 1), (96, 1, 1)])
@@ -190,41 +172,11 @@ def test_convolutions_and_small_projections_may_be_fp8(shape: tuple[int, ...], t
         f"{base}.conv1d.weight_scale": encoded["weight_scale"].reshape(shape),
     }
     small, small_value = with_names(encoders.encode_fp8_one_scale, matrices(6, 96), f"{base}.in_proj_a")
-    source = open_checkpoint(write(tmp_path / "m", tensors | small, FORMATS["modelopt fp8"].config))
+    source = open_checkpoint(write_folder(tmp_path / "m", tensors | small, FORMATS["modelopt fp8"].config))
     assert isinstance(source, QuantizedDirectory)
     np.testing.assert_array_equal(source.read("layers.0.linear_attn.conv1d.weight"), value[:, None])
     assert source.read_packed("layers.0.linear_attn.conv1d.weight") is None
     np.testing.assert_array_equal(source.read("layers.0.linear_attn.in_proj_a.weight"), small_value)
-
-
-def mixed_modelopt() -> dict[str, Any]:
-    layers = {"mtp.layers.0.mlp.experts": {"quant_algo": "FP8_BLOCK_SCALES"}, "a": {"quant_algo": "NVFP4"}}
-    return {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers, "kv_cache_quant_algo": "FP8"}
-
-
-@pytest.mark.parametrize("place", ["config.json", "hf_quant_config.json", "both"])
-def test_modelopt_settings_may_be_in_a_file_of_their_own(place: str, tmp_path: Path) -> None:
-    """sglang 38121: FP8_BLOCK_SCALES in MIXED_PRECISION, with `weight_scale_inv`; settings in older files."""
-    a, a_value = with_names(encoders.encode_nvfp4, matrices(64, 64), "model.layers.0.a")
-    b, b_value = with_names(encode_fp8_inv, matrices(256, 128), "mtp.layers.0.b")
-    own = {"quant_method": "modelopt"} | mixed_modelopt() if place != "hf_quant_config.json" else None
-    path = write(tmp_path / "m", a | b, own)
-    if place != "config.json":
-        settings = mixed_modelopt() if place != "both" else {"quant_algo": "W8A16"}
-        content = {"producer": {"name": "modelopt"}, "quantization": settings | {"group_size": None}}
-        (path / "hf_quant_config.json").write_text(json.dumps(content))
-    source = open_checkpoint(path)
-    assert isinstance(source, QuantizedDirectory)
-    np.testing.assert_array_equal(source.read("layers.0.a.weight"), a_value)
-    np.testing.assert_array_equal(source.read("mtp.layers.0.b.weight"), b_value)
-
-
-def test_a_cache_alone_does_not_make_a_folder_quantised(tmp_path: Path) -> None:
-    path = write(tmp_path / "m", {"model.layers.0.a.weight": matrices(4, 4)})
-    (path / "hf_quant_config.json").write_text(
-        json.dumps({"quantization": {"quant_algo": None, "kv_cache_quant_algo": "FP8"}})
-    )
-    assert type(open_checkpoint(path)) is SafetensorsDirectory
 
 
 def test_experts_in_nvfp4_beside_blocks_and_rows_of_fp8(tmp_path: Path) -> None:
@@ -247,78 +199,6 @@ def test_experts_in_nvfp4_beside_blocks_and_rows_of_fp8(tmp_path: Path) -> None:
         encoded, values[f"layers.0.{name}.weight"] = with_names(encode, matrices(2048, 256), f"model.layers.0.{name}")
         tensors |= encoded
     assert tensors["model.layers.0.q_proj.weight_scale"].shape == (16, 2)
-    source = open_checkpoint(write(tmp_path / "m", tensors, config))
+    source = open_checkpoint(write_folder(tmp_path / "m", tensors, config))
     for name, value in values.items():
         np.testing.assert_array_equal(source.read(name), value, err_msg=name)  # type: ignore[union-attr]
-
-
-@pytest.mark.parametrize("encode", [encoders.encode_nvfp4, partial(encoders.encode_fp8, rows=1, columns=0)])
-def test_a_quantised_lm_head_is_read(encode: Encoder, tmp_path: Path) -> None:
-    """vllm 45102, omlx 2659: NVFP4 or FP8 with a scale for each row, under the plain name."""
-    config = {"quant_method": "modelopt"} | mixed_modelopt()
-    tensors, value = with_names(encode, matrices(512, 128), "lm_head")
-    source = open_checkpoint(write(tmp_path / "m", tensors, config))
-    assert source.tensors.keys() == {"lm_head.weight"}  # type: ignore[union-attr]
-    np.testing.assert_array_equal(source.read("lm_head.weight"), value)  # type: ignore[union-attr]
-
-
-@pytest.mark.parametrize("dtype", ["uint8", "int8", "float8_e4m3fn", "int32", "uint32"])
-@pytest.mark.parametrize("quantization", [None, FP8], ids=["plain", "fp8"])
-def test_bytes_that_no_format_claims_are_refused(dtype: str, quantization: Any, tmp_path: Path) -> None:
-    """TensorRT-Model-Connect 1115: raw codes taken for weights."""
-    import ml_dtypes  # noqa: F401 - knows float8_e4m3fn
-
-    tensors = {"model.layers.0.a.codes": np.ones((4, 4)).astype(dtype), "model.norm.weight": np.ones(4, np.float32)}
-    with pytest.raises(
-        CheckpointError, match=r"1 tensor\(s\) hold single bytes or packed words.*'model.layers.0.a.codes'"
-    ):
-        open_checkpoint(write(tmp_path / "m", tensors, quantization))
-
-
-def mlx_convolution() -> Tensors:
-    return {"language_model.model.layers.0.linear_attn.conv1d.weight": np.ones((96, 4, 1), BF16)}
-
-
-def mlx_words() -> Tensors:
-    return {"language_model.model.layers.0.a.weight": np.ones((4, 4), np.uint32)}
-
-
-@pytest.mark.parametrize(
-    ("tensors", "config", "sign"),
-    [
-        (mlx_convolution, {}, r"conv1d.weight' has shape \[96, 4, 1\]"),
-        (mlx_words, {"quantization": {"group_size": 64, "bits": 4}}, "'quantization' with 'bits'"),
-        (mlx_words, {"quantization_config": {"group_size": 64, "bits": 4}}, "'quantization_config' with 'bits'"),
-        (mlx_convolution, {"model_type": "qwen3_5_mtp"}, "model_type 'qwen3_5_mtp'"),
-    ],
-)
-def test_a_folder_for_mlx_is_recognised(
-    tensors: Callable[[], Tensors], config: dict[str, Any], sign: str, tmp_path: Path
-) -> None:
-    """mlx-lm 1197 and many others: norms that have 1 added or not, which nothing in the file tells."""
-    with pytest.raises(CheckpointError, match=f"was converted for MLX .*{sign}.*use the original files"):
-        open_checkpoint(write(tmp_path / "m", tensors(), **config))
-
-
-def test_null_settings_are_absent_and_unknown_ones_are_named(tmp_path: Path) -> None:
-    name = "gptq v1, zeros"
-    fmt: PublishedFormat = FORMATS[name]
-    tensors, value = with_names(fmt.encode, matrices(64, 64), "model.layers.0.a")
-    nulls = {"checkpoint_format": None, "rotation_config": None, "desc_act": None, "some_new_key": None}
-    source = open_checkpoint(write(tmp_path / "m", tensors, fmt.config | nulls))
-    np.testing.assert_array_equal(source.read("layers.0.a.weight"), value)  # type: ignore[union-attr]
-    with pytest.warns(
-        CheckpointWarning, match=r"quantization_config has 1 unknown key.*'desc_atc' \(did you mean 'desc_act'"
-    ):
-        open_checkpoint(write(tmp_path / "n", tensors, fmt.config | {"desc_atc": True}))
-    plain = write(tmp_path / "p", {"model.layers.0.a.weight": value}, {"quant_method": None})
-    assert type(open_checkpoint(plain)) is SafetensorsDirectory
-
-
-@pytest.mark.parametrize("file", ["model.safetensors-00001-of-00001.safetensors", "model-00001-of-00001.safetensors"])
-def test_any_name_of_the_only_file_is_read(file: str, tmp_path: Path) -> None:
-    path = write(tmp_path / "m", {"model.layers.0.a.weight": matrices(4, 4)})
-    (path / "model.safetensors").rename(path / file)
-    index = {"metadata": {}, "weight_map": {"model.layers.0.a.weight": file}}
-    (path / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert open_checkpoint(path).tensors.keys() == {"layers.0.a.weight"}  # type: ignore[union-attr]

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from checkpoints import TINY, CheckpointError, GgufFile, open_checkpoint, write_gguf
 from checkpoints.gguf import header as gguf_header
 from checkpoints.gguf.block_types import repack_rows
-from checkpoints.gguf.header import TENSOR_TYPES
 from checkpoints.gguf.writer import encode_iq4_nl
 from mtpjax import LLM, SamplingParams
 from mtpjax.cli import convert
@@ -25,27 +24,11 @@ from mtpjax.config import FULL, LINEAR, ModelConfig
 from mtpjax.hf_config import config_to_hf
 from mtpjax.loading.export import export_tensors
 from mtpjax.text.tokenizer import load_tokenizer
+from tests.helpers.gguf_files import QUANTIZED_TYPES, change_entry, random_blocks, uint64
 from tests.helpers.models import numpy_model, tiny_config
 
-# The byte offsets of the float16 scales in a block, for all types but 0.
-FLOAT16_OFFSETS = {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2)}
-FLOAT16_OFFSETS |= {"Q6_K": (208,), "IQ1_M": (), "MXFP4": (), "NVFP4": ()}
-QUANTIZED_TYPES = {t.name: t for t in TENSOR_TYPES.values() if t.repack is not None}
 SIZES: dict[str, Any] = {"hidden_size": 64, "head_dim": 32, "rotary_dim": 8, "linear_k_dim": 32, "linear_v_dim": 32}
 SIZES |= {"expert_size": 32, "shared_expert_size": 32}
-
-
-def random_blocks(name: str, rows: int, blocks: int, seed: int, scale: float = 1.0) -> np.ndarray:
-    """Return random bytes `[rows, bytes]` whose float16 scales are finite and of the magnitude `scale`."""
-    rng = np.random.default_rng(seed)
-    raw = rng.integers(0, 256, (rows, blocks, QUANTIZED_TYPES[name].bytes_per_block), dtype=np.uint8)
-    for offset in FLOAT16_OFFSETS.get(name, (0,)):
-        raw[..., offset : offset + 2] = (scale * rng.normal(size=(rows, blocks, 1))).astype("<f2").view(np.uint8)
-    if name == "IQ1_M":  # the float16 scale is the high nibbles of the last four words
-        raw[..., -1] &= 0xBF
-    if name == "MXFP4":  # the scale is a power of two
-        raw[..., 0] = rng.integers(0, 160, (rows, blocks))
-    return raw.reshape(rows, -1)
 
 
 @pytest.mark.parametrize("name", QUANTIZED_TYPES)
@@ -252,10 +235,6 @@ def model_bytes(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return file.read_bytes()
 
 
-def uint64(value: int) -> bytes:
-    return struct.pack("<Q", value)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -286,15 +265,6 @@ def test_a_damaged_file_is_rejected(
     with pytest.raises(CheckpointError) as caught:
         LLM(file, max_model_len=64)
     assert message in str(caught.value) and "bad.gguf" in str(caught.value)
-
-
-def change_entry(raw: bytes, name: bytes, type_number: int | None = None, offset: int | None = None) -> bytes:
-    """Return the file `raw` with another type number or offset of the matrix `name`."""
-    start = raw.index(uint64(len(name)) + name) + 8 + len(name) + 4 + 16
-    old_type_number, old_offset = struct.unpack_from("<IQ", raw, start)
-    new_type_number = old_type_number if type_number is None else type_number
-    entry = struct.pack("<IQ", new_type_number, old_offset if offset is None else offset)
-    return raw[:start] + entry + raw[start + 12 :]
 
 
 def test_a_randomly_damaged_file_is_loaded_or_rejected(model_bytes: bytes, tmp_path: Path) -> None:

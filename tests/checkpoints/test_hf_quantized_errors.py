@@ -81,7 +81,6 @@ BLOCKS_OF_64 = group_config("float-quantized", num_bits=8, type="float", strateg
         (CT, group_config("pack-quantized", num_bits=3), "config_groups: a: num_bits is 3, expected 4 or 8"),
         (CT, group_config("pack-quantized", group_size=64), "do not fit .*one for each 64 elements of a row"),
         (CT, compressed_config(PACK4), "scales do not fit"),
-        ("compressed-tensors, rows", compressed_config(PACK4, PACK8), "a.weight_packed' fits several of the formats"),
         (CT, {"config_groups": {"a": {"targets": ["Linear"], "weights": None}}}, "config_groups names no weights"),
         (CT, {"config_groups": ["a"]}, "quantization_config cannot be understood"),
         (CT, {"transform_config": {"config_groups": {"R1": {}}}}, "transform_config is .*'R1'.*expected {}"),
@@ -120,6 +119,17 @@ def test_an_unsupported_setting_is_named(name: str, settings: dict[str, Any], me
 )
 def test_a_damaged_tensor_is_named(name: str, change: Change, message: str, tmp_path: Path) -> None:
     check_error(tmp_path, name, message, change)
+
+
+def test_a_weight_that_fits_two_formats_is_named(tmp_path: Path) -> None:
+    """Words with one scale for a row may hold four or eight bits; zero points would tell."""
+
+    def without_zero_points(tensors: Tensors) -> None:
+        for name in [name for name in tensors if name.endswith("weight_zero_point")]:
+            del tensors[name]
+
+    message = "a.weight_packed' fits several of the formats"
+    check_error(tmp_path, "compressed-tensors, rows", message, without_zero_points, **compressed_config(PACK4, PACK8))
 
 
 def test_activation_order_needs_a_group_index(tmp_path: Path) -> None:

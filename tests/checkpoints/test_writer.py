@@ -10,7 +10,7 @@ import pytest
 import safetensors
 from safetensors.numpy import load_file
 
-from checkpoints import CheckpointError, SafetensorsDirectory, open_checkpoint, write_safetensors_directory
+from checkpoints import CheckpointError, SafetensorsDirectory, write_safetensors_directory
 
 pytestmark = pytest.mark.fast
 
@@ -85,7 +85,7 @@ def test_other_files_are_copied(tmp_path: Path) -> None:
         tokenizer_file=tokenizer,
         extra_files=[template],
     )
-    source = open_checkpoint(tmp_path / "m")
+    source = SafetensorsDirectory(tmp_path / "m")
     assert source.generation_config == {"top_k": 20}
     assert source.tokenizer_file is not None and source.tokenizer_file.read_text() == tokenizer.read_text()
     assert (tmp_path / "m" / "chat_template.jinja").read_text() == "{{ messages }}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,47 @@ from typing import Any
 import gguf
 import numpy as np
 
-from checkpoints import write_gguf
+from checkpoints import GgufFile, open_checkpoint, write_gguf
+from checkpoints.gguf.header import TENSOR_TYPES
 from mtpjax.config import FULL, LINEAR, ModelConfig
 from mtpjax.hf_config import config_to_hf
 from mtpjax.loading.export import export_tensors
+from mtpjax.loading.weight_map import check_source
 from tests.helpers.models import PACKABLE_SIZES, numpy_model, tiny_config
 
 Type = gguf.GGMLQuantizationType
 TWO_BY_TWO: dict[str, Any] = PACKABLE_SIZES | {"layer_pattern": (LINEAR, FULL), "num_superblocks": 2}
+
+# The byte offsets of the float16 scales in a block, for all types but 0.
+FLOAT16_OFFSETS = {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2)}
+FLOAT16_OFFSETS |= {"Q6_K": (208,), "IQ1_M": (), "MXFP4": (), "NVFP4": ()}
+QUANTIZED_TYPES = {t.name: t for t in TENSOR_TYPES.values() if t.repack is not None}
+
+
+def random_blocks(name: str, rows: int, blocks: int, seed: int, scale: float = 1.0) -> np.ndarray:
+    """Return random bytes `[rows, bytes]` whose float16 scales are finite and of the magnitude `scale`."""
+    rng = np.random.default_rng(seed)
+    raw = rng.integers(0, 256, (rows, blocks, QUANTIZED_TYPES[name].bytes_per_block), dtype=np.uint8)
+    for offset in FLOAT16_OFFSETS.get(name, (0,)):
+        raw[..., offset : offset + 2] = (scale * rng.normal(size=(rows, blocks, 1))).astype("<f2").view(np.uint8)
+    if name == "IQ1_M":  # the float16 scale is the high nibbles of the last four words
+        raw[..., -1] &= 0xBF
+    if name == "MXFP4":  # the scale is a power of two
+        raw[..., 0] = rng.integers(0, 160, (rows, blocks))
+    return raw.reshape(rows, -1)
+
+
+def uint64(value: int) -> bytes:
+    return struct.pack("<Q", value)
+
+
+def change_entry(raw: bytes, name: bytes, type_number: int | None = None, offset: int | None = None) -> bytes:
+    """Return the file `raw` with another type number or offset of the matrix `name`."""
+    start = raw.index(uint64(len(name)) + name) + 8 + len(name) + 4 + 16
+    old_type_number, old_offset = struct.unpack_from("<IQ", raw, start)
+    new_type_number = old_type_number if type_number is None else type_number
+    entry = struct.pack("<IQ", new_type_number, old_offset if offset is None else offset)
+    return raw[:start] + entry + raw[start + 12 :]
 
 
 @dataclass
@@ -102,3 +136,15 @@ def random_gguf(path: Path, tensor_type: str = "f32", moe: bool = True, seed: in
     tensors = [(name.removeprefix("model."), read) for name, _, _, read in export_tensors(numpy_model(cfg, seed=seed))]
     write_gguf(path, config_to_hf(cfg), tensors, tensor_type)
     return cfg
+
+
+def assert_same(path: Path, original: Path, without: str = "none") -> None:
+    """Check that a file has the config and the values of the original, but for tensors that begin with `without`."""
+    found, expected = open_checkpoint(path), open_checkpoint(original)
+    assert isinstance(found, GgufFile) and isinstance(expected, GgufFile)
+    assert found.config["layer_types"] == expected.config["layer_types"]
+    names = {name for name in expected.tensors if not name.startswith(without)}
+    assert set(found.tensors) == names
+    for name in names:
+        np.testing.assert_array_equal(found.read(name), expected.read(name), err_msg=name)
+    check_source(found)

@@ -242,3 +242,26 @@ def _write(folder: Path, config: dict[str, Any], tensors: Tensors) -> None:
 
     entries = [(name, array.shape, array.dtype, partial(contiguous, array)) for name, array in tensors.items()]
     write_safetensors_directory(folder, config, entries)
+
+
+def write_folder(path: Path, tensors: Tensors, settings: Any = None, **config: Any) -> Path:
+    """Write a folder; `settings` is its quantization_config, if there is one."""
+    own = {"quantization_config": settings} if settings is not None else {}
+
+    def contiguous(array: np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray(array).reshape(array.shape)
+
+    entries = [(name, array.shape, array.dtype, partial(contiguous, array)) for name, array in tensors.items()]
+    write_safetensors_directory(path, {"model_type": "qwen3_5_moe"} | own | config, entries)
+    return path
+
+
+def matrices(*shape: int, seed: int = 0) -> np.ndarray:
+    """Return random matrices with the deviation of weights."""
+    return np.random.default_rng(seed).normal(0, 0.1, shape).astype(np.float32)
+
+
+def with_names(encode: Encoder, w: np.ndarray, base: str) -> tuple[Tensors, np.ndarray]:
+    """Return the tensors of a matrix with names that begin with `base`, and the weight that they stand for."""
+    encoded, value = encode(w)
+    return {f"{base}.{suffix}": array for suffix, array in encoded.items()}, value

@@ -25,7 +25,9 @@ from mtpjax.cli.generate import main as generate
 from mtpjax.loading.draft_head import with_draft_head
 from mtpjax.loading.load import load_checkpoint
 from mtpjax.loading.loaded_model import LoadedModel, flatten_params
+from tests.golden.weights import golden_tensors
 from tests.helpers.gguf_files import GgufContents, Type, random_gguf
+from tests.helpers.published_models import unfuse_experts, write
 from tests.helpers.quantized_folders import FORMATS, UNQUANTIZED, PublishedFormat, Tensors, write_model
 from tests.helpers.word_checkpoint import CFG, MODEL, SMALL, TENSORS, write_checkpoint
 
@@ -300,3 +302,34 @@ def test_drafts_are_accepted_as_with_the_unquantised_head(name: str, tmp_path: P
         assert got.token_ids == want.token_ids and drafts(got) == drafts(want)
     accepted = sum(output.metrics.num_accepted_tokens for output in packed)
     assert accepted > 0.4 * sum(output.metrics.num_draft_tokens for output in packed)
+
+
+@fast
+@pytest.mark.parametrize("within", ["model.", "mtp."], ids=["trunk unfused", "head unfused"])
+def test_experts_may_be_fused_in_one_part_only(within: str, tmp_path: Path) -> None:
+    """miles 1317 and a merge of 397B: one tensor for each expert in the trunk or in the head, fused in the other."""
+    case = "moe_r1"
+    tensors = golden_tensors(case)
+    whole = write(tmp_path / "fused", case, tensors)
+    mixed = write(tmp_path / "mixed", case, unfuse_experts(tensors, within))
+    found, expected = (load_checkpoint(open_checkpoint(path), dtype=FLOAT32) for path in (mixed, whole))
+    assert_same_parameters(found, expected)
+    names = set(open_checkpoint(mixed).tensors)  # type: ignore[union-attr]
+    assert ("layers.0.mlp.experts.gate_up_proj" in names) == (within == "mtp.")
+    assert ("mtp.layers.0.mlp.experts.gate_up_proj" in names) == (within == "model.")
+
+
+@fast
+@pytest.mark.parametrize("name", ["nvfp4", "float8 rows"])
+def test_a_quantised_lm_head_serves_the_mtp_head(name: str, tmp_path: Path) -> None:
+    unquantized = tuple(part for part in UNQUANTIZED if part != "lm_head")
+    write_model(tmp_path, FORMATS[name], unquantized, num_superblocks=1)
+    source = open_checkpoint(tmp_path / "packed")
+    assert isinstance(source, QuantizedDirectory)
+    head = SafetensorsDirectory(tmp_path / "plain").read("lm_head.weight").astype(np.float32)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 2, head.shape[1])), jnp.float32)
+    for quantization in (None, "packed"):
+        loaded = load_checkpoint(source, dtype=FLOAT32, quantization=quantization)
+        model: Any = nnx.merge(loaded.graph, loaded.params)
+        for logits in (model.head(x), model.draft_logits(x)):
+            np.testing.assert_allclose(logits, x @ head.T, rtol=1e-4, atol=1e-4)
