@@ -1,7 +1,7 @@
 """Run what XLA compiles for NVIDIA cards, without a card: every GPU kernel, and texts of the embedded model.
 
     make emulate-cuda                                   (in the environment of `make check-cuda`)
-    python -m scripts.gpu.emulate_cuda [--cards h200 ...] [--cases text ...] [--json FILE]
+    python -m scripts.gpu.emulate_cuda [--cards h200 ...] [--cases text ...] [--json FILE [--update]]
 
 An emulator reads the PTX and executes each instruction with numpy (`scripts/ptx_emulator/README.md`).
 
@@ -197,12 +197,25 @@ def show(result: Result) -> str:
     return f"{name} differs by {formula:.1e} from the formula, {interpreted:.1e} from the interpreted kernel"
 
 
+def with_others(results: list[Result], file: Path) -> list[Result]:
+    """Return these results and those of other cases and cards that a file has, which keep the commit they are of."""
+    before = json.loads(file.read_text())
+    done = {(result["card"], result["case"]) for result in results}
+    others = [
+        {"commit": before["commit"]} | result
+        for result in before["results"]
+        if (result["card"], result["case"]) not in done
+    ]
+    return results + others
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n", 1)[0])
     parser.add_argument("--cards", nargs="+", default=["rtx3090", "h200", "b200"], choices=CARDS)
     parser.add_argument("--cases", nargs="+", help="only cases whose names contain one of these words (default: all)")
     parser.add_argument("--jobs", type=int, default=2, help="cards at a time, a process each (default: 2)")
     parser.add_argument("--json", type=Path, help="write all results there")
+    parser.add_argument("--update", action="store_true", help="keep what the file has of other cases and cards")
     parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -230,7 +243,8 @@ def main() -> int:
             "bound": TOLERANCE,
             "sizes": str(SIZES),
         }
-        write_json(str(args.json), {**about, **describe("none: emulated"), "results": results})
+        kept = with_others(results, args.json) if args.update and args.json.exists() else results
+        write_json(str(args.json), {**about, **describe("none: emulated"), "results": kept})
     print(f"{len(results)} cases emulated on {len(args.cards)} cards, {num_problems} problems")
     return int(num_problems > 0)
 

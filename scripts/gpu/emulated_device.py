@@ -26,7 +26,7 @@ class EmulatedDevice:
 
     def __init__(self, card: Card):
         self._folder = tempfile.TemporaryDirectory()
-        self.card, self.target = card, CompileTarget(card, Path(self._folder.name))
+        self.card, self.target = card, CompileTarget(card, Path(self._folder.name), only_ptx=True)
         self.num_launched = 0
 
     def compile(self, fn: Any, args: tuple[Any, ...], *, find_races: bool = True) -> Callable[..., Any]:

@@ -1,5 +1,7 @@
 """What `make emulate-cuda` calls wrong, and the case of the shared expert in the launch of the routed ones."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 
 from scripts.gpu.cuda_cases import kernel_cases
 from scripts.gpu.data import CHECKED, data_of, reference, relative_difference
-from scripts.gpu.emulate_cuda import problems, show
+from scripts.gpu.emulate_cuda import problems, show, with_others
 from scripts.gpu.emulated_caches import WAYS
 from scripts.gpu.kernels import SMOKE, least
 
@@ -48,3 +50,11 @@ def test_the_shared_expert_in_the_launch_of_the_others(form: str) -> None:
     moved, flops = least(name, args, SMOKE)
     without_shared = least("experts", (*args[:6], args[7]), SMOKE)
     assert moved > without_shared[0] and flops > without_shared[1]
+
+
+def test_results_of_other_cases_are_kept(tmp_path: Path) -> None:
+    rows = [{"card": card, "case": "norm decode", "of_formula": 1.0} for card in ("h200", "b200")]
+    file = tmp_path / "emulated.json"
+    file.write_text(json.dumps({"commit": "1234567", "results": rows}))
+    new = {"card": "h200", "case": "norm decode", "of_formula": 0.5}
+    assert with_others([new], file) == [new, rows[1] | {"commit": "1234567"}]
