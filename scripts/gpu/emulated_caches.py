@@ -14,6 +14,7 @@ from itertools import product
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 
 from mtpjax.loading.random_init import random_model
 from scripts.gpu.bits_model import BitChecks, ModelSizes
@@ -68,12 +69,23 @@ def cache_report(device: EmulatedDevice, quantization: str) -> dict[str, Any]:
             expected = [reference[i] for i in prompts] if prompts else reference
             result = checks.compare_caches(str(way), expected, caches)
             found.append(result._asdict() | {"seconds": round(time.perf_counter() - start, 1)})
-    return {"reference": str(WAYS[0]), "prompts": PROMPTS, "checks": found}
+    assert reference is not None
+    return {"reference": str(WAYS[0]), "prompts": PROMPTS, "empty": empty_arrays(reference), "checks": found}
+
+
+def empty_arrays(caches: list[dict[str, np.ndarray]]) -> list[str]:
+    """Return the arrays that say nothing, because they hold one number everywhere or one that is not finite."""
+    return [
+        f"{name} of prompt {number}"
+        for number, arrays in enumerate(caches)
+        for name, values in arrays.items()
+        if not np.isfinite(values.astype(np.float32)).all() or (values == values.flat[0]).all()
+    ]
 
 
 def cache_problems(result: dict[str, Any]) -> list[str]:
-    """Return every way of reading that leaves other caches than the reference."""
-    return [
+    """Return every way of reading that leaves other caches than the reference, and what could not differ."""
+    return [f"{array}: the same number everywhere, or one that is not finite" for array in result["empty"]] + [
         f"{check['check']}: {check['differing']} of {check['total']} numbers differ, first in {check['where']}"
         for check in result["checks"]
         if check["differing"] or not check["total"]
@@ -82,7 +94,7 @@ def cache_problems(result: dict[str, Any]) -> list[str]:
 
 def show_caches(result: dict[str, Any]) -> str:
     """Return a few words about a result."""
-    same = len(result["checks"]) - len(cache_problems(result))
+    same = sum(check["differing"] == 0 for check in result["checks"])
     return (
         f"{same} of {len(result['checks'])} ways to read {len(PROMPTS)} prompts leave the same "
         f"{max(check['total'] for check in result['checks'])} numbers; "

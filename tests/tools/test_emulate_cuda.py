@@ -10,13 +10,13 @@ import pytest
 from scripts.gpu.cuda_cases import kernel_cases
 from scripts.gpu.data import CHECKED, data_of, reference, relative_difference
 from scripts.gpu.emulate_cuda import problems, show, with_others
-from scripts.gpu.emulated_caches import WAYS
+from scripts.gpu.emulated_caches import WAYS, empty_arrays
 from scripts.gpu.kernels import SMOKE, least
 
 
 def cache_result(**found: Any) -> dict[str, Any]:
     check = {"check": "alone", "differing": 0, "total": 900, "where": None} | found
-    return {"card": "h200", "case": "caches iq4_nl", "seconds": 1.0, "kernels": 9, "checks": [check]}
+    return {"card": "h200", "case": "caches iq4_nl", "seconds": 1.0, "kernels": 9, "empty": [], "checks": [check]}
 
 
 def test_caches_that_differ_are_a_problem() -> None:
@@ -28,6 +28,9 @@ def test_caches_that_differ_are_a_problem() -> None:
     ]
     assert "0 of 1 ways" in show(different)
     assert problems(cache_result(total=0))  # nothing was compared
+    arrays = {"a": np.arange(3.0), "b": np.zeros(3), "c": np.array([1.0, np.nan])}
+    assert empty_arrays([arrays]) == ["b of prompt 0", "c of prompt 0"]
+    assert len(problems(cache_result() | {"empty": ["b of prompt 0"]})) == 1
 
 
 def test_prompts_are_read_in_all_ways() -> None:
