@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from kernels_pallas.grouped_matmul.triton_shared import SharedExpert
 from kernels_pallas.packed.formats import abstract_weight
+from kernels_pallas.weights import LayerView
 
 
 class MoeShape(NamedTuple):
@@ -42,3 +44,10 @@ def fused_moe_inputs(shape: MoeShape, rows: int, storage_format: str, dtype: DTy
         spec(topk, jnp.float32),
         spec((rows,), jnp.bool_),
     )
+
+
+def shared_expert_inputs(shape: MoeShape, rows: int, storage_format: str, dtype: DTypeLike) -> SharedExpert:
+    """Return an abstract shared expert of the size of a routed one, as `fused_moe_unreduced` takes it."""
+    spec = cast(Any, jax.ShapeDtypeStruct)
+    down = abstract_weight((shape.layers, shape.hidden_size, shape.expert_size), storage_format)
+    return SharedExpert(spec((rows, shape.expert_size), dtype), LayerView(down, spec((), jnp.int32)))

@@ -21,6 +21,7 @@ from mtpjax.config import FULL, ModelConfig
 from mtpjax.decoding import steps
 from mtpjax.engine.engine import Engine
 from mtpjax.engine.model_runner import ModelRunner
+from mtpjax.engine.programs import CompileFn, compile_ahead
 from mtpjax.engine.request import Request
 from mtpjax.loading.loaded_model import LoadedModel
 from mtpjax.model.cache import Cache
@@ -74,13 +75,22 @@ class BitChecks:
         cache_dtype: of keys, values and convolution inputs.
         sizes: what is compared.
         seed: of the prompts' tokens.
+        compile_fn: makes the programs of prompts and texts, as that of `ModelRunner`.
     """
 
-    def __init__(self, model: LoadedModel, cache_dtype: Any, sizes: ModelSizes, seed: int = 0):
+    def __init__(
+        self,
+        model: LoadedModel,
+        cache_dtype: Any,
+        sizes: ModelSizes,
+        seed: int = 0,
+        compile_fn: CompileFn = compile_ahead,
+    ):
         self.models = {True: model, False: without_mtp(model)}
         self.cfg, self.cache_dtype, self.sizes = model.cfg, cache_dtype, sizes
         rng = np.random.default_rng(seed)
         self.prompts = [rng.integers(0, self.cfg.vocab_size, length).tolist() for length in sizes.prompts]
+        self.compile_fn = compile_fn
         self._runners: dict[Any, ModelRunner] = {}
 
     def runner(self, mtp: bool, buckets: tuple[int, ...], drafts: int = 0) -> ModelRunner:
@@ -93,6 +103,7 @@ class BitChecks:
                 max_model_len=max(self.sizes.prompts) + self.sizes.new_tokens + max(self.sizes.windows),
                 cache_dtype=self.cache_dtype,
                 prefill_buckets=buckets,
+                compile_fn=self.compile_fn,
             )
         return self._runners[key]
 
@@ -121,10 +132,16 @@ class BitChecks:
         *,
         one_by_one: bool = False,
         mtp_prompt_tokens: int | None = None,
+        prompts: Sequence[int] | None = None,
     ) -> list[dict[str, np.ndarray]]:
-        """Read all prompts and return what each sequence remembers, array by array in the order of the layers."""
+        """Read prompts and return what each sequence remembers, array by array in the order of the layers.
+
+        Args:
+            prompts: the numbers of the prompts; None: all.
+        """
         runner = self.runner(mtp, buckets)
-        batches = [[prompt] for prompt in self.prompts] if one_by_one else [self.prompts]
+        chosen = self.prompts if prompts is None else [self.prompts[i] for i in prompts]
+        batches = [[prompt] for prompt in chosen] if one_by_one else [chosen]
         found = []
         for batch in batches:
             cache, hidden, _ = runner.prefill(batch, mtp_prompt_tokens=mtp_prompt_tokens)

@@ -10,6 +10,7 @@ A crash of the compiler ends only the process of its card. Further checks of the
   instructions as for five rows: then the bits of a row do not depend on the number of rows in its window.
 * The loops of matrix products may not wait for memory where they load.
 * The loops of matrix products of few rows may not pass four-bit weights through shared memory.
+* Decoding kernels may not spill registers, except those for rows of float32.
 
 The programs are those of a 35B-A3B with IQ4_NL weights, and for the smallest card also with the mixture of types that
 llama.cpp calls Q4_K_M, for one sequence, draft length 4 and a bfloat16 cache. Reported are bytes, kernels of a round,
@@ -187,6 +188,8 @@ def problems(result: Result) -> list[str]:
     for name, use in result["kernels"].items():
         if use.get("unprefetched"):
             found.append(f"{name}: {use['unprefetched']} loads of its loop are not prefetched")
+        if result["case"].endswith("decode") and use.get("spilled"):
+            found.append(f"{name}: {use['spilled']} bytes of spilled registers")
         by_registers = name.endswith(REGISTER_LAYOUTS) and result["card"] not in MEMORY_OPERAND_CARDS
         of_rows = max((count for prefix, count in STORED_ROWS.items() if name.startswith(prefix)), default=0)
         moves = max(0, use.get("stored", 0) - of_rows) + use.get("shuffled", 0)

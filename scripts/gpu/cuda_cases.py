@@ -19,8 +19,9 @@ from kernels_pallas.attention.triton_qkv import norm_rope_update_cache
 from kernels_pallas.gated_delta_rule.shapes import DeltaShape, gated_delta_rule_inputs, with_updates
 from kernels_pallas.gated_delta_rule.triton import recurrent_gated_delta_rule
 from kernels_pallas.gated_delta_rule.triton_chunks import gated_delta_rule
-from kernels_pallas.grouped_matmul.shapes import MoeShape, fused_moe_inputs
-from kernels_pallas.grouped_matmul.triton import fused_moe
+from kernels_pallas.grouped_matmul.reference import combine_experts
+from kernels_pallas.grouped_matmul.shapes import MoeShape, fused_moe_inputs, shared_expert_inputs
+from kernels_pallas.grouped_matmul.triton import fused_moe, fused_moe_unreduced
 from kernels_pallas.matmul.shapes import LinearShape, matmul_inputs
 from kernels_pallas.matmul.triton import matmul
 from kernels_pallas.norm.shapes import NormShape, add_rms_norm_inputs, gated_rms_norm_inputs
@@ -73,7 +74,10 @@ def kernel_cases(
     interpret: bool = False,
     dtype: Any = jnp.bfloat16,
 ) -> dict[str, Case]:
-    """Return a case for every kernel, "OP FORM REGIME", with weights in these forms and rows of this dtype."""
+    """Return a case for every kernel, "OP FORM REGIME", with weights in these forms and rows of this dtype.
+
+    "joined" are the experts with the shared expert in the launch of their down projection, which packed weights have.
+    """
     size = size or KernelSizes()
     rows_of = dict(size.rows)
     decode_rows = rows_of["decode"]
@@ -94,6 +98,20 @@ def kernel_cases(
 
     def experts_case(form: str, rows: int) -> tuple[Any, tuple[Any, ...]]:
         return jax.jit(kernel(fused_moe)), fused_moe_inputs(moe_shape, rows, form, dtype)
+
+    def joined_case(form: str) -> tuple[Any, tuple[Any, ...]]:
+        *args, valid = fused_moe_inputs(moe_shape, decode_rows, form, dtype)
+        run = kernel(fused_moe_unreduced)
+
+        def both(*args: Any) -> Any:
+            """Return the routed experts and the shared one, float32 `[rows, 2, D]`."""
+            valid = args[-1]
+            outputs, shared = run(*args[:-1])
+            if shared is None:
+                raise ValueError(f"the down kernel does not take the shared expert of {decode_rows} rows")
+            return jnp.stack([combine_experts(outputs, valid, jnp.float32), shared], axis=1)
+
+        return jax.jit(both), (*args, shared_expert_inputs(moe_shape, decode_rows, form, dtype), valid)
 
     def attention_case(rows: int) -> tuple[Any, tuple[Any, ...]]:
         return jax.jit(kernel(attention_kernel)), attention_inputs(attention_shape, rows, dtype)
@@ -148,6 +166,7 @@ def kernel_cases(
             for form in forms
             for regime, rows in size.rows
         }
+        | {f"joined {form} decode": partial(joined_case, form) for form in forms if form != "bf16"}
     )
 
 

@@ -68,6 +68,7 @@ CARDS = {
 
 # The second flag makes jax 0.11 keep the PTX, too; the third writes all constants out.
 DUMP_FLAGS = "--xla_dump_to={} --xla_dump_emitter_re=ptx --xla_dump_large_constants=true"
+ONLY_PTX_FLAG = "--xla_gpu_disable_gpuasm_optimizations=true"  # for the assembler, which comes after the PTX
 
 
 class CompileTarget:
@@ -75,12 +76,14 @@ class CompileTarget:
 
     Args:
         dump: folder that gets all files that XLA writes about each program.
+        only_ptx: the machine code is not used, so the assembler may hurry.
     """
 
-    def __init__(self, card: Card, dump: Path | None = None):
+    def __init__(self, card: Card, dump: Path | None = None, only_ptx: bool = False):
         os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # the check asks the driver, which is missing
         flags = [os.environ.get("XLA_FLAGS", ""), "--xla_gpu_autotune_level=0"]
-        os.environ["XLA_FLAGS"] = " ".join(flags + ([DUMP_FLAGS.format(dump)] if dump else []))
+        flags += ([DUMP_FLAGS.format(dump)] if dump else []) + ([ONLY_PTX_FLAG] if only_ptx else [])
+        os.environ["XLA_FLAGS"] = " ".join(flags)
         topology = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=card.config())
         self.mesh = topologies.make_mesh(topology, (1,), ("x",))
         self.card = card

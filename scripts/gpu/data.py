@@ -74,7 +74,7 @@ def data_of(name: str, args: tuple[Any, ...], size: KernelSizes, seed: int = 0) 
             )
         elif not spec.shape:
             made.append(jnp.int32(size.layers - 1))
-        elif name.startswith("experts"):
+        elif name.startswith(("experts", "joined")):
             chosen = [rng.choice(size.experts, size.experts_per_token, replace=False) for _ in range(spec.shape[0])]
             made.append(jnp.array(chosen, jnp.int32))
         else:
@@ -104,6 +104,17 @@ def whole(w: Any, layer: Any) -> jax.Array:
     """One layer of a stack in float32."""
     one = jax.tree.map(lambda part: part[layer], w)
     return one.dequantize() if isinstance(one, QuantizedTensor) else one.astype(jnp.float32)
+
+
+def relative_difference(name: str, actual: Any, expected: Any) -> float:
+    """Return the largest difference of the results of a case, divided by the largest expected magnitude.
+
+    The routed experts and the shared one of a "joined" case count each by themselves. NaN if either array holds NaN.
+    """
+    actual, expected = (np.asarray(array, np.float64) for array in (actual, expected))
+    axes = (0, 2) if name.startswith("joined") else None
+    largest = np.maximum(np.max(np.abs(expected), axis=axes), 1e-30)
+    return float(np.max(np.max(np.abs(actual - expected), axis=axes) / largest))
 
 
 def reference(name: str, args: tuple[Any, ...], chosen: int) -> jax.Array:
@@ -144,14 +155,19 @@ def reference(name: str, args: tuple[Any, ...], chosen: int) -> jax.Array:
         return jax.jit(top_k_top_p_threshold)(*(part[-CHECKED:] for part in args))
     if op == "deltanet":
         return jnp.array(recurrence(*args[:-2])[-CHECKED:], jnp.float32)
-    x, gate_up, down, layer, numbers, weights, _ = args
+    x, gate_up, down, layer, numbers, weights, *shared, _ = args
     rows, numbers, weights = x[-CHECKED:].astype(jnp.float32), numbers[-CHECKED:], weights[-CHECKED:]
     gates, downs = whole(gate_up, layer), whole(down, layer)
     total = jnp.zeros_like(rows)
     for slot in range(numbers.shape[1]):
         gate, up = jnp.split(dot("nd,nod->no", rows, gates[numbers[:, slot]]), 2, axis=-1)
         total += weights[:, slot, None] * dot("ni,ndi->nd", jax.nn.silu(gate) * up, downs[numbers[:, slot]])
-    return total
+    if not shared:
+        return total
+    [(hidden, weight)] = shared
+    return jnp.stack(
+        [total, dot("ni,di->nd", hidden[-CHECKED:].astype(jnp.float32), whole(weight.stack, weight.layer))], 1
+    )
 
 
 def entered(rows: QkvProjections, k_norm: Any, q_norm: Any, rope: CosSin, each: int) -> jax.Array:

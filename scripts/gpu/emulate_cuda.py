@@ -1,7 +1,7 @@
 """Run what XLA compiles for NVIDIA cards, without a card: every GPU kernel, and texts of the embedded model.
 
     make emulate-cuda                                   (in the environment of `make check-cuda`)
-    python -m scripts.gpu.emulate_cuda [--cards h200 ...] [--cases text ...] [--json FILE]
+    python -m scripts.gpu.emulate_cuda [--cards h200 ...] [--cases text ...] [--json FILE [--update]]
 
 An emulator reads the PTX and executes each instruction with numpy (`scripts/ptx_emulator/README.md`).
 
@@ -9,6 +9,8 @@ An emulator reads the PTX and executes each instruction with numpy (`scripts/ptx
   kernel interpreted on a CPU.
 * Texts: whole programs, from the prefill of prompts to the draft-verify loop. Texts with drafts must equal texts
   without drafts.
+* Caches: prompts alone and together, in chunks of two lengths, with the MTP head and without. Caches must be equal, bit
+  for bit (`emulated_caches.py`).
 
 While a kernel runs, each access to memory is checked: it must be aligned, inside a buffer of the kernel, and without a
 race with other warps or blocks. Memory that was never written holds NaN, and asynchronous copies arrive as late as they
@@ -34,7 +36,8 @@ from scripts.benchmarks.results import describe, write_json
 from scripts.gpu.check_cuda import Result, float32_cases, run_card
 from scripts.gpu.cuda_cases import Case, KernelSizes, kernel_cases
 from scripts.gpu.cuda_target import CARDS
-from scripts.gpu.data import CHECKED, data_of, reference
+from scripts.gpu.data import CHECKED, data_of, reference, relative_difference
+from scripts.gpu.emulated_caches import CACHES, cache_problems, cache_report, show_caches
 from scripts.gpu.emulated_device import EmulatedDevice
 
 CHECKPOINT = Path(__file__).resolve().parent.parent.parent / "checkpoints" / "tiny"
@@ -102,17 +105,18 @@ def work(card: str, names: list[str]) -> None:
         print(json.dumps({"start": name}), flush=True)
         start, launched_before = time.perf_counter(), device.num_launched
         try:
-            result = text_report(device, TEXTS[name]) if name in TEXTS else kernel_report(device, name)
+            result = report(device, name)
         except Exception as error:  # a failed case is a result, whatever the error
             result = {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"}
         counts = {"seconds": round(time.perf_counter() - start, 1), "kernels": device.num_launched - launched_before}
         print(json.dumps({"case": name, **counts, **result}), flush=True)
 
 
-def relative_difference(actual: Any, expected: Any) -> float:
-    """Return the largest difference, divided by the largest expected magnitude; NaN if either holds NaN."""
-    actual, expected = (np.asarray(array, np.float64) for array in (actual, expected))
-    return float(np.max(np.abs(actual - expected)) / max(float(np.max(np.abs(expected))), 1e-30))
+def report(device: EmulatedDevice, name: str) -> Result:
+    """Run a case."""
+    if name in CACHES:
+        return cache_report(device, CACHES[name])
+    return text_report(device, TEXTS[name]) if name in TEXTS else kernel_report(device, name)
 
 
 def kernel_report(device: EmulatedDevice, name: str) -> Result:
@@ -125,8 +129,8 @@ def kernel_report(device: EmulatedDevice, name: str) -> Result:
     formula = reference(name, args, SIZES.experts_per_token)
     output = np.asarray(outputs[-1 if name.startswith("norm") else 0], np.float32)
     return {
-        "of_formula": relative_difference(output.reshape(-1, *formula.shape[1:])[-CHECKED:], formula),
-        "of_interpreted": max(relative_difference(a, b) for a, b in zip(outputs, interpreted, strict=True)),
+        "of_formula": relative_difference(name, output.reshape(-1, *formula.shape[1:])[-CHECKED:], formula),
+        "of_interpreted": max(relative_difference(name, a, b) for a, b in zip(outputs, interpreted, strict=True)),
     }
 
 
@@ -159,6 +163,8 @@ def problems(result: Result) -> list[str]:
     """Return everything in a result that is wrong."""
     if "error" in result:
         return [result["error"]]
+    if result["case"] in CACHES:
+        return cache_problems(result)
     if result["case"] in TEXTS:
         exact = TEXTS[result["case"]].options["dtype"] == "float32"
         found = {
@@ -178,6 +184,8 @@ def show(result: Result) -> str:
     name = f"{result['card']:8} {result['case']:31}"
     if "error" in result:
         return f"{name} FAILED {result['error']}"
+    if result["case"] in CACHES:
+        return f"{name} {show_caches(result)}"
     if result["case"] in TEXTS:
         drafts, cpu = ("the same" if result[key] else "OTHERS" for key in ("same_with_drafts", "same_on_cpu"))
         return (
@@ -189,18 +197,31 @@ def show(result: Result) -> str:
     return f"{name} differs by {formula:.1e} from the formula, {interpreted:.1e} from the interpreted kernel"
 
 
+def with_others(results: list[Result], file: Path) -> list[Result]:
+    """Return these results and those of other cases and cards that a file has, which keep the commit they are of."""
+    before = json.loads(file.read_text())
+    done = {(result["card"], result["case"]) for result in results}
+    others = [
+        {"commit": before["commit"]} | result
+        for result in before["results"]
+        if (result["card"], result["case"]) not in done
+    ]
+    return results + others
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n", 1)[0])
     parser.add_argument("--cards", nargs="+", default=["rtx3090", "h200", "b200"], choices=CARDS)
     parser.add_argument("--cases", nargs="+", help="only cases whose names contain one of these words (default: all)")
     parser.add_argument("--jobs", type=int, default=2, help="cards at a time, a process each (default: 2)")
     parser.add_argument("--json", type=Path, help="write all results there")
+    parser.add_argument("--update", action="store_true", help="keep what the file has of other cases and cards")
     parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         work(args.worker[0], args.worker[1:])
         return 0
-    names = (*all_kernel_cases(), *TEXTS)
+    names = (*all_kernel_cases(), *TEXTS, *CACHES)
     selected = [name for name in names if not args.cases or any(word in name for word in args.cases)]
     if not selected:
         parser.error(f"no case contains one of {args.cases}; they are: {', '.join(names)}")
@@ -222,7 +243,8 @@ def main() -> int:
             "bound": TOLERANCE,
             "sizes": str(SIZES),
         }
-        write_json(str(args.json), {**about, **describe("none: emulated"), "results": results})
+        kept = with_others(results, args.json) if args.update and args.json.exists() else results
+        write_json(str(args.json), {**about, **describe("none: emulated"), "results": kept})
     print(f"{len(results)} cases emulated on {len(args.cards)} cards, {num_problems} problems")
     return int(num_problems > 0)
 

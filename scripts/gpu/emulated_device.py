@@ -26,13 +26,16 @@ class EmulatedDevice:
 
     def __init__(self, card: Card):
         self._folder = tempfile.TemporaryDirectory()
-        self.card, self.target = card, CompileTarget(card, Path(self._folder.name))
+        self.card, self.target = card, CompileTarget(card, Path(self._folder.name), only_ptx=True)
         self.num_launched = 0
 
-    def compile(self, fn: Any, args: tuple[Any, ...]) -> Callable[..., Any]:
+    def compile(self, fn: Any, args: tuple[Any, ...], *, find_races: bool = True) -> Callable[..., Any]:
         """Compile a jitted function for arguments like these; the result computes on numpy arrays what the card would.
 
         A function without arguments is returned as it is, and runs on the host.
+
+        Args:
+            find_races: look for races in the first run of each kernel, which doubles its time.
         """
         leaves, tree = jax.tree.flatten(args)
         if not leaves:
@@ -42,7 +45,7 @@ class EmulatedDevice:
         shutil.rmtree(folder)
         folder.mkdir()
         compiled = self.target.compile(fn, *shapes)
-        program, results = EmulatedProgram(folder), jax.tree.structure(compiled.out_info)
+        program, results = EmulatedProgram(folder, find_races), jax.tree.structure(compiled.out_info)
         # jax drops the arguments that a program does not read: it reports None as their sharding.
         is_used = jax.tree.map(lambda _, sharding: sharding is not None, compiled.args_info, compiled.input_shardings)
         used = [number for number, read in enumerate(jax.tree.leaves(is_used)) if read]

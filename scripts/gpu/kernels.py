@@ -19,7 +19,7 @@ from kernels_pallas.top_k_top_p.triton import TOP_PER_TILE
 from scripts.benchmarks.roofline import Ceilings, measure_seconds
 from scripts.benchmarks.trace_events import read_op_times
 from scripts.gpu.cuda_cases import FORMS, Case, KernelSizes, kernel_cases
-from scripts.gpu.data import CHECKED, data_of, reference
+from scripts.gpu.data import CHECKED, data_of, reference, relative_difference
 
 SMOKE = KernelSizes(
     hidden=256,
@@ -64,9 +64,14 @@ def least(name: str, args: tuple[Any, ...], size: KernelSizes) -> tuple[float, f
         one = state.nbytes / state.shape[0]
         return 2 * one + 2 * qkv.nbytes, 8.0 * qkv.shape[1] * one / 4
     x, gate_up, down, _, chosen = args[:5]
+    shared = args[6].down.stack if op == "joined" else None
     touched, matrices = len(np.unique(np.asarray(chosen))), size.layers * size.experts
     flops = 2.0 * chosen.size * (math.prod(gate_up.shape) + math.prod(down.shape)) / matrices
-    return (gate_up.nbytes + down.nbytes) / matrices * touched + 2 * x.nbytes, flops
+    moved = (gate_up.nbytes + down.nbytes) / matrices * touched + 2 * x.nbytes
+    if shared is not None:
+        moved += shared.nbytes / size.layers
+        flops += 2.0 * len(x) * math.prod(shared.shape[1:])
+    return moved, flops
 
 
 def all_layers(name: str, fn: Any, args: tuple[Any, ...], size: KernelSizes) -> Callable[[], Any]:
@@ -130,7 +135,7 @@ def measure(name: str, make: Case, size: KernelSizes, ceilings: Ceilings, runs: 
     run = all_layers(name, fn, args, size)
     got = jax.tree.leaves(fn(*args) if name.startswith(LAYERLESS) else run()[-1])[-1 if name.startswith("norm") else 0]
     rows = jnp.asarray(got, jnp.float32).reshape(-1, *want.shape[1:])[-CHECKED:]
-    error = float(jnp.max(jnp.abs(rows - want)) / jnp.max(jnp.abs(want)))
+    error = relative_difference(name, rows, want)
     times, clock = measure_kernels(run, runs)
     times = [each / size.layers for each in times]
     return {

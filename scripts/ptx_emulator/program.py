@@ -23,16 +23,17 @@ class EmulatedProgram:
     Args:
         folder: what XLA dumped when it compiled the program, with its PTX and all constants
             (`--xla_dump_to=FOLDER --xla_dump_emitter_re=ptx --xla_dump_large_constants=true`).
+        find_races: look for races in the first run of each launch, which doubles its time.
     Raises:
         EmulationError: as `XlaDump`.
     Attributes:
         num_launched: kernels run so far.
     """
 
-    def __init__(self, folder: Path):
-        self.dump, self.num_launched = XlaDump(folder), 0
+    def __init__(self, folder: Path, find_races: bool = True):
+        self.dump, self.num_launched, self.find_races = XlaDump(folder), 0, find_races
         self._async_thunks: dict[int, list[Thunk]] = {}
-        self._checked_launches: set[int] = set()  # races are looked for in the first run of each launch
+        self._checked_launches: set[int] = set()
         instructions, constants = self.dump.module.instructions, self.dump.constants
         self._constants = {number: _constant_bytes(instructions[name]) for name, number in constants.items()}
 
@@ -52,7 +53,7 @@ class EmulatedProgram:
         for thunk in thunks:
             match thunk:
                 case Launch():
-                    find_races = id(thunk) not in self._checked_launches
+                    find_races = self.find_races and id(thunk) not in self._checked_launches
                     run_kernel(self.dump.kernels[thunk.kernel], thunk, allocations, find_races)
                     self._checked_launches.add(id(thunk))
                     self.num_launched += 1

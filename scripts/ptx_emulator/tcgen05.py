@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from .ptx import Address, DestPair, EmulationError, Operand, PtxInstruction, immediate, registers_of, unsupported
-from .tensor_cores import active_units, matrix_index, unpack_values
+from .tensor_cores import active_units, matrix_index, multiply, unpack_values
 from .thread_group import WARP_SIZE, Executor, Mask, ThreadGroup, handles
 
 NUM_LANES, NUM_COLUMNS = 128, 512
@@ -121,7 +121,7 @@ def _product(inst: PtxInstruction) -> Executor:
             matrix_a = unpack_values(words, kind).reshape(len(block), m, k)
         else:
             matrix_a = _read_matrix(group, a, threads, (m, k, size), bool(transpose_a), kind)
-        product = np.matmul(matrix_a, matrix_b.transpose(0, 2, 1))
+        product = multiply(matrix_a, matrix_b, kind)
         index = _tensor_index(group, target, threads, m, n)
         before = np.ascontiguousarray(memory[index]).view(np.float32)
         accumulates = group.read_all(accumulate, np.bool_)[threads][:, None, None]

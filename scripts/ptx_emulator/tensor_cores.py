@@ -1,6 +1,8 @@
 """Matrix products of one warp (`mma`) or one warpgroup, four warps (`wgmma`), and matrix loads and stores.
 
-Sums are float32 in numpy's order. NVIDIA does not document how the hardware orders and rounds the sums of a product.
+NVIDIA does not document how the hardware orders and rounds the sums of a product. Here the sum over K of one
+instruction is rounded once and then added to the accumulator in float32, so that an element has the same bits in
+instructions of every shape (see `multiply`). That is the emulator's choice: no card was asked.
 """
 
 import re
@@ -19,6 +21,8 @@ GROUP_ID, THREAD_IN_GROUP = (
     LANE % 4,
 )  # PTX ISA, "Matrix Fragments for mma.m16n8k16": groupID, threadID_in_group
 SWIZZLE_BYTES = np.array([16, 128, 64, 32])  # by bits 62 to 63 of a matrix descriptor
+SIGNIFICANT_BITS = {"bf16": 8, "f16": 11, "tf32": 11}
+DOUBLE_BITS = 53
 
 
 def active_units(mask: Mask, size: int = WARP_SIZE) -> Any:
@@ -37,6 +41,39 @@ def unpack_values(words: Any, kind: str) -> Any:
         return (words & np.uint32(0xFFFFE000)).view(np.float32)[..., None]
     half = {"bf16": ml_dtypes.bfloat16, "f16": np.float16}[kind]
     return np.stack([(words >> np.uint32(s)).astype(np.uint16).view(half).astype(np.float32) for s in (0, 16)], axis=-1)
+
+
+def multiply(a: Any, b: Any, kind: str) -> Any:
+    """Return float32 `[units, m, n]`, the products of `[units, m, k]` and `[units, n, k]` float32, summed over k.
+
+    Sums are float64 and rounded once. Where the exponents of both matrices of a unit span few enough bits, every
+    partial sum is exact, so numpy may add in any order; the other units are summed in ascending order of k. An element
+    has the same bits in a product with more rows or columns: there the exponents span no fewer bits, and the ascending
+    order gives an exact sum, too.
+    """
+    room = DOUBLE_BITS - 2 * SIGNIFICANT_BITS[kind] - int(a.shape[2] - 1).bit_length()
+    span = _exponent_span(a) + _exponent_span(b)
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    total = np.matmul(a, b.transpose(0, 2, 1))
+    if (inexact := np.flatnonzero(~(span <= room))).size:
+        a, b = a[inexact], b[inexact]
+        ordered = np.zeros((len(a), a.shape[1], b.shape[1]))
+        for i in range(a.shape[2]):
+            ordered += a[:, :, None, i] * b[:, None, :, i]
+        total[inexact] = ordered
+    return total.astype(np.float32)
+
+
+def _exponent_span(x: Any) -> Any:
+    """Return for each matrix of `[units, rows, k]` the difference of its largest and smallest exponent, without zeros.
+
+    0 for a matrix of zeros, NaN or infinity for one that is not finite.
+    """
+    magnitude = np.abs(x).reshape(len(x), -1)
+    largest = magnitude.max(axis=1)
+    smallest = np.where(magnitude > 0, magnitude, np.inf).min(axis=1)
+    span = np.frexp(largest)[1] - np.frexp(smallest)[1]
+    return np.where(largest == 0, 0.0, np.where(np.isfinite(largest), span, np.nan))
 
 
 def _read_registers(group: ThreadGroup, operand: Operand, unit: int = WARP_SIZE) -> list[Any]:
@@ -68,7 +105,7 @@ def _mma(inst: PtxInstruction) -> Executor:
     def execute(group: ThreadGroup, mask: Mask) -> None:
         active_units(mask)
         matrix_a, matrix_b = _matrix(_read_registers(group, a), kind, 2), _matrix(_read_registers(group, b), kind, 1)
-        product = np.matmul(matrix_a, np.ascontiguousarray(matrix_b.transpose(0, 2, 1)))
+        product = multiply(matrix_a, matrix_b, kind)
         for n, (register, addend) in enumerate(zip(registers_of(target), _read_registers(group, c), strict=True)):
             value = product[:, GROUP_ID + 8 * (n // 2), 2 * THREAD_IN_GROUP + n % 2] + addend.view(np.float32)
             group.write(register, value.reshape(-1), mask)
@@ -212,7 +249,7 @@ def _wgmma(inst: PtxInstruction) -> Executor:
             matrix_a = _matrix(words, kind, 2).reshape(-1, m, k)
         else:
             matrix_a = read_matrix(group, a, m, transposes[0] if transposes else False, active)
-        product = np.matmul(matrix_a, matrix_b.transpose(0, 2, 1)).reshape(-1, 4, 16, n)
+        product = multiply(matrix_a, matrix_b, kind).reshape(-1, 4, 16, n)
         accumulates = group.read_all(scale_d, np.bool_)
         for number, register in enumerate(registers_of(target)):
             column = 8 * (number // 4) + 2 * THREAD_IN_GROUP + number % 2

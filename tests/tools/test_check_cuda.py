@@ -135,6 +135,9 @@ def test_problems_of_compiled_results() -> None:
     expected = "matmul_codes4: its loop passes weights on (0 stores, 32 shuffles)"
     assert problems(four_bits | shuffles) == [expected] and problems(four_bits | shuffles | {"card": "b200"}) == []
     assert problems(four_bits | shuffles | {"case": "linear iq4_nl prefill"}) == []
+    spills = {"kernels": {"matmul_codes4": none | {"spilled": 16}}}
+    assert problems(four_bits | spills) == ["matmul_codes4: 16 bytes of spilled registers"]
+    assert problems(four_bits | spills | {"case": "linear iq4_nl decode float32"}) == []
     program = {
         "card": "rtx3090",
         "case": "decode",

@@ -1,10 +1,13 @@
 """The emulator's tensor cores, of Ampere, Hopper and Blackwell, each compared with a product in numpy."""
 
+import math
+
 import ml_dtypes
 import numpy as np
 import pytest
 
 from scripts.ptx_emulator.ptx import EmulationError
+from scripts.ptx_emulator.tensor_cores import multiply
 from tests.helpers.ptx import run_ptx
 
 BF16 = ml_dtypes.bfloat16
@@ -172,3 +175,36 @@ def test_product_of_a_warpgroup(swizzled: bool) -> None:
     """
     out = run_ptx(text, [image, np.zeros((64, 8), np.float32)], threads=128, shared=image.nbytes)[1]
     np.testing.assert_allclose(out, a.astype(np.float32) @ b.astype(np.float32).T, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["bf16", "f16", "tf32"])
+@pytest.mark.parametrize("exponents", [1, 12, 24])
+def test_an_element_has_the_same_bits_in_products_of_every_shape(kind: str, exponents: int) -> None:
+    """Terms nearly cancel, so that a sum in another order is another number if float64 does not hold it exactly."""
+    rng = np.random.default_rng(exponents)
+    dtype = {"bf16": BF16, "f16": np.float16, "tf32": BF16}[kind]
+
+    def matrices(rows: int, sign: int) -> np.ndarray:
+        half = rng.normal(size=(3, rows, 8)) * 2.0 ** np.linspace(exponents // 2, -exponents // 2, 8).round()
+        return np.concatenate([half, sign * half[..., ::-1]], axis=-1).astype(dtype).astype(np.float32)
+
+    a, b = matrices(64, -1), matrices(128, 1)
+    a[..., 7] *= 2  # what remains
+    a[0, 1], b[1, 2, 3] = 0, 0
+    whole = multiply(a, b, kind)
+    terms = a[:, :4, None].astype(np.float64) * b[:, None, :4].astype(np.float64)
+    exact = np.array([math.fsum(each) for each in terms.reshape(-1, 16)]).reshape(3, 4, 4)
+    allowed = 2.0**-24 * np.abs(exact) + (2.0**-49 * np.abs(terms).sum(-1) if exponents == 24 else 0)
+    assert (np.abs(whole[:, :4, :4] - exact) <= allowed).all()
+    for rows, columns in ((64, 8), (16, 8), (64, 64), (64, 1), (1, 1)):
+        part = multiply(a[:, :rows], b[:, :columns], kind)
+        assert (part.view(np.uint32) == whole[:, :rows, :columns].view(np.uint32)).all()
+    assert (multiply(a[1:2], b[1:2], kind) == whole[1:2]).all()
+
+
+def test_numbers_that_are_not_finite_stay_in_their_rows_and_columns() -> None:
+    a, b = np.ones((1, 16, 16), np.float32), np.ones((1, 8, 16), np.float32)
+    a[0, 3, 5], b[0, 2, 7] = np.nan, np.inf
+    product = multiply(a, b, "bf16")[0]
+    assert np.isnan(product[3]).all() and np.isposinf(np.delete(product, 3, 0)[:, 2]).all()
+    assert (np.delete(np.delete(product, 3, 0), 2, 1) == 16).all()
