@@ -1,5 +1,7 @@
-"""Inside kernels: the experts with the largest logits. Every kernel that chooses experts does it by these operations, so
-a row has the same experts and weights wherever they are chosen.
+"""Inside kernels: the experts with the largest logits.
+
+Every kernel that chooses experts does it by these operations, so a row has the same experts and weights wherever they
+are chosen.
 """
 
 from __future__ import annotations

@@ -62,8 +62,8 @@ def recurrent_gated_delta_rule(
             gradient.
 
     Returns:
-        the outputs o in `dtype`, or `gated_rms_norm` of them; the memory, without the rows of this window; and the updates, those of this window in
-        place of older ones.
+        the outputs o in `dtype`, or `gated_rms_norm` of them; the memory, without the rows of this window; and the
+        updates, those of this window in place of older ones.
 
     Raises:
         ValueError: `implementation` is "triton" and the kernels do not support W, Dk or Dv.
@@ -74,7 +74,7 @@ def recurrent_gated_delta_rule(
         end = pad + jnp.sum(valid, axis=1)
         args = projections, weights, state, pending, layer, pad, end
         return triton.recurrent_gated_delta_rule(*args, norm=norm, dtype=dtype, interpret=interpret_kernels())
-    read, write = page_offsets(pending, num_layers) + layer
+    read, write = (first + layer for first in page_offsets(pending.page, num_layers))
     if pending.accepted is not None:
         of_layer = DeltaState(*(x[layer][None] for x in state))
         updates = _of_layers(pending, read, 1)
@@ -138,7 +138,7 @@ def replay_updates(
     num_layers, *_, key_size, value_size = state.recurrent.shape
     if pending is None or pending.accepted is None or not num_layers:
         return state
-    updates = _of_layers(pending, page_offsets(pending, num_layers)[0], num_layers)
+    updates = _of_layers(pending, page_offsets(pending.page, num_layers)[0], num_layers)
     after = replay(state, updates, pending.accepted)
     supported = triton.supports(pending.k.shape[2], key_size, value_size)
     if resolve_implementation(implementation, supported=supported) == "triton":

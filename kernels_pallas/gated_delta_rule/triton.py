@@ -25,7 +25,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from kernels_pallas.gated_delta_rule.inputs import DeltaProjections, DeltaWeights, GatedNorm
-from kernels_pallas.gated_delta_rule.state import DeltaState, PendingDeltaUpdates, page_offsets
+from kernels_pallas.gated_delta_rule.state import DeltaState, PendingDeltaUpdates
 from kernels_pallas.gated_delta_rule.triton_window import (
     Norm,
     StateTile,
@@ -51,7 +51,8 @@ def _replay_kernel(updates: UpdateRefs, state_ref: Any, out_ref: Any, *, columns
     @pl.when(updates.accepted[b] > 0)
     def replay() -> None:
         at = (layer, b, m, *tile.grid(first))
-        state = add_accepted(plt.load(state_ref.at[at]), updates, (updates.pages[0] + layer, b, m, j), tile, first)
+        read, _ = updates.layers(layer, out_ref.shape[0])
+        state = add_accepted(plt.load(state_ref.at[at]), updates, (read, b, m, j), tile, first)
         plt.store(out_ref.at[at], state)
 
 
@@ -77,6 +78,10 @@ def _state_columns(value_size: int) -> int:
 
 def _accepted(pending: PendingDeltaUpdates) -> Int[Array, " B"]:
     return jnp.zeros(pending.k.shape[1], jnp.int32) if pending.accepted is None else pending.accepted
+
+
+def _page(pending: PendingDeltaUpdates) -> Int[Array, " 1"] | None:
+    return None if pending.page is None else jnp.asarray(pending.page, jnp.int32).reshape(1)
 
 
 def recurrent_gated_delta_rule(
@@ -105,7 +110,8 @@ def recurrent_gated_delta_rule(
         interpret: run the kernels in interpret mode, on any device.
 
     Returns:
-        the outputs in `dtype`, normalised if `norm` is given; the memory with the accepted rows, and the updates of this window.
+        the outputs in `dtype`, normalised if `norm` is given; the memory with the accepted rows; and the updates of
+        this window.
 
     Raises:
         ValueError: the kernels do not support W, Dk or Dv.
@@ -119,7 +125,7 @@ def recurrent_gated_delta_rule(
     gate = () if norm is None else (norm.z.parts, norm.weight)
     layer = jnp.asarray(layer, jnp.int32).reshape(1)
     inputs = WindowRefs(layer, start, end, qkv, beta, decay, *weights, state.conv, state.recurrent, pending.conv, *gate)
-    updates = UpdateRefs(accepted, page_offsets(pending, num_layers), pending.k, pending.delta, pending.decay)
+    updates = UpdateRefs(accepted, _page(pending), pending.k, pending.delta, pending.decay)
 
     def like(array: Array) -> Any:
         return jax.ShapeDtypeStruct(array.shape, array.dtype)
@@ -142,7 +148,7 @@ def recurrent_gated_delta_rule(
         activation=None if norm is None else scratch(value_size),
     )
     first = WindowRefs._fields.index("conv_state")
-    updates_at = len(inputs) - inputs.count(None) + UpdateRefs._fields.index("k")
+    updates_at = len(inputs) - inputs.count(None) + (1 if updates.page is None else 2)  # k
     aliases = {first: 1, first + 1: 2, first + 2: 3, updates_at: 4, updates_at + 1: 5, updates_at + 2: 6}
     kernel = partial(
         window_kernel,
@@ -180,13 +186,12 @@ def replay_recurrent(
     num_layers, batch, value_heads, key_size, value_size = state.shape
     _check(pending.k.shape[2], key_size, value_size)
     columns = _state_columns(value_size)
-    pages = page_offsets(pending, num_layers)
-    updates = UpdateRefs(_accepted(pending), pages, pending.k, pending.delta, pending.decay)
+    updates = UpdateRefs(_accepted(pending), _page(pending), pending.k, pending.delta, pending.decay)
     return pl.pallas_call(
         partial(_replay_kernel, columns=columns),
         grid=(num_layers, batch * value_heads, value_size // columns),
         out_shape=jax.ShapeDtypeStruct(state.shape, jnp.float32),
-        input_output_aliases={len(updates): 0},
+        input_output_aliases={len(updates) - updates.count(None): 0},
         compiler_params=plt.CompilerParams(num_warps=1, num_stages=1),
         interpret=interpret,
         name="gated_delta_rule_replay",

@@ -9,8 +9,9 @@ holds, so no sum over keys waits for another warp. It works in three parts, with
 2. The chain: accepted rows of the window before enter the state, then each row of this window.
 3. The gated norm of all rows, for which no other program has a part of the head.
 
-A tile has `ROWS` rows whatever the window, so a row has the same bits in any window. What the parts hand on goes through
-memory that belongs to the program alone. Value heads with a common key head compute its query and key each for itself.
+A tile has `ROWS` rows whatever the window, so a row has the same bits in any window. What the parts hand on goes
+through memory that belongs to the program alone. Value heads with a common key head compute its query and key each for
+itself.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Float, Int
 
 from kernels_pallas.gated_delta_rule.inputs import step_gates
+from kernels_pallas.gated_delta_rule.state import page_offsets
 from kernels_pallas.partial_sums import load_partial_sum
 from kernels_pallas.tiles import index_grid
 
@@ -76,10 +78,15 @@ class UpdateRefs(NamedTuple):
     """Refs of the updates of the window before, in stacks of layers."""
 
     accepted: Any
-    pages: Any  # [2], index of layer 0 on the page of the window before, and on the page of this window
+    page: Any  # [1], of the window before; None: there is one page
     k: Any
     delta: Any
     decay: Any
+
+    def layers(self, layer: Array, num_layers: int) -> tuple[Array, Array]:
+        """Return the index of a layer on the page of the window before, and on the page of this window."""
+        read, write = page_offsets(None if self.page is None else self.page[0], num_layers)
+        return read + layer, write + layer
 
 
 def add_accepted(
@@ -174,12 +181,12 @@ def window_kernel(
     norm: Norm | None,
     barrier: Callable[[], None],
 ) -> None:
-    """Run the window of one value head of a sequence. `barrier`: lets all threads of the program see what was stored."""
+    """Run the window of one value head of a sequence. `barrier`: after it, all threads see what was stored."""
     batch, num_rows, value_heads, value_size = out.v.shape
     key_heads, key_size = out.k.shape[3:]
     b, m = pl.program_id(0) // value_heads, pl.program_id(0) % value_heads
     ratio, layer = value_heads // key_heads, refs.layer[0]
-    read, write = updates.pages[0] + layer, updates.pages[1] + layer
+    read, write = updates.layers(layer, refs.state.shape[0])
     program = _Program(b, m, m // ratio, m % ratio == 0, updates.accepted[b], read, write)
     tile = StateTile(key_size, columns, value_size // columns)
 
@@ -332,7 +339,7 @@ def _store_normalised(refs: WindowRefs, out: WindowOutputs, program: _Program, f
 
 
 def _keep_conv_inputs(refs: WindowRefs, out: WindowOutputs, program: _Program, key_size: int, value_size: int) -> None:
-    """Move the convolution's state on to the last accepted row. Where rows are accepted, no program reads that state."""
+    """Move the convolution's state on to the last accepted row, if any: then no program reads that state."""
     b, m, j, is_first, accepted, read, _ = program
     key_heads, past, layer = out.k.shape[3], refs.conv_state.shape[2], refs.layer[0]
 

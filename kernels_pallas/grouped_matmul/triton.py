@@ -355,7 +355,7 @@ def fused_moe_routed(
     *,
     interpret: bool = False,
 ) -> tuple[Float[Array, "rows topk D"], Float[Array, "rows D"]]:
-    """Choose the experts of each row, as `kernels_pallas.topk_softmax` does, and return what `fused_moe_unreduced` does.
+    """Choose the experts of each row, as `kernels_pallas.topk_softmax` does; return what `fused_moe_unreduced` does.
 
     Args:
         router: the results of the router's launch.
