@@ -216,8 +216,8 @@ ROUND: dict[str, Change] = {
     "attention, join": Modelled(attention_join, "parallel over heads, channels, pieces: bytes of the partial sums"),
     "DeltaNet window": Assumed(
         window,
-        "one kernel: the state is read and written, 0.5 us a row and accepted row; inputs of all rows as the attention's "
-        "cache update without its start, 0.5 us for the gated norm",
+        "one kernel: the state is read and written, 0.5 us a row and accepted row; inputs of all rows as the cache "
+        "update of attention without its start, 0.5 us for the gated norm",
     ),
     "gated norm": Gone("the kernel of the window ends with it"),
     COMMIT: Gone("the next window folds accepted rows in as it reads the state"),
