@@ -7,13 +7,14 @@ from kernels_pallas.gated_delta_rule.api import (
     replay_updates,
     updates_between_windows,
 )
-from kernels_pallas.gated_delta_rule.inputs import DeltaProjections, DeltaWeights
+from kernels_pallas.gated_delta_rule.inputs import DeltaProjections, DeltaWeights, GatedNorm
 from kernels_pallas.gated_delta_rule.state import DeltaState, PendingDeltaUpdates, no_updates
 
 __all__ = [
     "DeltaProjections",
     "DeltaState",
     "DeltaWeights",
+    "GatedNorm",
     "PendingDeltaUpdates",
     "accept_updates",
     "chunk_gated_delta_rule",

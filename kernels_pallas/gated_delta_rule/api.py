@@ -11,8 +11,15 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
 from kernels_pallas.gated_delta_rule import reference, triton, triton_chunks
-from kernels_pallas.gated_delta_rule.inputs import DeltaProjections, DeltaWeights, causal_conv_inputs, delta_inputs
+from kernels_pallas.gated_delta_rule.inputs import (
+    DeltaProjections,
+    DeltaWeights,
+    GatedNorm,
+    causal_conv_inputs,
+    delta_inputs,
+)
 from kernels_pallas.gated_delta_rule.state import DeltaState, PendingDeltaUpdates, no_updates, page_offsets, replay
+from kernels_pallas.norm import gated_rms_norm
 from kernels_pallas.platform import interpret_kernels, platform, resolve_implementation
 
 
@@ -25,6 +32,7 @@ def recurrent_gated_delta_rule(
     pad: Int[Array, " B"],
     valid: Bool[Array, "B W"],
     *,
+    norm: GatedNorm | None = None,
     dtype: DTypeLike,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B W M Dv"], DeltaState, PendingDeltaUpdates]:
@@ -48,13 +56,14 @@ def recurrent_gated_delta_rule(
         layer: index of the layer in `state`.
         pad: number of padding rows in front of each sequence.
         valid: rows that count: from row `pad` on, without a gap. The other rows change nothing.
+        norm: a gated norm of the outputs, which saves a launch; None: none.
         dtype: compute dtype.
         implementation: "xla", "triton", or None for the best of the platform that supports the shapes. "triton" has no
             gradient.
 
     Returns:
-        the outputs o in `dtype`; the memory, without the rows of this window; and the updates, those of this window in
-        place of older ones.
+        the outputs o in `dtype`, or `gated_rms_norm` of them; the memory, without the rows of this window; and the
+        updates, those of this window in place of older ones.
 
     Raises:
         ValueError: `implementation` is "triton" and the kernels do not support W, Dk or Dv.
@@ -64,8 +73,8 @@ def recurrent_gated_delta_rule(
     if resolve_implementation(implementation, supported=supported) == "triton":
         end = pad + jnp.sum(valid, axis=1)
         args = projections, weights, state, pending, layer, pad, end
-        return triton.recurrent_gated_delta_rule(*args, dtype=dtype, interpret=interpret_kernels())
-    read, write = page_offsets(pending, num_layers) + layer
+        return triton.recurrent_gated_delta_rule(*args, norm=norm, dtype=dtype, interpret=interpret_kernels())
+    read, write = (first + layer for first in page_offsets(pending.page, num_layers))
     if pending.accepted is not None:
         of_layer = DeltaState(*(x[layer][None] for x in state))
         updates = _of_layers(pending, read, 1)
@@ -76,7 +85,11 @@ def recurrent_gated_delta_rule(
     outputs = reference.recurrent_gated_delta_rule(inputs, state.recurrent[layer])
     new = {"conv": conv_inputs, "k": inputs.k, "delta": outputs.delta, "decay": inputs.g}
     new = {name: getattr(pending, name).at[write].set(array) for name, array in new.items()}
-    return outputs.o.astype(dtype), state, pending._replace(**new)
+    o = outputs.o.astype(dtype)
+    if norm is not None:
+        y = gated_rms_norm(o.reshape(-1, heads, value_size), *norm, implementation="xla")
+        o = y.reshape(o.shape)
+    return o, state, pending._replace(**new)
 
 
 def updates_between_windows(
@@ -125,7 +138,7 @@ def replay_updates(
     num_layers, *_, key_size, value_size = state.recurrent.shape
     if pending is None or pending.accepted is None or not num_layers:
         return state
-    updates = _of_layers(pending, page_offsets(pending, num_layers)[0], num_layers)
+    updates = _of_layers(pending, page_offsets(pending.page, num_layers)[0], num_layers)
     after = replay(state, updates, pending.accepted)
     supported = triton.supports(pending.k.shape[2], key_size, value_size)
     if resolve_implementation(implementation, supported=supported) == "triton":

@@ -30,6 +30,15 @@ class DeltaWeights(NamedTuple):
     dt_bias: Float[Array, " M"]
 
 
+class GatedNorm(NamedTuple):
+    """The norm and gate of the outputs; see `kernels_pallas.norm.gated_rms_norm`."""
+
+    z: PartialSums  # [P, B * T, M * Dv]: logits of the gate
+    weight: Float[Array, " Dv"]
+    eps: float
+    gate: str
+
+
 class DeltaInputs(NamedTuple):
     """Inputs of the recurrence, float32. Queries are normalised and scaled, keys are normalised."""
 
@@ -106,3 +115,10 @@ def _silu_conv(
     taps, x = weight.astype(jnp.float32), inputs.astype(jnp.float32)
     u: Array = sum(x[:, i : i + rows] * taps[:, i] for i in range(width))  # type: ignore[assignment]
     return jax.nn.silu(u).astype(dtype).astype(jnp.float32)
+
+
+def step_gates(b: Array, a: Array, a_log: Array, dt_bias: Array) -> tuple[Array, Array]:
+    """Inside a kernel: return `sigmoid(b)` and `-exp(a_log) softplus(a + dt_bias)`, step size and log decay."""
+    a = a + dt_bias.astype(jnp.float32)
+    softplus = jnp.maximum(a, 0.0) + jnp.log1p(jnp.exp(-jnp.abs(a)))
+    return lax.logistic(b), -jnp.exp(a_log.astype(jnp.float32)) * softplus

@@ -59,11 +59,13 @@ def no_updates(state: DeltaState, rows: int, *, pages: int = 1) -> PendingDeltaU
     )
 
 
-def page_offsets(pending: PendingDeltaUpdates, num_layers: int) -> Int[Array, " 2"]:
-    """Return the index of layer 0 on the page of the window before, and on the page that a window writes."""
-    if pending.page is None:
-        return jnp.zeros(2, jnp.int32)
-    return jnp.stack([pending.page, 1 - pending.page]) * num_layers
+def page_offsets(page: Array | int | None, num_layers: int) -> tuple[Array | int, Array | int]:
+    """Return the index of layer 0 on the page of the window before, and on the page that a window writes.
+
+    Args:
+        page: of the window before; None: there is one page.
+    """
+    return (0, 0) if page is None else (page * num_layers, (1 - page) * num_layers)
 
 
 def replay(state: DeltaState, updates: PendingDeltaUpdates, accepted: Int[Array, " B"]) -> DeltaState:

@@ -1,11 +1,10 @@
-"""The rows of a verify window through Gated DeltaNet, from the projections to the output, as two Pallas kernels through
-the Triton lowering.
+"""The rows of a verify window through Gated DeltaNet, and the replay of accepted rows, as Pallas kernels through the
+Triton lowering.
 
 In the chunked form a window of five rows is twenty small products a layer. Each is a kernel that takes longer to start
-than to run, and so do the convolution and the gates before them. Here one kernel (`triton_inputs.py`) computes q, k, v
-and the gates of all rows at once. In a second one a program holds some columns of a head's state and steps through the
-rows, which is a chain. It first adds the accepted rows of the window before, so a state is read once and written once
-a round. The rows of the window itself stay out of it, since it is not known yet how many will be accepted.
+than to run, and so do the convolution, the gates and the norm around them. Here one kernel (`triton_window.py`) does it
+all. It first adds the accepted rows of the window before, so a state is read once and written once a round. The rows of
+the window itself stay out of it, since it is not known yet how many will be accepted.
 
 Accepted rows are added by the same operations that step through a window (XLA merges no product and addition of a
 kernel into one). A row's result therefore does not depend on the rows after it, on the other sequences, or on the
@@ -15,135 +14,45 @@ windows that its text is cut into, bit for bit.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
-from kernels_pallas.gated_delta_rule.inputs import DeltaProjections, DeltaWeights
-from kernels_pallas.gated_delta_rule.state import DeltaState, PendingDeltaUpdates, page_offsets
-from kernels_pallas.gated_delta_rule.triton_inputs import window_inputs
+from kernels_pallas.gated_delta_rule.inputs import DeltaProjections, DeltaWeights, GatedNorm
+from kernels_pallas.gated_delta_rule.state import DeltaState, PendingDeltaUpdates
+from kernels_pallas.gated_delta_rule.triton_window import (
+    Norm,
+    StateTile,
+    UpdateRefs,
+    WindowOutputs,
+    WindowRefs,
+    add_accepted,
+    window_kernel,
+)
 from kernels_pallas.tile_tables import tile_constants
-from kernels_pallas.tiles import index_grid
 
 DECODE_ROWS = 16  # largest window; with more rows the chunked form is faster
+MAX_WARPS = 8  # of a program of a window: 64 elements of a state a thread
 
 
-class _UpdateRefs(NamedTuple):
-    """Refs of the updates of the window before, in stacks of layers."""
-
-    accepted: Any
-    pages: Any  # [2], index of layer 0 on the page of the window before, and on the page of this window
-    k: Any
-    delta: Any
-    decay: Any
-
-
-def _load_state(state_ref: Any, at: tuple[Array, ...], key_size: int, column: Array) -> tuple[Array, tuple[Any, ...]]:
-    """Return some columns of a state, and where they are."""
-    at = *at, *index_grid(jnp.arange(key_size), column)
-    return plt.load(state_ref.at[at]), at
-
-
-def _add_accepted(
-    state: Float[Array, "Dk cols"],
-    updates: _UpdateRefs,
-    at: tuple[Array, Array, Array, Array],
-    column: Int[Array, " cols"],
-) -> Float[Array, "Dk cols"]:
-    """Add the accepted rows to a state, one after the other, with the operations that step through a window.
-
-    Args:
-        at: index of the layer on its page, the sequence, value head and key head.
-    """
-    layer, b, m, j = at
-    channel = jnp.arange(state.shape[0])
-
-    def load(i: Array) -> tuple[Array, Array, Array]:
-        k = plt.load(updates.k.at[layer, b, i, j, channel])
-        return k, plt.load(updates.delta.at[layer, b, i, m, column]), plt.load(updates.decay.at[layer, b, i, m])
-
-    def step(i: Array, carry: tuple[Array, Any]) -> tuple[Array, Any]:
-        state, (k, delta, g) = carry
-        following = load(jnp.minimum(i + 1, updates.k.shape[2] - 1))  # on its way while this row is added
-        return state * jnp.exp(g) + k[:, None] * delta[None, :], following
-
-    return lax.fori_loop(jnp.int32(0), updates.accepted[b], step, (state, load(jnp.int32(0))))[0]
-
-
-class _WindowRefs(NamedTuple):
-    """Refs of the rows of a window, and of the state."""
-
-    layer: Any  # [1]
-    q: Any
-    v: Any
-    beta: Any
-    state: Any
-
-
-class _OutputRefs(NamedTuple):
-    """Refs of the results; the stacks `delta` and `state` are changed in place."""
-
-    o: Any
-    delta: Any
-    state: Any
-
-
-def _window_kernel(refs: _WindowRefs, updates: _UpdateRefs, out: _OutputRefs, *, columns: int) -> None:
-    """Add accepted rows and step through all rows of a sequence, for `columns` columns of the state of a value head."""
-    _, num_rows, value_heads, _ = out.o.shape
-    key_heads, key_size = refs.q.shape[2:]
-    b, m = pl.program_id(0) // value_heads, pl.program_id(0) % value_heads
-    j = m // (value_heads // key_heads)
-    channel, column = jnp.arange(key_size), pl.program_id(1) * columns + jnp.arange(columns)
-    accepted, layer = updates.accepted[b], refs.layer[0]
-    read, write = updates.pages[0] + layer, updates.pages[1] + layer
-
-    def load(t: Array) -> tuple[Array, ...]:
-        q, k = plt.load(refs.q.at[b, t, j, channel]), plt.load(updates.k.at[write, b, t, j, channel])
-        v = plt.load(refs.v.at[b, t, m, column]).astype(jnp.float32)
-        return q, k, v, plt.load(refs.beta.at[b, t, m]), plt.load(updates.decay.at[write, b, t, m])
-
-    def step(t: Array, carry: tuple[Array, Any]) -> tuple[Array, Any]:
-        state, (q, k, v, beta, g) = carry
-        following = load(jnp.minimum(t + 1, num_rows - 1))  # on its way while this row is computed
-        state = state * jnp.exp(g)
-        delta = beta * (v - jnp.sum(state * k[:, None], axis=0))
-        state = state + k[:, None] * delta[None, :]
-        plt.store(out.delta.at[write, b, t, m, column], delta)
-        plt.store(out.o.at[b, t, m, column], jnp.sum(state * q[:, None], axis=0).astype(out.o.dtype))
-        return state, following
-
-    first = load(jnp.int32(0))
-    state, at = _load_state(refs.state, (layer, b, m), key_size, column)
-    state = _add_accepted(state, updates, (read, b, m, j), column)
-
-    @pl.when(accepted > 0)
-    def store_state() -> None:
-        plt.store(out.state.at[at], state)
-
-    # Keep the trip count opaque to the compiler, which would otherwise specialise the one-row program: one row and
-    # five rows must round alike.
-    iterations = jnp.where(accepted >= 0, jnp.int32(num_rows), jnp.int32(0))
-    lax.fori_loop(jnp.int32(0), iterations, step, (state, first))
-
-
-def _replay_kernel(updates: _UpdateRefs, state_ref: Any, out_ref: Any, *, columns: int) -> None:
+def _replay_kernel(updates: UpdateRefs, state_ref: Any, out_ref: Any, *, columns: int) -> None:
     """Add accepted rows to `columns` columns of the state of a value head, of any layer."""
-    num_layers, batch, value_heads, key_size, _ = out_ref.shape
+    _, _, value_heads, key_size, _ = out_ref.shape
     layer, b, m = pl.program_id(0), pl.program_id(1) // value_heads, pl.program_id(1) % value_heads
     j = m // (value_heads // updates.k.shape[3])
-    column = pl.program_id(2) * columns + jnp.arange(columns)
+    tile, first = StateTile(key_size, columns, groups=1), pl.program_id(2) * columns
 
     @pl.when(updates.accepted[b] > 0)
     def replay() -> None:
-        state, at = _load_state(state_ref, (layer, b, m), key_size, column)
-        state = _add_accepted(state, updates, (updates.pages[0] + layer, b, m, j), column)
+        at = (layer, b, m, *tile.grid(first))
+        read, _ = updates.layers(layer, out_ref.shape[0])
+        state = add_accepted(plt.load(state_ref.at[at]), updates, (read, b, m, j), tile, first)
         plt.store(out_ref.at[at], state)
 
 
@@ -163,15 +72,16 @@ def _check(rows: int, key_size: int, value_size: int) -> None:
 
 
 def _state_columns(value_size: int) -> int:
-    """Return the columns of a state that a program holds, as the tile table has them.
-
-    A program is one warp, so that no sum waits at a barrier.
-    """
+    """Return the columns of a state that one warp holds side by side, as the tile table has them."""
     return min(tile_constants("gated_delta_rule").state_columns, value_size)
 
 
 def _accepted(pending: PendingDeltaUpdates) -> Int[Array, " B"]:
     return jnp.zeros(pending.k.shape[1], jnp.int32) if pending.accepted is None else pending.accepted
+
+
+def _page(pending: PendingDeltaUpdates) -> Int[Array, " 1"] | None:
+    return None if pending.page is None else jnp.asarray(pending.page, jnp.int32).reshape(1)
 
 
 def recurrent_gated_delta_rule(
@@ -183,6 +93,7 @@ def recurrent_gated_delta_rule(
     start: Int[Array, " B"],
     end: Int[Array, " B"],
     *,
+    norm: GatedNorm | None = None,
     dtype: DTypeLike,
     interpret: bool = False,
 ) -> tuple[Float[Array, "B W M Dv"], DeltaState, PendingDeltaUpdates]:
@@ -194,11 +105,13 @@ def recurrent_gated_delta_rule(
         state: the memory of a stack of layers, given up (donated). Dk and Dv are powers of two, at least 16.
         pending: the updates of the window before, given up.
         start, end: the range of valid rows of each sequence; the other rows change nothing. W is at most `DECODE_ROWS`.
+        norm: of the outputs; None: none.
         dtype: compute dtype, to which qkv and the result of the convolution are rounded.
         interpret: run the kernels in interpret mode, on any device.
 
     Returns:
-        the outputs in `dtype`, the memory with the accepted rows, and the updates of this window.
+        the outputs in `dtype`, normalised if `norm` is given; the memory with the accepted rows; and the updates of
+        this window.
 
     Raises:
         ValueError: the kernels do not support W, Dk or Dv.
@@ -208,38 +121,54 @@ def recurrent_gated_delta_rule(
     rows, columns = projections.qkv.parts.shape[1] // batch, _state_columns(value_size)
     _check(rows, key_size, value_size)
     accepted = _accepted(pending)
-    pages = page_offsets(pending, num_layers)
-    q, v, beta, conv, pending = window_inputs(
-        projections,
-        weights,
-        state.conv,
-        pending,
-        accepted,
-        pages,
-        layer,
-        start,
-        end,
-        sizes=(value_heads, key_size, value_size),
-        dtype=dtype,
-        interpret=interpret,
+    qkv, beta, decay = (sums.parts for sums in projections)
+    gate = () if norm is None else (norm.z.parts, norm.weight)
+    layer = jnp.asarray(layer, jnp.int32).reshape(1)
+    inputs = WindowRefs(layer, start, end, qkv, beta, decay, *weights, state.conv, state.recurrent, pending.conv, *gate)
+    updates = UpdateRefs(accepted, _page(pending), pending.k, pending.delta, pending.decay)
+
+    def like(array: Array) -> Any:
+        return jax.ShapeDtypeStruct(array.shape, array.dtype)
+
+    def scratch(*shape: int, of: DTypeLike = jnp.float32) -> Any:
+        return jax.ShapeDtypeStruct((batch, rows, value_heads, *shape), of)
+
+    out_shape = WindowOutputs(
+        y=scratch(value_size, of=dtype),
+        conv_state=like(state.conv),
+        state=like(state.recurrent),
+        conv_updates=like(pending.conv),
+        k=like(pending.k),
+        delta=like(pending.delta),
+        decay=like(pending.decay),
+        qk=scratch(2, key_size),
+        v=scratch(value_size, of=dtype),
+        beta=scratch(),
+        o=None if norm is None else scratch(value_size, of=dtype),
+        activation=None if norm is None else scratch(value_size),
     )
-    out_shape = _OutputRefs(
-        o=jax.ShapeDtypeStruct(v.shape, dtype),
-        delta=jax.ShapeDtypeStruct(pending.delta.shape, jnp.float32),
-        state=jax.ShapeDtypeStruct(state.recurrent.shape, jnp.float32),
+    first = WindowRefs._fields.index("conv_state")
+    updates_at = len(inputs) - inputs.count(None) + (1 if updates.page is None else 2)  # k
+    aliases = {first: 1, first + 1: 2, first + 2: 3, updates_at: 4, updates_at + 1: 5, updates_at + 2: 6}
+    kernel = partial(
+        window_kernel,
+        columns=columns,
+        norm=None if norm is None else Norm(norm.eps, norm.gate),
+        barrier=(lambda: None)
+        if interpret
+        else plt.debug_barrier,  # programs are interpreted one instruction at a time
     )
-    inputs = _WindowRefs(jnp.asarray(layer, jnp.int32).reshape(1), q, v, beta, state.recurrent)
-    updates = _UpdateRefs(accepted, pages, pending.k, pending.delta, pending.decay)
     (outputs,) = pl.pallas_call(
-        partial(_window_kernel, columns=columns),
-        grid=(batch * value_heads, value_size // columns),
+        kernel,
+        grid=(batch * value_heads,),
         out_shape=(out_shape,),
-        input_output_aliases={len(inputs) - 1: 2, len(inputs) + 3: 1},  # the state, and delta
-        compiler_params=plt.CompilerParams(num_warps=1, num_stages=1),
+        input_output_aliases=aliases,
+        compiler_params=plt.CompilerParams(num_warps=min(MAX_WARPS, value_size // columns), num_stages=1),
         interpret=interpret,
-        name="gated_delta_rule_recurrent",
+        name="gated_delta_rule_window",
     )(inputs, updates)
-    return outputs.o, DeltaState(conv, outputs.state), pending._replace(delta=outputs.delta)
+    pending = pending._replace(conv=outputs.conv_updates, k=outputs.k, delta=outputs.delta, decay=outputs.decay)
+    return outputs.y, DeltaState(outputs.conv_state, outputs.state), pending
 
 
 def replay_recurrent(
@@ -257,13 +186,12 @@ def replay_recurrent(
     num_layers, batch, value_heads, key_size, value_size = state.shape
     _check(pending.k.shape[2], key_size, value_size)
     columns = _state_columns(value_size)
-    pages = page_offsets(pending, num_layers)
-    updates = _UpdateRefs(_accepted(pending), pages, pending.k, pending.delta, pending.decay)
+    updates = UpdateRefs(_accepted(pending), _page(pending), pending.k, pending.delta, pending.decay)
     return pl.pallas_call(
         partial(_replay_kernel, columns=columns),
         grid=(num_layers, batch * value_heads, value_size // columns),
         out_shape=jax.ShapeDtypeStruct(state.shape, jnp.float32),
-        input_output_aliases={len(updates): 0},
+        input_output_aliases={len(updates) - updates.count(None): 0},
         compiler_params=plt.CompilerParams(num_warps=1, num_stages=1),
         interpret=interpret,
         name="gated_delta_rule_replay",

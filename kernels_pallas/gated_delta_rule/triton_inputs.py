@@ -1,9 +1,9 @@
-"""From a layer's projections to the inputs of the recurrence as one Pallas kernel, through the Triton lowering.
+"""From a layer's projections of a prompt to the inputs of the recurrence as one Pallas kernel, through the Triton
+lowering.
 
 In plain JAX these are a dozen kernels, among them sums over features, whose order XLA chooses. Here a program computes
-one head of the queries, keys or values of one row of a verify window, or of a few rows of a prompt. A value head's
-program also computes the gates of that head. The program is the same for any number of rows, and so are the bits of a
-row.
+one head of the queries, keys or values of a few rows. A value head's program also computes the gates of that head. The
+program is the same for any number of rows, and so are the bits of a row.
 """
 
 from __future__ import annotations
@@ -19,16 +19,15 @@ from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
-from kernels_pallas.gated_delta_rule.inputs import DeltaInputs, DeltaProjections, DeltaWeights
-from kernels_pallas.gated_delta_rule.state import PendingDeltaUpdates
+from kernels_pallas.gated_delta_rule.inputs import DeltaInputs, DeltaProjections, DeltaWeights, step_gates
 from kernels_pallas.partial_sums import load_partial_sum
 from kernels_pallas.tiles import index_grid
 
-PROMPT_ROWS = 8  # rows of a program for prompts
+PROMPT_ROWS = 8  # rows of a program
 
 
 class _InputRefs(NamedTuple):
-    """Refs of the kernel's inputs, with the axes of the arguments of `recurrent_gated_delta_rule`."""
+    """Refs of the kernel's inputs, with the axes of the arguments of `chunk_gated_delta_rule`."""
 
     layer: Any  # [1]
     start: Any
@@ -42,40 +41,29 @@ class _InputRefs(NamedTuple):
     conv_state: Any  # of a stack of layers
 
 
-class _WindowRefs(NamedTuple):
-    """Refs that only a verify window has: the updates of the window before."""
-
-    accepted: Any
-    pages: Any  # [2], index of layer 0 on the page of the window before, and on the page of this window
-    conv: Any
-    k: Any
-    decay: Any
-
-
 class _OutputRefs(NamedTuple):
-    """Refs of the results. In a window `k`, `g`, `conv_inputs` and `conv_state` are stacks, changed in place."""
+    """Refs of the results."""
 
     q: Any
     k: Any
     v: Any
     beta: Any
     g: Any
-    conv_state: Any  # for a prompt `[B, past, C]`, the last inputs
-    conv_inputs: Any = None
+    conv_state: Any  # `[B, past, C]`, the last inputs
 
 
-def _inputs_kernel(
-    refs: _InputRefs, window: _WindowRefs | None, out: _OutputRefs, *, tile: int, dtype: DTypeLike
-) -> None:
-    """Compute `tile` rows of one head. The second grid axis counts the heads of queries, of keys, then of values."""
+def _inputs_kernel(refs: _InputRefs, out: _OutputRefs, *, dtype: DTypeLike) -> None:
+    """Compute `PROMPT_ROWS` rows of one head. The second grid axis counts heads of queries, of keys, then of values."""
     (batch, padded_rows, key_heads, key_size), value_size = out.q.shape, out.v.shape[3]
-    num_rows, past, num_tiles = refs.qkv.shape[1] // batch, refs.conv_state.shape[2], padded_rows // tile
+    num_rows, past, num_tiles = refs.qkv.shape[1] // batch, refs.conv_state.shape[2], padded_rows // PROMPT_ROWS
     b, tile_number, head = pl.program_id(0) // num_tiles, pl.program_id(0) % num_tiles, pl.program_id(1)
-    place, start, end, layer = tile_number * tile + jnp.arange(tile), refs.start[b], refs.end[b], refs.layer[0]
+    place, start, end, layer = (
+        tile_number * PROMPT_ROWS + jnp.arange(PROMPT_ROWS),
+        refs.start[b],
+        refs.end[b],
+        refs.layer[0],
+    )
     t = place - (padded_rows - num_rows)  # the rows that fill a chunk come first
-    accepted, read, write = jnp.int32(0), layer, layer
-    if window is not None:
-        accepted, read, write = window.accepted[b], window.pages[0] + layer, window.pages[1] + layer
 
     def conv_input(index: Array, channel: Array) -> Array:
         """Load inputs of the convolution: those before the valid rows, then the rows; zeros elsewhere."""
@@ -83,13 +71,7 @@ def _inputs_kernel(
         is_before, is_row = (before >= 0) & (before < past), (before >= past) & (row < end)
         at = b * num_rows + jnp.clip(row, 0, num_rows - 1), channel
         new = load_partial_sum(refs.qkv, *at, mask=is_row).astype(dtype).astype(refs.conv_state.dtype)
-        before = jnp.clip(before, 0, past - 1)
-        old_ref = refs.conv_state.at[layer, b, before, channel]
-        old = plt.load(old_ref, mask=is_before & (accepted == 0), other=0)
-        if window is not None:  # the inputs that end at the last accepted row
-            updated_ref = window.conv.at[read, b, accepted + before, channel]
-            updated = plt.load(updated_ref, mask=is_before & (accepted > 0), other=0)
-            old = jnp.where(accepted > 0, updated, old)
+        old = plt.load(refs.conv_state.at[layer, b, jnp.clip(before, 0, past - 1), channel], mask=is_before, other=0)
         return jnp.where(is_row, new, old)
 
     def silu_conv(first_channel: Array, size: int) -> Array:
@@ -97,32 +79,19 @@ def _inputs_kernel(
         row, channel = index_grid(t, first_channel + jnp.arange(size))
         total = jnp.zeros(row.shape, jnp.float32)
         for tap in range(past + 1):
-            x = conv_input(row + tap, channel)
             taps = plt.load(refs.conv_weight.at[first_channel + jnp.arange(size), tap]).astype(jnp.float32)
-            total = total + x.astype(jnp.float32) * taps[None, :]
-            if window is not None:  # each input is stored once: by the row itself, those before the window by row 0
-                inputs_ref = out.conv_inputs.at[write, b, row + tap, channel]
-                plt.store(inputs_ref, x, mask=None if tap == past else row == 0)
+            total = total + conv_input(row + tap, channel).astype(jnp.float32) * taps[None, :]
         keep_conv_state(first_channel, size)
         return (total * lax.logistic(total)).astype(dtype).astype(jnp.float32)
 
     def keep_conv_state(first_channel: Array, size: int) -> None:
-        """Store the inputs that the next step needs; in a window, the inputs that end at the last accepted row."""
+        """Store the inputs that the next step needs."""
         row, channel = index_grid(jnp.arange(1), first_channel + jnp.arange(size))
-        if window is None:
 
-            @pl.when(tile_number == num_tiles - 1)
-            def store_last() -> None:
-                for i in range(past):
-                    plt.store(out.conv_state.at[b, row + i, channel], conv_input(row + num_rows + i, channel))
-
-            return
-
-        @pl.when((tile_number == 0) & (accepted > 0))  # then no program reads this state
-        def store_accepted() -> None:
+        @pl.when(tile_number == num_tiles - 1)
+        def store_last() -> None:
             for i in range(past):
-                x = plt.load(window.conv.at[read, b, row + accepted + i, channel])
-                plt.store(out.conv_state.at[layer, b, row + i, channel], x)
+                plt.store(out.conv_state.at[b, row + i, channel], conv_input(row + num_rows + i, channel))
 
     def normalised(first_channel: Array) -> Array:
         y = silu_conv(first_channel, key_size)
@@ -138,9 +107,7 @@ def _inputs_kernel(
 
     @pl.when((head >= key_heads) & (head < 2 * key_heads))
     def store_key() -> None:
-        at = at_heads(head - key_heads, key_size)
-        k_ref = out.k.at[at] if window is None else out.k.at[(write, *at)]
-        plt.store(k_ref, normalised(head * key_size))
+        plt.store(out.k.at[at_heads(head - key_heads, key_size)], normalised(head * key_size))
 
     @pl.when(head >= 2 * key_heads)
     def store_value_and_gates() -> None:
@@ -148,13 +115,10 @@ def _inputs_kernel(
         v = silu_conv(2 * key_heads * key_size + m * value_size, value_size)
         plt.store(out.v.at[at_heads(m, value_size)], v.astype(out.v.dtype))
         is_valid, n = (t >= start) & (t < end), b * num_rows + jnp.clip(t, 0, num_rows - 1)
-        a = load_partial_sum(refs.decay, n, m) + plt.load(refs.dt_bias.at[m]).astype(jnp.float32)
-        softplus = jnp.maximum(a, 0.0) + jnp.log1p(jnp.exp(-jnp.abs(a)))
-        g = -jnp.exp(plt.load(refs.a_log.at[m]).astype(jnp.float32)) * softplus
-        beta = lax.logistic(load_partial_sum(refs.beta, n, m))
+        b_logit, a = load_partial_sum(refs.beta, n, m), load_partial_sum(refs.decay, n, m)
+        beta, g = step_gates(b_logit, a, plt.load(refs.a_log.at[m]), plt.load(refs.dt_bias.at[m]))
         plt.store(out.beta.at[b, place, m], jnp.where(is_valid, beta, 0.0))
-        g_ref = out.g.at[b, place, m] if window is None else out.g.at[write, b, place, m]
-        plt.store(g_ref, jnp.where(is_valid, g, 0.0))
+        plt.store(out.g.at[b, place, m], jnp.where(is_valid, g, 0.0))
 
 
 def _shapes(
@@ -167,65 +131,6 @@ def _shapes(
     gates = jax.ShapeDtypeStruct((batch, rows, heads), jnp.float32)
     v = jax.ShapeDtypeStruct((batch, rows, heads, value_size), dtype)  # rounded to `dtype` in any case
     return {"q": of_keys, "k": of_keys, "v": v, "beta": gates, "g": gates}
-
-
-def window_inputs(
-    projections: DeltaProjections,
-    weights: DeltaWeights,
-    conv_state: Float[Array, "L B past C"],
-    pending: PendingDeltaUpdates,
-    accepted: Int[Array, " B"],
-    pages: Int[Array, " 2"],
-    layer: Int[Array, ""] | int,
-    start: Int[Array, " B"],
-    end: Int[Array, " B"],
-    *,
-    sizes: tuple[int, int, int],
-    dtype: DTypeLike,
-    interpret: bool = False,
-) -> tuple[Array, Array, Array, Float[Array, "L B past C"], PendingDeltaUpdates]:
-    """Compute the inputs of the recurrence for the rows of a verify window, after the accepted rows of the one before.
-
-    Args:
-        conv_state: of all layers; given up (donated). That of the layer moves on by the accepted rows.
-        pending: the updates of the window before; given up. The result has convolution inputs, k and decay of the
-            window.
-        accepted: rows of the window before that count.
-        pages: index of layer 0 in `pending` on the page that is read, and on the page that is written.
-        start, end: the range of valid rows of each sequence.
-        sizes: M, Dk and Dv.
-        dtype: compute dtype.
-        interpret: run the kernel in interpret mode, on any device.
-
-    Returns:
-        q `[B, W, J, Dk]` and beta `[B, W, M]` in float32, v `[B, W, M, Dv]` in `dtype`, the convolution state and the
-        updates.
-    """
-    batch = conv_state.shape[1]
-    rows = projections.qkv.parts.shape[1] // batch
-
-    def stack(array: Array) -> Any:
-        return jax.ShapeDtypeStruct(array.shape, array.dtype)
-
-    shapes = _shapes(projections, batch, rows, sizes, dtype)
-    shapes |= {"k": stack(pending.k), "g": stack(pending.decay)}
-    outputs = _OutputRefs(**shapes, conv_state=stack(conv_state), conv_inputs=stack(pending.conv))
-    inputs = _inputs(projections, weights, conv_state, layer, start, end)
-    window = _WindowRefs(accepted, pages, pending.conv, pending.k, pending.decay)
-    first = len(inputs)
-    aliases = {first - 1: 5, first + 2: 6, first + 3: 1, first + 4: 4}  # conv_state, conv_inputs, k, g
-    heads = 2 * outputs.q.shape[2] + sizes[0]
-    (results,) = pl.pallas_call(
-        partial(_inputs_kernel, tile=1, dtype=dtype),
-        grid=(batch * rows, heads),
-        out_shape=(outputs,),
-        input_output_aliases=aliases,
-        compiler_params=plt.CompilerParams(num_warps=1, num_stages=1),
-        interpret=interpret,
-        name="gated_delta_rule_window_inputs",
-    )(inputs, window)
-    pending = pending._replace(conv=results.conv_inputs, k=results.k, decay=results.g)
-    return results.q, results.v, results.beta, results.conv_state, pending
 
 
 def prompt_inputs(
@@ -241,11 +146,17 @@ def prompt_inputs(
     dtype: DTypeLike,
     interpret: bool = False,
 ) -> tuple[DeltaInputs, Float[Array, "B past C"]]:
-    """Compute the inputs of the recurrence for the rows of a prompt. Arguments as in `window_inputs`.
+    """Compute the inputs of the recurrence for the rows of a prompt.
 
     Args:
+        conv_state: of all layers.
+        layer: index of the layer in it.
+        start, end: the range of valid rows of each sequence.
         rows: rows of the results, a multiple of `PROMPT_ROWS`. Those in front of the rows of the prompt change
             nothing.
+        sizes: M, Dk and Dv.
+        dtype: compute dtype.
+        interpret: run the kernel in interpret mode, on any device.
 
     Returns:
         the inputs, v in `dtype` and the rest in float32, and the convolution state of the layer after the rows.
@@ -254,7 +165,7 @@ def prompt_inputs(
     after = jax.ShapeDtypeStruct((batch, past, channels), conv_state.dtype)
     outputs = _OutputRefs(**_shapes(projections, batch, rows, sizes, dtype), conv_state=after)
     (results,) = pl.pallas_call(
-        lambda refs, out: _inputs_kernel(refs, None, out, tile=PROMPT_ROWS, dtype=dtype),
+        partial(_inputs_kernel, dtype=dtype),
         grid=(batch * rows // PROMPT_ROWS, 2 * outputs.q.shape[2] + sizes[0]),
         out_shape=(outputs,),
         compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),

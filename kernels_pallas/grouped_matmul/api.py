@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import jax.numpy as jnp
@@ -12,13 +13,22 @@ from kernels_pallas.grouped_matmul import reference, triton
 from kernels_pallas.grouped_matmul.grad import with_gradient_of
 from kernels_pallas.grouped_matmul.plan import drop_invalid
 from kernels_pallas.grouped_matmul.reference import combine_experts
+from kernels_pallas.grouped_matmul.triton_routing import Router
 from kernels_pallas.grouped_matmul.triton_shared import SharedExpert
 from kernels_pallas.matmul import linears_split_k
 from kernels_pallas.partial_sums import PartialSums
 from kernels_pallas.platform import interpret_kernels, resolve_implementation
 from kernels_pallas.weights import LayerView, QuantizedTensor, Weight
 
-__all__ = ["SharedExpert", "combine_experts", "fused_moe", "fused_moe_unreduced", "fused_moe_with_shared"]
+__all__ = [
+    "Router",
+    "SharedExpert",
+    "combine_experts",
+    "fused_moe",
+    "fused_moe_unreduced",
+    "fused_moe_with_router",
+    "fused_moe_with_shared",
+]
 
 
 def fused_moe(
@@ -119,6 +129,41 @@ def fused_moe_with_shared(
     else:
         outputs = fused_moe_unreduced(*args, implementation=implementation)
     return outputs, linears_split_k(shared.hidden, shared.down, implementation=implementation)[0]
+
+
+def fused_moe_with_router(
+    x: Float[Array, "rows D"],
+    gate_up: Weight,
+    down: Weight,
+    layer: Int[Array, ""],
+    router: Router,
+    topk: int,
+    shared_down: Weight,
+    choose: Callable[[], tuple[Array, Array, Array]],
+    *,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "rows chosen D"], PartialSums]:
+    """Return `fused_moe_with_shared` for the experts with the `topk` largest logits of each row.
+
+    For few rows the kernels of packed experts choose them, too, with the result of `kernels_pallas.topk_softmax`.
+
+    Args:
+        x, gate_up, down, layer: as for `fused_moe_unreduced`.
+        router: logits of all experts, gate and up of the shared expert, and which rows count.
+        topk: experts of a row.
+        shared_down: the down projection of the shared expert.
+        choose: called where a kernel does not choose; returns weights and ids of the experts, and the hidden units of
+            the shared expert.
+        implementation: as for `fused_moe_unreduced`; "xla": `choose` is always called, whatever the experts' is.
+    """
+    joins = isinstance(shared_down, QuantizedTensor | LayerView) and triton.supports(shared_down)
+    uses_kernels = resolve_implementation(implementation) == "triton" and _uses_kernel(gate_up, down, None)
+    if joins and uses_kernels and _any_packed(gate_up, down) and x.shape[0] and triton.routes(x, gate_up, topk):
+        args = (x, gate_up, down, layer, router, topk, shared_down)
+        outputs, total = triton.fused_moe_routed(*args, interpret=interpret_kernels())
+        return outputs, PartialSums(total[None])
+    weights, ids, hidden = choose()
+    return fused_moe_with_shared(x, gate_up, down, layer, ids, weights, SharedExpert(hidden, shared_down))
 
 
 def _any_packed(gate_up: Weight, down: Weight) -> bool:

@@ -27,6 +27,14 @@ from jaxtyping import Bool, Float, Int
 from kernels_pallas.grouped_matmul.plan import drop_invalid
 from kernels_pallas.grouped_matmul.reference import combine_experts
 from kernels_pallas.grouped_matmul.triton_plan import align_blocks
+from kernels_pallas.grouped_matmul.triton_routing import (
+    ChoiceRefs,
+    Router,
+    RouterRefs,
+    activate_shared,
+    choose_expert,
+    load_weight,
+)
 from kernels_pallas.grouped_matmul.triton_shared import (
     SharedExpert,
     SharedLayout,
@@ -50,7 +58,7 @@ from kernels_pallas.tile_tables import tile_constants
 from kernels_pallas.tiles import dot, index_grid
 from kernels_pallas.weights import Weight
 
-__all__ = ["fused_moe", "fused_moe_unreduced", "supports"]
+__all__ = ["fused_moe", "fused_moe_routed", "fused_moe_unreduced", "routes", "supports"]
 
 
 def _silu_and_mul(gate: Array, up: Array, dtype: DTypeLike) -> Array:
@@ -81,11 +89,54 @@ def _halves(x: Float[Array, "two_O rows"]) -> tuple[Float[Array, "O rows"], Floa
 
 
 def _gate_up_kernel(
+    layer_ref: Any, expert_ids_ref: Any, sorted_token_ids_ref: Any, x_ref: Any, *refs: Any, **options: Any
+) -> None:
+    """Compute a tile of hidden units of one block's expert; see `_gate_up_tile`."""
+    *weight_refs, out_ref = refs
+    program = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    expert = expert_ids_ref[program[0]]
+    _gate_up_tile(program, layer_ref, expert, sorted_token_ids_ref, x_ref, weight_refs, out_ref, **options)
+
+
+def _routed_gate_up_kernel(
     layer_ref: Any,
-    expert_ids_ref: Any,
+    router: RouterRefs,
+    x_ref: Any,
+    weight_refs: tuple[Any, ...],
+    out_ref: Any,
+    choice: ChoiceRefs,
+    *,
+    layout: PackedLayout,
+    tiling: Tiling,
+    ops: WordOps,
+) -> None:
+    """Choose the expert of an assignment and compute a tile of its hidden units.
+
+    Programs behind the last assignment activate the shared expert.
+    """
+    program = block, tile, part = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    num_assignments, tiles = x_ref.shape[0] * tiling.topk, -(-out_ref.shape[2] // (2 * OUT_TILE))
+
+    @pl.when(block < num_assignments)
+    def _() -> None:
+        expert = choose_expert(router, choice, block, tiling.topk, (tile == 0) & (part == 0))
+        refs = layer_ref, expert, router.valid, x_ref, list(weight_refs), out_ref
+        _gate_up_tile(program, *refs, layout=layout, tiling=tiling, ops=ops)
+
+    @pl.when((block >= num_assignments) & (part == 0))
+    def _() -> None:
+        activate_shared(router, choice, block - num_assignments, tile, tiles)
+
+
+def _gate_up_tile(
+    program: tuple[Array, Array, Array],
+    layer_ref: Any,
+    expert: Array,
     sorted_token_ids_ref: Any,
     x_ref: Any,
-    *refs: Any,
+    weight_refs: list[Any],
+    out_ref: Any,
+    *,
     layout: PackedLayout,
     tiling: Tiling,
     ops: WordOps,
@@ -93,15 +144,15 @@ def _gate_up_kernel(
     """Compute `OUT_TILE` hidden units, SiLU(gate) * up, of one block's expert for its rows, or partial sums of both.
 
     The hidden units are `[places, I]` or, where nothing is sorted, `[A, I]`; the partial sums of part p `[p, A, 2 I]`.
+    `program`: the block, the tile of hidden units, and the part.
     """
-    *weight_refs, out_ref = refs
     num_experts, num_hidden = weight_refs[0].shape[1], weight_refs[0].shape[2] // 2
     num_assignments = x_ref.shape[0] * tiling.topk
-    block, tile, part = (pl.program_id(axis) for axis in range(3))
+    block, tile, part = program
 
-    @pl.when(expert_ids_ref[block] < num_experts)
+    @pl.when(expert < num_experts)
     def _() -> None:
-        index = (layer_ref[0], expert_ids_ref[block])
+        index = (layer_ref[0], expert)
         num_words = x_ref.shape[1] // layout.values_per_word
         weight = WeightRefs(layout, tuple(weight_refs), index, 2 * num_hidden, num_words, ops)
         products = places_of(block, sorted_token_ids_ref, num_assignments, tiling)
@@ -157,6 +208,7 @@ def _down_kernel(
     tiling: Tiling,
     dtype: DTypeLike,
     shared: SharedLayout | None,
+    routed: bool,
     ops: WordOps,
 ) -> None:
     """Compute `down_tile` outputs of one block's expert for its rows, times the routing weight.
@@ -165,6 +217,7 @@ def _down_kernel(
 
     Each row is written to the place of its assignment, `row * topk + k`. Where `hidden_ref` holds partial
     sums of gate and up, every program adds them and activates the hidden units itself, which is cheaper than a launch.
+    With `routed`, the weights are those that `choose_expert` stored.
     """
     block, tile, num_blocks = pl.program_id(0), pl.program_id(1), expert_ids_ref.shape[0]
     weight_refs, out_ref = refs[: len(layout.operand_names) + 1], refs[-1 if shared is None else -2]
@@ -206,7 +259,10 @@ def _down_kernel(
         zeros = (jnp.zeros((tiling.down_tile, tiling.product_rows), jnp.float32),) * tiling.num_products
         sums = lax.fori_loop(0, -(-num_words // layout.words_per_step), add_step, zeros)
         for total, (assignments, _) in zip(sums, products, strict=True):
-            topk_weights = plt.load(topk_weights_ref.at[assignments], mask=assignments < num_assignments, other=0)
+            if routed:
+                topk_weights = jnp.full(assignments.shape, load_weight(topk_weights_ref, block, tiling.topk))
+            else:
+                topk_weights = plt.load(topk_weights_ref.at[assignments], mask=assignments < num_assignments, other=0)
             assignment, col = index_grid(assignments, tile * tiling.down_tile + jnp.arange(tiling.down_tile))
             inside = (assignment < num_assignments) & (col < outputs)
             plt.store(out_ref.at[assignment, col], total.T * topk_weights[:, None], mask=inside)
@@ -257,42 +313,125 @@ def fused_moe_unreduced(
     Args:
         interpret: run as plain `jnp`, on any device.
     """
-    rows, topk = topk_ids.shape
-    gate_up_operands, down_operands = Operands(*pack_operands(gate_up)), Operands(*pack_operands(down))
-    num_experts, num_hidden = gate_up.shape[1], gate_up_operands.outputs // 2
-    constants = tile_constants("experts", outputs=2 * num_hidden, inputs=x.shape[1])
-    tiling = choose_tiling(rows, topk, num_experts, gate_up_operands.num_steps, x.dtype, constants)
+    topk = topk_ids.shape[1]
+    operands, tiling = _operands_and_tiling(x, gate_up, topk)
+    num_experts, num_hidden = gate_up.shape[1], operands.outputs // 2
     if not tiling.sorted:
         expert_ids = sorted_token_ids = topk_ids.reshape(-1).astype(jnp.int32)  # the second is not read
     else:
         sorted_token_ids, expert_ids = align_blocks(topk_ids, num_experts, tiling.block_size, interpret=interpret)
     index = (jnp.asarray(layer, jnp.int32).reshape(1), expert_ids, sorted_token_ids)
-    options: dict[str, Any] = {"tiling": tiling, "ops": word_ops(interpret=interpret)}
 
     if tiling.write_partials:
         hidden_shape = jax.ShapeDtypeStruct((tiling.parts, topk_ids.size, 2 * num_hidden), jnp.float32)
     else:
         hidden_shape = jax.ShapeDtypeStruct((sorted_token_ids.size, num_hidden), x.dtype)
     hidden = pl.pallas_call(
-        partial(_gate_up_kernel, layout=gate_up_operands.layout, **options),
+        partial(_gate_up_kernel, layout=operands.layout, tiling=tiling, ops=word_ops(interpret=interpret)),
         grid=(expert_ids.size, -(-num_hidden // OUT_TILE), tiling.parts if tiling.write_partials else 1),
         out_shape=hidden_shape,
-        compiler_params=tiling.compiler_params(gate_up_operands, 2 * OUT_TILE, x.dtype),
+        compiler_params=tiling.compiler_params(operands, 2 * OUT_TILE, x.dtype),
         interpret=interpret,
-        name=f"experts_gate_up_{gate_up_operands.layout.layout}",
-    )(*index, x, *gate_up_operands.arrays)
-    out_shapes = [jax.ShapeDtypeStruct((rows * topk, x.shape[1]), jnp.float32)]
+        name=f"experts_gate_up_{operands.layout.layout}",
+    )(*index, x, *operands.arrays)
+    weights = topk_weights.astype(jnp.float32).reshape(-1)
+    return _down(x, down, index, weights, hidden, shared, tiling, routed=False, interpret=interpret)
+
+
+def routes(x: Float[Array, "rows D"], gate_up: Weight, topk: int) -> bool:
+    """Return whether `fused_moe_routed` supports the rows: each part of gate and up is a program of its own."""
+    tiling = _operands_and_tiling(x, gate_up, topk)[1]
+    return tiling.write_partials and tiling.takes_shared(x.shape[0])
+
+
+def fused_moe_routed(
+    x: Float[Array, "rows D"],
+    gate_up: Weight,
+    down: Weight,
+    layer: Int[Array, ""],
+    router: Router,
+    topk: int,
+    shared_down: Weight,
+    *,
+    interpret: bool = False,
+) -> tuple[Float[Array, "rows topk D"], Float[Array, "rows D"]]:
+    """Choose the experts of each row, as `kernels_pallas.topk_softmax` does; return what `fused_moe_unreduced` does.
+
+    Args:
+        router: the results of the router's launch.
+        topk: experts of a row.
+        shared_down: the down projection of the shared expert.
+        interpret: run as plain `jnp`, on any device.
+    """
+    rows = x.shape[0]
+    operands, tiling = _operands_and_tiling(x, gate_up, topk)
+    num_hidden, assignments = operands.outputs // 2, rows * topk
+    refs = RouterRefs(*(sums.parts for sums in router[:3]), router.valid.astype(jnp.int32))
+    index = jnp.asarray(layer, jnp.int32).reshape(1)
+    choice_shapes = ChoiceRefs(
+        jax.ShapeDtypeStruct((assignments,), jnp.int32),
+        jax.ShapeDtypeStruct((assignments,), jnp.float32),
+        jax.ShapeDtypeStruct((rows, refs.gate.shape[2]), x.dtype),
+    )
+    hidden, choice = pl.pallas_call(
+        partial(_routed_gate_up_kernel, layout=operands.layout, tiling=tiling, ops=word_ops(interpret=interpret)),
+        grid=(assignments + rows, -(-num_hidden // OUT_TILE), tiling.parts),
+        out_shape=(jax.ShapeDtypeStruct((tiling.parts, assignments, 2 * num_hidden), jnp.float32), choice_shapes),
+        compiler_params=tiling.compiler_params(operands, 2 * OUT_TILE, x.dtype),
+        interpret=interpret,
+        name=f"experts_gate_up_{operands.layout.layout}",
+    )(index, refs, x, operands.arrays)
+    ids, weights, shared_hidden = choice
+    shared = SharedExpert(shared_hidden, shared_down)
+    outputs, total = _down(
+        x, down, (index, ids, ids), weights, hidden, shared, tiling, routed=True, interpret=interpret
+    )
+    assert total is not None  # `routes`
+    return outputs, total
+
+
+def _operands_and_tiling(x: Float[Array, "rows D"], gate_up: Weight, topk: int) -> tuple[Operands, Tiling]:
+    """Return the operands of gate and up, and the tiling of both launches."""
+    operands = Operands(*pack_operands(gate_up))
+    constants = tile_constants("experts", outputs=operands.outputs, inputs=x.shape[1])
+    return operands, choose_tiling(x.shape[0], topk, gate_up.shape[1], operands.num_steps, x.dtype, constants)
+
+
+def _down(
+    x: Float[Array, "rows D"],
+    down: Weight,
+    index: tuple[Array, Array, Array],
+    weights: Float[Array, " A"],
+    hidden: Array,
+    shared: SharedExpert | None,
+    tiling: Tiling,
+    *,
+    routed: bool,
+    interpret: bool,
+) -> tuple[Float[Array, "rows topk D"], Float[Array, "rows D"] | None]:
+    """Launch the down projection. `index`: the layer, the experts of the blocks, and the assignments in them."""
+    down_operands, expert_ids, rows = Operands(*pack_operands(down)), index[1], x.shape[0]
+    out_shapes = [jax.ShapeDtypeStruct((rows * tiling.topk, x.shape[1]), jnp.float32)]
     shared_layout: SharedLayout | None = None
     operands: tuple[Array, ...] = ()
     if shared is not None and tiling.takes_shared(rows):
         shared_layout, operands = shared_operands(shared)
         out_shapes.append(jax.ShapeDtypeStruct(x.shape, jnp.float32))
+    kernel = partial(
+        _down_kernel,
+        layout=down_operands.layout,
+        tiling=tiling,
+        dtype=x.dtype,
+        shared=shared_layout,
+        routed=routed,
+        ops=word_ops(interpret=interpret),
+    )
     outputs, *shared_output = pl.pallas_call(
-        partial(_down_kernel, layout=down_operands.layout, dtype=x.dtype, shared=shared_layout, **options),
+        kernel,
         grid=(expert_ids.size + len(out_shapes) - 1, -(-x.shape[1] // tiling.down_tile)),
         out_shape=out_shapes,
         compiler_params=tiling.compiler_params(down_operands, tiling.down_tile, x.dtype),
         interpret=interpret,
         name=f"experts_down_{down_operands.layout.layout}",
-    )(*index, topk_weights.astype(jnp.float32).reshape(-1), hidden, *down_operands.arrays, *operands)
-    return outputs.reshape(rows, topk, -1), shared_output[0] if shared_output else None
+    )(*index, weights, hidden, *down_operands.arrays, *operands)
+    return outputs.reshape(rows, tiling.topk, -1), shared_output[0] if shared_output else None

@@ -44,11 +44,10 @@ def supports(w: Weight) -> bool:
 class _Product(NamedTuple):
     """The static half of one of the products of a launch."""
 
-    number: int
+    layer: int | None  # which of the numbers of layers is its own; None: the weight is no stack
     layout: PackedLayout
     first_operand: int  # its share of the kernel's references
     num_operands: int
-    is_stack: bool
     first_tile: int  # its first tile among those of all results
     num_tiles: int
     num_steps: int
@@ -69,7 +68,7 @@ class _Program(NamedTuple):
 
 
 def _kernel(
-    layer_ref: Any, x_ref: Any, *refs: Any, products: tuple[_Product, ...], tiling: Tiling, ops: WordOps
+    layer_refs: tuple[Any, ...], x_ref: Any, *refs: Any, products: tuple[_Product, ...], tiling: Tiling, ops: WordOps
 ) -> None:
     """Compute one tile of one result, or one partial sum of it."""
     first_row = pl.program_id(0) * tiling.row_tile
@@ -77,7 +76,7 @@ def _kernel(
     y_refs = refs[len(refs) - len(products) :]
     for product, y_ref in zip(products, y_refs, strict=True):
         weight_refs = refs[product.first_operand :][: product.num_operands]
-        run = partial(_store_tile, layer_ref, x_ref, weight_refs, y_ref, product, tiling, program, ops)
+        run = partial(_store_tile, layer_refs, x_ref, weight_refs, y_ref, product, tiling, program, ops)
         if len(products) == 1:
             run()
         else:
@@ -88,7 +87,7 @@ def _kernel(
 
 
 def _store_tile(
-    layer_ref: Any,
+    layer_refs: tuple[Any, ...],
     x_ref: Any,
     weight_refs: tuple[Any, ...],
     y_ref: Any,
@@ -99,7 +98,7 @@ def _store_tile(
 ) -> None:
     """Compute one split of the sum over F for a tile of one result, or all splits, added in their order."""
     layout, (num_rows, outputs) = product.layout, y_ref.shape[1:]
-    index = (layer_ref[product.number],) if product.is_stack else ()
+    index = () if product.layer is None else (layer_refs[product.layer][0],)
     weight = WeightRefs(layout, weight_refs, index, outputs, x_ref.shape[1] // layout.values_per_word, ops)
     first_out = (program.tile - product.first_tile) * tiling.out_tile
     weight_rows = first_out + mma_m_order(layout, tiling.out_tile)
@@ -180,24 +179,26 @@ def matmul_split_k(
     operands: list[Array] = []
     shapes: list[jax.ShapeDtypeStruct] = []
     tiles = 0
-    for number, (weight, (_, layer), dtype) in enumerate(zip(packed, weights, out_dtypes, strict=True)):
+    # An array each: XLA would need a kernel to put several together.
+    layers = tuple(jnp.asarray(layer, jnp.int32).reshape(1) for _, layer in weights if layer is not None)
+    num_stacks = 0
+    for weight, (_, layer), dtype in zip(packed, weights, out_dtypes, strict=True):
         product = _Product(
-            number=number,
+            layer=None if layer is None else num_stacks,
             layout=weight.layout,
             first_operand=len(operands),
             num_operands=len(weight.arrays),
-            is_stack=layer is not None,
             first_tile=tiles,
             num_tiles=-(-weight.outputs // tiling.out_tile),
             num_steps=weight.num_steps,
             num_splits=weight.num_splits,
         )
         products.append(product)
+        num_stacks += layer is not None
         operands += weight.arrays
         tiles += product.num_tiles
         parts = product.num_splits if tiling.write_partials else 1
         shapes.append(jax.ShapeDtypeStruct((parts, rows, weight.outputs), jnp.float32 if parts > 1 else dtype))
-    layers = jnp.stack([jnp.int32(0) if layer is None else jnp.asarray(layer, jnp.int32) for _, layer in weights])
     results = pl.pallas_call(
         partial(_kernel, products=tuple(products), tiling=tiling, ops=word_ops(interpret=interpret)),
         grid=(-(-rows // tiling.row_tile), tiles, max(shape.shape[0] for shape in shapes)),

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
+from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from kernels_pallas.norm.moe_output import MoeOutput
@@ -108,6 +109,76 @@ def add_rms_norm(
         name="norm_add",
     )(x, w, *jax.tree.leaves(delta))
     return h, normed
+
+
+def _sum_rms_norm_kernel(delta_ref: Any, w_ref: Any, h_ref: Any, y_ref: Any, *, eps: float) -> None:
+    """Compute one row."""
+    n, channel = pl.program_id(0), jnp.arange(next_power_of_2(h_ref.shape[1]))
+    mask = channel < h_ref.shape[1]
+    h = load_partial_sum(delta_ref, n, channel, mask=mask).astype(h_ref.dtype)
+    plt.store(h_ref.at[n, channel], h, mask=mask)
+    y = _normalise(h.astype(jnp.float32), w_ref, channel, eps)
+    plt.store(y_ref.at[n, channel], y.astype(y_ref.dtype), mask=mask)
+
+
+def sum_rms_norm(
+    delta: PartialSums, w: Float[Array, " D"], eps: float, dtype: DTypeLike, *, interpret: bool = False
+) -> tuple[Float[Array, "rows D"], Float[Array, "rows D"]]:
+    """See `kernels_pallas.norm.sum_rms_norm`.
+
+    Args:
+        interpret: run the kernel in interpret mode, on any device.
+    """
+    _, rows, size = delta.parts.shape
+    shape = jax.ShapeDtypeStruct((rows, size), dtype)
+    h, normed = pl.pallas_call(
+        partial(_sum_rms_norm_kernel, eps=eps),
+        grid=(rows,),
+        out_shape=(shape, shape),
+        compiler_params=plt.CompilerParams(num_warps=NUM_WARPS, num_stages=1),
+        interpret=interpret,
+        name="norm_sum",
+    )(delta.parts, w)
+    return h, normed
+
+
+def _concatenated_rms_norm_kernel(
+    a_ref: Any, b_ref: Any, a_weight_ref: Any, b_weight_ref: Any, y_ref: Any, *, eps: float
+) -> None:
+    """Compute one row of one of the arrays."""
+    n, size = pl.program_id(0), a_ref.shape[1]
+    channel = jnp.arange(next_power_of_2(size))
+    mask = channel < size
+    for which, (x_ref, w_ref) in enumerate(((a_ref, a_weight_ref), (b_ref, b_weight_ref))):
+
+        @pl.when(pl.program_id(1) == which)
+        def store(which: int = which, x_ref: Any = x_ref, w_ref: Any = w_ref) -> None:
+            x = plt.load(x_ref.at[n, channel], mask=mask, other=0).astype(jnp.float32)
+            y = _normalise(x, w_ref, channel, eps)
+            plt.store(y_ref.at[n, which * size + channel], y.astype(y_ref.dtype), mask=mask)
+
+
+def concatenated_rms_norm(
+    pair: tuple[Float[Array, "rows D"], Float[Array, "rows D"]],
+    weights: tuple[Float[Array, " D"], Float[Array, " D"]],
+    eps: float,
+    *,
+    interpret: bool = False,
+) -> Float[Array, "rows two_D"]:
+    """See `kernels_pallas.norm.concatenated_rms_norm`.
+
+    Args:
+        interpret: run the kernel in interpret mode, on any device.
+    """
+    rows, size = pair[0].shape
+    return pl.pallas_call(
+        partial(_concatenated_rms_norm_kernel, eps=eps),
+        grid=(rows, 2),
+        out_shape=jax.ShapeDtypeStruct((rows, 2 * size), pair[0].dtype),
+        compiler_params=plt.CompilerParams(num_warps=NUM_WARPS, num_stages=1),
+        interpret=interpret,
+        name="norm_pair",
+    )(*pair, *weights)
 
 
 def _gated_rms_norm_kernel(x_ref: Any, z_ref: Any, w_ref: Any, y_ref: Any, *, eps: float, gate: str) -> None:

@@ -21,6 +21,7 @@ from jaxtyping import Bool
 
 from kernels_pallas.partial_sums import PartialSums, load_partial_sum
 from kernels_pallas.tiles import next_power_of_2
+from kernels_pallas.top_experts import add_in_order, load_logits, nth_largest, relative_weight
 from kernels_pallas.topk_softmax.reference import ExpertChoice
 
 
@@ -35,24 +36,23 @@ def _kernel(
     *,
     k: int,
 ) -> None:
-    """For each row, one program takes the k largest probabilities in turn, and one activates the shared expert."""
+    """For each row, one program takes the k largest logits in turn, and one activates the shared expert."""
     row, num_experts, num_hidden = pl.program_id(0), logits_ref.shape[2], hidden_ref.shape[1]
 
     @pl.when(pl.program_id(1) == 0)
     def choose() -> None:
-        expert, place = jnp.arange(next_power_of_2(num_experts)), jnp.arange(next_power_of_2(k))
-        exists = expert < num_experts
-        logits = jnp.where(exists, load_partial_sum(logits_ref, row, expert, mask=exists), -jnp.inf)
-        p = jnp.exp(logits - jnp.max(logits))
-        p = p / jnp.sum(p)
+        place, logits = jnp.arange(next_power_of_2(k)), load_logits(logits_ref, row)
+        experts, left = [], logits
+        for _ in range(k):
+            experts.append(nth_largest(left, 0))
+            left = jnp.where(jnp.arange(left.size) == experts[-1], -jnp.inf, left)
+        relative = [relative_weight(logits, expert) for expert in experts]
+        total, is_valid = add_in_order(relative), plt.load(valid_ref.at[row]) > 0
         weights, ids = jnp.zeros(place.shape, jnp.float32), jnp.zeros(place.shape, jnp.int32)
-        for turn in range(k):
-            largest = jnp.max(p)
-            first = jnp.min(jnp.where(p == largest, expert, expert.size))  # of equals the first, as `lax.top_k`
-            weights, ids = jnp.where(place == turn, largest, weights), jnp.where(place == turn, first, ids)
-            p = jnp.where(expert == first, -1.0, p)
-        ids = jnp.where(plt.load(valid_ref.at[row]) > 0, ids, num_experts)
-        plt.store(weights_ref.at[row, place], weights / jnp.sum(weights), mask=place < k)
+        for turn, (expert, weight) in enumerate(zip(experts, relative, strict=True)):
+            weights = jnp.where(place == turn, weight / total, weights)
+            ids = jnp.where(place == turn, jnp.where(is_valid, expert, num_experts), ids)
+        plt.store(weights_ref.at[row, place], weights, mask=place < k)
         plt.store(ids_ref.at[row, place], ids, mask=place < k)
 
     @pl.when(pl.program_id(1) == 1)

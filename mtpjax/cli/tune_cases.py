@@ -243,5 +243,5 @@ def _delta_case(
             outputs.append(o)
         return outputs, state, pending
 
-    kernels, args = "gated_delta_rule_recurrent", (projections, weights, state, arrays)
+    kernels, args = "gated_delta_rule_window", (projections, weights, state, arrays)
     return TuneCase(name, "gated_delta_rule", (None, None), kernels, ("state_columns",), candidates, run, args)

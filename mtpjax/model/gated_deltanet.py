@@ -13,6 +13,7 @@ from kernels_pallas.gated_delta_rule import (
     DeltaProjections,
     DeltaState,
     DeltaWeights,
+    GatedNorm,
     PendingDeltaUpdates,
     chunk_gated_delta_rule,
     recurrent_gated_delta_rule,
@@ -69,17 +70,12 @@ class DeltaNet(nnx.Module):
         weights = DeltaWeights(self.conv[...], self.a_log[...], self.dt_bias[...])
         where: Any = {"layer": layer, "pad": positions.pad, "valid": positions.valid}
         how: Any = {"dtype": x.dtype, "implementation": implementation}
+        norm = GatedNorm(z, self.norm[...], cfg.norm_eps, cfg.output_gate_act)
         if pending is None:
             o, state = chunk_gated_delta_rule(projections, weights, state, **where, **how)
+            y = gated_rms_norm(o.reshape(-1, *o.shape[2:]), *norm, implementation=implementation)
         else:
-            o, state, pending = recurrent_gated_delta_rule(projections, weights, state, pending, **where, **how)
+            args = projections, weights, state, pending
+            y, state, pending = recurrent_gated_delta_rule(*args, **where, norm=norm, **how)
         cache = cache.replace(state=state.recurrent, conv=state.conv)
-        y = gated_rms_norm(
-            o.reshape(-1, *o.shape[2:]),
-            z,
-            self.norm[...],
-            cfg.norm_eps,
-            cfg.output_gate_act,
-            implementation=implementation,
-        )
         return linears_split_k(y.reshape(*x.shape[:2], -1), self.out[...])[0], cache, pending

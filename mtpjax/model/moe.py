@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool, Float
 
 from kernels_pallas.activation import silu_and_mul
-from kernels_pallas.grouped_matmul import SharedExpert, fused_moe_with_shared
+from kernels_pallas.grouped_matmul import Router, fused_moe_with_router
 from kernels_pallas.matmul import fused_linears, linears_split_k
 from kernels_pallas.norm import MoeOutput
 from kernels_pallas.partial_sums import PartialSums
@@ -74,17 +74,21 @@ class Moe(nnx.Module):
         rows, valid, shared = x.reshape(-1, x.shape[-1]), valid.reshape(-1), self.shared
         weights = [w[...] for w in (self.router, self.shared_gate, shared.gate, shared.up)]
         logits, shared_gate, gate, up = linears_split_k(x, *weights, out_dtypes=[jnp.float32] * 4)
-        choice = self.route(logits, gate, up, valid, x.dtype, implementation)
-        index = jnp.asarray(layer, jnp.int32)
-        hidden = choice.shared_hidden.reshape(*x.shape[:-1], -1)
-        outputs, shared_out = fused_moe_with_shared(
+
+        def choose() -> tuple[Array, Array, Array]:
+            choice = self.route(logits, gate, up, valid, x.dtype, implementation)
+            return choice.topk_weights, choice.topk_ids, choice.shared_hidden.reshape(*x.shape[:-1], -1)
+
+        outputs, shared_out = fused_moe_with_router(
             rows,
             self.gate_up[...],
             self.down[...],
-            index,
-            choice.topk_ids,
-            choice.topk_weights,
-            SharedExpert(hidden, shared.down[...]),
+            jnp.asarray(layer, jnp.int32),
+            Router(logits, gate, up, valid),
+            self.cfg.experts_per_token,
+            shared.down[...],
+            choose,
+            implementation=implementation,
         )
         return MoeOutput(outputs, valid, shared_out, shared_gate)
 

@@ -7,18 +7,19 @@ one *after* the trunk's final norm. Applied again, the head reads its own output
 
 from __future__ import annotations
 
-import jax.numpy as jnp
+from typing import Any
+
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
-from kernels_pallas.matmul import linear
-from kernels_pallas.norm import rms_norm
+from kernels_pallas.matmul import linears_split_k
+from kernels_pallas.norm import concatenated_rms_norm, sum_rms_norm
 from mtpjax.config import FULL, ModelConfig
 from mtpjax.model.cache import Cache
 from mtpjax.model.decoder import Layer
-from mtpjax.model.params import ParamFactory, Vector
+from mtpjax.model.params import ParamFactory
 from mtpjax.model.positions import Positions
 
 MTP_LAYER = 0  # index of the head's layer in its own keys and values
@@ -44,12 +45,13 @@ class Mtp(nnx.Module):
         The embedding comes first.
         """
 
-        def norm(x: Array, weight: Vector) -> Array:
-            return rms_norm(x, weight[...], self.cfg.norm_eps, implementation=implementation)
-
-        e, h = norm(embedded, self.embed_norm), norm(hidden, self.hidden_norm)
-        x = linear(jnp.concatenate([e, h], axis=-1), self.fc[...])
-        return x, norm(x, self.layer.input_norm)
+        how: Any = {"implementation": implementation}
+        pair = concatenated_rms_norm(
+            (embedded, hidden), (self.embed_norm[...], self.hidden_norm[...]), self.cfg.norm_eps, **how
+        )
+        [product] = linears_split_k(pair, self.fc[...])
+        x, normed = sum_rms_norm(product, self.layer.input_norm[...], self.cfg.norm_eps, hidden.dtype, **how)
+        return x.reshape(hidden.shape), normed.reshape(hidden.shape)
 
     def sync(
         self, embedded: Float[Array, "B T D"], hidden: Float[Array, "B T D"], cache: Cache, positions: Positions

@@ -49,6 +49,7 @@ from scripts.gpu.cuda_cases import (
     weight_shapes,
 )
 from scripts.gpu.cuda_target import CARDS, CompileTarget, memory_bytes
+from scripts.gpu.fused_cases import fused_cases
 
 KERNELS = (
     "matmul_",
@@ -75,8 +76,10 @@ def work(card: str, cases: list[str]) -> None:
     """Compile cases one by one, and print a line of JSON before and after each."""
     with tempfile.TemporaryDirectory() as folder:
         dump = Path(folder)
-        target, kernels = CompileTarget(CARDS[card], dump), kernel_cases() | float32_cases()
-        one_row = kernel_cases(KernelSizes(rows=(("decode", 1), ("prefill", 2048)))) if card in LIMIT_GIB else {}
+        target, kernels = CompileTarget(CARDS[card], dump), kernel_cases() | float32_cases() | fused_cases()
+        one_row: dict[str, Case] = {}
+        if card in LIMIT_GIB:
+            one_row = kernel_cases(KernelSizes(rows=(("decode", 1), ("prefill", 2048)))) | fused_cases(1)
         for name in cases:
             print(json.dumps({"start": name}), flush=True)
             start = time.perf_counter()
@@ -238,7 +241,7 @@ def main() -> int:
     results, num_problems = [], 0
     for card in CARDS:
         smallest = card in LIMIT_GIB
-        cases = list(kernel_cases()) if card in args.cards else []
+        cases = [*kernel_cases(), *fused_cases()] if card in args.cards else []
         cases += list(float32_cases()) if card in args.cards and smallest else []
         programs = [name for name in PROGRAMS if smallest or not name.endswith(MIXED)]
         cases += programs if card in args.programs else []

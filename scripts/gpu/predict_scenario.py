@@ -19,11 +19,14 @@ from dataclasses import dataclass, field
 
 from scripts.gpu import predict_model as model
 from scripts.gpu.kernel_counts import DRAFT
-from scripts.gpu.predict_measured import COMMIT, bandwidth, trial
+from scripts.gpu.predict_measured import COMMIT, bandwidth, trace, trial
 
 STATE_BYTES = 32 * 128 * 128 * 4  # of the recurrent state of a DeltaNet layer, float32
 SHARED_DOWN_BYTES = model.weight_bytes(2048, 0, 512)  # of the shared expert's down projection
 Q_HEADS, HEAD_DIM = 16, 256
+HEADS = 32  # value heads of a DeltaNet layer, and programs of its window
+BYTES_PER_CYCLE, CYCLES_PER_US = 64, 1755  # between a multiprocessor and the L2 cache; assumed, an H100's clock
+LOGIT_BYTES = 16 * 256 * 4  # of the router's partial sums, a row
 
 
 @dataclass(frozen=True)
@@ -142,13 +145,34 @@ def attention_many(measured: float, rows: int, context: int) -> float:
 
 
 def window(measured: float, rows: int, context: int) -> float:
-    """Return the time of a recurrence that reads and writes the state and has all of its inputs.
+    """Return the time of a window's one kernel: convolution, norms and gates, the recurrence, the gated norm.
 
-    Half a microsecond a row, and for each row accepted before: 3.84 with four drafts. One row took 6.5 us and each more
-    2.8 (trials of 16 columns) while each loaded and normalised its own inputs.
+    The recurrence reads and writes the state and has all of its inputs: half a microsecond a row, and for each row
+    accepted before, 3.84 with four drafts. One row took 6.5 us and each more 2.8 (trials of 16 columns) while each
+    loaded and normalised its own inputs. The inputs take what the attention's cache update, which does alike, takes
+    beyond the shortest kernel; the norm, whose operands are at hand, half a microsecond. 32 programs, each on a
+    multiprocessor of its own, read and write the state at 64 bytes a cycle, not at the share of all.
     """
     accepted = 3.84 if rows == 5 else 1.0
-    return model.bytes_us(2 * STATE_BYTES) + 0.5 * (rows + accepted)
+    inputs = trace("decode 0")["attention, cache update"].us - shortest()
+    few_programs = 2 * STATE_BYTES / HEADS / BYTES_PER_CYCLE / CYCLES_PER_US - 2 * STATE_BYTES / bandwidth()
+    return model.bytes_us(2 * STATE_BYTES) + 0.5 * (rows + accepted) + inputs + 0.5 + max(few_programs, 0.0)
+
+
+def shortest() -> float:
+    """Return the time of the shortest kernel that was measured, a gated norm: little more than a kernel's start."""
+    return trace("decode 0")["gated norm"].us
+
+
+def gate_up(measured: float, rows: int, context: int) -> float:
+    """Return the time of gate and up in two parts, by trials, and of the choice of experts before it in each program.
+
+    The choice takes what it took by itself beyond the shortest kernel. 128 programs a row read its logits, 16 partial
+    sums of 256, from the L2 cache: at twice the copy bandwidth.
+    """
+    split = _GATE_UP.us(measured, rows, context)
+    choice = trace(f"decode {rows - 1}")["choice of experts"].us - shortest()
+    return split + choice + rows * 8 * 16 * LOGIT_BYTES / (2 * bandwidth())
 
 
 def row_tiles(weights: tuple[tuple[int, int, int], ...]) -> Callable[[float, int, int], float]:
@@ -160,6 +184,13 @@ _FEW = "512 programs, 2 stages (tried with 5 rows)"
 _SMALL = "256 programs, 2 stages, not tried together: as 512 programs, 2 stages (tried with 5 rows)"
 _TILES = "row tiles of 128, not tried itself: the model of kernel times"
 
+_GATE_UP = Candidate(
+    "gate_up_split",
+    "gate_up M{rows} splits1 stages3",
+    "gate_up M{rows} splits2 stages3",
+    "the sum over D in two parts; SiLU is left to the down kernel",
+)
+
 ROUND: dict[str, Change] = {
     "DeltaNet, in": Candidate("matmul_codes4_plain", "in M5 programs128 stages3", "in M5 programs512 stages2", _FEW),
     "out, o": Candidate("matmul_codes4", "out M5 programs128 stages3", "out M5 programs512 stages2", _SMALL),
@@ -168,12 +199,12 @@ ROUND: dict[str, Change] = {
         "matmul_plain_codes4", "router M5 programs128 stages3", "router M5 programs512 stages2", _SMALL
     ),
     "shared down": Gone("the down kernel of the experts multiplies the shared expert, too"),
-    "experts, gate and up": Candidate(
-        "gate_up_split",
-        "gate_up M{rows} splits1 stages3",
-        "gate_up M{rows} splits2 stages3",
-        "the sum over D in two parts; SiLU is left to the down kernel",
+    "experts, gate and up": Assumed(
+        gate_up,
+        "the sum over D in two parts (measured candidate); each program chooses its expert first, for as long as the "
+        "choice took beyond the shortest kernel, with logits from the L2 cache",
     ),
+    "choice of experts": Gone("the programs of gate and up choose their experts"),
     "experts, down": Assumed(
         lambda measured, rows, context: measured + SHARED_DOWN_BYTES / bandwidth(),
         "as measured, and the bytes of the shared expert; adding the parts and SiLU are taken to cost nothing",
@@ -184,9 +215,11 @@ ROUND: dict[str, Change] = {
     ),
     "attention, join": Modelled(attention_join, "parallel over heads, channels, pieces: bytes of the partial sums"),
     "DeltaNet window": Assumed(
-        window, "inputs come from a kernel of their own; the state is read and written, 0.5 us a row and accepted row"
+        window,
+        "one kernel: the state is read and written, 0.5 us a row and accepted row; inputs of all rows as the cache "
+        "update of attention without its start, 0.5 us for the gated norm",
     ),
-    "DeltaNet inputs": Added(30, lambda rows: 2.8, "as the attention's cache update, which does alike"),
+    "gated norm": Gone("the kernel of the window ends with it"),
     COMMIT: Gone("the next window folds accepted rows in as it reads the state"),
 }
 CHUNK: dict[str, Change] = {

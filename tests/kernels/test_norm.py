@@ -7,7 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.norm import MoeOutput, add_rms_norm, gated_rms_norm, l2_norm, rms_norm
+from kernels_pallas.norm import (
+    MoeOutput,
+    add_rms_norm,
+    concatenated_rms_norm,
+    gated_rms_norm,
+    l2_norm,
+    rms_norm,
+    sum_rms_norm,
+)
 from kernels_pallas.norm.shapes import ROWS, SHAPES, add_rms_norm_inputs, gated_rms_norm_inputs
 from kernels_pallas.partial_sums import PartialSums
 from kernels_pallas.platform import override_platform
@@ -121,6 +129,26 @@ def test_norms_of_single_vectors() -> None:
     assert_close(rms_norm(x, w, EPS), normalised(as_float64(x)) * (1 + as_float64(w)), "float32")
     want = as_float64(x) / np.sqrt((as_float64(x) ** 2).sum(-1, keepdims=True) + 1e-6)
     assert_close(l2_norm(x), want, "float32")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norms_with_their_neighbours_have_the_bits_of_the_norm_alone(dtype: str, implementation: str) -> None:
+    """A sum of partial sums before it, and two norms side by side; 1 to 20 rows."""
+    how: Any = {"implementation": implementation}
+    x, w, sums, _ = random_rows(dtype, rows=20)
+    other, other_w = x[::-1] * 2, w[::-1]
+    norm = jax.jit(lambda x, w: rms_norm(x, w, EPS, **how))
+    pair = jax.jit(lambda a, b: concatenated_rms_norm((a, b), (w, other_w), EPS, **how))
+    of_sum = jax.jit(lambda parts: sum_rms_norm(PartialSums(parts), w, EPS, dtype, **how))
+    assert_close(of_sum(sums.parts)[0], as_float64(sums.parts).sum(0), dtype)
+    want_h, want_pair = sums.sum(dtype), jnp.concatenate([norm(x, w), norm(other, other_w)], axis=-1)
+    want_y = norm(want_h, w)
+    for rows in (1, 2, 5, 9, 16, 20):
+        h, y = of_sum(sums.parts[:, :rows])
+        both = pair(x[:rows].reshape(1, rows, -1), other[:rows].reshape(1, rows, -1))[0]
+        for got, want in ((h, want_h), (y, want_y), (both, want_pair)):
+            assert got.dtype == dtype
+            np.testing.assert_array_equal(np.float32(got), np.float32(want[:rows]))
 
 
 def test_the_platform_decides_which_implementation_is_traced() -> None:
