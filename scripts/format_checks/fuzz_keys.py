@@ -251,7 +251,7 @@ def may_be_silent(kind: str, name: str) -> bool:
         return True
     if kind in ("delete", "retype", "duplicate") and is_harmless_setting(key):
         return True
-    return key in HARMLESS_IN_TEXT | HARMLESS_AROUND | HARMLESS_IN_ROPE or (kind == "delete" and key in OPTIONAL)
+    return key in (*HARMLESS_IN_TEXT, *HARMLESS_AROUND, *HARMLESS_IN_ROPE) or (kind == "delete" and key in OPTIONAL)
 
 
 def fuzz(path: Path, cases: int, seed: int = 0) -> Report:
