@@ -173,9 +173,10 @@ def test_conversations_in_a_file_of_json_lines(tmp_path: Path, capsys: pytest.Ca
         )
         == 1
     )
-    (row,) = (json.loads(line) for line in out.read_text(encoding="utf-8").splitlines())
+    row, *bad = (json.loads(line) for line in out.read_text(encoding="utf-8").splitlines())
+    assert [line["id"] for line in bad] == [2, 3, 4] and all(line["error"] for line in bad)
     (answer,) = LLM(max_model_len=256, dtype="float32").chat(HELLO, SamplingParams(max_tokens=12))
-    assert row["text"] == answer.text
+    assert row["text"] == row["content"] == answer.text
     errors = capsys.readouterr().err
     for said in ("has both 'prompt' and 'messages'", "has 'messages' of type str", "Unexpected role wizard"):
         assert said in errors
