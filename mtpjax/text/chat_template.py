@@ -16,6 +16,7 @@ from checkpoints.folder import read_json_file
 from mtpjax.text.messages import Message, normalize_messages
 
 TEMPLATE, TOKENIZER_CONFIG = "chat_template.jinja", "tokenizer_config.json"
+OLD_TEMPLATE = "chat_template.json"  # where earlier versions of transformers kept the template of a processor
 TOOL = '{"type": "function", "function": {"name": "f", "description": "...", "parameters": {...}}}'
 
 
@@ -133,7 +134,9 @@ def check_tools(tools: Any) -> list[dict[str, Any]] | None:
 
 
 def find_chat_template(folder: Path) -> ChatTemplate | None:
-    """Return the template of a checkpoint folder: chat_template.jinja, or the one in tokenizer_config.json, or None.
+    """Return the template of a checkpoint folder, or None.
+
+    It is in chat_template.jinja, in tokenizer_config.json, or in chat_template.json; the first one counts.
 
     Raises:
         checkpoints.CheckpointError: names a file that cannot be read.
@@ -145,6 +148,8 @@ def find_chat_template(folder: Path) -> ChatTemplate | None:
     if (file := folder / TEMPLATE).is_file():
         return ChatTemplate(file.read_text(encoding="utf-8"), str(file), special_tokens)
     text = config.get("chat_template")
+    if text is None and (old := folder / OLD_TEMPLATE).is_file():
+        config_file, text = old, read_json_file(old).get("chat_template")
     if isinstance(text, list):  # several templates, each with a name
         by_name = {entry.get("name"): entry.get("template") for entry in text if isinstance(entry, dict)}
         text = by_name.get("default")

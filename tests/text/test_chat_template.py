@@ -108,6 +108,8 @@ def test_templates_are_found_in_a_file_or_in_the_tokenizer_config(tmp_path: Path
     config = tmp_path / "tokenizer_config.json"
     config.write_text(json.dumps({"eos_token": {"content": "<end>"}}))
     assert find_chat_template(tmp_path) is None
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "old {{ eos_token }}"}))
+    assert find(tmp_path).render(HELLO) == "old <end>"
     config.write_text(json.dumps({"chat_template": "plain"}))
     assert find(tmp_path).render(HELLO) == "plain"
     several = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "{{ eos_token }}"}]
