@@ -91,7 +91,14 @@ def test_a_variable_that_is_an_argument_is_given_there(name: str) -> None:
 def test_a_template_may_refuse_and_may_not_reach_out() -> None:
     with pytest.raises(ValueError, match="there: the chat template refuses the conversation: no jokes"):
         ChatTemplate("{{ raise_exception('no jokes') }}", "there", {}).render(HELLO)
-    for bad in ("{% if %}", "{{ messages.append(1) }}", "{{ ''.__class__.__mro__ }}", "{{ 1 + 'a' }}"):
+    for bad in (
+        "{{ 1 // 0 }}",
+        "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+        "{% if %}",
+        "{{ messages.append(1) }}",
+        "{{ ''.__class__.__mro__ }}",
+        "{{ 1 + 'a' }}",
+    ):
         with pytest.raises(ValueError, match="there: the chat template"):
             ChatTemplate(bad, "there", {}).render(HELLO)
 
