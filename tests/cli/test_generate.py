@@ -155,7 +155,7 @@ def test_bad_lines_are_named_and_the_others_answered(
     assert len(printed) == len(BAD) + 1
     for number, ((_, message), line) in enumerate(zip(BAD, printed, strict=False), start=2):
         assert re.match(f"mtpjax generate: {tmp_path}/in.jsonl:{number}: .*{message}", line), line
-    assert printed[-1] == f"mtpjax generate: {len(BAD)} lines of {tmp_path}/in.jsonl have errors, see above"
+    assert printed[-1] == f"mtpjax generate: {len(BAD)} line(s) of {tmp_path}/in.jsonl have errors, see above"
     assert f"errors          {len(BAD)} lines" in captured.out
     answers = rows(tmp_path / "out.jsonl")
     assert [row["id"] for row in answers if "error" not in row] == ["first", len(lines) - 1, 7]
