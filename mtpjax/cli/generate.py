@@ -322,5 +322,5 @@ def main(argv: list[str] | None = None) -> int:
     if args.output:
         print(f"answers  {args.output}")
     if totals.num_errors:
-        print(f"{PROG}: {totals.num_errors:,} lines of {args.input} have errors, see above", file=sys.stderr)
+        print(f"{PROG}: {totals.num_errors:,} line(s) of {args.input} have errors, see above", file=sys.stderr)
     return int(totals.num_errors > 0)

@@ -21,7 +21,7 @@ LINE_KEYS = ("custom_id", "method", "url", "body")
 
 def is_batch_line(row: Mapping[str, Any]) -> bool:
     """Return whether an object is meant as a line of an OpenAI batch file."""
-    return any(row.get(key) is not None for key in LINE_KEYS)
+    return row.get("custom_id") is not None or row.get("body") is not None
 
 
 def read_body(row: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -16,6 +16,7 @@ from checkpoints.folder import read_json_file
 from mtpjax.text.messages import Message, normalize_messages
 
 TEMPLATE, TOKENIZER_CONFIG = "chat_template.jinja", "tokenizer_config.json"
+OLD_TEMPLATE = "chat_template.json"  # where earlier versions of transformers kept the template of a processor
 TOOL = '{"type": "function", "function": {"name": "f", "description": "...", "parameters": {...}}}'
 
 
@@ -40,23 +41,32 @@ class ChatTemplate:
         Raises:
             ValueError: the template is not Jinja.
         """
-        from jinja2 import meta, nodes
+        from jinja2 import nodes
 
-        tree = self._environment.parse(self.text)
+        tree = self._parsed
         attributes = {node.attr for node in tree.find_all(nodes.Getattr)}
         constants = {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
-        return frozenset(meta.find_undeclared_variables(tree) | attributes | constants)
+        return self.variables | attributes | constants
 
     @cached_property
     def variables(self) -> frozenset[str]:
-        """Variables that the template takes from outside."""
+        """Variables that the template takes from outside. Raises ValueError as `names` does."""
         from jinja2 import meta
 
-        return frozenset(meta.find_undeclared_variables(self._environment.parse(self.text)))
+        return frozenset(meta.find_undeclared_variables(self._parsed))
 
     @cached_property
     def _environment(self) -> Any:
         return _environment()
+
+    @cached_property
+    def _parsed(self) -> Any:
+        import jinja2
+
+        try:
+            return self._environment.parse(self.text)
+        except jinja2.TemplateError as error:
+            raise ValueError(f"{self.source}: the chat template is not Jinja: {error}") from None
 
     @cached_property
     def _compiled(self) -> Any:
@@ -91,17 +101,15 @@ class ChatTemplate:
         others = dict(chat_template_kwargs or {})
         if twice := sorted({"messages", *own} & others.keys()):
             raise ValueError(f"chat_template_kwargs has {twice[0]!r}, which is an argument of its own; give it there")
+        normal = normalize_messages(messages, self.names)
+        if tools and "tools" not in self.variables:
+            raise ValueError(f"{self.source}: the chat template has no place for tools; the model would not see them")
+        self._warn_of_unread(others)
         try:
-            normal = normalize_messages(messages, self.names)
-            if tools and "tools" not in self.variables:
-                raise ValueError(
-                    f"{self.source}: the chat template has no place for tools; the model would not see them"
-                )
-            self._warn_of_unread(others)
             return self._compiled.render({**self.special_tokens, **others, **own, "messages": normal})
         except jinja2.TemplateError as error:
             raise ValueError(f"{self.source}: the chat template refuses the conversation: {error}") from None
-        except (TypeError, KeyError, AttributeError) as error:
+        except Exception as error:  # a template is a program, and may fail in any way
             raise ValueError(f"{self.source}: the chat template cannot read the conversation: {error!r}") from None
 
     def _warn_of_unread(self, names: Iterable[str]) -> None:
@@ -133,7 +141,9 @@ def check_tools(tools: Any) -> list[dict[str, Any]] | None:
 
 
 def find_chat_template(folder: Path) -> ChatTemplate | None:
-    """Return the template of a checkpoint folder: chat_template.jinja, or the one in tokenizer_config.json, or None.
+    """Return the template of a checkpoint folder, or None.
+
+    It is in chat_template.jinja, in tokenizer_config.json, or in chat_template.json; the first one counts.
 
     Raises:
         checkpoints.CheckpointError: names a file that cannot be read.
@@ -144,6 +154,8 @@ def find_chat_template(folder: Path) -> ChatTemplate | None:
     if (file := folder / TEMPLATE).is_file():
         return ChatTemplate(file.read_text(encoding="utf-8"), str(file), special_tokens)
     text = config.get("chat_template")
+    if text is None and (old := folder / OLD_TEMPLATE).is_file():
+        config_file, text = old, read_json_file(old).get("chat_template")
     if isinstance(text, list):  # several templates, each with a name
         by_name = {entry.get("name"): entry.get("template") for entry in text if isinstance(entry, dict)}
         text = by_name.get("default")

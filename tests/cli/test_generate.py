@@ -149,6 +149,7 @@ BAD: list[tuple[Any, str]] = [
     ({"prompt": "w1", "top_p": 0}, "top_p is 0; expected a number above 0 and at most 1"),
     ({"prompt": "w1", "presence_penalty": 3}, "presence_penalty is 3; expected a number from -2 to 2"),
     ({"prompt": "w1", "max_token": 3}, "has an unknown key 'max_token'; did you mean 'max_tokens'"),
+    ({"prompt": "w1", "url": "x"}, "has an unknown key 'url'"),
     ({"prompt": "w1", "colour": 3}, "has an unknown key 'colour'; known: id, prompt, messages"),
     ({"prompt": "w1", "stop": ["\n"]}, "has 'stop' = .*, which is not supported; only .* or null is"),
     ({"prompt": "w1", "n": 2}, "has 'n' = 2, which is not supported; only 1 or null is"),
@@ -171,7 +172,7 @@ def test_bad_lines_are_named_and_the_others_answered(
     assert len(printed) == len(BAD) + 1
     for number, ((_, message), line) in enumerate(zip(BAD, printed, strict=False), start=2):
         assert re.match(f"mtpjax generate: {tmp_path}/in.jsonl:{number}: .*{message}", line), line
-    assert printed[-1] == f"mtpjax generate: {len(BAD)} lines of {tmp_path}/in.jsonl have errors, see above"
+    assert printed[-1] == f"mtpjax generate: {len(BAD)} line(s) of {tmp_path}/in.jsonl have errors, see above"
     assert f"errors          {len(BAD)} lines" in captured.out
     answers = rows(tmp_path / "out.jsonl")
     assert [row["id"] for row in answers if "error" not in row] == ["first", len(lines) - 1, 7]

@@ -2,7 +2,8 @@
 
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from mtpjax import LLM, CompletionOutput, Metrics, RequestOutput, SamplingParams
 from mtpjax.cli.generate import main
 from mtpjax.cli.openai_batch import CHAT, COMPLETIONS, response_row
 from mtpjax.cli.report import JobTotals
-from mtpjax.text.tool_calls import parse_tool_calls
+from mtpjax.text.tool_calls import ToolCall, parse_tool_calls
 from tests.helpers.batch_job import rows, watch_answers
 from tests.helpers.conversations import MUL
 
@@ -166,6 +167,26 @@ def test_options_of_the_job_and_of_its_lines(job: Callable, tmp_path: Path, caps
         with pytest.raises(SystemExit):
             main([*bad])
         assert f"argument {bad[0]}" in capsys.readouterr().err
+
+
+def test_arguments_of_calls_get_the_types_of_the_lines_tools(
+    job: Callable, llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model of words writes no calls, so each answer gets one here."""
+    generate_iter, one = llm.generate_iter, ToolCall("mul", {"a": "3"}, "call_1", is_xml=True)
+
+    def with_a_call(jobs: Any, **options: Any) -> Iterator[tuple[int, RequestOutput]]:
+        for index, output in generate_iter(jobs, **options):
+            yield index, replace(output, outputs=[replace(output.outputs[0], tool_calls=(one,))])
+
+    monkeypatch.setattr(llm, "generate_iter", with_a_call)
+    (tmp_path / "t.jinja").write_text(TEMPLATE)
+    lines = [{"messages": HELLO, "tools": [MUL]}, {"messages": HELLO}, chat_line("c", tools=[MUL])]
+    assert job(lines, "--chat-template", str(tmp_path / "t.jinja")) == 0
+    typed, raw, last = rows(tmp_path / "out.jsonl")
+    (message,) = (choice["message"] for choice in last["response"]["body"]["choices"])
+    found = [row["tool_calls"][0]["function"]["arguments"] for row in (typed, raw, message)]
+    assert found == ['{"a": 3}', '{"a": "3"}', '{"a": 3}']
 
 
 def answered(text: str, reasoning: str | None = None, unfinished: bool = False, finish: str = "stop") -> RequestOutput:

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from mtpjax.cli.generate import main
+from mtpjax.cli.jsonl import PromptLine
+from mtpjax.cli.resumable_output import ResumableJsonl
 from tests.helpers.batch_job import clockless_rows, interrupted_part, prompt_lines, rows, watch_answers
 
 
@@ -121,3 +123,17 @@ def test_an_output_that_appears_in_the_meantime_is_kept(
     with pytest.raises(FileExistsError, match="has appeared in the meantime"):
         job(prompt_lines(6))
     assert (tmp_path / "out.jsonl").read_text() == "mine" and len(rows(tmp_path / "out.jsonl.part")) == 6
+
+
+def test_errors_of_an_earlier_run_are_left_out(tmp_path: Path) -> None:
+    """Lines with errors are checked anew; an answer of the earlier run alone is no reason to keep their rows."""
+    out, line = tmp_path / "out.jsonl", PromptLine("in.jsonl:2", 2, "b", "w1")
+    answers = ResumableJsonl(out, {})
+    answers.write(1, {"id": "a", "error": "has an unknown key"})
+    answers.write(2, {"id": "b", "prompt": "w1", "text": "w2"})
+    assert len(answers) == 1
+    answers.close()
+    resumed = ResumableJsonl(out, {}, resume=True)
+    assert not resumed.has(PromptLine("in.jsonl:1", 1, "a", "w1")) and resumed.has(line)
+    resumed.finish()
+    assert rows(out) == [{"id": "b", "prompt": "w1", "text": "w2"}]

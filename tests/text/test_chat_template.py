@@ -91,7 +91,14 @@ def test_a_variable_that_is_an_argument_is_given_there(name: str) -> None:
 def test_a_template_may_refuse_and_may_not_reach_out() -> None:
     with pytest.raises(ValueError, match="there: the chat template refuses the conversation: no jokes"):
         ChatTemplate("{{ raise_exception('no jokes') }}", "there", {}).render(HELLO)
-    for bad in ("{% if %}", "{{ messages.append(1) }}", "{{ ''.__class__.__mro__ }}", "{{ 1 + 'a' }}"):
+    for bad in (
+        "{{ 1 // 0 }}",
+        "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+        "{% if %}",
+        "{{ messages.append(1) }}",
+        "{{ ''.__class__.__mro__ }}",
+        "{{ 1 + 'a' }}",
+    ):
         with pytest.raises(ValueError, match="there: the chat template"):
             ChatTemplate(bad, "there", {}).render(HELLO)
 
@@ -108,6 +115,8 @@ def test_templates_are_found_in_a_file_or_in_the_tokenizer_config(tmp_path: Path
     config = tmp_path / "tokenizer_config.json"
     config.write_text(json.dumps({"eos_token": {"content": "<end>"}}))
     assert find_chat_template(tmp_path) is None
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "old {{ eos_token }}"}))
+    assert find(tmp_path).render(HELLO) == "old <end>"
     config.write_text(json.dumps({"chat_template": "plain"}))
     assert find(tmp_path).render(HELLO) == "plain"
     several = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "{{ eos_token }}"}]
@@ -173,9 +182,10 @@ def test_conversations_in_a_file_of_json_lines(tmp_path: Path, capsys: pytest.Ca
         )
         == 1
     )
-    (row,) = (json.loads(line) for line in out.read_text(encoding="utf-8").splitlines())
+    row, *bad = (json.loads(line) for line in out.read_text(encoding="utf-8").splitlines())
+    assert [line["id"] for line in bad] == [2, 3, 4] and all(line["error"] for line in bad)
     (answer,) = LLM(max_model_len=256, dtype="float32").chat(HELLO, SamplingParams(max_tokens=12))
-    assert row["text"] == answer.text
+    assert row["text"] == row["content"] == answer.text
     errors = capsys.readouterr().err
     for said in ("has both 'prompt' and 'messages'", "has 'messages' of type str", "Unexpected role wizard"):
         assert said in errors

@@ -160,5 +160,5 @@ def test_a_block_for_training_is_rendered() -> None:
     """A6: `{% generation %}`, with white space control and with what the template defines around it."""
     text = "{% set x = 'b' %}a{%- generation -%}\n {{ x }}{{ messages[0].content }} \n{%- endgeneration %}c"
     assert render(text, {"role": "user", "content": "!"}) == "ab!c"
-    with pytest.raises(ValueError, match="there: the chat template refuses the conversation"):
+    with pytest.raises(ValueError, match="there: the chat template is not Jinja"):
         render("{% generation %}a", HELLO)

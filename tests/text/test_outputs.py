@@ -13,6 +13,7 @@ from mtpjax.chat import ChatMethods
 from mtpjax.engine.request import Request, RequestState
 from mtpjax.outputs import RequestOutput, make_output
 from mtpjax.text.tokenizer import Tokenizer, load_tokenizer
+from tests.helpers.conversations import MUL, message, template_text, user
 
 pytestmark = pytest.mark.fast
 IM_END = 4095
@@ -79,6 +80,35 @@ def test_marks_that_are_special_tokens_are_seen() -> None:
             }
 
 
+class Echo(ChatMethods):
+    """Answers every prompt with the same text."""
+
+    def __init__(self, text: str) -> None:
+        self.tokenizer = embedded()
+        self.generate = lambda prompts, params, on_tokens: [
+            output([*embedded().encode(text), IM_END], True, embedded(), prompt) for prompt in prompts
+        ]
+
+
+def test_chat_gives_thought_answer_and_calls_of_every_conversation() -> None:
+    """A whole turn: the answer's message and the tool's answer go into the next prompt."""
+    template = template_text("qwen3_6")
+    call = "<tool_call>\n<function=mul>\n<parameter=a>\n3\n</parameter>\n</function>\n</tool_call>"
+    llm = Echo(f"Three times.\n</think>\n\nI look.\n\n{call}")
+    past = [user("3 * 4?")]
+    first, second = llm.chat([past, past], tools=[MUL], chat_template=template)
+    assert first == second and first.tool_calls[0].arguments == {"a": 3}
+    assert (first.reasoning, first.content) == ("Three times.", "I look.")
+    past += [first.to_message(), message("tool", {"product": 12})]
+    prompt = llm.chat_prompt(past, tools=[MUL], chat_template=template)
+    assert str(first.prompt) + str(first.text) + "<|im_end|>\n" in prompt
+    assert prompt.endswith(
+        '<tool_response>\n{"product": 12}\n</tool_response><|im_end|>\n<|im_start|>assistant\n<think>\n'
+    )
+    (raw,) = llm.chat(past[:1], chat_template=template)
+    assert raw.tool_calls[0].arguments == {"a": "3"}
+
+
 def test_an_unfinished_thought_is_said_to_be_one() -> None:
     prompt = "<|im_start|>assistant\n<think>\n"
     one = output(embedded().encode("Let me see"), False, embedded(), prompt)
@@ -106,7 +136,7 @@ def test_unknown_arguments_are_answered_with_the_name_that_is_alike() -> None:
         (chat.chat, {"messages": [], "tool": 3}, "ChatMethods.chat has no argument 'tool'; did you mean 'tools'"),
         (chat.chat_prompt, {"messages": [], "template": ""}, "did you mean 'chat_template'"),
     ]
-    for function, arguments, message in calls:
-        with pytest.raises(TypeError, match=message):
+    for function, arguments, error in calls:
+        with pytest.raises(TypeError, match=error):
             function(**arguments)
     assert replace(SamplingParams(max_tokens=3), top_k=2) == SamplingParams(max_tokens=3, top_k=2)
