@@ -366,7 +366,8 @@ def fused_moe_routed(
     rows = x.shape[0]
     operands, tiling = _operands_and_tiling(x, gate_up, topk)
     num_hidden, assignments = operands.outputs // 2, rows * topk
-    refs = RouterRefs(*(sums.parts for sums in router[:3]), router.valid.astype(jnp.int32))
+    logits, gate, up, valid = router
+    refs = RouterRefs(logits.parts, gate.parts, up.parts, valid.astype(jnp.int32))
     index = jnp.asarray(layer, jnp.int32).reshape(1)
     choice_shapes = ChoiceRefs(
         jax.ShapeDtypeStruct((assignments,), jnp.int32),
