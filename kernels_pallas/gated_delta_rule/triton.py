@@ -26,15 +26,8 @@ from jaxtyping import Float, Int
 
 from kernels_pallas.gated_delta_rule.inputs import DeltaProjections, DeltaWeights, GatedNorm
 from kernels_pallas.gated_delta_rule.state import DeltaState, PendingDeltaUpdates
-from kernels_pallas.gated_delta_rule.triton_window import (
-    Norm,
-    StateTile,
-    UpdateRefs,
-    WindowOutputs,
-    WindowRefs,
-    add_accepted,
-    window_kernel,
-)
+from kernels_pallas.gated_delta_rule.triton_state import StateTile, UpdateRefs, add_accepted
+from kernels_pallas.gated_delta_rule.triton_window import Norm, WindowOutputs, WindowRefs, window_kernel
 from kernels_pallas.tile_tables import tile_constants
 
 DECODE_ROWS = 16  # largest window; with more rows the chunked form is faster
