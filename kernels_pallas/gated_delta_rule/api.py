@@ -147,7 +147,7 @@ def replay_updates(
     return after
 
 
-def _of_layers(pending: PendingDeltaUpdates, first: Int[Array, ""], layers: int) -> PendingDeltaUpdates:
+def _of_layers(pending: PendingDeltaUpdates, first: Int[Array, ""] | int, layers: int) -> PendingDeltaUpdates:
     """Return the updates of `layers` layers, from index `first` on."""
     arrays = (jax.lax.dynamic_slice_in_dim(stack, first, layers) for stack in pending[:4])
     return PendingDeltaUpdates(*arrays)

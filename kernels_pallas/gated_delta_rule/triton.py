@@ -26,19 +26,12 @@ from jaxtyping import Float, Int
 
 from kernels_pallas.gated_delta_rule.inputs import DeltaProjections, DeltaWeights, GatedNorm
 from kernels_pallas.gated_delta_rule.state import DeltaState, PendingDeltaUpdates
-from kernels_pallas.gated_delta_rule.triton_window import (
-    Norm,
-    StateTile,
-    UpdateRefs,
-    WindowOutputs,
-    WindowRefs,
-    add_accepted,
-    window_kernel,
-)
+from kernels_pallas.gated_delta_rule.triton_state import StateTile, UpdateRefs, add_accepted
+from kernels_pallas.gated_delta_rule.triton_window import Norm, WindowOutputs, WindowRefs, window_kernel
 from kernels_pallas.tile_tables import tile_constants
 
 DECODE_ROWS = 16  # largest window; with more rows the chunked form is faster
-MAX_WARPS = 8  # of a program of a window: 64 elements of a state a thread
+MAX_WARPS, WARP_ELEMENTS = 8, 64 * 32  # of a program of a window: 64 elements of a state a thread
 
 
 def _replay_kernel(updates: UpdateRefs, state_ref: Any, out_ref: Any, *, columns: int) -> None:
@@ -74,6 +67,11 @@ def _check(rows: int, key_size: int, value_size: int) -> None:
 def _state_columns(value_size: int) -> int:
     """Return the columns of a state that one warp holds side by side, as the tile table has them."""
     return min(tile_constants("gated_delta_rule").state_columns, value_size)
+
+
+def _num_warps(key_size: int, value_size: int) -> int:
+    """Return the warps of a program of a window, which holds the state of a head."""
+    return max(1, min(MAX_WARPS, key_size * value_size // WARP_ELEMENTS))
 
 
 def _accepted(pending: PendingDeltaUpdates) -> Int[Array, " B"]:
@@ -163,7 +161,7 @@ def recurrent_gated_delta_rule(
         grid=(batch * value_heads,),
         out_shape=(out_shape,),
         input_output_aliases=aliases,
-        compiler_params=plt.CompilerParams(num_warps=min(MAX_WARPS, value_size // columns), num_stages=1),
+        compiler_params=plt.CompilerParams(num_warps=_num_warps(key_size, value_size), num_stages=1),
         interpret=interpret,
         name="gated_delta_rule_window",
     )(inputs, updates)

@@ -55,7 +55,7 @@ class GatedDeltaRuleConstants:
     """The recurrence of Gated DeltaNet for few rows.
 
     Attributes:
-        state_columns: columns of a head's state that one program holds, which is one warp.
+        state_columns: columns of a head's state that a warp of the kernel holds side by side.
     """
 
     state_columns: int = _power_of_2(8, 8, 64)

@@ -75,7 +75,8 @@ class DeltaNet(nnx.Module):
             o, state = chunk_gated_delta_rule(projections, weights, state, **where, **how)
             y = gated_rms_norm(o.reshape(-1, *o.shape[2:]), *norm, implementation=implementation)
         else:
-            args = projections, weights, state, pending
-            y, state, pending = recurrent_gated_delta_rule(*args, **where, norm=norm, **how)
+            y, state, pending = recurrent_gated_delta_rule(
+                projections, weights, state, pending, **where, norm=norm, **how
+            )
         cache = cache.replace(state=state.recurrent, conv=state.conv)
         return linears_split_k(y.reshape(*x.shape[:2], -1), self.out[...])[0], cache, pending

@@ -53,9 +53,8 @@ def fused_cases(rows: int = 5) -> dict[str, Case]:
         router = Router(sums(LOGIT_PARTS, sizes.num_experts), hidden, hidden, valid)
         shared = abstract_weight((shape.hidden_size, sizes.shared_expert_size), "iq4_nl")
 
-        def routed(*args: Any) -> Any:
-            *first, shared = args
-            return fused_moe_routed(*first, shape.experts_per_token, shared)
+        def routed(x: Any, gate_up: Any, down: Any, layer: Any, router: Router, shared: Any) -> Any:
+            return fused_moe_routed(x, gate_up, down, layer, router, shape.experts_per_token, shared)
 
         return jax.jit(routed), (x, gate_up, down, layer, router, shared)
 

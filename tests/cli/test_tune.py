@@ -84,7 +84,7 @@ class TestCommand:
 
     @pytest.mark.parametrize("toy", [True, pytest.param(False, marks=pytest.mark.slow)])
     def test_candidates_are_other_programs(self, toy: bool) -> None:
-        """Grids, results and stages of the kernels differ; a constant that nothing reads would be measured in vain."""
+        """Grids, results, stages or tiles of kernels differ; a constant that nothing reads would be measured in vain."""
         for case in [each for each in tune_cases(toy) if each.op != "matmul"]:
             found = set()
             for constants in case.candidates:
@@ -93,7 +93,9 @@ class TestCommand:
                     program = jax.make_jaxpr(partial(case.run))(*case.args)  # `partial`: JAX caches what it traced
                 calls = [(e.outvars, e.params) for e in program.eqns if e.primitive.name == "pallas_call"]
                 shapes = [(tuple(v.aval.shape for v in out), params["grid_mapping"].grid) for out, params in calls]
-                found.add((*shapes, *(params["compiler_params"] for _, params in calls)))
+                kernels = [params["jaxpr"].eqns for _, params in calls]
+                tiles = [tuple(str(v.aval) for e in eqns for v in e.outvars) for eqns in kernels]
+                found.add((*shapes, *tiles, *(params["compiler_params"] for _, params in calls)))
                 assert calls
             assert len(found) == len(case.candidates), case.name
 

@@ -37,7 +37,8 @@ def rows_of(rows: slice) -> tuple[jax.Array, Router]:
     logits[:, 1] = np.round(logits[:, 1])
     gate, up = rng.normal(size=(2, 2, MOST, SHARED)).astype(np.float32)
     valid = jnp.asarray(np.arange(MOST) % 4 != 3)[rows]
-    return x[rows], Router(*(PartialSums(jnp.asarray(parts[:, rows])) for parts in (logits, gate, up)), valid)
+    of_logits, of_gate, of_up = (PartialSums(jnp.asarray(parts[:, rows])) for parts in (logits, gate, up))
+    return x[rows], Router(of_logits, of_gate, of_up, valid)
 
 
 def chosen(router: Router) -> tuple[jax.Array, jax.Array, jax.Array]:
