@@ -1,5 +1,6 @@
 """GGUF files of Qwen3-Next in llama.cpp's layouts, new and old, and the metadata of scaled RoPE."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,15 @@ import numpy as np
 import pytest
 
 from checkpoints import CheckpointError, GgufFile, SafetensorsDirectory, write_gguf
+from mtpjax import LLM
 from mtpjax.config import ModelConfig, RopeScaling
 from mtpjax.hf_config import config_from_hf, config_to_hf
+from mtpjax.loading.export import export_tensors
 from mtpjax.loading.load import load_model
 from mtpjax.loading.loaded_model import flatten_params
 from mtpjax.loading.split_projections import split_projections
-from tests.golden.forms import form_config, form_tensors
+from scripts.format_checks.llama_cpp import Llama
+from tests.golden.forms import ROPE_FORMS, form_config, form_tensors
 from tests.helpers.golden_forms import ANSWERS, agree, run, write_form
 from tests.helpers.models import tiny_config
 
@@ -91,6 +95,8 @@ def write_file(path: Path, legacy: bool, quantized: bool = False) -> None:
     writer.add_ssm_inner_size(config["linear_value_head_dim"] * config["linear_num_value_heads"])
     writer.add_nextn_predict_layers(1)
     writer.add_eos_token_id(config["eos_token_id"])
+    writer.add_tokenizer_model("none")
+    writer.add_vocab_size(config["vocab_size"])
     q8_0 = gguf.GGMLQuantizationType.Q8_0
     for name, x in to_llama_cpp(config, form_tensors("next"), legacy).items():
         x = np.ascontiguousarray(x, np.float32)
@@ -194,3 +200,48 @@ def test_metadata_have_llama_cpps_meaning(metadata: dict[str, Any], want: dict[s
 def test_values_without_a_counterpart_are_refused(metadata: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=message):
         rope_file(tmp_path / "m.gguf", metadata)
+
+
+# llama.cpp itself
+
+LIBLLAMA = os.environ.get("MTPJAX_LIBLLAMA")
+needs_llama_cpp = pytest.mark.skipif(
+    LIBLLAMA is None, reason="MTPJAX_LIBLLAMA names no libllama.so; see scripts/format_checks/check_llama_cpp.py"
+)
+LLAMA_TOLERANCE = 1e-3  # of logits up to 12; its sums are those of its own kernels
+
+
+@needs_llama_cpp
+@pytest.mark.slow
+@pytest.mark.parametrize("legacy", [False, True], ids=["attn_qkv", "ssm_in"])
+def test_llama_cpp_computes_the_same_from_these_files(legacy: bool, tmp_path: Path) -> None:
+    write_file(tmp_path / "m.gguf", legacy)
+    llama, tokens = Llama(Path(str(LIBLLAMA))), ANSWERS["next/tokens"].tolist()
+    llama.load(tmp_path / "m.gguf")
+    agree(llama.logits(tokens)[0], "next", "logits", LLAMA_TOLERANCE)
+    hidden = LLM(tmp_path / "m.gguf", dtype="float32", max_model_len=128).hidden_states(tokens)
+    mtp_logits = llama.mtp_logits(tokens[1:], np.asarray(hidden).reshape(len(tokens), -1)[:-1])
+    assert mtp_logits is not None, "this libllama has no MTP"
+    agree(mtp_logits, "next", "mtp_logits", LLAMA_TOLERANCE)
+
+
+@needs_llama_cpp
+@pytest.mark.slow
+@pytest.mark.parametrize("form", [form for form in ROPE_FORMS if form != "yarn_options"])
+def test_llama_cpp_scales_positions_alike(form: str, tmp_path: Path) -> None:
+    model = load_model(SafetensorsDirectory(write_form(tmp_path / "hf", form)))
+    tensors = [(name.removeprefix("model."), read) for name, _, _, read in export_tensors(model)]
+    architecture = "qwen35moe" if model.cfg.num_experts else "qwen35"
+    vocabulary = {"tokenizer.ggml.model": "none", f"{architecture}.vocab_size": model.cfg.vocab_size}
+    write_gguf(tmp_path / "m.gguf", config_to_hf(model.cfg), tensors, "f32", vocabulary)
+    llama = Llama(Path(str(LIBLLAMA)))
+    llama.load(tmp_path / "m.gguf")
+    agree(llama.logits(ANSWERS[f"{form}/tokens"].tolist())[0], form, "logits", LLAMA_TOLERANCE)
+    assert config_from_hf(GgufFile(tmp_path / "m.gguf").config).max_position == model.cfg.max_position
+
+
+def test_yarn_that_gguf_cannot_hold_is_refused(tmp_path: Path) -> None:
+    cfg = config_from_hf(form_config("yarn_options"))
+    with pytest.raises(CheckpointError, match="GGUF cannot hold YaRN with 'truncate': false"):
+        write_gguf(tmp_path / "m.gguf", config_to_hf(cfg), [], "f32")
+    assert not list(tmp_path.iterdir())

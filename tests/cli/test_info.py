@@ -10,6 +10,7 @@ import mtpjax
 from checkpoints import TINY, open_checkpoint, write_safetensors_directory
 from mtpjax.cli import convert, info
 from mtpjax.cli.main import main
+from mtpjax.config import RopeScaling
 from mtpjax.hf_config import config_to_hf
 from mtpjax.loading.export import export_tensors
 from mtpjax.loading.load import load_checkpoint
@@ -49,6 +50,13 @@ def test_the_memory_of_a_gguf_file_is_that_of_its_packed_weights(
     loaded = load_checkpoint(source, dtype=jnp.dtype("bfloat16"), quantization="packed")
     nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(loaded.params))
     assert info.gpu_weight_bytes(source, cfg) == pytest.approx(nbytes, rel=0.1)
+
+
+def test_scaled_positions_are_said(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    scaling = RopeScaling(kind="yarn", factor=4.0, original_max_position=64)
+    cfg = tiny_config(moe=False, max_position=256, rope_scaling=scaling)
+    write_safetensors_directory(tmp_path, config_to_hf(cfg), export_tensors(numpy_model(cfg)))
+    assert described(tmp_path, capsys)["positions"] == "up to 256 (yarn RoPE: 4 times the original 64)"
 
 
 def test_a_large_model_fits_no_card(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from checkpoints import SafetensorsDirectory, write_safetensors_directory
 from checkpoints.errors import CheckpointWarning
-from mtpjax import LLM
+from mtpjax import LLM, SamplingParams
 from mtpjax.hf_config import config_from_hf
 from mtpjax.loading.load import load_model
 from tests.golden.forms import FORMS, MTP_FORMS, ROPE_FORMS, form_config, form_tensors
@@ -59,6 +59,18 @@ def test_yarn_in_another_place_is_the_same_config(where: str, tmp_path: Path) ->
         assert LLM(folder, max_model_len=32).cfg.rope_scaling is None
         overrides = {"text_config": {"rope_parameters": parameters}}
         assert LLM(folder, max_model_len=128, hf_overrides=overrides).cfg == cfg
+
+
+@pytest.mark.slow
+def test_qwen3_next_keeps_its_text_with_drafts(tmp_path: Path) -> None:
+    folder, prompt = write_form(tmp_path, "next"), ANSWERS["next/tokens"][:40].tolist()
+    params = SamplingParams(max_tokens=16, ignore_eos=True)
+    outputs = []
+    for drafts in (0, 3):
+        llm = LLM(folder, dtype="float32", max_model_len=64, prefill_buckets=(64,), num_speculative_tokens=drafts)
+        outputs += llm.generate([prompt], params)
+    assert outputs[0].token_ids == outputs[1].token_ids
+    assert outputs[1].metrics.num_draft_tokens > 0
 
 
 def test_a_head_beside_tied_embeddings_is_used_and_named(tmp_path: Path) -> None:
