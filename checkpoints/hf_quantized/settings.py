@@ -56,6 +56,8 @@ _HARMLESS: dict[str, str] = {
             "super_bits",
             "super_group_size",
             "moe_quant_algo",
+            "config_groups",
+            "format",
             "pre_quant_scale",
         ),
         _TENSORS,
@@ -77,6 +79,8 @@ _HARMLESS: dict[str, str] = {
     **dict.fromkeys(
         (
             "quantization_status",
+            "quant_library",
+            "version",
             "autoround_version",
             "producer",
             "quantizer",
@@ -124,7 +128,7 @@ _HARMLESS: dict[str, str] = {
         _HISTORY,
     ),
 }
-_COMMON = ("quant_method", "quant_library", "version", "rotation_config", "format")
+_COMMON = ("quant_method", "rotation_config")
 
 
 def quantization_config(config: Mapping[str, Any]) -> Any:
