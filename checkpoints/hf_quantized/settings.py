@@ -56,6 +56,8 @@ _HARMLESS: dict[str, str] = {
             "super_bits",
             "super_group_size",
             "moe_quant_algo",
+            "config_groups",
+            "format",
             "pre_quant_scale",
         ),
         _TENSORS,
@@ -77,6 +79,8 @@ _HARMLESS: dict[str, str] = {
     **dict.fromkeys(
         (
             "quantization_status",
+            "quant_library",
+            "version",
             "autoround_version",
             "producer",
             "quantizer",
@@ -137,7 +141,7 @@ _WEIGHTS_HARMLESS: dict[str, str] = {
 }
 # Settings that say again what the tensors of a weight tell.
 _SAID_TWICE = ("bits", "desc_act", "checkpoint_format", "format", "symmetric", "strategy", "weight_block_size")
-_COMMON = ("quant_method", "quant_library", "version", "rotation_config", "format")
+_COMMON = ("quant_method", "rotation_config")
 
 
 def quantization_config(config: Mapping[str, Any]) -> Any:

@@ -148,6 +148,37 @@ def test_zero_points_of_symmetric_formats_must_be_zero(tmp_path: Path) -> None:
                 source.read("layers.0.a.weight")
 
 
+# The settings that the libraries write beside those that matter here.
+TYPICAL: dict[str, dict[str, Any]] = {
+    "fp8": {"activation_scheme": "dynamic", "fmt": "e4m3", "modules_to_not_convert": ["lm_head"]},
+    "gptq": {"sym": True, "lm_head": False, "pack_dtype": "int32", "meta": {"damp_percent": 0.05}, "dynamic": {}},
+    "awq": {"zero_point": True, "group_size": 32, "modules_to_not_convert": None, "do_fuse": False},
+    "auto-round": {"sym": True, "iters": 200, "autoround_version": "0.9", "block_name_to_quantize": "model.layers"},
+    "compressed-tensors": {
+        "quantization_status": "compressed",
+        "global_compression_ratio": None,
+        "ignore": ["lm_head"],
+        "kv_cache_scheme": None,
+        "sparsity_config": {},
+        "transform_config": {},
+        "version": "0.12.2",
+    },
+    "nvfp4": {
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 4}}},
+        "ignore": ["lm_head"],
+        "producer": {"name": "modelopt", "version": "0.37.0"},
+        "kv_cache_scheme": {"num_bits": 8},
+    },
+}
+
+
+@pytest.mark.parametrize("name", TYPICAL)
+def test_typical_settings_raise_no_warning(name: str, tmp_path: Path) -> None:
+    tensors, value = with_names(FORMATS[name].encode, matrices(128, 128), "model.layers.0.a")
+    source = open_checkpoint(write_folder(tmp_path / "m", tensors, FORMATS[name].config | TYPICAL[name]))
+    np.testing.assert_array_equal(source.read("layers.0.a.weight"), value)  # type: ignore[union-attr]
+
+
 def test_random_changes_are_right_or_named(tmp_path: Path) -> None:
     """`python -m tests.helpers.fuzz_files` runs many more."""
     counts = run(160, 0, tmp_path)

@@ -117,7 +117,20 @@ def test_metadata_of_another_model_are_refused(
 )
 def test_metadata_without_an_effect_are_named(key: str, value: Any, original: Path, tmp_path: Path) -> None:
     contents = GgufContents.read(original)
-    contents.metadata |= {"general.name": "a", "quantize.imatrix.file": "b", "tokenizer.ggml.add_eos_token": False}
+    contents.metadata |= {
+        "general.name": "a",
+        "general.type": "model",
+        "general.file_type": 15,
+        "general.quantization_version": 2,
+        "general.base_model.0.repo_url": "b",
+        "quantize.imatrix.file": "c",
+        "split.count": 0,
+        "tokenizer.ggml.padding_token_id": 1,
+        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.ggml.add_eos_token": False,
+        "qwen35moe.vocab_size": 128,
+        "qwen35moe.rope.scaling.type": "none",
+    }
     contents.write(tmp_path / "known.gguf")
     open_checkpoint(tmp_path / "known.gguf")  # without a warning
     contents.metadata[key] = value

@@ -48,6 +48,7 @@ def job(llm: LLM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[.
     def compiled_model(model: Path, **arguments: Any) -> LLM:
         expected = {
             "num_speculative_tokens": 2,
+            "mtp": None,
             "mtp_prompt_tokens": 9,
             "draft_vocab_size": None,
             "dtype": "auto",

@@ -35,6 +35,8 @@ def random_blocks(name: str, rows: int, blocks: int, seed: int, scale: float = 1
         raw[..., offset : offset + 2] = (scale * rng.normal(size=(rows, blocks, 1))).astype("<f2").view(np.uint8)
     if name == "IQ1_M":  # the float16 scale is the high nibbles of the last four words
         raw[..., -1] &= 0xBF
+    if name == "NVFP4":  # the bytes that are no number, and zero with a sign
+        raw[0, 0, :3] = 0x7F, 0xFF, 0x80
     if name == "MXFP4":  # the scale is a power of two
         raw[..., 0] = rng.integers(0, 160, (rows, blocks))
     return raw.reshape(rows, -1)
