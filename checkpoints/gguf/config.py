@@ -35,6 +35,11 @@ def config_from_metadata(file: Path, metadata: Mapping[str, Any], tensors: Mappi
     values = _ArchitectureMetadata(file, architecture, metadata)
     num_mtp_layers = values.number("nextn_predict_layers", int, 0)
     num_layers, interval = values.count("block_count") - num_mtp_layers, values.count("full_attention_interval", 4)
+    if num_mtp_layers not in (0, 1):
+        raise CheckpointError(
+            f"{file}: {architecture}.nextn_predict_layers is {num_mtp_layers}, expected 0 or 1 MTP block, as all "
+            "published models have."
+        )
     if not 0 < num_layers <= 10_000:
         raise CheckpointError(
             f"{file}: {architecture}.block_count is {num_layers + num_mtp_layers} with {num_mtp_layers} MTP blocks, "
