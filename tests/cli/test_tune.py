@@ -84,7 +84,7 @@ class TestCommand:
 
     @pytest.mark.parametrize("toy", [True, pytest.param(False, marks=pytest.mark.slow)])
     def test_candidates_are_other_programs(self, toy: bool) -> None:
-        """Grids, results, stages or tiles of kernels differ; a constant that nothing reads would be measured in vain."""
+        """Grids, results, stages or tiles differ; a constant that nothing reads would be measured in vain."""
         for case in [each for each in tune_cases(toy) if each.op != "matmul"]:
             found = set()
             for constants in case.candidates:
