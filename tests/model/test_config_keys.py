@@ -255,7 +255,8 @@ def test_bad_overrides_are_refused() -> None:
     for bad in ("yarn", ["a"], {1: 2}):
         with pytest.raises(ValueError, match="hf_overrides is .*; expected a dictionary of keys of config.json"):
             LLM(hf_overrides=bad)  # type: ignore[arg-type]
-    for quantized in ({"quantization_config": {}}, {"text_config": {"quantization_config": None}}):
+    weights: list[dict[str, Any]] = [{"quantization_config": {}}, {"text_config": {"quantization_config": None}}]
+    for quantized in weights:
         with pytest.raises(ValueError, match="hf_overrides cannot change quantization_config"):
             LLM(hf_overrides=quantized)
     with pytest.raises(ValueError, match="hf_overrides are for reading a checkpoint, but the model is already loaded"):
