@@ -35,7 +35,7 @@ class Reader:
         return self.raw.get(key, default)
 
     def int(self, key: str, default: int | None = None, low: int = 1, high: int = 2**53) -> int:
-        """Return a whole number; raises ConfigError if it is missing without a `default`, no whole one, or off limits."""
+        """Return a whole number; raises ConfigError if it is missing (no `default`) or not from `low` to `high`."""
         value = self.get(key, default)
         if value is None:
             raise ConfigError(f"{self.source}: '{key}' is missing; a Qwen3.5/3.6 text config has it (a whole number)")
