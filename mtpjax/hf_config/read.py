@@ -40,7 +40,7 @@ def config_from_hf(raw: Any, *, source: str = "config.json") -> ModelConfig:
     moe = model_type not in DENSE_TYPES
     _check_neutral(get, moe)
     output_gate_act = get.choice("output_gate_type", OUTPUT_GATE_ACTS, "silu")
-    num_layers = get.int("num_hidden_layers")
+    num_layers = get.int("num_hidden_layers", high=10_000)  # as many entries are made of it
     layer_pattern = _shortest_pattern(_layer_types(get, num_layers))
     head_dim = get.int("head_dim", 256)
     rope = read_rope(get, head_dim)

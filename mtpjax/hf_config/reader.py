@@ -34,13 +34,14 @@ class Reader:
         self.used.add(key)
         return self.raw.get(key, default)
 
-    def int(self, key: str, default: int | None = None, low: int = 1) -> int:
-        """Return a whole number; raises ConfigError if it is missing (without a `default`), no whole one or too low."""
+    def int(self, key: str, default: int | None = None, low: int = 1, high: int = 2**53) -> int:
+        """Return a whole number; raises ConfigError if it is missing (no `default`) or not from `low` to `high`."""
         value = self.get(key, default)
         if value is None:
             raise ConfigError(f"{self.source}: '{key}' is missing; a Qwen3.5/3.6 text config has it (a whole number)")
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            raise self.unsupported(f"'{key}'", value, f"a whole number >= {low}")
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            limit = f" and <= {high:,}" if isinstance(value, int) and value > high else ""
+            raise self.unsupported(f"'{key}'", value, f"a whole number >= {low}{limit}")
         return value
 
     def float(self, key: str, default: float | None = None) -> float:

@@ -33,22 +33,22 @@ def read_rope(get: Reader, head_dim: int) -> Rope:
         ConfigError: an unknown kind, or an impossible value.
     """
     parameters, scaling = _of_attention(get, "rope_parameters"), _of_attention(get, "rope_scaling")
-    flat = {key: get.get(key) for key in ("rope_theta", "partial_rotary_factor")}
+    flat = {"rope_theta": get.get("rope_theta", 1e7), "share": get.get("partial_rotary_factor", 0.25)}
     name = "rope_scaling" if scaling else "rope_parameters"
     rope = Reader(parameters | scaling, f"{get.source}: {name}")
     kind = rope.choice("rope_type", KINDS, "default")
-    share = rope.float("partial_rotary_factor", flat["partial_rotary_factor"] or 0.25)
+    share = rope.float("partial_rotary_factor", flat["share"])
     rotary_dim = int(head_dim * share + 1e-6)  # a factor such as 58 / 88 must not lose a dimension to rounding
     if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
         supported = "an even number of rotary dims in head_dim"
         raise rope.unsupported("'partial_rotary_factor'", rotary_dim / head_dim, supported)
-    theta = rope.float("rope_theta", flat["rope_theta"] or 1e7)
+    theta = rope.float("rope_theta", flat["rope_theta"])
     max_position = get.int("max_position_embeddings", 262_144)
     scaled = None
     if kind not in PLAIN:
         original = rope.int("original_max_position_embeddings", max_position)
         original = get.int("original_max_position_embeddings", original)  # goes first, as in transformers
-        scaled = _read_scaling(rope, kind, original, max_position)
+        scaled = _read_scaling(rope, kind, theta, original, max_position)
         max_position = scaled.max_position
     warn_of_unknown_keys(f"{rope.source} has", rope.raw, rope.used, HARMLESS_IN_ROPE)
     return Rope(rotary_dim, theta, scaled, max_position)
@@ -68,13 +68,13 @@ def _of_attention(get: Reader, key: str) -> dict[str, Any]:
     parameters = {name: value for name, value in found.items() if value is not None}
     old_name = parameters.pop("type", None)  # of rope_type
     if old_name is not None and parameters.setdefault("rope_type", old_name) != old_name:
-        if not {old_name, parameters["rope_type"]} <= set(PLAIN):
+        if any(kind not in PLAIN for kind in (old_name, parameters["rope_type"])):
             both = f"{parameters['rope_type']!r} and {old_name!r}"
             raise get.unsupported(f"'rope_type' and 'type' of '{key}'", both, "one kind under either name")
     return parameters
 
 
-def _read_scaling(rope: Reader, kind: str, original: int, max_position: int) -> RopeScaling:
+def _read_scaling(rope: Reader, kind: str, theta: float, original: int, max_position: int) -> RopeScaling:
     factor = rope.float("factor", max_position / original if kind == YARN else None)
     if factor < 1:
         raise rope.unsupported("'factor'", factor, "a number >= 1")
@@ -93,8 +93,8 @@ def _read_scaling(rope: Reader, kind: str, original: int, max_position: int) -> 
         beta_slow=rope.float("beta_slow", 1.0),
         truncate=rope.bool("truncate", True),
     )
-    if rope.float("rope_theta", 1e7) <= 1:
-        raise rope.unsupported("'rope_theta'", rope.raw["rope_theta"], "a number > 1 under YaRN")
+    if theta <= 1:
+        raise rope.unsupported("'rope_theta'", theta, "a number > 1 under YaRN")
     if scaling.beta_fast < scaling.beta_slow:
         raise rope.unsupported("'beta_fast'", scaling.beta_fast, f"a number >= beta_slow = {scaling.beta_slow:g}")
     return scaling

@@ -166,6 +166,8 @@ WRONG = [
     ("output_gate_type", "tanh", "'silu', 'swish', 'sigmoid'"),
     ("num_hidden_layers", 0, "a whole number >= 1"),
     ("num_hidden_layers", "40", "a whole number >= 1"),
+    ("num_hidden_layers", 10**30, "a whole number >= 1 and <= 10,000"),
+    ("hidden_size", 10**30, "a whole number >= 1 and <= 9,007,199,254,740,992"),
     ("hidden_size", 2048.0, "a whole number >= 1"),
     ("hidden_size", True, "a whole number >= 1"),
     ("vocab_size", -5, "a whole number >= 1"),

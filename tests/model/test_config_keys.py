@@ -158,6 +158,37 @@ def test_an_unused_sliding_window_is_harmless() -> None:
     assert config_from_hf(raw) == config_from_hf(MOE)
 
 
+# Any value under any key
+
+ODD = [
+    None, True, 0, 1, -1, 3, 0.5, -2.0, 4.0, 10**30, float("inf"), float("nan"), "", "yarn", "linear", "4", [], [1],
+    [None], {}, {"rope_type": "yarn"}, {"full_attention": {}}, ["full_attention"], 64,
+]  # fmt: skip
+ROPE_KEYS = ("rope_type", "type", "factor", "beta_fast", "truncate", "mscale", "attention_factor")
+
+
+@pytest.mark.parametrize("form", ["yarn_dense", "yarn_moe", "linear_dense", "next"])
+def test_any_change_is_read_or_refused(form: str) -> None:
+    """What is read is written and read back to the same; what is not is a ConfigError, at once."""
+    raw, num_read = form_config(form), 0
+    for key in [*raw, "rope_scaling", "text_config", "sliding_window", "original_max_position_embeddings"]:
+        num_read += sum(is_read(raw | {key: value}) for value in ODD)
+    for key in ROPE_KEYS if "rope_parameters" in raw else ():
+        num_read += sum(is_read(raw | {"rope_parameters": raw["rope_parameters"] | {key: value}}) for value in ODD)
+    assert num_read > 100
+
+
+def is_read(raw: dict[str, Any]) -> bool:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CheckpointWarning)
+        try:
+            cfg = config_from_hf(raw)
+        except ConfigError:
+            return False
+        assert config_from_hf(config_to_hf(cfg)) == cfg
+        return True
+
+
 # RoPE
 
 YARN = {"rope_type": "yarn", "factor": 4.0}
@@ -255,7 +286,8 @@ def test_bad_overrides_are_refused() -> None:
     for bad in ("yarn", ["a"], {1: 2}):
         with pytest.raises(ValueError, match="hf_overrides is .*; expected a dictionary of keys of config.json"):
             LLM(hf_overrides=bad)  # type: ignore[arg-type]
-    for quantized in ({"quantization_config": {}}, {"text_config": {"quantization_config": None}}):
+    weights: list[dict[str, Any]] = [{"quantization_config": {}}, {"text_config": {"quantization_config": None}}]
+    for quantized in weights:
         with pytest.raises(ValueError, match="hf_overrides cannot change quantization_config"):
             LLM(hf_overrides=quantized)
     with pytest.raises(ValueError, match="hf_overrides are for reading a checkpoint, but the model is already loaded"):
