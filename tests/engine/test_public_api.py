@@ -40,6 +40,7 @@ def test_the_signatures_are_those_of_the_documentation() -> None:
         "draft_vocab_size": None,
         "seed": 0,
         "tokenizer": None,
+        "hf_overrides": None,
         "acceptance": None,
         "program_cache": "auto",
     }
