@@ -11,6 +11,7 @@ from mtpjax.hf_config.keys import HARMLESS_AROUND, HARMLESS_IN_TEXT, NEUTRAL
 from mtpjax.hf_config.reader import Reader
 from mtpjax.hf_config.rope import read_rope
 
+MAX_EXPERTS = 65_536  # of a layer; as many names of tensors are made
 DENSE_TYPES = ("qwen3_5", "qwen3_5_text")
 MOE_TYPES = ("qwen3_5_moe", "qwen3_5_moe_text")
 NEXT_TYPE = "qwen3_next"  # the layers of qwen3_5_moe, with other names of the DeltaNet's projections
@@ -61,7 +62,7 @@ def config_from_hf(raw: Any, *, source: str = "config.json") -> ModelConfig:
         conv_width=get.int("linear_conv_kernel_dim", 4, low=2),
         vocab_size=get.int("vocab_size"),
         mlp_size=0 if moe else get.int("intermediate_size"),
-        num_experts=get.int("num_experts") if moe else 0,
+        num_experts=get.int("num_experts", high=MAX_EXPERTS) if moe else 0,
         experts_per_token=get.int("num_experts_per_tok") if moe else 0,
         expert_size=get.int("moe_intermediate_size") if moe else 0,
         shared_expert_size=get.int("shared_expert_intermediate_size") if moe else 0,

@@ -186,7 +186,7 @@ def _other_value(rng: random.Random, pairs: list[Any], value: Any) -> Any:
             return ARRAY, (4, [rng.randrange(100) for _ in range(rng.randrange(4))])
         numbers = [n for n in ((0, 1) if kind == 7 else (0, 1, 3, 100)) if n != value[1]]
         return kind, rng.choice(numbers)
-    others: list[Any] = [v for v in VALUES if repr(v) != repr(value)]
+    others: list[Any] = [v for v in VALUES if repr(v) != repr(value) and v != value]  # 1 is true
     if isinstance(value, int | float) and not isinstance(value, bool):
         others += [str(value), value + 1, -value, value * 2, value + 0.5]
     return rng.choice(others)
