@@ -60,6 +60,7 @@ HF_NAMES: dict[str, str] = {
     "attention.head_count": "num_attention_heads",
     "attention.head_count_kv": "num_key_value_heads",
     "attention.key_length": "head_dim",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "block_count": "num_hidden_layers",
     "embedding_length": "hidden_size",
     "expert_count": "num_experts",

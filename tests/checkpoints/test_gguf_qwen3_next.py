@@ -191,7 +191,7 @@ def test_metadata_have_llama_cpps_meaning(metadata: dict[str, Any], want: dict[s
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({"type": 3}, "qwen35.rope.scaling.type is 3, expected a name"),
+        ({"type": 3}, "qwen35.rope.scaling.type is 3, expected a text"),
         ({"type": "yarn", "factor": "4"}, "qwen35.rope.scaling.factor is '4', expected a number"),
         ({"type": "yarn", "factor": 4.0, "yarn_ext_factor": 0.5}, "yarn_ext_factor is 0.5, which is not supported"),
         ({"type": "yarn", "factor": 4.0, "yarn_log_multiplier": 0.1}, "yarn_log_multiplier is 0.1"),
