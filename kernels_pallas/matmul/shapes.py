@@ -19,7 +19,7 @@ class LinearShape(NamedTuple):
     layers: int = 10  # of the stack from which compile checks and benchmarks read one
 
 
-# The input projection of DeltaNet in Qwen3.5 / Qwen3.6: hidden size -> queries, keys and values.
+# The input projection of DeltaNet in Qwen3.5, 3.6 and Qwen3-Next: hidden size -> queries, keys and values.
 SHAPES = {
     "0.8b": LinearShape(1024, 6144),
     "2b": LinearShape(2048, 6144),
@@ -29,6 +29,7 @@ SHAPES = {
     "35b-a3b": LinearShape(2048, 8192),
     "122b-a10b": LinearShape(3072, 12288),
     "397b-a17b": LinearShape(4096, 12288),
+    "next-80b-a3b": LinearShape(2048, 8192),
 }
 SQUARE = LinearShape(
     2048, 2048
