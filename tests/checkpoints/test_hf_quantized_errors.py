@@ -82,7 +82,7 @@ BLOCKS_OF_64 = group_config("float-quantized", num_bits=8, type="float", strateg
         (CT, group_config("pack-quantized", group_size=64), "do not fit .*one for each 64 elements of a row"),
         (CT, compressed_config(PACK4), "scales do not fit"),
         (CT, {"config_groups": {"a": {"targets": ["Linear"], "weights": None}}}, "config_groups names no weights"),
-        (CT, {"config_groups": ["a"]}, "quantization_config cannot be understood"),
+        (CT, {"config_groups": ["a"]}, "config_groups is \\['a'\\], expected an object"),
         (CT, {"transform_config": {"config_groups": {"R1": {}}}}, "transform_config is .*'R1'.*expected {}"),
         (CT, {"sparsity_config": {"format": "sparse"}}, "sparsity_config: format is 'sparse', expected 'dense'"),
         (CT, BLOCKS_OF_64, r"config_groups: a: block_structure is \[64, 64\], expected \[128, 128\]"),
