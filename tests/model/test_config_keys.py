@@ -160,7 +160,7 @@ def test_an_unused_sliding_window_is_harmless() -> None:
 
 # Any value under any key
 
-ODD = [
+ODD: list[Any] = [
     None, True, 0, 1, -1, 3, 0.5, -2.0, 4.0, 10**30, float("inf"), float("nan"), "", "yarn", "linear", "4", [], [1],
     [None], {}, {"rope_type": "yarn"}, {"full_attention": {}}, ["full_attention"], 64,
 ]  # fmt: skip
