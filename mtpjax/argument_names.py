@@ -27,7 +27,8 @@ def names_arguments(function: Callable[P, R]) -> Callable[P, R]:
             if name not in parameters:
                 alike = get_close_matches(name, names, 1, 0.6)
                 hint = f"did you mean {alike[0]!r}?" if alike else f"it has {', '.join(names)}"
-                called = function.__qualname__.removesuffix(".__init__")
+                owner = type(args[0]).__name__ if args and "self" in parameters else ""
+                called = f"{owner}.{function.__name__}".removeprefix(".").removesuffix(".__init__")
                 raise TypeError(f"{called} has no argument {name!r}; {hint}")
         return function(*args, **kwargs)
 

@@ -133,7 +133,7 @@ def test_unknown_arguments_are_answered_with_the_name_that_is_alike() -> None:
         (SamplingParams, {"n": 3}, "SamplingParams has no argument 'n'; it has max_tokens, temperature, top_k"),
         (LLM, {"max_num_seq": 3}, "LLM has no argument 'max_num_seq'; did you mean 'max_num_seqs'"),
         (LLM, {"tensor_parallel_size": 2}, "LLM has no argument 'tensor_parallel_size'"),
-        (chat.chat, {"messages": [], "tool": 3}, "ChatMethods.chat has no argument 'tool'; did you mean 'tools'"),
+        (chat.chat, {"messages": [], "tool": 3}, "chat has no argument 'tool'; did you mean 'tools'"),
         (chat.chat_prompt, {"messages": [], "template": ""}, "did you mean 'chat_template'"),
     ]
     for function, arguments, error in calls:
