@@ -35,6 +35,7 @@ SHAPES = {
     "35b-a3b": AttentionShape(layers=10, q_heads=16, kv_heads=2),
     "122b-a10b": AttentionShape(layers=12, q_heads=32, kv_heads=2),
     "397b-a17b": AttentionShape(layers=15, q_heads=32, kv_heads=2),
+    "next-80b-a3b": AttentionShape(layers=12, q_heads=16, kv_heads=2),
 }
 ROWS = {"decode": 5, "prefill": 2048}  # rows of a verify window with four drafts, and of a prompt chunk
 NUM_PARTIAL_SUMS = {"decode": 8, "prefill": 1}  # of the key and value projections

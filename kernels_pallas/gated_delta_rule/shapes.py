@@ -39,6 +39,7 @@ SHAPES = {
     "35b-a3b": DeltaShape(layers=30, value_heads=32),
     "122b-a10b": DeltaShape(layers=36, value_heads=64),
     "397b-a17b": DeltaShape(layers=45, value_heads=64),
+    "next-80b-a3b": DeltaShape(layers=36, value_heads=32),
 }
 ROWS = {"decode": 5, "prefill": 2048}  # rows of a verify window with four drafts, and of a prompt chunk
 NUM_PARTIAL_SUMS = {"decode": 16, "prefill": 1}  # of the projections of the gates; those of qkv are one sum

@@ -23,11 +23,12 @@ class MoeShape(NamedTuple):
     layers: int = 10  # of the stacks from which compile checks and benchmarks read one
 
 
-# Published sizes of Qwen3.5 / Qwen3.6.
+# Published sizes of Qwen3.5, 3.6 and Qwen3-Next.
 SHAPES = {
     "35b-a3b": MoeShape(hidden_size=2048, expert_size=512, num_experts=256, experts_per_token=8),
     "122b-a10b": MoeShape(hidden_size=3072, expert_size=1024, num_experts=256, experts_per_token=8),
     "397b-a17b": MoeShape(hidden_size=4096, expert_size=1024, num_experts=512, experts_per_token=10),
+    "next-80b-a3b": MoeShape(hidden_size=2048, expert_size=512, num_experts=512, experts_per_token=10),
 }
 ROWS = {"decode": 5, "prefill": 2048}  # rows of a verify window with four drafts, and of a prompt chunk
 
