@@ -44,7 +44,7 @@ class Reader:
             raise self.unsupported(f"'{key}'", value, f"a whole number >= {low}{limit}")
         return value
 
-    def float(self, key: str, default: float | None = None) -> float:
+    def float(self, key: str, default: Any = None) -> float:
         """Return a finite number above 0; raises ConfigError for anything else."""
         value = self.get(key, default)
         number = isinstance(value, int | float) and not isinstance(value, bool)

@@ -63,7 +63,7 @@ def open_model(
     mtp: bool,
     tokenizer: str | PathLike[str] | None,
     head: str | PathLike[str] | None = None,
-    hf_overrides: Mapping[str, Any] | None = None,
+    hf_overrides: Any = None,
 ) -> OpenedModel:
     """Load a model; the arguments are those of `mtpjax.LLM`.
 
