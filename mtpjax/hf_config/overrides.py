@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def apply_hf_overrides(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+def apply_hf_overrides(config: Mapping[str, Any], overrides: Any) -> dict[str, Any]:
     """Return `config` with `overrides` merged over it: objects key by key, everything else as a whole.
 
     The names are those of config.json. A value None takes a key away. Where only one of the two has `text_config`, the
