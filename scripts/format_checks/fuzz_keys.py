@@ -107,6 +107,21 @@ class Report:
     counts: collections.Counter[str] = field(default_factory=collections.Counter)
     bad: dict[tuple[str, str, str], str] = field(default_factory=dict)
 
+    def add(self, case: int, kind: str, name: str, result: Result, silent: bool) -> None:
+        """Count the outcome of a case; `silent`: the change may have no effect without a word."""
+        outcome = result.outcome
+        if outcome == "same" and not silent:
+            outcome = "bad: no effect, in silence"
+        self.counts[outcome] += 1
+        if outcome.startswith("bad"):
+            self.bad.setdefault((outcome, kind, name), f"case {case}: {result.text[:300]}")
+
+    def show(self, title: str, cases: int) -> None:
+        """Print the counts and what ended badly."""
+        print(f"{title}: {cases:,} cases: {dict(self.counts)}")
+        for (outcome, kind, name), example in sorted(self.bad.items()):
+            print(f"  {outcome}: {kind} {name}: {example}")
+
 
 def change_objects(rng: random.Random, document: Document) -> Change:
     """Change one key of a JSON object or of GGUF metadata."""
@@ -261,14 +276,9 @@ def fuzz(path: Path, cases: int, seed: int = 0) -> Report:
         changed = copy.deepcopy(document)
         kind, name, names = (change_objects if rng.random() < 0.6 else change_tensors)(rng, changed)
         result = run_case(changed, names, base)
-        outcome = result.outcome
-        if outcome == "same" and not may_be_silent(kind, name):
-            outcome = "bad: no effect, in silence"
-        if outcome == "other" and kind in ("add", "rename", "tensor copy", "tensor rename"):
-            outcome = "bad: another model"
-        report.counts[outcome] += 1
-        if outcome.startswith("bad"):
-            report.bad.setdefault((outcome, kind, name), f"case {case}: {result.text[:300]}")
+        if result.outcome == "other" and kind in ("add", "rename", "tensor copy", "tensor rename"):
+            result.outcome = "bad: another model"
+        report.add(case, kind, name, result, may_be_silent(kind, name))
     return report
 
 
@@ -281,9 +291,7 @@ def main() -> None:
     failed = False
     for path in args.path:
         report = fuzz(path, args.cases, args.seed)
-        print(f"{path}: {args.cases:,} cases: {dict(report.counts)}")
-        for (outcome, kind, name), example in sorted(report.bad.items()):
-            print(f"  {outcome}: {kind} {name}: {example}")
+        report.show(str(path), args.cases)
         failed |= bool(report.bad)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"peak {peak:,.0f} MiB of memory")

@@ -136,12 +136,7 @@ def fuzz(name: str, template: ChatTemplate, cases: int, seed: int = 0) -> Report
         key = where.partition(": ")[2]
         names = (*names, PLACES.get(key, key))
         result = run_case(to_json(document.objects[name]), names, base, template)
-        outcome = result.outcome
-        if outcome == "same" and not may_be_silent(kind, key):
-            outcome = "bad: no effect, in silence"
-        report.counts[outcome] += 1
-        if outcome.startswith("bad"):
-            report.bad.setdefault((outcome, kind, where), f"case {case}: {result.text[:300]}")
+        report.add(case, kind, where, result, may_be_silent(kind, key))
     return report
 
 
@@ -155,9 +150,7 @@ def main() -> None:
     failed = False
     for name in LINES:
         report = fuzz(name, template, args.cases, args.seed)
-        print(f"lines in the form {name!r}: {args.cases:,} cases: {dict(report.counts)}")
-        for (outcome, kind, where), example in sorted(report.bad.items()):
-            print(f"  {outcome}: {kind} {where}: {example}")
+        report.show(f"lines in the form {name!r}", args.cases)
         failed |= bool(report.bad)
     sys.exit(int(failed))
 
