@@ -18,8 +18,8 @@ from mtpjax.loading.loaded_model import flatten_params
 from mtpjax.loading.split_projections import split_projections
 from scripts.format_checks.llama_cpp import Llama
 from tests.golden.forms import ROPE_FORMS, form_config, form_tensors
-from tests.helpers.golden_forms import ANSWERS, agree, run, write_form
-from tests.helpers.models import tiny_config
+from tests.helpers.golden_forms import ANSWERS, agree, write_form
+from tests.helpers.models import tiny_config, whole
 
 NAMES = {
     "input_layernorm": "attn_norm", "post_attention_layernorm": "post_attention_norm", "mlp.gate": "ffn_gate_inp",
@@ -122,7 +122,7 @@ def test_a_file_in_llama_cpps_layout_is_the_model_of_the_folder(legacy: bool, tm
         tolerance = 1e-6 if changed else 0
         np.testing.assert_allclose(found[path][...], leaf[...], atol=tolerance, rtol=tolerance, err_msg=str(path))
     assert from_file.cfg == from_folder.cfg
-    logits, mtp_logits = run(from_file.params, ANSWERS["next/tokens"], graph=from_file.graph)
+    logits, _, mtp_logits = whole(from_file.params, ANSWERS["next/tokens"], graph=from_file.graph)
     agree(logits, "next", "logits")
     agree(mtp_logits, "next", "mtp_logits")
 

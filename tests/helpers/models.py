@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from mtpjax.engine.engine import Engine
 from mtpjax.engine.model_runner import ModelRunner
 from mtpjax.loading.load import load_model
 from mtpjax.loading.loaded_model import LoadedModel, ParamPath, map_params
-from mtpjax.model import abstract_model
+from mtpjax.model import abstract_model, make_positions
+from mtpjax.model.cache import KV_BLOCK, new_cache
 from tests.golden.weights import golden_config, golden_tensors
 
 cpu_only = pytest.mark.skipif(jax.default_backend() != "cpu", reason="about XLA's CPU backend")
@@ -111,6 +113,19 @@ def numpy_model(cfg: ModelConfig, *, seed: int = 0, scale: float = 0.15) -> Load
         return jnp.asarray(values, leaf.dtype)
 
     return LoadedModel(cfg, graph, map_params(params, make))
+
+
+@partial(jax.jit, static_argnames="graph")
+def whole(params: Any, tokens: jax.Array, *, graph: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Compute logits and hidden states of one chunk, and the MTP head's logits of its pairs (row t, token t + 1)."""
+    model = nnx.merge(graph, params)
+    zero, none = jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.int32)
+    cache = new_cache(model.cfg, 1, KV_BLOCK)
+    rows, cache = model.trunk(tokens[None], cache, make_positions(model.cfg, zero, len(tokens), none, kv_len=KV_BLOCK))
+    hidden = model.final_norm(rows)
+    pairs = make_positions(model.cfg, zero, len(tokens) - 1, none, kv_len=KV_BLOCK)
+    mtp, cache = model.mtp_step(hidden[:, :-1], tokens[None, 1:], cache, pairs)
+    return model.head(hidden)[0], hidden[0], model.head(mtp)[0]
 
 
 def rounded_to_bfloat16(model: LoadedModel) -> LoadedModel:

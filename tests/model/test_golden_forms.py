@@ -12,13 +12,14 @@ from mtpjax import LLM, SamplingParams
 from mtpjax.hf_config import config_from_hf
 from mtpjax.loading.load import load_model
 from tests.golden.forms import FORMS, MTP_FORMS, ROPE_FORMS, form_config, form_tensors
-from tests.helpers.golden_forms import ANSWERS, TOLERANCE, agree, load_form, run, write_form
+from tests.helpers.golden_forms import ANSWERS, TOLERANCE, agree, load_form, write_form
+from tests.helpers.models import whole
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_logits_are_those_of_transformers(form: str, tmp_path: Path) -> None:
     model = load_form(tmp_path / form, form)
-    logits, mtp_logits = run(model.params, ANSWERS[f"{form}/tokens"], graph=model.graph)
+    logits, _, mtp_logits = whole(model.params, ANSWERS[f"{form}/tokens"], graph=model.graph)
     agree(logits, form, "logits")
     if form in MTP_FORMS:
         agree(mtp_logits, form, "mtp_logits")

@@ -15,8 +15,8 @@ from mtpjax.decoding.output_rows import OutputRows
 from mtpjax.decoding.sampling import MAX_STOP_TOKENS, BatchSamplingParams
 from mtpjax.decoding.steps import draft, verify
 from mtpjax.model import commit, make_positions
-from mtpjax.model.cache import KV_BLOCK, new_cache
 from tests.golden.weights import CASES, VOCAB, golden_checksum
+from tests.helpers.models import whole
 
 TOLERANCE = 1e-4
 PREFILL, WINDOW = 70, 4
@@ -43,19 +43,6 @@ def case(request, golden):
     llm = LLM(loaded, num_speculative_tokens=WINDOW - 1, max_model_len=200, prefill_buckets=CHUNKS[request.param])
     read = partial(llm.engine.runner.prefill, rows=OutputRows.all(), return_logits=True)
     return SimpleNamespace(gold=gold, loaded=loaded, llm=llm, read=read)
-
-
-@partial(jax.jit, static_argnames="graph")
-def whole(params, tokens, *, graph):
-    """Logits and hidden states of one uncached chunk, and the MTP head over all its pairs (row t, token t + 1)."""
-    model = nnx.merge(graph, params)
-    zero, none = jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.int32)
-    cache = new_cache(model.cfg, 1, KV_BLOCK)
-    rows, cache = model.trunk(tokens[None], cache, make_positions(model.cfg, zero, len(tokens), none, kv_len=KV_BLOCK))
-    hidden = model.final_norm(rows)
-    pairs = make_positions(model.cfg, zero, len(tokens) - 1, none, kv_len=KV_BLOCK)
-    mtp, cache = model.mtp_step(hidden[:, :-1], tokens[None, 1:], cache, pairs)
-    return model.head(hidden)[0], hidden[0], model.head(mtp)[0]
 
 
 @partial(jax.jit, static_argnames="graph")
