@@ -25,7 +25,7 @@ from jaxtyping import Bool, Float, Int
 
 from mtpjax.decoding import steps
 from mtpjax.decoding.acceptance import Acceptance, exact_match
-from mtpjax.decoding.penalties import TokenCounts, apply_penalties
+from mtpjax.decoding.logits_processors import NO_STATE, TextState, process_logits
 from mtpjax.decoding.sampling import BatchSamplingParams, sample, truncate_at_stop
 from mtpjax.model import Model
 from mtpjax.model.cache import Cache, PendingDeltaUpdates, accept, flush, pending_between_windows
@@ -46,7 +46,7 @@ class DecodeState(struct.PyTreeNode):
     stopped: Bool[Array, " B"]  # a stop token ended the text
     num_steps: Int[Array, " B"]  # that the request took part in
     num_accepted_per_pos: Int[Array, "B k"]  # steps in which the draft at each position was accepted
-    token_counts: TokenCounts | None = None  # up to and including `token`; None if no request has penalties
+    text_state: TextState = NO_STATE  # up to and including `token`
 
 
 Drafter = Callable[[Model, DecodeState, BatchSamplingParams, int, int], tuple[Int[Array, "B k"], Cache]]
@@ -70,7 +70,7 @@ def mtp_drafter(
         sampling_params,
         num_speculative_tokens,
         vocab_size,
-        state.token_counts,
+        state.text_state,
     )
 
 
@@ -103,7 +103,7 @@ def speculative_step(
     logits, hidden, cache, updates = steps.verify(model, window, inactive, cache, pending)
 
     positions = cache.length[:, None] + 1 + jnp.arange(k + 1)
-    logits = apply_penalties(logits, sampling_params.penalties, state.token_counts, drafts)
+    logits = process_logits(logits, sampling_params, state.text_state, drafts)
     tokens = sample(logits, positions, sampling_params, vocab_size)
 
     if k and model.mtp is not None:  # all rows, whether accepted or not: rejected ones are overwritten later
@@ -131,7 +131,7 @@ def speculative_step(
         stopped=jnp.where(inactive, state.stopped, stopped),
         num_steps=state.num_steps + ~inactive,
         num_accepted_per_pos=state.num_accepted_per_pos + was_accepted * ~inactive[:, None],
-        token_counts=None if state.token_counts is None else state.token_counts.add(tokens, num_new),
+        text_state=state.text_state.add(tokens, num_new),
     )
     return new_state, pending, tokens, num_new
 

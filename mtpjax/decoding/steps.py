@@ -14,8 +14,8 @@ from flax import nnx
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
+from mtpjax.decoding.logits_processors import NO_STATE, TextState, process_logits
 from mtpjax.decoding.output_rows import NO_ROWS, OutputRows
-from mtpjax.decoding.penalties import TokenCounts, apply_penalties
 from mtpjax.decoding.sampling import BatchSamplingParams, VocabSubset, sample
 from mtpjax.model import Model, make_positions
 from mtpjax.model.cache import Cache, PendingDeltaUpdates
@@ -156,7 +156,7 @@ def draft(
     sampling_params: BatchSamplingParams,
     num_speculative_tokens: int,
     vocab_size: int,
-    token_counts: TokenCounts | None = None,
+    text_state: TextState = NO_STATE,
 ) -> tuple[Int[Array, "B k"], Cache]:
     """Draft k tokens with the MTP head, which is applied again and again to its own hidden state (after `mtp.norm`).
 
@@ -172,27 +172,26 @@ def draft(
         hidden: of the last committed row, after the final norm.
         token: the token that follows that row.
         inactive: sequences that draft nothing; their tokens mean nothing.
-        token_counts: tokens of prompt and text, for penalties.
+        text_state: of prompt and text, up to and including `token`.
     """
     one, token_ids = jnp.ones_like(token), model.draft_token_ids
     subset = None if token_ids is None else VocabSubset(token_ids, model.cfg.vocab_size)
-    if token_counts is not None and token_ids is not None:
-        token_counts = token_counts.take(token_ids)
-    Carry = tuple[Array, Array, Cache, TokenCounts | None]
+    if token_ids is not None:
+        text_state = text_state.take(token_ids)
+    Carry = tuple[Array, Array, Cache, TextState]
 
     def step(carry: Carry, j: Int[Array, ""]) -> tuple[Carry, Int[Array, " B"]]:
-        hidden, token, cache, token_counts = carry
+        hidden, token, cache, text_state = carry
         start = cache.length - cache.mtp_start_pos - 1 + j
         positions = make_positions(model.cfg, start, 1, inactive.astype(jnp.int32), kv_len=cache.kv_len)
         mtp_hidden, cache = model.mtp_step(hidden[:, None], token[:, None], cache, positions)
-        logits = apply_penalties(model.draft_logits(mtp_hidden), sampling_params.penalties, token_counts)
+        logits = process_logits(model.draft_logits(mtp_hidden), sampling_params, text_state)
         column = sample(logits, (cache.length + 1 + j)[:, None], sampling_params, vocab_size, subset)
-        if token_counts is not None:
-            token_counts = token_counts.add(column, one)
+        text_state = text_state.add(column, one)
         token = column[:, 0] if token_ids is None else token_ids[column[:, 0]]
-        return (mtp_hidden[:, 0], token, cache, token_counts), token
+        return (mtp_hidden[:, 0], token, cache, text_state), token
 
-    (_, _, cache, _), drafts = lax.scan(step, (hidden, token, cache, token_counts), jnp.arange(num_speculative_tokens))
+    (_, _, cache, _), drafts = lax.scan(step, (hidden, token, cache, text_state), jnp.arange(num_speculative_tokens))
     return drafts.T, cache
 
 

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jax import Array
 
+from mtpjax.decoding.logits_processors import TextState
 from mtpjax.decoding.penalties import Penalties, TokenCounts, round_to_bfloat16
 from mtpjax.decoding.sampling import MAX_STOP_TOKENS, BatchSamplingParams, TruncationParams
 from mtpjax.decoding.speculative import DecodeState
@@ -60,7 +61,7 @@ class DecodeBatch:
         self.runner, self.num_slots, self.prefill_batch = runner, num_slots, prefill_batch
         self.state: DecodeState | None = None  # made by the first prefill
         self._params = stack_requests([None] * num_slots)
-        self._begun: set[bool] = set()  # with or without penalties: whether the loop's program has been begun
+        self._begun: set[tuple[str, ...]] = set()  # parts of the text state whose program has been begun
 
     def prefill(self, group: PrefillGroup, requests_by_slot: Sequence[Request | None]) -> float:
         """Read the prompts of a group and start its requests in their slots.
@@ -98,10 +99,10 @@ class DecodeBatch:
 
     def _begin_decode(self, cache: Cache) -> None:
         """Make the programs that follow the prompts, whose cache is `cache`, ready while the prompts are read."""
-        has_penalties = self._params.penalties is not None
-        if has_penalties in self._begun:
+        parts = initial_text_state([None], self._params, 1).parts
+        if parts in self._begun:
             return
-        self._begun.add(has_penalties)
+        self._begun.add(parts)
 
         def shapes(cache: Cache, batch: int) -> DecodeState:
             state = self._initial_state([None] * batch, cache)
@@ -142,8 +143,9 @@ class DecodeBatch:
         One call of the program copies up to `prefill_batch` rows.
         """
         state = self._started()
-        if (state.token_counts is None) == (self._params.penalties is not None):
-            state = state.replace(token_counts=self._token_counts([None] * self.num_slots))
+        fresh = self._text_state([None] * self.num_slots)  # parts that no request needed so far
+        kept = {name: getattr(state.text_state, name) for name in fresh.parts if name in state.text_state.parts}
+        state = state.replace(text_state=fresh.replace(**kept))
         for start in range(0, len(requests), self.prefill_batch):
             part = slice(start, start + self.prefill_batch)
             new = self._initial_state(self._padded(requests[part]), cache, hidden)
@@ -179,12 +181,11 @@ class DecodeBatch:
             stopped=stopped,
             num_steps=num_steps,
             num_accepted_per_pos=num_accepted_per_pos,
-            token_counts=self._token_counts(requests),
+            text_state=self._text_state(requests),
         )
 
-    def _token_counts(self, requests: Sequence[Request | None]) -> TokenCounts | None:
-        """Token counts for penalties, or None if no request that has a slot uses penalties."""
-        return count_prompt_tokens(requests, self.runner.padded_vocab_size) if self._params.penalties else None
+    def _text_state(self, requests: Sequence[Request | None]) -> TextState:
+        return initial_text_state(requests, self._params, self.runner.padded_vocab_size)
 
 
 def stack_requests(requests: Sequence[Request | None]) -> BatchSamplingParams:
@@ -221,6 +222,19 @@ def stack_requests(requests: Sequence[Request | None]) -> BatchSamplingParams:
         truncation=TruncationParams(**truncation),
         penalties=None if penalties is None else Penalties(**penalties),
     )
+
+
+def initial_text_state(
+    requests: Sequence[Request | None], params: BatchSamplingParams, padded_vocab_size: int
+) -> TextState:
+    """Return what the processors know before the first new token of each slot.
+
+    Args:
+        requests: of B slots, or some of them.
+        params: of all slots, whose parts say which parts of the state are needed.
+        padded_vocab_size: number of logits V of a row.
+    """
+    return TextState(token_counts=count_prompt_tokens(requests, padded_vocab_size) if params.penalties else None)
 
 
 def count_prompt_tokens(requests: Sequence[Request | None], padded_vocab_size: int) -> TokenCounts:

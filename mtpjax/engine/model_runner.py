@@ -250,7 +250,7 @@ class ModelRunner:
             drafter=self.drafter,
             acceptance=self.acceptance,
         )
-        name = ("decode", len(state.token), state.token_counts is None)
+        name = ("decode", len(state.token), *state.text_state.parts)
         limits = (return_when_finished, self.max_steps_per_call if step_limit is None else step_limit)
         return name, step, (self.model.params, state, params, *(np.array(limit, np.int32) for limit in limits))
 
@@ -259,7 +259,7 @@ class ModelRunner:
     ) -> tuple[ProgramName, Step, tuple[Any, ...]]:
         rows_and_slots = np.zeros((2, len(new.token)), np.int32)
         rows_and_slots[:, : len(slots)] = rows, slots
-        name = ("insert", len(state.token), len(new.token), state.token_counts is None)
+        name = ("insert", len(state.token), len(new.token), *state.text_state.parts)
         return name, partial(jit_step, insert_requests), (state, new, *rows_and_slots, np.array(len(slots), np.int32))
 
     def _run(self, name: ProgramName, step: Step, args: tuple[Any, ...]) -> Any:

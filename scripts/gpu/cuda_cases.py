@@ -31,6 +31,7 @@ from kernels_pallas.top_k_top_p.shapes import LogitsShape, threshold_inputs
 from kernels_pallas.top_k_top_p.triton import top_k_top_p_threshold
 from kernels_pallas.topk_softmax.shapes import RouterShape, topk_softmax_inputs
 from kernels_pallas.topk_softmax.triton import topk_softmax
+from mtpjax.decoding.logits_processors import TextState
 from mtpjax.decoding.output_rows import NO_ROWS
 from mtpjax.decoding.penalties import Penalties, TokenCounts
 from mtpjax.decoding.sampling import MAX_STOP_TOKENS, BatchSamplingParams, TruncationParams
@@ -234,7 +235,7 @@ def program_case(
             stopped=flags,
             num_steps=ints(batch),
             num_accepted_per_pos=ints(batch, draft),
-            token_counts=TokenCounts(spec(vocab, jnp.bool_), ints(*vocab)) if with_token_counts else None,
+            text_state=TextState(TokenCounts(spec(vocab, jnp.bool_), ints(*vocab)) if with_token_counts else None),
         )
 
     state = state_of(1, with_token_counts=name == "decode with penalties")
@@ -250,7 +251,7 @@ def program_case(
         spec((1,), jnp.uint32),
         ints(1, MAX_STOP_TOKENS),
         TruncationParams(ints(1), floats, floats),
-        Penalties(floats, floats, floats) if state.token_counts else None,
+        Penalties(floats, floats, floats) if state.text_state.token_counts else None,
     )
     static = {
         "graph": graph,

@@ -13,6 +13,7 @@ from jax import Array
 
 from kernels_pallas.platform import override_platform
 from mtpjax.decoding import steps
+from mtpjax.decoding.logits_processors import TextState
 from mtpjax.decoding.penalties import Penalties, TokenCounts
 from mtpjax.decoding.sampling import BatchSamplingParams, TruncationParams
 from mtpjax.engine.engine import Engine
@@ -99,7 +100,7 @@ def trace_draft(model: LoadedModel, temperature: float) -> tuple[Any, tuple[Any,
     traced = jax.jit(
         lambda weights, cache: steps.draft(
             nnx.merge(model.graph, weights), hidden, token, jnp.zeros(BATCH, bool), cache, params, NUM_DRAFTS, VOCAB,
-            counts,
+            TextState(counts),
         )[0]
     ).trace(model.params, cache)  # fmt: skip
     return traced, (model.params, cache)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtpjax.decoding import speculative, steps
+from mtpjax.decoding import logits_processors, steps
 from mtpjax.decoding.output_rows import OutputRows
 from mtpjax.decoding.penalties import Penalties, TokenCounts, apply_penalties, round_to_bfloat16
 from mtpjax.engine.decode_batch import stack_requests
@@ -190,7 +190,7 @@ def forget_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
     def without_drafts(logits: Any, penalties: Any, counts: Any, drafts: Any) -> Any:
         return apply_penalties(logits, penalties, counts)
 
-    monkeypatch.setattr(speculative, "apply_penalties", without_drafts)
+    monkeypatch.setattr(logits_processors, "apply_penalties", without_drafts)
 
 
 def count_rejected_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,7 +223,7 @@ def test_the_drafter_has_the_penalties_too(
         Request(i, (i, 2, 3), NUM_TOKENS, 0.9, i, presence_penalty=2.0, frequency_penalty=2.0) for i in range(6)
     ]
     with_penalties = drafting_engine.run(requests, 6)
-    monkeypatch.setattr(steps, "apply_penalties", lambda logits, *_: logits)
+    monkeypatch.setattr(steps, "process_logits", lambda logits, *_: logits)
     without = engine_of(model, 3).run(requests, 6)
     assert [s.tokens for s in without] == [s.tokens for s in with_penalties]
     assert share_of_first_drafts(without) < 0.8 * share_of_first_drafts(with_penalties)

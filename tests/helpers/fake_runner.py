@@ -107,7 +107,7 @@ class FakeRunner:
     def _one_token(self, arrays: dict[str, Any], slot: int, state: Any, params: Any) -> None:
         penalized = 0
         if params.penalties is not None and params.penalties.presence[slot]:
-            penalized = int(np.flatnonzero(state.token_counts.in_prompt[slot]).sum())  # type: ignore[union-attr]
+            penalized = int(np.flatnonzero(state.text_state.token_counts.in_prompt[slot]).sum())  # type: ignore[union-attr]
         context = extend(int(arrays["cache"][slot]), int(arrays["token"][slot]))
         token = next_token(context, int(params.seed[slot]), penalized)
         arrays["cache"][slot], arrays["token"][slot] = context, token
@@ -124,7 +124,8 @@ class FakeRunner:
         own = range(len(slots))
         names = ("token", "num_tokens", "finished", "stopped", "num_steps", "num_accepted_per_pos")
         changes: dict[str, Any] = {name: moved(getattr(state, name), getattr(new, name), own) for name in names}
-        if state.token_counts is not None and new.token_counts is not None:
-            in_prompt = moved(state.token_counts.in_prompt, new.token_counts.in_prompt, own)  # type: ignore[arg-type]
-            changes["token_counts"] = state.token_counts.replace(in_prompt=in_prompt)
+        counts, new_counts = state.text_state.token_counts, new.text_state.token_counts
+        if counts is not None and new_counts is not None:
+            counts = counts.replace(in_prompt=moved(counts.in_prompt, new_counts.in_prompt, own))
+            changes["text_state"] = state.text_state.replace(token_counts=counts)
         return state.replace(cache=moved(state.cache, new.cache, rows), **changes)  # type: ignore[arg-type]
