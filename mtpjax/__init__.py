@@ -1,9 +1,17 @@
 """Text generation with Qwen3.5 / Qwen3.6 checkpoints and their own Multi-Token-Prediction head, in JAX."""
 
-from mtpjax.decoding.acceptance import SimulatedAcceptance
-from mtpjax.llm import LLM
-from mtpjax.outputs import CompletionOutput, Metrics, RequestOutput
-from mtpjax.sampling_params import SamplingParams
+import gc
+
+_collects = gc.isenabled()
+gc.disable()  # else Python walks the 10^5 objects of JAX, flax and this package again and again as they are made
+try:
+    from mtpjax.decoding.acceptance import SimulatedAcceptance
+    from mtpjax.llm import LLM
+    from mtpjax.outputs import CompletionOutput, Metrics, RequestOutput
+    from mtpjax.sampling_params import SamplingParams
+finally:
+    if _collects:
+        gc.enable()
 
 __version__ = "0.1.0"
 __all__ = ["LLM", "CompletionOutput", "Metrics", "RequestOutput", "SamplingParams", "SimulatedAcceptance"]

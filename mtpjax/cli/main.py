@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import sys
-from collections.abc import Callable
 
 import jax
 
 import mtpjax
-from mtpjax.cli import convert, count_tokens, generate, info, tune
 
-COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
-    "generate": (generate.main, "generate text for a file of prompts"),
-    "convert": (convert.main, "convert a checkpoint: Hugging Face, Orbax, GGUF"),
-    "info": (info.main, "describe a checkpoint: sizes, quantisation, MTP head, memory, cards"),
-    "tune": (tune.main, "measure tile constants of the GPU kernels on this card"),
-    "count-tokens": (count_tokens.main, "count token ids of texts, for LLM(draft_vocab_size=...)"),
+COMMANDS = {
+    "generate": "generate text for a file of prompts",
+    "convert": "convert a checkpoint: Hugging Face, Orbax, GGUF",
+    "info": "describe a checkpoint: sizes, quantisation, MTP head, memory, cards",
+    "tune": "measure tile constants of the GPU kernels on this card",
+    "count-tokens": "count token ids of texts, for LLM(draft_vocab_size=...)",
 }
 
 
@@ -25,11 +25,13 @@ def main(argv: list[str] | None = None) -> int:
     if args and args[0] in COMMANDS:
         if args[0] not in ("generate", "tune"):
             jax.config.update("jax_platforms", "cpu")  # nothing is computed: leave a GPU alone
-        return COMMANDS[args[0]][0](args[1:])
+        command = importlib.import_module(f"mtpjax.cli.{args[0].replace('-', '_')}")
+        gc.freeze()  # what is imported stays: Python's collector need not look at it again
+        return command.main(args[1:])
     if args and args[0] == "--version":
         print(f"mtpjax {mtpjax.__version__}")
         return 0
-    lines = [f"  {name:<14}{text}" for name, (_, text) in COMMANDS.items()]
+    lines = [f"  {name:<14}{text}" for name, text in COMMANDS.items()]
     usage = "\n".join(["usage: mtpjax COMMAND ...", "", *lines, "", "mtpjax COMMAND --help explains a command."])
     if not args or args[0] in ("-h", "--help"):
         print(usage)
