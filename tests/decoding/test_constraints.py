@@ -1,5 +1,6 @@
 """Biases, allowed tokens, bad words and minimal lengths: as in transformers, and a text that no draft changes."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
@@ -183,7 +184,9 @@ def mixed_requests() -> list[Request]:
     """Requests with each constraint alone, all of them, and none, made so that their free texts violate them."""
     rng = np.random.default_rng(3)
     prompts = [tuple(rng.integers(0, VOCAB, 3 + 5 * i).tolist()) for i in range(NUM_REQUESTS)]
-    free = [Request(i, prompt, NUM_TOKENS, 0.9 * (i % 2), 50 + i) for i, prompt in enumerate(prompts)]
+    # The hottest ones follow the noise, which draft and trunk share: their drafts are often accepted.
+    temperatures = (0.0, 4.0, 0.0, 0.9, 0.0, 4.0, 4.0)
+    free = [Request(i, prompt, NUM_TOKENS, temperatures[i], 50 + i) for i, prompt in enumerate(prompts)]
     texts = [state.tokens for state in engine_of(0).run(free, NUM_REQUESTS)]
 
     def parts(text: Sequence[int], *lengths: int) -> tuple[tuple[int, ...], ...]:
@@ -196,11 +199,11 @@ def mixed_requests() -> list[Request]:
         {"logit_bias": ((texts[2][0], -5.0), (texts[2][3], 1.5), (7, 2.0))},
         {"allowed_token_ids": tuple(range(0, VOCAB, 5)), "top_k": 50, "top_p": 0.9, "min_p": 0.01},
         {"bad_words": parts(texts[4], 2, 4)},
-        {"bad_words": parts(texts[5], 1, 3)[:4], "presence_penalty": 0.5, "repetition_penalty": 1.1},
+        {"bad_words": (*parts(texts[5], 2), (texts[5][0],)), "presence_penalty": 0.5, "repetition_penalty": 1.1},
         {
             "allowed_token_ids": tuple(range(0, VOCAB, 3)),
             "logit_bias": ((3, 1.0), (6, -2.0)),
-            "bad_words": tuple((a, b) for a in (0, 3, 6, 9) for b in (12, 15)),
+            "bad_words": tuple((a, b) for a in range(0, VOCAB, 3) for b in (12, 15, 18, 90)),
             "stop_token_ids": (9, 12),
             "early_stop_token_ids": (9, 12),
             "min_tokens": 20,
@@ -219,7 +222,7 @@ def check_texts(engine: Engine, num_slots: int, requests: Sequence[Request] | No
     states = engine.run(mixed_requests() if requests is None else requests, num_slots)
     for state in states:
         assert state.tokens == plain_texts()[state.request.index], state.request.index
-    if engine.runner.num_speculative_tokens:
+    if engine.runner.num_speculative_tokens and len(states) > 1:
         assert 0 < sum(s.num_accepted_tokens_per_pos[0] for s in states) < sum(s.num_steps for s in states)
 
 
@@ -321,22 +324,12 @@ def test_a_batch_without_constraints_has_the_program_that_it_had() -> None:
 
 def test_mixed_batches_compile_a_bounded_number_of_programs() -> None:
     """Two with and without a bias, times none or one of three sizes of bad words; penalties double that."""
-    rng, parts = np.random.default_rng(0), set()
-    for _ in range(300):
-        words = [
-            tuple(rng.integers(0, VOCAB, rng.integers(1, 1 + rng.integers(1, 33)))) for _ in range(rng.integers(129))
-        ]
-        request = Request(
-            0,
-            (1,),
-            9,
-            0.0,
-            0,
-            bad_words=tuple(words) if rng.random() < 0.8 else (),
-            min_tokens=int(rng.integers(0, 2)),
-            logit_bias=((1, 1.0),) if rng.random() < 0.5 else (),
-        )
-        constraints = stack_constraints([None, request], VOCAB)
+    parts = set()
+    sizes = itertools.product((0, 1, 8, 9, 32, 33, 128), (1, 4, 5, 8, 9, 32), (0, 5), ((), ((1, 1.0),)))
+    for number, length, min_tokens, bias in sizes:
+        words = tuple((i,) * length for i in range(number))
+        request = Request(0, (1,), 9, 0.0, 0, min_tokens=min_tokens, logit_bias=bias, bad_words=words)
+        constraints = stack_constraints([None, request], 128)
         parts.add(() if constraints is None else constraints.parts)
     assert len(parts) == 2 * (1 + len(BAD_WORD_CAPACITIES)) == 8
     longest = Request(0, (1,), 9, 0.0, 0, bad_words=((1,) * MAX_BAD_WORD_TOKENS,) * MAX_BAD_WORDS)
