@@ -97,7 +97,7 @@ def samples_of(prompts: list[tuple[int, ...]], n: int) -> list[Request]:
 def test_no_prompt_of_a_job_is_read_twice(num_slots: int, lookahead: int | None) -> None:
     """Whatever the number of requests that are taken together, also if it would divide the samples of a prompt."""
     runner: Any = FakeRunner(2, 4)
-    prompts = [(i % 13, i // 13, 3) for i in range(30)]
+    prompts: list[tuple[int, ...]] = [(i % 13, i // 13, 3) for i in range(30)]
     todo = samples_of(prompts, 4)
     states = list(Engine(runner).stream(iter(todo), num_slots, lookahead=lookahead))
     assert sorted((s.request.index, s.request.sample) for s in states) == [(i, j) for i in range(30) for j in range(4)]
@@ -195,9 +195,8 @@ def test_bad_words_need_a_tokenizer() -> None:
 
 
 def test_parameters_are_settled_as_in_vllm() -> None:
-    params = SamplingParams(
-        logit_bias={"3": 250, 4: -101.5, 5: 1}, allowed_token_ids=[3, 3, 1], bad_words=["b", "a", "b"]
-    )
+    bias: dict[Any, float] = {"3": 250, 4: -101.5, 5: 1}
+    params = SamplingParams(logit_bias=bias, allowed_token_ids=[3, 3, 1], bad_words=["b", "a", "b"])
     assert params.logit_bias == {3: 100.0, 4: -100.0, 5: 1.0}
     assert params.allowed_token_ids == (3, 1) and params.bad_words == ("b", "a")
     assert hash(params) == hash(replace(params)) and params == replace(params)
