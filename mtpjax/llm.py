@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 
 from mtpjax.argument_names import names_arguments
 from mtpjax.chat import ChatMethods
+from mtpjax.constraint_params import constraint_fields
 from mtpjax.decoding.acceptance import SimulatedAcceptance, exact_match
 from mtpjax.decoding.output_rows import OutputRows
 from mtpjax.decoding.sampling import MAX_STOP_TOKENS
@@ -27,6 +28,7 @@ from mtpjax.loading.load import cache_dtype
 from mtpjax.loading.loaded_model import LoadedModel
 from mtpjax.loading.open_model import eos_token_ids, open_model
 from mtpjax.outputs import RequestOutput, make_output
+from mtpjax.samples import SampleCollector, SampleIndex, join_samples, split_samples
 from mtpjax.sampling_params import PENALTIES, SamplingParams, check_int
 from mtpjax.text.prompts import Prompt, as_list, encode_prompt
 
@@ -190,7 +192,8 @@ class LLM(ChatMethods):
         Args:
             prompts: texts or lists of token ids; one alone need not be in a list.
             sampling_params: one for all prompts, or one for each; None: `SamplingParams()`.
-            on_tokens: called with the index of a prompt and its new token ids, whenever the device hands some over.
+            on_tokens: called with the index of a prompt and its new token ids, whenever the device hands some over. The
+                index is a number with an attribute `sample`: which of the prompt's `n` samples the tokens belong to.
 
         Raises:
             ValueError: names the prompt by its index: empty, too long, ids outside the vocabulary, text without a
@@ -204,12 +207,15 @@ class LLM(ChatMethods):
                 f"{len(prompts)} prompts but {len(params)} sampling parameters; give one, or one for each prompt"
             )
         requests = [
-            self._request(i, prompt, p, f"prompt {i}")
+            sample
             for i, (prompt, p) in enumerate(zip(prompts, params, strict=True))
+            for sample in split_samples(self._request(i, prompt, p, f"prompt {i}"), p.n)
         ]
         num_slots = min(self.max_num_seqs, max(len(requests), 1))
-        states = self.engine.run(requests, num_slots, _by_index(on_tokens))
-        return [self._output(prompt, state) for prompt, state in zip(prompts, states, strict=True)]
+        states = iter(self.engine.run(requests, num_slots, _by_index(on_tokens)))
+        return [
+            self._output(prompt, [next(states) for _ in range(p.n)]) for prompt, p in zip(prompts, params, strict=True)
+        ]
 
     def generate_iter(
         self,
@@ -234,11 +240,13 @@ class LLM(ChatMethods):
         def requests() -> Iterator[Request]:
             for index, (prompt, params) in enumerate(jobs):
                 prompts[index] = prompt
-                yield self._request(index, prompt, params, f"prompt {index}")
+                yield from split_samples(self._request(index, prompt, params, f"prompt {index}"), params.n)
 
+        collector = SampleCollector()
         for state in self.engine.stream(requests(), self.max_num_seqs, _by_index(on_tokens)):
-            index = state.request.index
-            yield index, self._output(prompts.pop(index), state)
+            if samples := collector.add(state):
+                index = state.request.index
+                yield index, self._output(prompts.pop(index), samples)
 
     def encode(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> list[int]:
         """Return the token ids of a prompt that `generate` accepts. Raises ValueError if `generate` would."""
@@ -281,7 +289,7 @@ class LLM(ChatMethods):
             top_k=max(params.top_k, 0),
             top_p=float(params.top_p),
             min_p=float(params.min_p),
-            **{penalty: float(getattr(params, penalty)) for penalty in PENALTIES},
+            **{penalty: float(getattr(params, penalty)) for penalty in PENALTIES} | self._constraints(params, name),
         )
         stops = request.all_stop_token_ids
         if len(stops) > MAX_STOP_TOKENS:
@@ -291,9 +299,17 @@ class LLM(ChatMethods):
                 raise ValueError(f"{name}: stop token {token} is outside the vocabulary 0...{self.cfg.vocab_size - 1}")
         return request
 
-    def _output(self, prompt: Prompt, state: RequestState) -> RequestOutput:
-        return make_output(prompt, state, self.tokenizer, self._acceptance)
+    def _constraints(self, params: SamplingParams, name: str) -> dict[str, Any]:
+        stops = params.stop_token_ids + tuple(self.stop_token_ids)
+        return constraint_fields(params, name, self.tokenizer, self.engine.runner.vocab_size, stops)
+
+    def _output(self, prompt: Prompt, samples: Sequence[RequestState]) -> RequestOutput:
+        return join_samples([make_output(prompt, state, self.tokenizer, self._acceptance) for state in samples])
 
 
 def _by_index(on_tokens: Callable[[int, list[int]], None] | None) -> TokenCallback | None:
-    return on_tokens and (lambda state, tokens: on_tokens(state.request.index, tokens))
+    def report(state: RequestState, tokens: list[int]) -> None:
+        assert on_tokens is not None
+        on_tokens(SampleIndex(state.request.index, state.request.sample), tokens)
+
+    return on_tokens and report

@@ -23,7 +23,8 @@ class Metrics:
     """Figures of one request. Names that vLLM's metrics of speculative decoding have mean the same here.
 
     Seconds are synchronised with the device and exclude compilation. Requests that run together share them;
-    `LLM.engine` has their sums.
+    `LLM.engine` has their sums. With several samples of a prompt, figures are sums over them, but tokens and seconds of
+    the prompt count once.
 
     Attributes:
         num_prompt_tokens: tokens of the prompt.
@@ -56,7 +57,7 @@ class CompletionOutput:
     """One generated text.
 
     Attributes:
-        index: its number among the texts of the prompt; always 0, because each prompt gets one.
+        index: its number among the texts of the prompt, 0...n - 1.
         text: all of it, with thought and tool calls, without special tokens and without the stop token; None if the
             model has no tokenizer. A character that "length" cut in the middle of its bytes is left out; its tokens
             stay in `token_ids`.
@@ -71,6 +72,7 @@ class CompletionOutput:
         tool_calls: in their order. `LLM.chat(tools=...)` gives their arguments the types of the tools' schemas. What
             is not a whole, well-formed call stays in `content`.
         unfinished_thought: whether the text ended inside its thought; more `max_tokens` may help.
+        seed: the seed of this text; with `SamplingParams(seed=...)` it is generated alone.
     """
 
     index: int
@@ -82,6 +84,7 @@ class CompletionOutput:
     content: str | None = None
     tool_calls: tuple[ToolCall, ...] = ()
     unfinished_thought: bool = False
+    seed: int | None = None
 
     def to_message(self) -> dict[str, Any]:
         """Return the assistant's message that continues the conversation, in the form that chat templates read.
@@ -107,8 +110,8 @@ class RequestOutput:
     Attributes:
         prompt: its text; None if it was given as token ids.
         prompt_token_ids: its token ids.
-        outputs: the generated texts: a list of one.
-        seed: the seed that was used.
+        outputs: the generated texts, `SamplingParams.n` of them.
+        seed: the seed that was used, by the first of them.
         metrics: figures of the request.
     """
 
@@ -170,11 +173,12 @@ def make_output(prompt: Prompt, state: RequestState, tokenizer: Tokenizer | None
         acceptance: see `Metrics`.
     """
     completion = CompletionOutput(
-        index=0,
+        index=state.request.sample,
         text=None,
         token_ids=state.tokens,
         finish_reason="stop" if state.stopped else "length",
         stop_reason=state.stop_reason,
+        seed=state.request.seed,
     )
     if tokenizer is not None:
         completion = _with_text(completion, prompt, state, tokenizer)

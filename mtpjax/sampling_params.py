@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from mtpjax.argument_names import names_fields
+from mtpjax.constraint_params import check_n, settle_constraints
 from mtpjax.generation_config import PENALTIES, recommended_sampling
 
 __all__ = ["PENALTIES", "SamplingParams", "check_int"]
@@ -37,6 +38,13 @@ class SamplingParams:
             index of the prompt in the call.
         stop_token_ids: tokens that end the text, beside the checkpoint's own end-of-text tokens.
         ignore_eos: generate past the checkpoint's own end-of-text tokens.
+        n: samples of the prompt, which is read once; more than one needs a temperature above 0. See `sample_seed` in
+            `mtpjax.samples` for their seeds.
+        min_tokens: new tokens before which no stop token is generated, not even one that `ignore_eos` ignores.
+        logit_bias: numbers that are added to the logits of token ids, limited to -100...100.
+        allowed_token_ids: the only tokens that the text may have, stop tokens included; None: all.
+        bad_words: texts that are not generated: the token that would end one is forbidden. As in vLLM they are looked
+            for in the new tokens only, as the tokens of the word and of the word after a space.
 
     Raises:
         ValueError: a value of another type or out of range.
@@ -54,6 +62,11 @@ class SamplingParams:
     seed: int | None = None
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    n: int = 1
+    min_tokens: int = 0
+    logit_bias: Mapping[int, float] | None = field(default=None, hash=False)
+    allowed_token_ids: Sequence[int] | None = None
+    bad_words: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         check_int("max_tokens", self.max_tokens, 0, optional=True)
@@ -70,6 +83,9 @@ class SamplingParams:
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         for token in self.stop_token_ids:
             check_int("stop_token_ids", token, 0)
+        check_n(self.n, self.temperature)
+        for name, value in settle_constraints(self, self.max_tokens).items():
+            object.__setattr__(self, name, value)
 
     @classmethod
     def from_generation_config(cls, generation_config: Mapping[str, Any], **overrides: Any) -> SamplingParams:

@@ -10,6 +10,7 @@ from flax import struct
 from jax import Array
 from jaxtyping import Float, Int
 
+from mtpjax.decoding.constraints import RecentTokens, apply_constraints
 from mtpjax.decoding.penalties import TokenCounts, apply_penalties
 from mtpjax.decoding.sampling import BatchSamplingParams
 
@@ -18,6 +19,7 @@ class TextState(struct.PyTreeNode):
     """What the processors remember of B texts. A part is None if no request needs it."""
 
     token_counts: TokenCounts | None = None  # for penalties
+    recent_tokens: RecentTokens | None = None  # for bad words and `min_tokens`
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -26,13 +28,19 @@ class TextState(struct.PyTreeNode):
 
     def add(self, tokens: Int[Array, "B R"], num_tokens: Int[Array, " B"]) -> TextState:
         """Return the state after the first `num_tokens` of `tokens`."""
-        counts = self.token_counts
-        return self.replace(token_counts=None if counts is None else counts.add(tokens, num_tokens))
+        counts, recent = self.token_counts, self.recent_tokens
+        return self.replace(
+            token_counts=None if counts is None else counts.add(tokens, num_tokens),
+            recent_tokens=None if recent is None else recent.add(tokens, num_tokens),
+        )
 
     def take(self, token_ids: Int[Array, " N"]) -> TextState:
         """Return the state for logits of these ids only; from then on "tokens" are their places among `token_ids`."""
-        counts = self.token_counts
-        return self.replace(token_counts=None if counts is None else counts.take(token_ids))
+        counts, recent = self.token_counts, self.recent_tokens
+        return self.replace(
+            token_counts=None if counts is None else counts.take(token_ids),
+            recent_tokens=None if recent is None else recent.take(token_ids),
+        )
 
 
 NO_STATE = TextState()
@@ -52,4 +60,5 @@ def process_logits(
         text_state: prompt and text before the first row.
         drafts: tokens that the rows after the first have before them; None: none.
     """
+    logits = apply_constraints(logits, sampling_params.constraints, text_state.recent_tokens, drafts)
     return apply_penalties(logits, sampling_params.penalties, text_state.token_counts, drafts)

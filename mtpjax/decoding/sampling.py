@@ -23,6 +23,7 @@ from jaxtyping import Bool, Float, Int, UInt32
 
 from kernels_pallas.row_ops import argmax, map_rows
 from kernels_pallas.top_k_top_p import top_k_top_p_threshold
+from mtpjax.decoding.constraints import Constraints
 from mtpjax.decoding.penalties import Penalties
 
 MAX_STOP_TOKENS = 8  # stop tokens that a request can have
@@ -45,6 +46,16 @@ class BatchSamplingParams(struct.PyTreeNode):
     stop_token_ids: Int[Array, "B STOPS"]  # -1 where unused
     truncation: TruncationParams | None = None  # None: all requests sample from all tokens
     penalties: Penalties | None = None  # None: no request has any
+    constraints: Constraints | None = None  # None: no request has any
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The names of the parts that `TextState.parts` does not tell apart: each combination has its own program."""
+        return () if self.constraints is None else self.constraints.parts
+
+    def take(self, token_ids: Int[Array, " N"]) -> BatchSamplingParams:
+        """Return the parameters for logits of these ids only."""
+        return self.replace(constraints=None if self.constraints is None else self.constraints.take(token_ids))
 
 
 class VocabSubset(NamedTuple):

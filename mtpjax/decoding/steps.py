@@ -177,7 +177,7 @@ def draft(
     one, token_ids = jnp.ones_like(token), model.draft_token_ids
     subset = None if token_ids is None else VocabSubset(token_ids, model.cfg.vocab_size)
     if token_ids is not None:
-        text_state = text_state.take(token_ids)
+        text_state, sampling_params = text_state.take(token_ids), sampling_params.take(token_ids)
     Carry = tuple[Array, Array, Cache, TextState]
 
     def step(carry: Carry, j: Int[Array, ""]) -> tuple[Carry, Int[Array, " B"]]:

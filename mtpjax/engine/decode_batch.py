@@ -16,6 +16,7 @@ from mtpjax.decoding.speculative import DecodeState
 from mtpjax.engine.model_runner import ModelRunner
 from mtpjax.engine.request import Request
 from mtpjax.engine.scheduler import PrefillGroup
+from mtpjax.engine.stack_constraints import no_recent_tokens, stack_constraints
 from mtpjax.model.cache import Cache
 
 
@@ -52,16 +53,18 @@ class SlotFigures(NamedTuple):
 class DecodeBatch:
     """Cache, last token and counters of `num_slots` slots.
 
-    If `prefill_batch` is `num_slots`, prompts are read into the cache of the batch itself, which is made anew each
-    time. A smaller `prefill_batch` has a cache of its own, out of which the prompts are copied into their slots while
-    the other slots keep theirs.
+    In a static batch, `prefill_batch` is `num_slots` and prompts are read into the cache of the batch itself, which is
+    made anew each time. Otherwise they are read into a cache of their own, out of which they are copied into their
+    slots while the other slots keep theirs. It stays until the next prompts are read, if their group says so.
     """
 
-    def __init__(self, runner: ModelRunner, num_slots: int, prefill_batch: int):
+    def __init__(self, runner: ModelRunner, num_slots: int, prefill_batch: int, static_batch: bool | None = None):
         self.runner, self.num_slots, self.prefill_batch = runner, num_slots, prefill_batch
+        self.static_batch = prefill_batch == num_slots if static_batch is None else static_batch
         self.state: DecodeState | None = None  # made by the first prefill
-        self._params = stack_requests([None] * num_slots)
-        self._begun: set[tuple[str, ...]] = set()  # parts of the text state whose program has been begun
+        self._params = self._stack([None] * num_slots)
+        self._kept: tuple[Cache, Array] | None = None  # prompts that the next group has too, and their hidden states
+        self._begun: set[tuple[str, ...]] = set()  # parts whose programs have been begun
 
     def prefill(self, group: PrefillGroup, requests_by_slot: Sequence[Request | None]) -> float:
         """Read the prompts of a group and start its requests in their slots.
@@ -73,12 +76,20 @@ class DecodeBatch:
         Returns:
             seconds, synchronised with the device, without compilation.
         """
-        runner, static_batch = self.runner, self.prefill_batch == self.num_slots
-        self._params = stack_requests(requests_by_slot)
+        runner, static_batch = self.runner, self.static_batch
+        self._params = self._stack(requests_by_slot)
         if static_batch:
             self.state = None  # frees its cache before the next one is made
         elif self.state is None:
             self.state = self._initial_state([None] * self.num_slots, runner.new_cache(self.num_slots))
+        requests, kept, self._kept = [state.request for state in group.states], self._kept, None
+        if group.is_read:
+            assert kept is not None, "the group before did not keep its prompts"
+            start = runner.seconds_without_compile()
+            self._insert(requests, group, *kept)
+            self._kept = kept if group.keep else None
+            jax.block_until_ready(self.state)
+            return runner.seconds_without_compile() - start
         cache = jax.block_until_ready(runner.new_cache(self.prefill_batch))
 
         start = runner.seconds_without_compile()
@@ -89,17 +100,17 @@ class DecodeBatch:
         prompts += [()] * (self.prefill_batch - len(prompts))
         mtp_prompt_tokens = runner.mtp_prompt_tokens if runner.num_speculative_tokens else None
         cache, hidden, _ = runner.prefill(prompts, cache=cache, mtp_prompt_tokens=mtp_prompt_tokens)
-        requests = [state.request for state in group.states]
         if static_batch:
             self.state = self._initial_state(self._padded(requests), cache, hidden)
         else:
             self._insert(requests, group, cache, hidden)
+            self._kept = (cache, hidden) if group.keep else None
         jax.block_until_ready(self.state)
         return runner.seconds_without_compile() - start
 
     def _begin_decode(self, cache: Cache) -> None:
         """Make the programs that follow the prompts, whose cache is `cache`, ready while the prompts are read."""
-        parts = initial_text_state([None], self._params, 1).parts
+        parts = initial_text_state([None], self._params, 1).parts + self._params.parts
         if parts in self._begun:
             return
         self._begun.add(parts)
@@ -151,6 +162,10 @@ class DecodeBatch:
             new = self._initial_state(self._padded(requests[part]), cache, hidden)
             state = self.runner.insert(state, new, group.prompt_rows[part], group.slots[part])
         self.state = state
+
+    def _stack(self, requests: Sequence[Request | None]) -> BatchSamplingParams:
+        constraints = stack_constraints(requests, self.runner.padded_vocab_size)
+        return stack_requests(requests).replace(constraints=constraints)
 
     def _padded(self, requests: Sequence[Request]) -> list[Request | None]:
         return [*requests, *[None] * (self.prefill_batch - len(requests))]
@@ -234,7 +249,11 @@ def initial_text_state(
         params: of all slots, whose parts say which parts of the state are needed.
         padded_vocab_size: number of logits V of a row.
     """
-    return TextState(token_counts=count_prompt_tokens(requests, padded_vocab_size) if params.penalties else None)
+    forbids = params.constraints is not None and params.constraints.forbidden is not None
+    return TextState(
+        token_counts=count_prompt_tokens(requests, padded_vocab_size) if params.penalties else None,
+        recent_tokens=no_recent_tokens(len(requests)) if forbids else None,
+    )
 
 
 def count_prompt_tokens(requests: Sequence[Request | None], padded_vocab_size: int) -> TokenCounts:

@@ -60,8 +60,9 @@ class Engine:
 
         Arguments are those of `stream`; the requests are sorted by the lengths of their prompts all together.
         """
-        states = {s.request.index: s for s in self.stream(requests, num_slots, on_tokens, lookahead=len(requests))}
-        return [states[r.index] for r in requests]
+        stream = self.stream(requests, num_slots, on_tokens, lookahead=len(requests))
+        states = {(s.request.index, s.request.sample): s for s in stream}
+        return [states[r.index, r.sample] for r in requests]
 
     def stream(
         self,
@@ -81,13 +82,13 @@ class Engine:
                 `Scheduler`.
         """
         scheduler = Scheduler(requests, num_slots, max_prefill_seqs=self.max_prefill_seqs, lookahead=lookahead)
-        batch = DecodeBatch(self.runner, num_slots, scheduler.prefill_batch)
+        batch = DecodeBatch(self.runner, num_slots, scheduler.prefill_batch, scheduler.static_batch)
         step_limit: int | None = STEPS_OF_FIRST_CALL
         while True:
             while group := scheduler.admit():
                 seconds = batch.prefill(group, scheduler.requests_by_slot)
                 self.prefill_seconds += seconds
-                self.num_prompt_tokens += sum(map(len, group.prompts))
+                self.num_prompt_tokens += 0 if group.is_read else sum(map(len, group.prompts))
                 for state in group.states:
                     state.prefill_seconds = seconds
                 yield from _finished(scheduler, batch)

@@ -250,7 +250,7 @@ class ModelRunner:
             drafter=self.drafter,
             acceptance=self.acceptance,
         )
-        name = ("decode", len(state.token), *state.text_state.parts)
+        name = ("decode", len(state.token), *state.text_state.parts, *params.parts)
         limits = (return_when_finished, self.max_steps_per_call if step_limit is None else step_limit)
         return name, step, (self.model.params, state, params, *(np.array(limit, np.int32) for limit in limits))
 

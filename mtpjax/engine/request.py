@@ -10,13 +10,19 @@ class Request:
     """One checked prompt with its limits and its own randomness.
 
     Attributes:
-        index: number of the prompt in the call; unique within a run of the engine.
+        index: number of the prompt in the call; with `sample` unique within a run of the engine.
         max_tokens: new tokens at most; 0 asks for none.
         temperature: 0 is greedy.
         seed: of the noise; its lowest 32 bits count.
         stop_token_ids: tokens that the request itself names as the end of its text.
         eos_token_ids: the checkpoint's own end-of-text tokens; empty if the request ignores them.
         top_k, top_p, min_p, presence_penalty, frequency_penalty, repetition_penalty: as in `SamplingParams`.
+        min_tokens: new tokens before which `early_stop_token_ids` are forbidden.
+        early_stop_token_ids: `all_stop_token_ids`, and the checkpoint's own even if the request ignores them.
+        logit_bias: pairs of a token id and what is added to its logit.
+        allowed_token_ids: the only tokens of the text; empty: all.
+        bad_words: token sequences that the text may not have.
+        sample, n: number of this sample among the n of its prompt. Samples of a prompt come one after another.
     """
 
     index: int
@@ -32,6 +38,13 @@ class Request:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
+    min_tokens: int = 0
+    early_stop_token_ids: tuple[int, ...] = ()
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    allowed_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    sample: int = 0
+    n: int = 1
 
     @property
     def has_penalties(self) -> bool:

@@ -21,12 +21,16 @@ class PrefillGroup:
         slots: slot of the batch that each request gets.
         prompts: the prompts to read, at most `Scheduler.prefill_batch`.
         prompt_rows: for each request the index of its prompt in `prompts`.
+        is_read: the prompts are those of the group before, which kept them: nothing is to be read.
+        keep: the next group has one of these prompts, and finds it read.
     """
 
     states: list[RequestState]
     slots: list[int]
     prompts: list[tuple[int, ...]]
     prompt_rows: list[int]
+    is_read: bool = False
+    keep: bool = False
 
 
 class Scheduler:
@@ -37,10 +41,10 @@ class Scheduler:
     * static batch: all slots are filled when all are free, and the prompts are read into the cache of the batch itself.
       This is used if all requests fit into the batch at once, or if `max_prefill_seqs` is as large as the batch.
     * otherwise up to `prefill_batch` different prompts are read together, into a cache of their own, whenever that many
-      slots are free. Requests of one group with the same prompt share its prefill.
+      slots are free. Requests with the same prompt share its prefill, also those for which slots become free later.
 
-    Requests are taken from the source only when none waits. They are sorted: the longest prompt first, and equal
-    prompts next to each other.
+    Requests are taken from the source only when none waits, and the samples of a prompt together. They are sorted: the
+    longest prompt first, and equal prompts next to each other.
 
     Args:
         requests: the source, read only as far as needed.
@@ -72,7 +76,10 @@ class Scheduler:
         self._refill_queue()
         num_prompts = len({r.prompt_token_ids for r in self.waiting})
         limit = max_prefill_seqs or max(1, num_slots // 4)
-        self.static_batch = num_prompts == len(self.waiting) <= num_slots or limit >= num_slots
+        repeats = num_prompts < len(self.waiting)
+        one_cache = limit >= num_slots and not (repeats and max_prefill_seqs is None)
+        self.static_batch = one_cache or not repeats and len(self.waiting) <= num_slots
+        self._kept: list[tuple[int, ...]] = []  # prompts that the last group read and the next one shares
         self.prefill_batch = num_slots if self.static_batch else min(num_prompts, limit)
 
     @property
@@ -101,6 +108,9 @@ class Scheduler:
             self._refill_queue()
         if not self.waiting or self.num_free_slots < self.min_free_slots:
             return None
+        is_read = self.waiting[0].prompt_token_ids in self._kept
+        if not is_read:
+            self._kept = []
         requests = self._next_requests()
         free = [slot for slot, state in enumerate(self.running) if state is None]
         states, slots = [RequestState(request) for request in requests], free[: len(requests)]
@@ -109,8 +119,10 @@ class Scheduler:
         prompts = [r.prompt_token_ids for r in requests]
         if self.static_batch:  # the cache of the batch has one row for each slot
             return PrefillGroup(states, slots, prompts, list(range(len(prompts))))
-        different = list(dict.fromkeys(prompts))
-        return PrefillGroup(states, slots, different, [different.index(p) for p in prompts])
+        different = self._kept if is_read else list(dict.fromkeys(prompts))
+        keep = bool(self.waiting) and self.waiting[0].prompt_token_ids in different
+        self._kept = different if keep else []
+        return PrefillGroup(states, slots, different, [different.index(p) for p in prompts], is_read, keep)
 
     def finish(self, slot: int) -> RequestState:
         """Free a slot. Returns the state of the request that it had."""
@@ -121,7 +133,10 @@ class Scheduler:
         return state
 
     def _next_requests(self) -> list[Request]:
-        """Take requests from the queue, one for each free slot, with at most `prefill_batch` different prompts."""
+        """Take requests from the queue, one for each free slot, with at most `prefill_batch` different prompts.
+
+        If the next one's prompt is read already, only requests of which this holds are taken.
+        """
         requests: list[Request] = []
         num_prompts, num_free_slots = 0, self.num_free_slots
         while self.waiting and len(requests) < num_free_slots:
@@ -129,9 +144,13 @@ class Scheduler:
                 num_prompts += 1  # equal prompts stand together in the queue
             if num_prompts > self.prefill_batch:
                 break
+            if requests and self._kept and self.waiting[0].prompt_token_ids not in self._kept:
+                break
             requests.append(self.waiting.popleft())
         return requests
 
     def _refill_queue(self) -> None:
-        taken = islice(self._source, self._lookahead)
+        taken = list(islice(self._source, self._lookahead))
+        if taken:
+            taken += islice(self._source, taken[-1].n - 1 - taken[-1].sample)
         self.waiting = deque(sorted(taken, key=lambda r: (-len(r.prompt_token_ids), r.prompt_token_ids)))
