@@ -18,34 +18,42 @@ LINE_OPTIONS = (
     "frequency_penalty",
     "repetition_penalty",
     "seed",
+    "n",
+    "stop",
+    "min_tokens",
+    "logprobs",
+    "prompt_logprobs",
 )
-STOP_OPTIONS = ("stop_token_ids", "ignore_eos")
-SAMPLING_KEYS = (*LINE_OPTIONS, *STOP_OPTIONS, "max_completion_tokens")
+# Others that are arguments of `SamplingParams` as they stand.
+LINE_ONLY_OPTIONS = (
+    "stop_token_ids",
+    "ignore_eos",
+    "include_stop_str_in_output",
+    "skip_special_tokens",
+    "detokenize",
+    "logit_bias",
+    "allowed_token_ids",
+    "bad_words",
+    "num_speculative_tokens",
+)
+# A constraint on the text, under the names that services have for it; the last four are vLLM's older ones.
+STRUCTURE_KEYS = (
+    "structured_outputs",
+    "response_format",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+)
+SAMPLING_KEYS = (*LINE_OPTIONS, *LINE_ONLY_OPTIONS, *STRUCTURE_KEYS, "max_completion_tokens", "top_logprobs")
 # Variables of chat templates that services take beside the messages.
 TEMPLATE_KEYS = ("enable_thinking", "preserve_thinking", "reasoning_effort")
 CHAT_KEYS = ("messages", "tools", "tool_choice", "chat_template_kwargs", *TEMPLATE_KEYS)
 # Keys of services that are not supported, and their values that ask for nothing. None asks for nothing either.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
     "best_of": (1,),
-    "stop": ([], ""),
     "stream": (False,),
     "stream_options": (),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "prompt_logprobs": (),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "logit_bias": ({},),
-    "bad_words": ([],),
-    "allowed_token_ids": (),
-    "min_tokens": (0,),
-    "skip_special_tokens": (True,),
-    "include_stop_str_in_output": (False,),
     "parallel_tool_calls": (True,),
     "functions": ([],),
     "function_call": (),
@@ -99,20 +107,91 @@ def check_keys(row: Mapping[str, Any], used: Collection[str], harmless: Mapping[
 
 
 def sampling_options(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of `SamplingParams` that a line gives; `max_completion_tokens` is `max_tokens`.
+    """Return the arguments of `SamplingParams` that a line gives.
+
+    `max_completion_tokens` is `max_tokens`. "logprobs": true with "top_logprobs": k, as OpenAI's chat has them, is
+    `logprobs=k`.
 
     Raises:
-        ValueError: the two differ, or `stop_token_ids` is not a list.
+        ValueError: keys contradict each other, or have another type where `SamplingParams` would not see it.
     """
-    options = {key: row[key] for key in (*LINE_OPTIONS, *STOP_OPTIONS) if row.get(key) is not None}
+    options = {key: row[key] for key in (*LINE_OPTIONS, *LINE_ONLY_OPTIONS) if row.get(key) is not None}
     if (limit := row.get("max_completion_tokens")) is not None:
         if options.setdefault("max_tokens", limit) != limit:
             raise ValueError("has 'max_tokens' and 'max_completion_tokens', which differ; give one of them")
-    if not isinstance(options.get("stop_token_ids", []), list):
-        raise ValueError("has 'stop_token_ids' that are not a list")
-    if not isinstance(options.get("ignore_eos", False), bool):
-        raise ValueError("has 'ignore_eos' that is neither true nor false")
-    return options
+    for key in ("stop_token_ids", "allowed_token_ids", "bad_words"):
+        if not isinstance(options.get(key, []), list):
+            raise ValueError(f"has {key!r} of type {type(options[key]).__name__}, expected a list")
+    for key in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "detokenize"):
+        if not isinstance(options.get(key, False), bool):
+            raise ValueError(f"has {key!r} that is neither true nor false")
+    if (bias := options.get("logit_bias")) is not None:
+        options["logit_bias"] = _logit_bias(bias)
+    logprobs, top = options.get("logprobs"), row.get("top_logprobs")
+    if top is not None and (isinstance(top, bool) or not isinstance(top, int)):
+        raise ValueError(f"has 'top_logprobs' of type {type(top).__name__}, expected a whole number")
+    if isinstance(logprobs, bool):
+        del options["logprobs"]
+        if logprobs:
+            options["logprobs"] = top or 0
+    if top and not logprobs:
+        raise ValueError("has 'top_logprobs' without \"logprobs\": true")
+    structure = structure_of(row)
+    return options if structure is None else options | {"structured_outputs": structure}
+
+
+def _logit_bias(bias: Any) -> dict[int, Any]:
+    """The bias by token id: keys of JSON objects are texts."""
+    if not isinstance(bias, dict):
+        raise ValueError(f"has a 'logit_bias' of type {type(bias).__name__}, expected an object")
+    try:
+        ids = [int(key) for key in bias]
+    except ValueError as error:
+        raise ValueError(f"has a 'logit_bias' whose keys are not token ids: {error}") from None
+    if len(set(ids)) < len(ids):
+        raise ValueError("has a 'logit_bias' that names a token id twice")
+    return dict(zip(ids, bias.values(), strict=True))
+
+
+def structure_of(row: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the arguments of `StructuredOutputs` that a line gives, or None if its text is free.
+
+    Raises:
+        ValueError: the line asks for several, or for one of an unknown kind.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for key in STRUCTURE_KEYS:
+        value = row.get(key)
+        if value is None:
+            continue
+        if key.startswith("guided_"):
+            found[key] = {key.removeprefix("guided_"): value}
+        elif not isinstance(value, dict):
+            raise ValueError(f"has {key!r} of type {type(value).__name__}, expected an object")
+        elif key == "structured_outputs":
+            if given := {kind: one for kind, one in value.items() if one is not None}:
+                found[key] = given
+        elif (given := _response_format(value)) is not None:
+            found[key] = given
+    if len(found) > 1:
+        raise ValueError(f"has {' and '.join(map(repr, found))}, which both constrain the text; give one of them")
+    return next(iter(found.values()), None)
+
+
+def _response_format(value: Mapping[str, Any]) -> dict[str, Any] | None:
+    kind = value.get("type")
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return {"json_object": True}
+    if kind == "json_schema":
+        schema = value.get("json_schema")
+        if isinstance(schema, dict) and isinstance(schema.get("schema"), dict):
+            return {"json": schema["schema"]}
+        raise ValueError("has a 'response_format' of type 'json_schema' without an object 'json_schema.schema'")
+    raise ValueError(
+        f"has a 'response_format' of type {kind!r:.100}, expected 'text', 'json_object' or 'json_schema'"
+    )
 
 
 def chat_options(row: Mapping[str, Any]) -> tuple[list[Any] | None, dict[str, Any]]:

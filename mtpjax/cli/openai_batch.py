@@ -9,11 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
-from mtpjax import RequestOutput
+from mtpjax import CompletionOutput, RequestOutput
 from mtpjax.cli.line_keys import CHAT_KEYS, HARMLESS, SAMPLING_KEYS, check_keys
+from mtpjax.outputs import Logprob
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 LINE_KEYS = ("custom_id", "method", "url", "body")
@@ -53,7 +55,9 @@ def request_id(row: Mapping[str, Any]) -> str:
     return f"batch_req_{hashlib.sha256(text.encode()).hexdigest()[:32]}"
 
 
-def response_row(identity: str, custom_id: str | int, url: str, model: str, output: RequestOutput) -> dict[str, Any]:
+def response_row(
+    identity: str, custom_id: str | int, url: str, model: str, output: RequestOutput, num_logprobs: int = 0
+) -> dict[str, Any]:
     """Return the line of an answered request.
 
     Args:
@@ -61,9 +65,33 @@ def response_row(identity: str, custom_id: str | int, url: str, model: str, outp
         custom_id, url: of the request.
         model: the name that the request gives, or else that of the checkpoint.
         output: the answer.
+        num_logprobs: how many of the most probable tokens the request asked for.
     """
-    completion = output.outputs[0]
-    choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": completion.finish_reason}
+    choices = [_choice(one, url, num_logprobs) for one in output.outputs]
+    digest = identity.removeprefix("batch_req_")
+    num_prompt, num_new = len(output.prompt_token_ids), sum(len(one.token_ids) for one in output.outputs)
+    body = {
+        "id": f"{'chatcmpl' if url == CHAT else 'cmpl'}-{digest}",
+        "object": "chat.completion" if url == CHAT else "text_completion",
+        "created": int(time.time()),
+        "model": model,
+        "choices": choices,
+        "usage": {"prompt_tokens": num_prompt, "completion_tokens": num_new, "total_tokens": num_prompt + num_new},
+    }
+    response = {"status_code": 200, "request_id": f"req_{digest}", "body": body}
+    return {"id": identity, "custom_id": custom_id, "response": response, "error": None}
+
+
+def _choice(completion: CompletionOutput, url: str, num_logprobs: int) -> dict[str, Any]:
+    logprobs = None
+    if completion.logprobs is not None:
+        pairs = list(zip(completion.token_ids, completion.logprobs, strict=True))
+        logprobs = _chat_logprobs(pairs, num_logprobs) if url == CHAT else _text_logprobs(pairs)
+    choice: dict[str, Any] = {
+        "index": completion.index,
+        "logprobs": logprobs,
+        "finish_reason": completion.finish_reason,
+    }
     if url == CHAT:
         message: dict[str, Any] = {
             "role": "assistant",
@@ -77,19 +105,38 @@ def response_row(identity: str, custom_id: str | int, url: str, model: str, outp
         choice["message"] = message
     else:
         choice["text"] = completion.text
-    choice["stop_reason"] = completion.stop_reason
-    digest = identity.removeprefix("batch_req_")
-    num_prompt, num_new = len(output.prompt_token_ids), len(output.token_ids)
-    body = {
-        "id": f"{'chatcmpl' if url == CHAT else 'cmpl'}-{digest}",
-        "object": "chat.completion" if url == CHAT else "text_completion",
-        "created": int(time.time()),
-        "model": model,
-        "choices": [choice],
-        "usage": {"prompt_tokens": num_prompt, "completion_tokens": num_new, "total_tokens": num_prompt + num_new},
+    return choice | {"stop_reason": completion.stop_reason}
+
+
+TokenLogprobs = Sequence[tuple[int, Mapping[int, Logprob]]]
+"""Each token of a text with its log-probability and those of the most probable tokens, by id."""
+
+
+def _chat_logprobs(tokens: TokenLogprobs, num_logprobs: int) -> dict[str, Any]:
+    def entry(token: int, logprob: Logprob) -> dict[str, Any]:
+        text = _name(token, logprob)
+        return {"token": text, "logprob": logprob.logprob, "bytes": list(text.encode(errors="replace"))}
+
+    content = []
+    for token, found in tokens:
+        ranked = sorted(found.items(), key=lambda pair: pair[1].rank or 0)
+        top = [entry(*pair) for pair in ranked[:num_logprobs]]
+        content.append({**entry(token, found[token]), "top_logprobs": top})
+    return {"content": content}
+
+
+def _text_logprobs(tokens: TokenLogprobs) -> dict[str, Any]:
+    names = [_name(token, found[token]) for token, found in tokens]
+    return {
+        "tokens": names,
+        "token_logprobs": [found[token].logprob for token, found in tokens],
+        "top_logprobs": [{_name(i, one): one.logprob for i, one in found.items()} for _, found in tokens],
+        "text_offset": [0, *accumulate(map(len, names))][:-1],
     }
-    response = {"status_code": 200, "request_id": f"req_{digest}", "body": body}
-    return {"id": identity, "custom_id": custom_id, "response": response, "error": None}
+
+
+def _name(token: int, logprob: Logprob) -> str:
+    return logprob.decoded_token if logprob.decoded_token is not None else f"token_id:{token}"
 
 
 def error_row(identity: str, custom_id: str | int | None, message: str) -> dict[str, Any]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import textwrap
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
+from typing import Any
 
 from mtpjax import RequestOutput
 from mtpjax.cli.jsonl import PromptLine
@@ -20,6 +22,7 @@ class JobTotals:
     """
 
     num_prompts: int = 0
+    num_texts: int = 0
     num_errors: int = 0
     num_thoughts: int = 0
     num_unfinished_thoughts: int = 0
@@ -39,14 +42,29 @@ class JobTotals:
         metrics = output.metrics
         self.num_prompts += 1
         self.num_prompt_tokens += metrics.num_prompt_tokens
-        self.num_new_tokens += len(output.token_ids)
-        self.num_thoughts += output.reasoning is not None
-        self.num_unfinished_thoughts += output.outputs[0].unfinished_thought
+        for completion in output.outputs:
+            self.num_texts += 1
+            self.num_new_tokens += len(completion.token_ids)
+            self.num_thoughts += completion.reasoning is not None
+            self.num_unfinished_thoughts += completion.unfinished_thought
         self.num_steps += metrics.num_steps
         self.num_draft_tokens += metrics.num_draft_tokens
-        before = self.num_accepted_tokens_per_pos or [0] * len(metrics.num_accepted_tokens_per_pos)
-        pairs = zip(before, metrics.num_accepted_tokens_per_pos, strict=True)
+        pairs = zip_longest(self.num_accepted_tokens_per_pos, metrics.num_accepted_tokens_per_pos, fillvalue=0)
         self.num_accepted_tokens_per_pos = [a + b for a, b in pairs]
+
+    def figures(self, engine: Engine, seconds: float) -> dict[str, Any]:
+        """Return the figures of a job that took `seconds`, as a JSON object: these sums, and those of the engine.
+
+        Seconds of the engine are synchronised with the device and have no compilation in them.
+        """
+        names = ("num_prompt_tokens", "num_cached_tokens", "prefill_seconds", "decode_seconds")
+        names += ("compile_seconds", "slot_steps", "num_programs")
+        return {
+            **asdict(self),
+            "num_accepted_tokens": self.num_accepted_tokens,
+            "seconds": seconds,
+            "engine": {name: getattr(engine, name) for name in names},
+        }
 
     def summary(self, engine: Engine, seconds: float) -> str:
         """Return the figures of a job that took `seconds`, a line each.
@@ -57,13 +75,14 @@ class JobTotals:
         def rate(count: int, seconds: float) -> str:
             return f"{count / seconds:>9,.1f} tokens/s" if seconds else f"{'-':>9} tokens/s"
 
+        shared = f", {engine.num_cached_tokens:,} of them from common beginnings" if engine.num_cached_tokens else ""
         drafts = "none"
         if self.num_draft_tokens:
             by_position = ", ".join(f"{n / self.num_steps:.0%}" for n in self.num_accepted_tokens_per_pos)
             share = self.num_accepted_tokens / self.num_draft_tokens
             drafts = f"{share:.1%} of {self.num_draft_tokens:,} accepted; by position {by_position}"
         lines = [
-            f"prompts  {self.num_prompts:>9,} with {self.num_prompt_tokens:,} tokens",
+            f"prompts  {self.num_prompts:>9,} with {self.num_prompt_tokens:,} tokens{shared}",
             f"prefill  {rate(engine.num_prompt_tokens, engine.prefill_seconds)}",
             f"decode   {rate(self.num_new_tokens, engine.decode_seconds)}: {self.num_new_tokens:,} tokens in "
             f"{self.num_steps:,} rounds, {self.num_new_tokens / max(self.num_steps, 1):.2f} a round",
@@ -82,18 +101,18 @@ class JobTotals:
 def format_answer(line: PromptLine, output: RequestOutput) -> str:
     """Return a prompt, its answer and how it was drafted, wrapped for the terminal."""
     prompt = line.prompt if isinstance(line.prompt, str) else f"{len(line.prompt)} token ids"
-    text = output.text if output.text is not None else f"{output.token_ids}"
-    metrics, num_tokens = output.metrics, len(output.token_ids)
+    metrics, num_tokens = output.metrics, sum(len(one.token_ids) for one in output.outputs)
     figures = f"{num_tokens} new tokens in {metrics.num_steps} rounds"
     if metrics.num_draft_tokens:
         # Every round adds one token of the trunk to the accepted drafts.
         num_drafted = max(num_tokens - metrics.num_steps, 0)
         share = metrics.num_accepted_tokens / metrics.num_draft_tokens
         figures += f": {num_drafted} were drafted and accepted ({share:.0%} of the drafts)"
-    if output.outputs[0].unfinished_thought:
+    if any(one.unfinished_thought for one in output.outputs):
         figures += "; the thought is unfinished"
-    question, answer = _wrap(prompt, f"[{line.id}] ", "    "), _wrap(text, "  > ", "  > ")
-    return f"{question}\n{answer}\n  {figures}\n"
+    texts = [one.text if one.text is not None else f"{one.token_ids}" for one in output.outputs]
+    answers = "\n".join(_wrap(text, "  > ", "  > ") for text in texts)
+    return f"{_wrap(prompt, f'[{line.id}] ', '    ')}\n{answers}\n  {figures}\n"
 
 
 def _wrap(text: str, first_indent: str, indent: str) -> str:

@@ -34,6 +34,10 @@ ANSWER_COLUMNS = (
     "token_ids",
     "finish_reason",
     "stop_reason",
+    "logprobs",
+    "cumulative_logprob",
+    "prompt_logprobs",
+    "outputs",
     "metrics",
     "response",
     "error",
@@ -91,9 +95,10 @@ def _value(key: str, value: Any) -> Any:
     if key in TEXTS or not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        read = json.loads(value)
     except (ValueError, RecursionError):
         return value  # the check of the line names its type
+    return value if key == "stop" and not isinstance(read, list) else read
 
 
 def _open(file: Path) -> tuple[list[str], Iterable[Any]]:
@@ -140,13 +145,15 @@ def write_table(file: Path, rows: Callable[[], Iterator[Mapping[str, Any]]]) -> 
 
     parquet = file.suffix.lower() == ".parquet"
     found: set[str] = set()
-    whole_ids = True
+    whole_ids, whole_reasons = True, True
     for row in rows():
         found |= row.keys()
+        whole_reasons = whole_reasons and not isinstance(row.get("stop_reason"), str)
         identity = row.get("id")
         whole_ids = whole_ids and isinstance(identity, int) and abs(identity) < 2**63
-    types = {"unfinished_thought": pa.bool_(), "stop_reason": pa.int64()}
+    types = {"unfinished_thought": pa.bool_(), "cumulative_logprob": pa.float64()}
     types |= {"id": pa.int64()} if whole_ids else {}
+    types |= {"stop_reason": pa.int64()} if whole_reasons else {}
     types |= {"token_ids": pa.list_(pa.int64())} if parquet else {}
     names = [name for name in ANSWER_COLUMNS if name in found] or ["id"]
     schema = pa.schema([(name, types.get(name, pa.string())) for name in names])

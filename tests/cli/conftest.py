@@ -57,6 +57,11 @@ def job(llm: LLM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[.
             "max_model_len": 40,
             "max_num_seqs": 3,
             "max_prefill_seqs": 2,
+            "acceptance": "coupled",
+            "logprobs_mode": "raw_logprobs",
+            "max_logprobs": 20,
+            "prefix_cache_gb": None,
+            "prefix_cache_dir": None,
         }
         assert (model.name, arguments) == ("model", expected)
         return llm

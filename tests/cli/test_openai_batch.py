@@ -39,20 +39,25 @@ GOOD = [
     chat_line("d", tools=[MUL], tool_choice="auto", chat_template_kwargs={"enable_thinking": False}),
     chat_line("e", tools=[MUL], tool_choice="none", enable_thinking=False, reasoning_effort="low", top_k=3),
     batch_line("f", COMPLETIONS, prompt=[5, 6], stop_token_ids=[94], ignore_eos=True),
+    chat_line("g", stop=["w1 w2 w3 w4"], logit_bias={"5": -100, "7": 1.5}, min_tokens=2, num_speculative_tokens=1),
 ]
-PROMPTS: list[str | list[int]] = ["w1 w2 ", "w3", "w1 w2 ", "w1 w2 w7 w8 ", "w1 w2 w8 w9", [5, 6]]
+PROMPTS: list[str | list[int]] = ["w1 w2 ", "w3", "w1 w2 ", "w1 w2 w7 w8 ", "w1 w2 w8 w9", [5, 6], "w1 w2 "]
 BAD = [
-    (chat_line("n", n=2), "its body has 'n' = 2, which is not supported; only 1 or null is"),
+    (chat_line("n", n=0), "n is 0"),
+    (chat_line("stop", stop=[""]), "stop"),
+    (chat_line("best", best_of=2), "its body has 'best_of' = 2, which is not supported; only 1 or null is"),
+    (chat_line("top", top_logprobs=2), "has 'top_logprobs' without \"logprobs\": true"),
+    (chat_line("tops", logprobs=True, top_logprobs="2"), "has 'top_logprobs' of type str, expected a whole number"),
+    (chat_line("bias", logit_bias={"w1": 1}), "has a 'logit_bias' whose keys are not token ids"),
+    (chat_line("biases", logit_bias={"1": 1, "01": 2}), "has a 'logit_bias' that names a token id twice"),
+    (chat_line("bad", bad_words="w1"), "has 'bad_words' of type str, expected a list"),
+    (chat_line("format", response_format={"type": "xml"}), "has a 'response_format' of type 'xml', expected 'text',"),
+    (chat_line("schema", response_format={"type": "json_schema"}), "without an object 'json_schema.schema'"),
     (
-        chat_line("stop", stop=["x"]),
-        """its body has 'stop' = ["x"], which is not supported; only [] or "" or null is""",
+        chat_line("two", guided_regex="a", structured_outputs={"regex": "b"}),
+        "has 'structured_outputs' and 'guided_regex', which both constrain the text; give one of them",
     ),
-    (
-        chat_line("logprobs", logprobs=True),
-        "its body has 'logprobs' = true, which is not supported; only false or null",
-    ),
-    (batch_line("zero", COMPLETIONS, prompt="w1", logprobs=0), "its body has 'logprobs' = 0, which is not supported"),
-    (chat_line("json", response_format={"type": "json_object"}), "its body has 'response_format' = "),
+    (chat_line("kind", structured_outputs={"xml": "b"}), "xml"),
     (
         chat_line("must", tools=[MUL], tool_choice="required"),
         "has 'tool_choice' = \"required\", which is not supported",
@@ -89,6 +94,7 @@ def test_lines_are_answered_as_openai_answers_them(job: Callable, llm: LLM, tmp_
         SamplingParams(max_tokens=4, temperature=5.0, seed=8),
         *(SamplingParams(max_tokens=6, top_k=k) for k in (0, 0, 3)),
         SamplingParams(max_tokens=6, stop_token_ids=(94,), ignore_eos=True),
+        SamplingParams(max_tokens=6, stop="w1 w2 w3 w4", logit_bias={5: -100.0, 7: 1.5}, min_tokens=2),
     ]
     for line, answer, output in zip(GOOD, answers, llm.generate(PROMPTS, params), strict=False):
         assert answer.keys() == {"id", "custom_id", "response", "error"} and answer["error"] is None
@@ -106,6 +112,31 @@ def test_lines_are_answered_as_openai_answers_them(job: Callable, llm: LLM, tmp_
         error = answer["response"]["body"]["error"]["message"]
         assert message in error and answer["error"]["message"] == error and answer["response"]["status_code"] == 400
     assert len({answer["id"] for answer in answers}) == len(answers)
+
+
+def test_samples_and_log_probabilities_have_openais_form(job: Callable, llm: LLM, tmp_path: Path) -> None:
+    (tmp_path / "t.jinja").write_text(TEMPLATE)
+    chat = chat_line("a", n=2, temperature=3.0, logprobs=True, top_logprobs=2, max_tokens=3)
+    text = batch_line("b", COMPLETIONS, prompt="w3", logprobs=1, max_tokens=3)
+    plain = chat_line("c", logprobs=True, max_tokens=3)
+    assert job([chat, text, plain], "--ignore-eos", "--chat-template", str(tmp_path / "t.jinja")) == 0
+    first, second, third = (row["response"]["body"] for row in rows(tmp_path / "out.jsonl"))
+    params = SamplingParams(n=2, temperature=3.0, logprobs=2, max_tokens=3, seed=0, ignore_eos=True)
+    (want,) = llm.generate("w1 w2 ", params)
+    assert [choice["index"] for choice in first["choices"]] == [0, 1]
+    assert first["usage"]["completion_tokens"] == 6
+    for choice, one in zip(first["choices"], want.outputs, strict=True):
+        assert choice["message"]["content"] == one.text and one.logprobs is not None
+        for entry, token, logprobs in zip(choice["logprobs"]["content"], one.token_ids, one.logprobs, strict=True):
+            assert (entry["token"], entry["logprob"]) == (logprobs[token].decoded_token, logprobs[token].logprob)
+            assert entry["bytes"] == list(entry["token"].encode())
+            best = sorted((one.logprob for one in logprobs.values()), reverse=True)[:2]
+            assert [top["logprob"] for top in entry["top_logprobs"]] == best
+    logprobs = second["choices"][0]["logprobs"]
+    assert [len(logprobs[key]) for key in ("tokens", "token_logprobs", "top_logprobs", "text_offset")] == [3] * 4
+    for token, logprob, top in zip(*(logprobs[k] for k in ("tokens", "token_logprobs", "top_logprobs")), strict=True):
+        assert top[token] == logprob
+    assert [entry["top_logprobs"] for entry in third["choices"][0]["logprobs"]["content"]] == [[]] * 3
 
 
 def test_a_resumed_batch_answers_what_is_missing_and_checks_errors_anew(
