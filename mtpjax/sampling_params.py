@@ -37,6 +37,9 @@ class SamplingParams:
             index of the prompt in the call.
         stop_token_ids: tokens that end the text, beside the checkpoint's own end-of-text tokens.
         ignore_eos: generate past the checkpoint's own end-of-text tokens.
+        logprobs: k: the log-probability of each new token and those of the k most probable ones, at most
+            `LLM(max_logprobs=...)`; 0: of the new token alone; None: none.
+        prompt_logprobs: the same for the tokens of the prompt, which is read once more for it.
 
     Raises:
         ValueError: a value of another type or out of range.
@@ -54,10 +57,14 @@ class SamplingParams:
     seed: int | None = None
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         check_int("max_tokens", self.max_tokens, 0, optional=True)
         check_int("seed", self.seed, None, optional=True)
+        check_int("logprobs", self.logprobs, 0, optional=True)
+        check_int("prompt_logprobs", self.prompt_logprobs, 0, optional=True)
         check_int("top_k", self.top_k, -1)
         non_negative = "a finite number >= 0 (0 is greedy)"
         _check_number("temperature", self.temperature, lambda t: 0 <= t < float("inf"), non_negative)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from mtpjax.decoding.logprobs import TokenLogprobs
+
 
 @dataclass(frozen=True)
 class Request:
@@ -17,6 +19,7 @@ class Request:
         stop_token_ids: tokens that the request itself names as the end of its text.
         eos_token_ids: the checkpoint's own end-of-text tokens; empty if the request ignores them.
         top_k, top_p, min_p, presence_penalty, frequency_penalty, repetition_penalty: as in `SamplingParams`.
+        logprobs, prompt_logprobs: as in `SamplingParams`; at most `max_logprobs` of the `ModelRunner`.
     """
 
     index: int
@@ -32,6 +35,8 @@ class Request:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     @property
     def has_penalties(self) -> bool:
@@ -56,6 +61,7 @@ class RequestState:
         decode_seconds: of the decode loop while the request had a slot in it.
         num_steps: steps of the loop that gave it tokens.
         num_accepted_tokens_per_pos: steps in which the draft at each position was accepted; known at the end.
+        logprobs: of the tokens, on the host, one part after the other; empty if the request asks for none.
     """
 
     request: Request
@@ -66,6 +72,7 @@ class RequestState:
     decode_seconds: float = 0.0
     num_steps: int = 0
     num_accepted_tokens_per_pos: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
 
     @property
     def stop_reason(self) -> int | None:
