@@ -73,7 +73,9 @@ def test_they_have_the_form_of_vllm() -> None:
             others = sorted((e.rank, -e.logprob) for e in entry.values())
             assert [rank for rank, _ in others][: params.logprobs] == list(range(1, params.logprobs + 1))
             assert [logprob for _, logprob in others] == sorted(logprob for _, logprob in others)
-        assert output.cumulative_logprob == sum(e[t].logprob for t, e in zip(output.token_ids, output.logprobs, strict=True))
+        assert output.cumulative_logprob == sum(
+            e[t].logprob for t, e in zip(output.token_ids, output.logprobs, strict=True)
+        )
 
 
 def test_raw_ones_are_the_log_softmax_of_the_logits() -> None:
