@@ -26,15 +26,15 @@ def argmax(logits: Float[Array, "*rows V"]) -> Int[Array, "*rows"]:
     return jnp.min(jnp.where(logits >= largest, jnp.arange(last + 1), last), axis=-1)
 
 
-def map_rows(fn: Callable[[Any, Any], Array], rows: Any, sequences: Any) -> Array:
+def map_rows(fn: Callable[[Any, Any], Any], rows: Any, sequences: Any) -> Any:
     """Apply `fn` to every row of every sequence, for R rows of each of B sequences.
 
     On a GPU this is one call with all B * R rows. On a CPU it is a loop over the R rows, with a call for row r of all
     sequences: arrays that `fn` makes for all rows at once would be written to memory first.
 
     Args:
-        fn: takes arrays like `rows` and `sequences`, but with one leading axis N, and returns an array `[N, ...]`.
-            Result n depends on entry n alone.
+        fn: takes arrays like `rows` and `sequences`, but with one leading axis N, and returns an array `[N, ...]`, or
+            several in a pytree. Result n depends on entry n alone.
         rows: arrays `[B, R, ...]`.
         sequences: arrays `[B, ...]`, which all rows of a sequence share.
 
@@ -43,9 +43,10 @@ def map_rows(fn: Callable[[Any, Any], Array], rows: Any, sequences: Any) -> Arra
     """
     if platform() == "cpu":
         by_row = jax.tree.map(lambda x: x.swapaxes(0, 1), rows)
-        return lax.map(lambda row: fn(row, sequences), by_row).swapaxes(0, 1)
+        results = lax.map(lambda row: fn(row, sequences), by_row)
+        return jax.tree.map(lambda x: x.swapaxes(0, 1), results)
     batch, num_rows = jax.tree.leaves(rows)[0].shape[:2]
     flat = jax.tree.map(lambda x: x.reshape(batch * num_rows, *x.shape[2:]), rows)
     repeated = jax.tree.map(lambda x: jnp.repeat(x, num_rows, axis=0), sequences)
     results = fn(flat, repeated)
-    return results.reshape(batch, num_rows, *results.shape[1:])
+    return jax.tree.map(lambda x: x.reshape(batch, num_rows, *x.shape[1:]), results)

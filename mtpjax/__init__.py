@@ -7,11 +7,22 @@ gc.disable()  # else Python walks the 10^5 objects of JAX, flax and this package
 try:
     from mtpjax.decoding.acceptance import SimulatedAcceptance
     from mtpjax.llm import LLM
+    from mtpjax.logprobs import Logprob
     from mtpjax.outputs import CompletionOutput, Metrics, RequestOutput
     from mtpjax.sampling_params import SamplingParams
+    from mtpjax.score import Score
 finally:
     if _collects:
         gc.enable()
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "CompletionOutput", "Metrics", "RequestOutput", "SamplingParams", "SimulatedAcceptance"]
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "Logprob",
+    "Metrics",
+    "RequestOutput",
+    "SamplingParams",
+    "Score",
+    "SimulatedAcceptance",
+]

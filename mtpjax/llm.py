@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from os import PathLike
 from typing import Any
 
@@ -14,6 +15,7 @@ from mtpjax.argument_names import names_arguments
 from mtpjax.chat import ChatMethods
 from mtpjax.constraint_params import constraint_fields
 from mtpjax.decoding.acceptance import SimulatedAcceptance, exact_match
+from mtpjax.decoding.logprobs import RAW
 from mtpjax.decoding.output_rows import OutputRows
 from mtpjax.decoding.sampling import MAX_STOP_TOKENS
 from mtpjax.decoding.speculative import Drafter, mtp_drafter
@@ -27,15 +29,17 @@ from mtpjax.loading.draft_head import with_draft_vocab
 from mtpjax.loading.load import cache_dtype
 from mtpjax.loading.loaded_model import LoadedModel
 from mtpjax.loading.open_model import eos_token_ids, open_model
+from mtpjax.logprobs import check_logprobs_mode, check_num_logprobs, prompt_logprobs
 from mtpjax.outputs import RequestOutput, make_output
 from mtpjax.samples import SampleCollector, SampleIndex, join_samples, split_samples
 from mtpjax.sampling_params import PENALTIES, SamplingParams, check_int
+from mtpjax.score import ScoreMethods
 from mtpjax.text.prompts import Prompt, as_list, encode_prompt
 
 MAX_SPECULATIVE_TOKENS = 8
 
 
-class LLM(ChatMethods):
+class LLM(ChatMethods, ScoreMethods):
     """A checkpoint that is ready to generate.
 
     Example, with the embedded tiny model:
@@ -82,6 +86,9 @@ class LLM(ChatMethods):
         program_cache: a folder that keeps compiled programs, so that the next process compiles nothing. "auto": that of
             the variable MTPJAX_PROGRAM_CACHE, else `mtpjax/programs` in your folder for caches (XDG_CACHE_HOME). None
             or "": none. Give only a folder that no one else can write to: reading a program runs code from it.
+        max_logprobs: most probable tokens that `SamplingParams(logprobs=k, prompt_logprobs=k)` can ask for.
+        logprobs_mode: of which distribution the `logprobs` of new tokens are: "raw_logprobs", the model's own, or
+            "processed_logprobs", that after penalties, temperature, top-k, top-p and min-p.
 
     Attributes:
         cfg: the `ModelConfig` of the checkpoint.
@@ -121,6 +128,8 @@ class LLM(ChatMethods):
         acceptance: SimulatedAcceptance | None = None,
         compile_fn: CompileFn = compile_ahead,
         program_cache: str | PathLike[str] | None = AUTO,
+        max_logprobs: int = 20,
+        logprobs_mode: str = RAW,
     ):
         check_int("num_speculative_tokens", num_speculative_tokens, 0, MAX_SPECULATIVE_TOKENS)
         check_int("max_model_len", max_model_len, 2)
@@ -128,6 +137,8 @@ class LLM(ChatMethods):
         check_int("max_prefill_seqs", max_prefill_seqs, 1, max_num_seqs, optional=True)
         check_int("mtp_prompt_tokens", mtp_prompt_tokens, 1, optional=True)
         check_int("seed", seed, None)
+        check_int("max_logprobs", max_logprobs, 0)
+        check_logprobs_mode(logprobs_mode)
         for rows in prefill_buckets:
             check_int("prefill_buckets", rows, 1)
         if not prefill_buckets:
@@ -168,6 +179,8 @@ class LLM(ChatMethods):
             acceptance=acceptance.truncate(num_speculative_tokens) if acceptance and simulated else exact_match,
             compile_fn=compile_fn,
             program_cache=open_program_cache(program_cache),
+            max_logprobs=max_logprobs,
+            logprobs_mode=logprobs_mode,
         )
         self.engine = Engine(runner, max_prefill_seqs=max_prefill_seqs)
 
@@ -290,7 +303,10 @@ class LLM(ChatMethods):
             top_p=float(params.top_p),
             min_p=float(params.min_p),
             **{penalty: float(getattr(params, penalty)) for penalty in PENALTIES} | self._constraints(params, name),
+            logprobs=params.logprobs,
+            prompt_logprobs=params.prompt_logprobs,
         )
+        check_num_logprobs(name, request, self.engine.runner.max_logprobs)
         stops = request.all_stop_token_ids
         if len(stops) > MAX_STOP_TOKENS:
             raise ValueError(f"{name}: {len(stops)} stop tokens (the checkpoint's included); at most {MAX_STOP_TOKENS}")
@@ -304,7 +320,9 @@ class LLM(ChatMethods):
         return constraint_fields(params, name, self.tokenizer, self.engine.runner.vocab_size, stops)
 
     def _output(self, prompt: Prompt, samples: Sequence[RequestState]) -> RequestOutput:
-        return join_samples([make_output(prompt, state, self.tokenizer, self._acceptance) for state in samples])
+        output = join_samples([make_output(prompt, state, self.tokenizer, self._acceptance) for state in samples])
+        found = prompt_logprobs(samples[0].request, self.engine.runner, self.tokenizer)
+        return output if found is None else replace(output, prompt_logprobs=found)
 
 
 def _by_index(on_tokens: Callable[[int, list[int]], None] | None) -> TokenCallback | None:

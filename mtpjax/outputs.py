@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from mtpjax.engine.request import RequestState
+from mtpjax.logprobs import TokenAlternatives, completion_logprobs
 from mtpjax.text.prompts import Prompt
 from mtpjax.text.reasoning import split_thought, thought_state
 from mtpjax.text.tokenizer import Tokenizer
@@ -73,6 +74,9 @@ class CompletionOutput:
             is not a whole, well-formed call stays in `content`.
         unfinished_thought: whether the text ended inside its thought; more `max_tokens` may help.
         seed: the seed of this text; with `SamplingParams(seed=...)` it is generated alone.
+        logprobs: for each of `token_ids` a dict of token id -> `Logprob`: first the token itself, then the most
+            probable ones that `SamplingParams.logprobs` asks for. None if it asks for none.
+        cumulative_logprob: the sum of the log-probabilities of `token_ids`; None without `logprobs`.
     """
 
     index: int
@@ -85,6 +89,8 @@ class CompletionOutput:
     tool_calls: tuple[ToolCall, ...] = ()
     unfinished_thought: bool = False
     seed: int | None = None
+    logprobs: list[TokenAlternatives] | None = field(default=None, repr=False)
+    cumulative_logprob: float | None = None
 
     def to_message(self) -> dict[str, Any]:
         """Return the assistant's message that continues the conversation, in the form that chat templates read.
@@ -113,6 +119,8 @@ class RequestOutput:
         outputs: the generated texts, `SamplingParams.n` of them.
         seed: the seed that was used, by the first of them.
         metrics: figures of the request.
+        prompt_logprobs: for each of `prompt_token_ids` a dict as in `CompletionOutput.logprobs`; the first has None.
+            None if `SamplingParams.prompt_logprobs` asks for none.
     """
 
     prompt: str | None
@@ -120,6 +128,7 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     seed: int
     metrics: Metrics
+    prompt_logprobs: list[TokenAlternatives | None] | None = field(default=None, repr=False)
 
     @property
     def text(self) -> str | None:
@@ -179,6 +188,7 @@ def make_output(prompt: Prompt, state: RequestState, tokenizer: Tokenizer | None
         finish_reason="stop" if state.stopped else "length",
         stop_reason=state.stop_reason,
         seed=state.request.seed,
+        **completion_logprobs(state, tokenizer),
     )
     if tokenizer is not None:
         completion = _with_text(completion, prompt, state, tokenizer)

@@ -45,6 +45,9 @@ class SamplingParams:
         allowed_token_ids: the only tokens that the text may have, stop tokens included; None: all.
         bad_words: texts that are not generated: the token that would end one is forbidden. As in vLLM they are looked
             for in the new tokens only, as the tokens of the word and of the word after a space.
+        logprobs: k: the log-probability of each new token and those of the k most probable ones, at most
+            `LLM(max_logprobs=...)`; 0: of the new token alone; None: none.
+        prompt_logprobs: the same for the tokens of the prompt, which is read once more for it.
 
     Raises:
         ValueError: a value of another type or out of range.
@@ -67,10 +70,14 @@ class SamplingParams:
     logit_bias: Mapping[int, float] | None = field(default=None, hash=False)
     allowed_token_ids: Sequence[int] | None = None
     bad_words: Sequence[str] | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         check_int("max_tokens", self.max_tokens, 0, optional=True)
         check_int("seed", self.seed, None, optional=True)
+        check_int("logprobs", self.logprobs, 0, optional=True)
+        check_int("prompt_logprobs", self.prompt_logprobs, 0, optional=True)
         check_int("top_k", self.top_k, -1)
         non_negative = "a finite number >= 0 (0 is greedy)"
         _check_number("temperature", self.temperature, lambda t: 0 <= t < float("inf"), non_negative)

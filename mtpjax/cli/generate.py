@@ -26,18 +26,17 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
-from typing import Any
 
 from mtpjax import LLM, SamplingParams, StructuredOutputs
-from mtpjax.cli.jsonl import LineError, PromptLine, count_lines, read_prompt_lines
 from mtpjax.cli.generate_options import OUTPUT_INDEPENDENT, PROG, parse_options
+from mtpjax.cli.jsonl import LineError, PromptLine, count_lines, read_prompt_lines
 from mtpjax.cli.line_keys import LINE_OPTIONS
 from mtpjax.cli.output_rows import output_row
 from mtpjax.cli.progress import JobProgress
 from mtpjax.cli.report import JobTotals, format_answer
 from mtpjax.cli.resumable_output import ResumableJsonl, ResumeError
 from mtpjax.loading.open_model import resolve_dtype
+
 
 @dataclass(frozen=True)
 class ValidatedLine:

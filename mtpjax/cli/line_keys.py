@@ -189,9 +189,7 @@ def _response_format(value: Mapping[str, Any]) -> dict[str, Any] | None:
         if isinstance(schema, dict) and isinstance(schema.get("schema"), dict):
             return {"json": schema["schema"]}
         raise ValueError("has a 'response_format' of type 'json_schema' without an object 'json_schema.schema'")
-    raise ValueError(
-        f"has a 'response_format' of type {kind!r:.100}, expected 'text', 'json_object' or 'json_schema'"
-    )
+    raise ValueError(f"has a 'response_format' of type {kind!r:.100}, expected 'text', 'json_object' or 'json_schema'")
 
 
 def chat_options(row: Mapping[str, Any]) -> tuple[list[Any] | None, dict[str, Any]]:

@@ -26,11 +26,12 @@ from jaxtyping import Bool, Float, Int
 from mtpjax.decoding import steps
 from mtpjax.decoding.acceptance import Acceptance, exact_match
 from mtpjax.decoding.logits_processors import NO_STATE, TextState, process_logits
+from mtpjax.decoding.logprobs import LogprobsSpec, TokenLogprobs, empty_logprobs, window_logprobs
 from mtpjax.decoding.sampling import BatchSamplingParams, sample, truncate_at_stop
 from mtpjax.model import Model
 from mtpjax.model.cache import Cache, PendingDeltaUpdates, accept, flush, pending_between_windows
 
-DECODE_STATIC = ("graph", "num_speculative_tokens", "max_steps", "vocab_size", "drafter", "acceptance")
+DECODE_STATIC = ("graph", "num_speculative_tokens", "max_steps", "vocab_size", "drafter", "acceptance", "logprobs")
 DECODE_DONATED = ("state",)
 INSERT_DONATED = ("state",)
 
@@ -83,7 +84,8 @@ def speculative_step(
     vocab_size: int,
     drafter: Drafter,
     acceptance: Acceptance = exact_match,
-) -> tuple[DecodeState, PendingDeltaUpdates | None, Int[Array, "B W"], Int[Array, " B"]]:
+    logprobs: LogprobsSpec | None = None,
+) -> tuple[DecodeState, PendingDeltaUpdates | None, Int[Array, "B W"], Int[Array, " B"], TokenLogprobs | None]:
     """Run one step for every request that is not finished; W = k + 1.
 
     Args:
@@ -91,7 +93,8 @@ def speculative_step(
 
     Returns:
         the state, the accepted rows that its cache lacks, the tokens that the trunk sampled in the window, and how many
-        of them, from the first on, the text gets. The other tokens mean nothing.
+        of them, from the first on, the text gets, and their log-probabilities, if `logprobs` asks for them. The other
+        tokens mean nothing.
     """
     k, inactive = num_speculative_tokens, state.finished
     if k:
@@ -103,6 +106,7 @@ def speculative_step(
     logits, hidden, cache, updates = steps.verify(model, window, inactive, cache, pending)
 
     positions = cache.length[:, None] + 1 + jnp.arange(k + 1)
+    raw_logits = logits
     logits = process_logits(logits, sampling_params, state.text_state, drafts)
     tokens = sample(logits, positions, sampling_params, vocab_size)
 
@@ -133,7 +137,10 @@ def speculative_step(
         num_accepted_per_pos=state.num_accepted_per_pos + was_accepted * ~inactive[:, None],
         text_state=state.text_state.add(tokens, num_new),
     )
-    return new_state, pending, tokens, num_new
+    found = None
+    if logprobs is not None:
+        found = window_logprobs(logprobs, raw_logits, logits, tokens, sampling_params, vocab_size)
+    return new_state, pending, tokens, num_new, found
 
 
 class _LoopCarry(NamedTuple):
@@ -142,6 +149,23 @@ class _LoopCarry(NamedTuple):
     pending: PendingDeltaUpdates | None  # accepted rows that the cache in `state` lacks
     tokens: Int[Array, "B T"]
     num_tokens: Int[Array, " B"]  # in `tokens`
+    logprobs: TokenLogprobs | None  # of `tokens`
+
+
+class DecodeResult(NamedTuple):
+    """What a call of the loop gave.
+
+    Attributes:
+        state: after the last step.
+        tokens: the new tokens of each request `[B, T]`, T = max_steps * (k + 1).
+        num_tokens: how many there are, `[B]`.
+        logprobs: their log-probabilities, `[B, T]` and `[B, T, K]`; None if nobody asked.
+    """
+
+    state: DecodeState
+    tokens: Any
+    num_tokens: Any
+    logprobs: TokenLogprobs | None = None
 
 
 def decode(
@@ -157,7 +181,8 @@ def decode(
     vocab_size: int,
     drafter: Drafter = mtp_drafter,
     acceptance: Acceptance = exact_match,
-) -> tuple[DecodeState, Int[Array, "B T"], Int[Array, " B"]]:
+    logprobs: LogprobsSpec | None = None,
+) -> DecodeResult:
     """Run up to `max_steps` steps, fewer if enough requests are finished. Call it again with the state to continue.
 
     Args:
@@ -171,9 +196,7 @@ def decode(
         vocab_size: ids below this exist.
         drafter: makes the drafts.
         acceptance: decides which drafts are accepted; any rule but `exact_match` changes the text.
-
-    Returns:
-        the state, the new tokens of each request `[B, T]` with T = max_steps * (k + 1), and how many there are.
+        logprobs: which log-probabilities are computed; None: none, at no cost.
     """
     model = nnx.merge(graph, params)
     batch = state.token.shape[0]
@@ -185,20 +208,33 @@ def decode(
         return (carry.step < last_step) & (jnp.sum(carry.state.finished) < limit)
 
     def body(carry: _LoopCarry) -> _LoopCarry:
-        state, pending, window, num_new = speculative_step(
-            model, carry.state, carry.pending, sampling_params, num_speculative_tokens, vocab_size, drafter, acceptance
+        state, pending, window, num_new, found = speculative_step(
+            model,
+            carry.state,
+            carry.pending,
+            sampling_params,
+            num_speculative_tokens,
+            vocab_size,
+            drafter,
+            acceptance,
+            logprobs,
         )
         rows = jnp.arange(num_speculative_tokens + 1)
         index = jnp.where(rows < num_new[:, None], carry.num_tokens[:, None] + rows, capacity)
-        tokens = carry.tokens.at[jnp.arange(batch)[:, None], index].set(window, mode="drop")
-        return _LoopCarry(carry.step + 1, state, pending, tokens, carry.num_tokens + num_new)
+
+        def append(new: Array, old: Array) -> Array:
+            return old.at[jnp.arange(batch)[:, None], index].set(new, mode="drop")
+
+        tokens, all_logprobs = jax.tree.map(append, (window, found), (carry.tokens, carry.logprobs))
+        return _LoopCarry(carry.step + 1, state, pending, tokens, carry.num_tokens + num_new, all_logprobs)
 
     no_tokens = jnp.zeros((batch, capacity), jnp.int32)
     pending = pending_between_windows(state.cache, num_speculative_tokens + 1)
-    carry = _LoopCarry(jnp.int32(0), state, pending, no_tokens, jnp.zeros(batch, jnp.int32))
+    no_logprobs = None if logprobs is None else empty_logprobs(batch, capacity, logprobs.num_top)
+    carry = _LoopCarry(jnp.int32(0), state, pending, no_tokens, jnp.zeros(batch, jnp.int32), no_logprobs)
     carry = lax.while_loop(should_continue, body, carry)
     state = carry.state.replace(cache=flush(carry.state.cache, carry.pending))
-    return state, carry.tokens, carry.num_tokens
+    return DecodeResult(state, carry.tokens, carry.num_tokens, carry.logprobs)
 
 
 def insert_requests(

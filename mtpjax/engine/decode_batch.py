@@ -10,11 +10,13 @@ import numpy as np
 from jax import Array
 
 from mtpjax.decoding.logits_processors import TextState
+from mtpjax.decoding.logprobs import LogprobsSpec, TokenLogprobs
 from mtpjax.decoding.penalties import Penalties, TokenCounts, round_to_bfloat16
 from mtpjax.decoding.sampling import MAX_STOP_TOKENS, BatchSamplingParams, TruncationParams
 from mtpjax.decoding.speculative import DecodeState
 from mtpjax.engine.model_runner import ModelRunner
 from mtpjax.engine.request import Request
+from mtpjax.engine.request_logprobs import logprobs_of_slots, logprobs_spec
 from mtpjax.engine.scheduler import PrefillGroup
 from mtpjax.engine.stack_constraints import no_recent_tokens, stack_constraints
 from mtpjax.model.cache import Cache
@@ -27,11 +29,13 @@ class DecodedTokens(NamedTuple):
         tokens: new tokens of each slot.
         num_steps: steps that the loop made.
         seconds: that it took, without compilation.
+        logprobs: of the tokens of each slot; None for a slot whose request asks for none.
     """
 
     tokens: list[list[int]]
     num_steps: int
     seconds: float
+    logprobs: list[TokenLogprobs | None]
 
 
 class SlotFigures(NamedTuple):
@@ -64,7 +68,9 @@ class DecodeBatch:
         self.state: DecodeState | None = None  # made by the first prefill
         self._params = self._stack([None] * num_slots)
         self._kept: tuple[Cache, Array] | None = None  # prompts that the next group has too, and their hidden states
-        self._begun: set[tuple[str, ...]] = set()  # parts whose programs have been begun
+        self._requests: Sequence[Request | None] = [None] * num_slots
+        self._logprobs: LogprobsSpec | None = None  # what the loop computes for these requests
+        self._begun: set[tuple[Any, ...]] = set()  # parts whose programs have been begun
 
     def prefill(self, group: PrefillGroup, requests_by_slot: Sequence[Request | None]) -> float:
         """Read the prompts of a group and start its requests in their slots.
@@ -78,6 +84,8 @@ class DecodeBatch:
         """
         runner, static_batch = self.runner, self.static_batch
         self._params = self._stack(requests_by_slot)
+        self._requests = requests_by_slot
+        self._logprobs = logprobs_spec(requests_by_slot, runner)
         if static_batch:
             self.state = None  # frees its cache before the next one is made
         elif self.state is None:
@@ -110,7 +118,7 @@ class DecodeBatch:
 
     def _begin_decode(self, cache: Cache) -> None:
         """Make the programs that follow the prompts, whose cache is `cache`, ready while the prompts are read."""
-        parts = initial_text_state([None], self._params, 1).parts + self._params.parts
+        parts = (*initial_text_state([None], self._params, 1).parts, *self._params.parts, self._logprobs)
         if parts in self._begun:
             return
         self._begun.add(parts)
@@ -121,9 +129,9 @@ class DecodeBatch:
 
         new = shapes(cache, self.prefill_batch)
         if self.state is None:
-            self.runner.begin_decode(new, self._params)
+            self.runner.begin_decode(new, self._params, logprobs=self._logprobs)
         else:
-            self.runner.begin_decode(shapes(self.state.cache, self.num_slots), self._params, new)
+            self.runner.begin_decode(shapes(self.state.cache, self.num_slots), self._params, new, self._logprobs)
 
     def decode(self, return_when_finished: int, step_limit: int | None = None) -> DecodedTokens:
         """Advance all slots by one call of the loop, which returns early when `return_when_finished` slots are done.
@@ -132,10 +140,13 @@ class DecodeBatch:
         """
         state = self._started()
         steps_before, start = np.array(state.num_steps), self.runner.seconds_without_compile()
-        self.state, out, counts = self.runner.decode(state, self._params, return_when_finished, step_limit)
+        result = self.runner.decode(state, self._params, return_when_finished, step_limit, self._logprobs)
+        self.state = result.state
         seconds = self.runner.seconds_without_compile() - start
         num_steps = int(np.max(np.asarray(self.state.num_steps) - steps_before))
-        return DecodedTokens([row[:count].tolist() for row, count in zip(out, counts, strict=True)], num_steps, seconds)
+        tokens = [row[:count].tolist() for row, count in zip(result.tokens, result.num_tokens, strict=True)]
+        logprobs = logprobs_of_slots(result.logprobs, self._requests, result.num_tokens)
+        return DecodedTokens(tokens, num_steps, seconds, logprobs)
 
     def figures(self) -> SlotFigures:
         """Copy what is known of each slot from the device."""

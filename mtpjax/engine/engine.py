@@ -98,9 +98,11 @@ class Engine:
             step_limit = None
             self.decode_seconds += decoded.seconds
             self.slot_steps += num_slots * decoded.num_steps
-            for running, tokens in zip(scheduler.running, decoded.tokens, strict=True):
+            for running, tokens, logprobs in zip(scheduler.running, decoded.tokens, decoded.logprobs, strict=True):
                 if running is not None:
                     running.tokens += tokens
+                    if logprobs is not None:
+                        running.logprobs.append(logprobs)
                     running.decode_seconds += decoded.seconds
                     if on_tokens is not None:
                         on_tokens(running, tokens)

@@ -12,11 +12,13 @@ import numpy as np
 from jax import Array
 
 from mtpjax.decoding.acceptance import Acceptance, exact_match
+from mtpjax.decoding.logprobs import PROMPT_LOGPROBS_DONATED, RAW, LogprobsSpec, prompt_logprobs
 from mtpjax.decoding.output_rows import NO_ROWS, OutputRows
 from mtpjax.decoding.sampling import BatchSamplingParams
 from mtpjax.decoding.speculative import (
     DECODE_DONATED,
     INSERT_DONATED,
+    DecodeResult,
     DecodeState,
     Drafter,
     decode,
@@ -40,6 +42,7 @@ _DONATED: dict[Callable[..., Any], tuple[str, ...]] = {
     forward_hidden: FORWARD_HIDDEN_DONATED,
     decode: DECODE_DONATED,
     insert_requests: INSERT_DONATED,
+    prompt_logprobs: PROMPT_LOGPROBS_DONATED,
 }
 
 
@@ -69,6 +72,8 @@ class ModelRunner:
         compile_fn: makes each program. One that runs programs elsewhere, as an emulator does, takes its place here.
         program_cache: keeps programs for other processes; None: nothing is kept. A `compile_fn` other than the default
             makes its programs anew each time.
+        max_logprobs: most probable tokens of a row that a request can ask for.
+        logprobs_mode: one of `mtpjax.decoding.logprobs.LOGPROBS_MODES`.
 
     Attributes:
         model: the weights in the layout of the device.
@@ -93,6 +98,8 @@ class ModelRunner:
         acceptance: Acceptance = exact_match,
         compile_fn: CompileFn = compile_ahead,
         program_cache: ProgramCache | None = None,
+        max_logprobs: int = 20,
+        logprobs_mode: str = RAW,
     ):
         self.model = optimize_for_cpu(model)
         self.num_speculative_tokens, self.max_model_len = num_speculative_tokens, max_model_len
@@ -103,6 +110,7 @@ class ModelRunner:
         self.max_steps_per_call, self.mtp_prompt_tokens = max_steps_per_call, mtp_prompt_tokens
         self.drafter, self.acceptance = drafter, acceptance
         self.programs = Programs(compile_fn, program_cache)
+        self.max_logprobs, self.logprobs_mode = min(max_logprobs, self.vocab_size), logprobs_mode
 
     @property
     def num_programs(self) -> int:
@@ -195,7 +203,8 @@ class ModelRunner:
         params: BatchSamplingParams,
         return_when_finished: int,
         step_limit: int | None = None,
-    ) -> tuple[DecodeState, np.ndarray, np.ndarray]:
+        logprobs: LogprobsSpec | None = None,
+    ) -> DecodeResult:
         """Run the decode loop until `return_when_finished` slots are done, for at most `max_steps_per_call` steps.
 
         Args:
@@ -203,12 +212,13 @@ class ModelRunner:
             params: settings of the requests in the slots.
             return_when_finished: number of slots that are done, free ones included, at which the loop returns.
             step_limit: fewer steps than `max_steps_per_call`, if given.
+            logprobs: which log-probabilities are computed; None: none.
 
         Returns:
-            the state, the new tokens `[B, max_steps_per_call * (k + 1)]`, and how many there are of each slot `[B]`.
+            the state on the device; tokens, their numbers and their log-probabilities on the host.
         """
-        state, out, counts = self._run(*self._decode_program(state, params, return_when_finished, step_limit))
-        return state, np.asarray(out), np.asarray(counts)
+        result = self._run(*self._decode_program(state, params, return_when_finished, step_limit, logprobs))
+        return DecodeResult(result.state, *jax.tree.map(np.asarray, result[1:]))
 
     def insert(self, state: DecodeState, new: DecodeState, rows: Sequence[int], slots: Sequence[int]) -> DecodeState:
         """Start the first requests of `new` in slots of `state`, which is consumed.
@@ -221,17 +231,24 @@ class ModelRunner:
         """
         return self._run(*self._insert_program(state, new, rows, slots))
 
-    def begin_decode(self, state: DecodeState, params: BatchSamplingParams, new: DecodeState | None = None) -> None:
+    def begin_decode(
+        self,
+        state: DecodeState,
+        params: BatchSamplingParams,
+        new: DecodeState | None = None,
+        logprobs: LogprobsSpec | None = None,
+    ) -> None:
         """Make the programs of `decode` and, with `new`, of `insert` ready while something else runs.
 
         Args:
             state: arrays, or their shapes, of all slots.
             params: settings of the requests in the slots.
             new: arrays, or their shapes, of the batch that prompts are read in.
+            logprobs: as for `decode`.
         """
         if new is not None:
             self.programs.begin(*self._insert_program(state, new, (), ()))
-        self.programs.begin(*self._decode_program(state, params, 0))
+        self.programs.begin(*self._decode_program(state, params, 0, logprobs=logprobs))
 
     def _decode_program(
         self,
@@ -239,6 +256,7 @@ class ModelRunner:
         params: BatchSamplingParams,
         return_when_finished: int,
         step_limit: int | None = None,
+        logprobs: LogprobsSpec | None = None,
     ) -> tuple[ProgramName, Step, tuple[Any, ...]]:
         step = partial(
             jit_step,
@@ -249,8 +267,10 @@ class ModelRunner:
             vocab_size=self.vocab_size,
             drafter=self.drafter,
             acceptance=self.acceptance,
+            logprobs=logprobs,
         )
-        name = ("decode", len(state.token), *state.text_state.parts, *params.parts)
+        parts = (*state.text_state.parts, *params.parts, *(("logprobs", *logprobs) if logprobs else ()))
+        name = ("decode", len(state.token), *parts)
         limits = (return_when_finished, self.max_steps_per_call if step_limit is None else step_limit)
         return name, step, (self.model.params, state, params, *(np.array(limit, np.int32) for limit in limits))
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from mtpjax.decoding.logprobs import TokenLogprobs
+
 
 @dataclass(frozen=True)
 class Request:
@@ -23,6 +25,7 @@ class Request:
         allowed_token_ids: the only tokens of the text; empty: all.
         bad_words: token sequences that the text may not have.
         sample, n: number of this sample among the n of its prompt. Samples of a prompt come one after another.
+        logprobs, prompt_logprobs: as in `SamplingParams`; at most `max_logprobs` of the `ModelRunner`.
     """
 
     index: int
@@ -45,6 +48,8 @@ class Request:
     bad_words: tuple[tuple[int, ...], ...] = ()
     sample: int = 0
     n: int = 1
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     @property
     def has_penalties(self) -> bool:
@@ -69,6 +74,7 @@ class RequestState:
         decode_seconds: of the decode loop while the request had a slot in it.
         num_steps: steps of the loop that gave it tokens.
         num_accepted_tokens_per_pos: steps in which the draft at each position was accepted; known at the end.
+        logprobs: of the tokens, on the host, one part after the other; empty if the request asks for none.
     """
 
     request: Request
@@ -79,6 +85,7 @@ class RequestState:
     decode_seconds: float = 0.0
     num_steps: int = 0
     num_accepted_tokens_per_pos: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
 
     @property
     def stop_reason(self) -> int | None:

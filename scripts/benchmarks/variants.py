@@ -173,7 +173,7 @@ class Decoder:
         state = jax.block_until_ready(jax.device_put(state))
         start = time.perf_counter()
         while not bool(state.finished[0]):
-            state, _, _ = self.program(model.params, state, requests)
+            state, *_ = self.program(model.params, state, requests)
         seconds = time.perf_counter() - start
         rounds = int(state.num_steps[0])
         accepted = (np.asarray(state.num_accepted_per_pos[0]) / rounds).tolist()

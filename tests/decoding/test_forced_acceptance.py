@@ -112,7 +112,7 @@ def state_after_prompts(engine: Engine, requests: list[Request], finished: list[
 def run_steps(engine: Engine, state: DecodeState, requests: list[Request]) -> tuple[DecodeState, list[list[int]]]:
     """Run the loop once, with the program of the engine: the state after it on the host, and the new tokens."""
     on_device = jax.tree.map(jnp.array, state)  # copies: the loop takes over the memory of its argument
-    after, tokens, counts = engine.runner.decode(on_device, stack_requests(requests), BATCH)
+    after, tokens, counts, _ = engine.runner.decode(on_device, stack_requests(requests), BATCH)
     new_tokens = [row[:count].tolist() for row, count in zip(tokens, counts, strict=True)]
     return jax.tree.map(np.array, after), new_tokens
 

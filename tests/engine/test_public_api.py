@@ -22,6 +22,7 @@ def embedded() -> LLM:
 
 def test_the_package_exports_its_public_names() -> None:
     names = {"LLM", "CompletionOutput", "Metrics", "RequestOutput", "SamplingParams", "SimulatedAcceptance"}
+    names |= {"Logprob", "Score"}
     assert set(mtpjax.__all__) == names and all(hasattr(mtpjax, name) for name in names)
 
 
@@ -44,6 +45,8 @@ def test_the_signatures_are_those_of_the_documentation() -> None:
         "hf_overrides": None,
         "acceptance": None,
         "program_cache": "auto",
+        "max_logprobs": 20,
+        "logprobs_mode": "raw_logprobs",
     }
     assert {name: value for name, value in defaults.items() if name not in ("drafter", "compile_fn")} == expected
     chat = inspect.signature(LLM.chat).parameters

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from mtpjax.decoding.sampling import BatchSamplingParams
-from mtpjax.decoding.speculative import DecodeState
+from mtpjax.decoding.speculative import DecodeResult, DecodeState
 from mtpjax.engine.request import Request
 
 VOCAB = 13
@@ -63,7 +63,7 @@ class FakeRunner:
     def zero_hidden(self, batch: int) -> Any:
         return np.zeros((batch, 1), np.float32)
 
-    def begin_decode(self, state: Any, params: BatchSamplingParams, new: Any = None) -> None:
+    def begin_decode(self, state: Any, params: BatchSamplingParams, new: Any = None, logprobs: Any = None) -> None:
         pass
 
     def prefill(self, prompts: Sequence[tuple[int, ...]], *, cache: Any, mtp_prompt_tokens: int | None) -> Any:
@@ -80,6 +80,7 @@ class FakeRunner:
         params: BatchSamplingParams,
         return_when_finished: int,
         step_limit: int | None = None,
+        logprobs: Any = None,
     ) -> Any:
         state, params = jax.tree.map(np.asarray, (state, params))
         batch, width = len(state.token), self.num_speculative_tokens + 1
@@ -102,7 +103,8 @@ class FakeRunner:
                     counts[slot] += 1
                     if arrays["finished"][slot]:
                         break
-        return state.replace(**arrays, num_steps=num_steps, num_accepted_per_pos=accepted), out, counts
+        state = state.replace(**arrays, num_steps=num_steps, num_accepted_per_pos=accepted)
+        return DecodeResult(state, out, counts)
 
     def _one_token(self, arrays: dict[str, Any], slot: int, state: Any, params: Any) -> None:
         penalized = 0

@@ -25,7 +25,11 @@ from mtpjax import LLM, RequestOutput, SamplingParams, StructuredOutputs
 MAX_MODEL_LEN = 384
 SCHEMA = {
     "type": "object",
-    "properties": {"name": {"type": "string", "maxLength": 8}, "age": {"type": "integer"}, "kind": {"enum": ["a", "b"]}},
+    "properties": {
+        "name": {"type": "string", "maxLength": 8},
+        "age": {"type": "integer"},
+        "kind": {"enum": ["a", "b"]},
+    },
     "required": ["name", "age", "kind"],
     "additionalProperties": False,
 }
@@ -50,7 +54,7 @@ def mixed_jobs(llm: LLM, number: int, seed: int = 0) -> list[Job]:
         return bool(rng.random() < probability)
 
     jobs = []
-    for i in range(number):
+    for _ in range(number):
         prompt = list(ids[rng.integers(len(ids))][: rng.integers(1, 60)])
         if some(0.5):
             prompt = common[rng.integers(len(common))] + prompt[: rng.integers(1, 20)]
