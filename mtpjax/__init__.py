@@ -4,6 +4,15 @@ from mtpjax.decoding.acceptance import SimulatedAcceptance
 from mtpjax.llm import LLM
 from mtpjax.outputs import CompletionOutput, Metrics, RequestOutput
 from mtpjax.sampling_params import SamplingParams
+from mtpjax.text.structured_outputs import StructuredOutputs
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "CompletionOutput", "Metrics", "RequestOutput", "SamplingParams", "SimulatedAcceptance"]
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "Metrics",
+    "RequestOutput",
+    "SamplingParams",
+    "SimulatedAcceptance",
+    "StructuredOutputs",
+]

@@ -29,6 +29,7 @@ from mtpjax.loading.open_model import eos_token_ids, open_model
 from mtpjax.outputs import RequestOutput, make_output
 from mtpjax.sampling_params import PENALTIES, SamplingParams, check_int
 from mtpjax.text.prompts import Prompt, as_list, encode_prompt
+from mtpjax.text.structured_outputs import AutomatonCache
 
 MAX_SPECULATIVE_TOKENS = 8
 
@@ -152,6 +153,7 @@ class LLM(ChatMethods):
         self.num_speculative_tokens, self.max_model_len = num_speculative_tokens, max_model_len
         self.max_num_seqs, self.seed = max_num_seqs, seed
         self.stop_token_ids = eos_token_ids(self.cfg, self._generation_config, opened.vocab_size, self.tokenizer)
+        self._automata = AutomatonCache(self.tokenizer, self.cfg.vocab_size, self.stop_token_ids)
         simulated = acceptance is not None and num_speculative_tokens > 0
         self._acceptance = "simulated" if simulated else "real"
         runner = ModelRunner(
@@ -282,6 +284,7 @@ class LLM(ChatMethods):
             top_p=float(params.top_p),
             min_p=float(params.min_p),
             **{penalty: float(getattr(params, penalty)) for penalty in PENALTIES},
+            automaton=self._automata.compile(params.structured_outputs, name),
         )
         stops = request.all_stop_token_ids
         if len(stops) > MAX_STOP_TOKENS:

@@ -10,6 +10,7 @@ import numpy as np
 
 from mtpjax.argument_names import names_fields
 from mtpjax.generation_config import PENALTIES, recommended_sampling
+from mtpjax.text.structured_outputs import StructuredOutputs, check_structured_outputs
 
 __all__ = ["PENALTIES", "SamplingParams", "check_int"]
 
@@ -37,6 +38,8 @@ class SamplingParams:
             index of the prompt in the call.
         stop_token_ids: tokens that end the text, beside the checkpoint's own end-of-text tokens.
         ignore_eos: generate past the checkpoint's own end-of-text tokens.
+        structured_outputs: a JSON schema, a regular expression, choices or a grammar that the text follows from its
+            first token on. It ends with an end-of-text token where it is complete, so it does not go with `ignore_eos`.
 
     Raises:
         ValueError: a value of another type or out of range.
@@ -54,6 +57,7 @@ class SamplingParams:
     seed: int | None = None
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    structured_outputs: StructuredOutputs | None = None
 
     def __post_init__(self) -> None:
         check_int("max_tokens", self.max_tokens, 0, optional=True)
@@ -70,6 +74,7 @@ class SamplingParams:
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         for token in self.stop_token_ids:
             check_int("stop_token_ids", token, 0)
+        check_structured_outputs(self.structured_outputs, self.ignore_eos)
 
     @classmethod
     def from_generation_config(cls, generation_config: Mapping[str, Any], **overrides: Any) -> SamplingParams:

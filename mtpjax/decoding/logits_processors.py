@@ -10,6 +10,7 @@ from flax import struct
 from jax import Array
 from jaxtyping import Float, Int
 
+from mtpjax.decoding.automaton import Automata, AutomatonState, mask_tokens
 from mtpjax.decoding.penalties import TokenCounts, apply_penalties
 from mtpjax.decoding.sampling import BatchSamplingParams
 
@@ -18,21 +19,30 @@ class TextState(struct.PyTreeNode):
     """What the processors remember of B texts. A part is None if no request needs it."""
 
     token_counts: TokenCounts | None = None  # for penalties
+    automaton: AutomatonState | None = None  # for structured outputs
 
     @property
     def parts(self) -> tuple[str, ...]:
         """The names of the parts that are there: a program is compiled for each combination in use."""
         return tuple(name for name, value in vars(self).items() if value is not None)
 
-    def add(self, tokens: Int[Array, "B R"], num_tokens: Int[Array, " B"]) -> TextState:
-        """Return the state after the first `num_tokens` of `tokens`."""
-        counts = self.token_counts
-        return self.replace(token_counts=None if counts is None else counts.add(tokens, num_tokens))
+    def add(
+        self, tokens: Int[Array, "B R"], num_tokens: Int[Array, " B"], automata: Automata | None = None
+    ) -> TextState:
+        """Return the state after the first `num_tokens` of `tokens`; `automata` are those of the requests."""
+        counts, automaton = self.token_counts, self.automaton
+        return self.replace(
+            token_counts=None if counts is None else counts.add(tokens, num_tokens),
+            automaton=None if automaton is None else automaton.add(tokens, num_tokens, automata),
+        )
 
     def take(self, token_ids: Int[Array, " N"]) -> TextState:
         """Return the state for logits of these ids only; from then on "tokens" are their places among `token_ids`."""
-        counts = self.token_counts
-        return self.replace(token_counts=None if counts is None else counts.take(token_ids))
+        counts, automaton = self.token_counts, self.automaton
+        return self.replace(
+            token_counts=None if counts is None else counts.take(token_ids),
+            automaton=None if automaton is None else automaton.take(token_ids),
+        )
 
 
 NO_STATE = TextState()
@@ -52,4 +62,5 @@ def process_logits(
         text_state: prompt and text before the first row.
         drafts: tokens that the rows after the first have before them; None: none.
     """
+    logits = mask_tokens(logits, sampling_params.automata, text_state.automaton, drafts)
     return apply_penalties(logits, sampling_params.penalties, text_state.token_counts, drafts)

@@ -23,6 +23,7 @@ from jaxtyping import Bool, Float, Int, UInt32
 
 from kernels_pallas.row_ops import argmax, map_rows
 from kernels_pallas.top_k_top_p import top_k_top_p_threshold
+from mtpjax.decoding.automaton import Automata
 from mtpjax.decoding.penalties import Penalties
 
 MAX_STOP_TOKENS = 8  # stop tokens that a request can have
@@ -45,6 +46,7 @@ class BatchSamplingParams(struct.PyTreeNode):
     stop_token_ids: Int[Array, "B STOPS"]  # -1 where unused
     truncation: TruncationParams | None = None  # None: all requests sample from all tokens
     penalties: Penalties | None = None  # None: no request has any
+    automata: Automata | None = None  # None: no request has a structured output
 
 
 class VocabSubset(NamedTuple):

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jax import Array
 
+from mtpjax.decoding.automaton import automata_sizes
 from mtpjax.decoding.logits_processors import TextState
 from mtpjax.decoding.penalties import Penalties, TokenCounts, round_to_bfloat16
 from mtpjax.decoding.sampling import MAX_STOP_TOKENS, BatchSamplingParams, TruncationParams
@@ -16,6 +17,7 @@ from mtpjax.decoding.speculative import DecodeState
 from mtpjax.engine.model_runner import ModelRunner
 from mtpjax.engine.request import Request
 from mtpjax.engine.scheduler import PrefillGroup
+from mtpjax.engine.stack_automata import initial_automaton_state, stack_automata
 from mtpjax.model.cache import Cache
 
 
@@ -61,7 +63,7 @@ class DecodeBatch:
         self.runner, self.num_slots, self.prefill_batch = runner, num_slots, prefill_batch
         self.state: DecodeState | None = None  # made by the first prefill
         self._params = stack_requests([None] * num_slots)
-        self._begun: set[tuple[str, ...]] = set()  # parts of the text state whose program has been begun
+        self._begun: set[tuple[str, ...]] = set()  # parts of the text state and sizes whose program has been begun
 
     def prefill(self, group: PrefillGroup, requests_by_slot: Sequence[Request | None]) -> float:
         """Read the prompts of a group and start its requests in their slots.
@@ -99,7 +101,7 @@ class DecodeBatch:
 
     def _begin_decode(self, cache: Cache) -> None:
         """Make the programs that follow the prompts, whose cache is `cache`, ready while the prompts are read."""
-        parts = initial_text_state([None], self._params, 1).parts
+        parts = initial_text_state([None], self._params, 1).parts + automata_sizes(self._params.automata)
         if parts in self._begun:
             return
         self._begun.add(parts)
@@ -221,6 +223,7 @@ def stack_requests(requests: Sequence[Request | None]) -> BatchSamplingParams:
         **columns,
         truncation=TruncationParams(**truncation),
         penalties=None if penalties is None else Penalties(**penalties),
+        automata=stack_automata([None if r is None else r.automaton for r in requests]),
     )
 
 
@@ -234,7 +237,10 @@ def initial_text_state(
         params: of all slots, whose parts say which parts of the state are needed.
         padded_vocab_size: number of logits V of a row.
     """
-    return TextState(token_counts=count_prompt_tokens(requests, padded_vocab_size) if params.penalties else None)
+    return TextState(
+        token_counts=count_prompt_tokens(requests, padded_vocab_size) if params.penalties else None,
+        automaton=initial_automaton_state(len(requests)) if params.automata else None,
+    )
 
 
 def count_prompt_tokens(requests: Sequence[Request | None], padded_vocab_size: int) -> TokenCounts:

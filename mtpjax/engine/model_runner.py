@@ -12,6 +12,7 @@ import numpy as np
 from jax import Array
 
 from mtpjax.decoding.acceptance import Acceptance, exact_match
+from mtpjax.decoding.automaton import automata_sizes
 from mtpjax.decoding.output_rows import NO_ROWS, OutputRows
 from mtpjax.decoding.sampling import BatchSamplingParams
 from mtpjax.decoding.speculative import (
@@ -250,7 +251,7 @@ class ModelRunner:
             drafter=self.drafter,
             acceptance=self.acceptance,
         )
-        name = ("decode", len(state.token), *state.text_state.parts)
+        name = ("decode", len(state.token), *state.text_state.parts, *automata_sizes(params.automata))
         limits = (return_when_finished, self.max_steps_per_call if step_limit is None else step_limit)
         return name, step, (self.model.params, state, params, *(np.array(limit, np.int32) for limit in limits))
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from mtpjax.text.token_automaton import TokenAutomaton
+
 
 @dataclass(frozen=True)
 class Request:
@@ -17,6 +19,7 @@ class Request:
         stop_token_ids: tokens that the request itself names as the end of its text.
         eos_token_ids: the checkpoint's own end-of-text tokens; empty if the request ignores them.
         top_k, top_p, min_p, presence_penalty, frequency_penalty, repetition_penalty: as in `SamplingParams`.
+        automaton: which tokens may follow, for a structured output; None: all.
     """
 
     index: int
@@ -32,6 +35,7 @@ class Request:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
+    automaton: TokenAutomaton | None = None
 
     @property
     def has_penalties(self) -> bool:
