@@ -11,6 +11,7 @@ try:
     from mtpjax.outputs import CompletionOutput, Metrics, RequestOutput
     from mtpjax.sampling_params import SamplingParams
     from mtpjax.score import Score
+    from mtpjax.text.structured_outputs import StructuredOutputs
 finally:
     if _collects:
         gc.enable()
@@ -25,4 +26,5 @@ __all__ = [
     "SamplingParams",
     "Score",
     "SimulatedAcceptance",
+    "StructuredOutputs",
 ]

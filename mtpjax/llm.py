@@ -35,6 +35,7 @@ from mtpjax.samples import SampleCollector, SampleIndex, join_samples, split_sam
 from mtpjax.sampling_params import PENALTIES, SamplingParams, check_int
 from mtpjax.score import ScoreMethods
 from mtpjax.text.prompts import Prompt, as_list, encode_prompt
+from mtpjax.text.structured_outputs import AutomatonCache
 
 MAX_SPECULATIVE_TOKENS = 8
 
@@ -165,6 +166,7 @@ class LLM(ChatMethods, ScoreMethods):
         self.num_speculative_tokens, self.max_model_len = num_speculative_tokens, max_model_len
         self.max_num_seqs, self.seed = max_num_seqs, seed
         self.stop_token_ids = eos_token_ids(self.cfg, self._generation_config, opened.vocab_size, self.tokenizer)
+        self._automata = AutomatonCache(self.tokenizer, self.cfg.vocab_size, self.stop_token_ids)
         simulated = acceptance is not None and num_speculative_tokens > 0
         self._acceptance = "simulated" if simulated else "real"
         runner = ModelRunner(
@@ -305,6 +307,7 @@ class LLM(ChatMethods, ScoreMethods):
             **{penalty: float(getattr(params, penalty)) for penalty in PENALTIES} | self._constraints(params, name),
             logprobs=params.logprobs,
             prompt_logprobs=params.prompt_logprobs,
+            automaton=self._automata.compile(params.structured_outputs, name),
         )
         check_num_logprobs(name, request, self.engine.runner.max_logprobs)
         stops = request.all_stop_token_ids

@@ -11,6 +11,7 @@ import numpy as np
 from mtpjax.argument_names import names_fields
 from mtpjax.constraint_params import check_n, settle_constraints
 from mtpjax.generation_config import PENALTIES, recommended_sampling
+from mtpjax.text.structured_outputs import StructuredOutputs, check_structured_outputs
 
 __all__ = ["PENALTIES", "SamplingParams", "check_int"]
 
@@ -48,6 +49,8 @@ class SamplingParams:
         logprobs: k: the log-probability of each new token and those of the k most probable ones, at most
             `LLM(max_logprobs=...)`; 0: of the new token alone; None: none.
         prompt_logprobs: the same for the tokens of the prompt, which is read once more for it.
+        structured_outputs: a JSON schema, a regular expression, choices or a grammar that the text follows from its
+            first token on. It ends with an end-of-text token where it is complete, so it does not go with `ignore_eos`.
 
     Raises:
         ValueError: a value of another type or out of range.
@@ -72,6 +75,7 @@ class SamplingParams:
     bad_words: Sequence[str] | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    structured_outputs: StructuredOutputs | None = None
 
     def __post_init__(self) -> None:
         check_int("max_tokens", self.max_tokens, 0, optional=True)
@@ -93,6 +97,7 @@ class SamplingParams:
         check_n(self.n, self.temperature)
         for name, value in settle_constraints(self, self.max_tokens).items():
             object.__setattr__(self, name, value)
+        check_structured_outputs(self.structured_outputs, self.ignore_eos)
 
     @classmethod
     def from_generation_config(cls, generation_config: Mapping[str, Any], **overrides: Any) -> SamplingParams:

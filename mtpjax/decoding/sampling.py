@@ -23,6 +23,7 @@ from jaxtyping import Bool, Float, Int, UInt32
 
 from kernels_pallas.row_ops import argmax, map_rows
 from kernels_pallas.top_k_top_p import top_k_top_p_threshold
+from mtpjax.decoding.automaton import Automata, automata_sizes
 from mtpjax.decoding.constraints import Constraints
 from mtpjax.decoding.penalties import Penalties
 
@@ -47,11 +48,12 @@ class BatchSamplingParams(struct.PyTreeNode):
     truncation: TruncationParams | None = None  # None: all requests sample from all tokens
     penalties: Penalties | None = None  # None: no request has any
     constraints: Constraints | None = None  # None: no request has any
+    automata: Automata | None = None  # None: no request has a structured output
 
     @property
     def parts(self) -> tuple[str, ...]:
         """The names of the parts that `TextState.parts` does not tell apart: each combination has its own program."""
-        return () if self.constraints is None else self.constraints.parts
+        return (() if self.constraints is None else self.constraints.parts) + automata_sizes(self.automata)
 
     def take(self, token_ids: Int[Array, " N"]) -> BatchSamplingParams:
         """Return the parameters for logits of these ids only."""

@@ -135,7 +135,7 @@ def speculative_step(
         stopped=jnp.where(inactive, state.stopped, stopped),
         num_steps=state.num_steps + ~inactive,
         num_accepted_per_pos=state.num_accepted_per_pos + was_accepted * ~inactive[:, None],
-        text_state=state.text_state.add(tokens, num_new),
+        text_state=state.text_state.add(tokens, num_new, sampling_params.automata),
     )
     found = None
     if logprobs is not None:

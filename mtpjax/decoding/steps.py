@@ -187,7 +187,7 @@ def draft(
         mtp_hidden, cache = model.mtp_step(hidden[:, None], token[:, None], cache, positions)
         logits = process_logits(model.draft_logits(mtp_hidden), sampling_params, text_state)
         column = sample(logits, (cache.length + 1 + j)[:, None], sampling_params, vocab_size, subset)
-        text_state = text_state.add(column, one)
+        text_state = text_state.add(column, one, sampling_params.automata)
         token = column[:, 0] if token_ids is None else token_ids[column[:, 0]]
         return (mtp_hidden[:, 0], token, cache, text_state), token
 

@@ -18,6 +18,7 @@ from mtpjax.engine.model_runner import ModelRunner
 from mtpjax.engine.request import Request
 from mtpjax.engine.request_logprobs import logprobs_of_slots, logprobs_spec
 from mtpjax.engine.scheduler import PrefillGroup
+from mtpjax.engine.stack_automata import initial_automaton_state, stack_automata
 from mtpjax.engine.stack_constraints import no_recent_tokens, stack_constraints
 from mtpjax.model.cache import Cache
 
@@ -247,6 +248,7 @@ def stack_requests(requests: Sequence[Request | None]) -> BatchSamplingParams:
         **columns,
         truncation=TruncationParams(**truncation),
         penalties=None if penalties is None else Penalties(**penalties),
+        automata=stack_automata([None if r is None else r.automaton for r in requests]),
     )
 
 
@@ -264,6 +266,7 @@ def initial_text_state(
     return TextState(
         token_counts=count_prompt_tokens(requests, padded_vocab_size) if params.penalties else None,
         recent_tokens=no_recent_tokens(len(requests)) if forbids else None,
+        automaton=initial_automaton_state(len(requests)) if params.automata else None,
     )
 
 

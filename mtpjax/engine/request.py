@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from mtpjax.decoding.logprobs import TokenLogprobs
+from mtpjax.text.token_automaton import TokenAutomaton
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Request:
         bad_words: token sequences that the text may not have.
         sample, n: number of this sample among the n of its prompt. Samples of a prompt come one after another.
         logprobs, prompt_logprobs: as in `SamplingParams`; at most `max_logprobs` of the `ModelRunner`.
+        automaton: which tokens may follow, for a structured output; None: all.
     """
 
     index: int
@@ -50,6 +52,7 @@ class Request:
     n: int = 1
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    automaton: TokenAutomaton | None = None
 
     @property
     def has_penalties(self) -> bool:
