@@ -28,12 +28,13 @@ from mtpjax.loading.loaded_model import LoadedModel
 from mtpjax.loading.open_model import eos_token_ids, open_model
 from mtpjax.outputs import RequestOutput, make_output
 from mtpjax.sampling_params import PENALTIES, SamplingParams, check_int
+from mtpjax.streaming import StreamMethods, text_settings
 from mtpjax.text.prompts import Prompt, as_list, encode_prompt
 
 MAX_SPECULATIVE_TOKENS = 8
 
 
-class LLM(ChatMethods):
+class LLM(ChatMethods, StreamMethods):
     """A checkpoint that is ready to generate.
 
     Example, with the embedded tiny model:
@@ -270,6 +271,7 @@ class LLM(ChatMethods):
     def _request(self, index: int, prompt: Prompt, params: SamplingParams, name: str) -> Request:
         ids = self._token_ids(name, prompt, self.max_model_len - 1)
         max_new_tokens = self.max_model_len - len(ids)
+        penalties: dict[str, Any] = {penalty: float(getattr(params, penalty)) for penalty in PENALTIES}
         request = Request(
             index=index,
             prompt_token_ids=ids,
@@ -281,8 +283,9 @@ class LLM(ChatMethods):
             top_k=max(params.top_k, 0),
             top_p=float(params.top_p),
             min_p=float(params.min_p),
-            **{penalty: float(getattr(params, penalty)) for penalty in PENALTIES},
+            **penalties,
         )
+        request = text_settings(request, params, self.tokenizer, name)
         stops = request.all_stop_token_ids
         if len(stops) > MAX_STOP_TOKENS:
             raise ValueError(f"{name}: {len(stops)} stop tokens (the checkpoint's included); at most {MAX_STOP_TOKENS}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from mtpjax.argument_names import names_fields
 from mtpjax.generation_config import PENALTIES, recommended_sampling
+from mtpjax.text_params import RequestOutputKind, check_text_params
 
 __all__ = ["PENALTIES", "SamplingParams", "check_int"]
 
@@ -37,6 +38,12 @@ class SamplingParams:
             index of the prompt in the call.
         stop_token_ids: tokens that end the text, beside the checkpoint's own end-of-text tokens.
         ignore_eos: generate past the checkpoint's own end-of-text tokens.
+        stop: a string or strings that end the text, wherever in it they occur; at most 256 of at most 4,096 characters.
+            The text is cut before the string. Of several that end with the same token the first of the list counts.
+        include_stop_str_in_output: cut the text behind the string instead; also keep the text of a stop token.
+        detokenize: make text of the tokens; without it there is no `text`, and no `stop`.
+        skip_special_tokens: leave special tokens out of the text.
+        output_kind: what `AsyncLLM.generate` yields; nothing else reads it.
 
     Raises:
         ValueError: a value of another type or out of range.
@@ -54,6 +61,11 @@ class SamplingParams:
     seed: int | None = None
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    stop: str | Sequence[str] | None = ()
+    include_stop_str_in_output: bool = False
+    detokenize: bool = True
+    skip_special_tokens: bool = True
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
 
     def __post_init__(self) -> None:
         check_int("max_tokens", self.max_tokens, 0, optional=True)
@@ -70,6 +82,9 @@ class SamplingParams:
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         for token in self.stop_token_ids:
             check_int("stop_token_ids", token, 0)
+        stop = check_text_params(self.stop, self.detokenize, self.include_stop_str_in_output, self.skip_special_tokens)
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "output_kind", RequestOutputKind(self.output_kind))
 
     @classmethod
     def from_generation_config(cls, generation_config: Mapping[str, Any], **overrides: Any) -> SamplingParams:

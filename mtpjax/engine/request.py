@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+
+from mtpjax.engine.stop_strings import TextOptions, TextReader
 
 
 @dataclass(frozen=True)
@@ -17,6 +20,8 @@ class Request:
         stop_token_ids: tokens that the request itself names as the end of its text.
         eos_token_ids: the checkpoint's own end-of-text tokens; empty if the request ignores them.
         top_k, top_p, min_p, presence_penalty, frequency_penalty, repetition_penalty: as in `SamplingParams`.
+        text_options: how its text is made of its tokens.
+        make_reader: makes what reads its tokens as they come; None: nobody needs its text before it is finished.
     """
 
     index: int
@@ -32,6 +37,8 @@ class Request:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
+    text_options: TextOptions = TextOptions()
+    make_reader: Callable[[], TextReader] | None = field(default=None, compare=False, repr=False)
 
     @property
     def has_penalties(self) -> bool:
@@ -49,13 +56,15 @@ class RequestState:
     """What a request has produced. Seconds are wall-clock, synchronised with the device, without compilation.
 
     Attributes:
-        tokens: new tokens; a stop token is the last of them.
+        tokens: new tokens; a stop token, or the token that completes a stop string, is the last of them.
         finished: no more tokens follow.
         stopped: a stop token ended the text, not `max_tokens`.
         prefill_seconds: of the prefill that read its prompt, together with those of other requests.
         decode_seconds: of the decode loop while the request had a slot in it.
-        num_steps: steps of the loop that gave it tokens.
+        num_steps: steps of the loop that gave it tokens; with a stop string also those of the same call after it.
         num_accepted_tokens_per_pos: steps in which the draft at each position was accepted; known at the end.
+        aborted: somebody ended it before its time.
+        reader: of `Request.make_reader`.
     """
 
     request: Request
@@ -66,10 +75,48 @@ class RequestState:
     decode_seconds: float = 0.0
     num_steps: int = 0
     num_accepted_tokens_per_pos: list[int] = field(default_factory=list)
+    aborted: bool = False
+    reader: TextReader | None = None
+
+    def __post_init__(self) -> None:
+        if self.reader is None and self.request.make_reader is not None:
+            self.reader = self.request.make_reader()
+
+    def add(self, tokens: list[int]) -> list[int]:
+        """Append the new tokens up to the one that completes a stop string. Returns those that were appended."""
+        if self.reader is not None:
+            tokens = tokens[: self.reader.read(tokens)]
+        self.tokens += tokens
+        return tokens
 
     @property
-    def stop_reason(self) -> int | None:
-        """The stop token of the request that ended the text; None at the checkpoint's end of text and at the limit."""
+    def stop_string(self) -> str | None:
+        """The stop string that ended the text, or None."""
+        return None if self.reader is None else self.reader.stop_string
+
+    @property
+    def has_stop_strings(self) -> bool:
+        """Whether a stop string may end the text."""
+        return self.reader is not None and self.reader.has_stop_strings
+
+    @property
+    def ended_by_host(self) -> bool:
+        """Whether the text is at its end although the device may not know it."""
+        return self.aborted or self.stop_string is not None
+
+    @property
+    def finish_reason(self) -> str:
+        """Of a finished request: "stop" (a stop token or string), "abort", or "length"."""
+        return "stop" if self.stopped or self.stop_string is not None else "abort" if self.aborted else "length"
+
+    @property
+    def stop_reason(self) -> int | str | None:
+        """The stop string or the stop token of the request that ended the text.
+
+        None at the checkpoint's end of text and at the limit.
+        """
+        if self.stop_string is not None:
+            return self.stop_string
         if not self.stopped or self.tokens[-1] in self.request.eos_token_ids:
             return None
         return self.tokens[-1]
