@@ -384,8 +384,6 @@ def test_an_abort_finds_a_request_wherever_it_is() -> None:
         if index in (1, 5):  # two get a slot, four wait, two have just arrived
             while scheduler.admit():
                 pass
-            if index == 5:
-                scheduler._refill_queue()
     for index in (0, 3, 6, 99):
         live.abort(index)
     dropped = scheduler.abort(live.take_aborted())
