@@ -178,15 +178,16 @@ def letter(token: int) -> str:
 
 
 def fake_requests(seed: int, count: int = 30) -> list[Request]:
-    """Requests of the fake runner whose tokens are letters; most have stop strings."""
+    """Requests of the fake runner whose tokens are letters; most have stop strings, and some a stop token."""
     rng = random.Random(seed)
     made = []
     for i in range(count):
         stops = tuple("".join(rng.choices("abcdefghijklm", k=rng.randint(1, 2))) for _ in range(rng.randint(0, 3)))
         prompt = tuple(rng.choices(range(VOCAB), k=rng.randint(1, 5)))
         options = TextOptions(stops)
-        make = partial(TextReader, letter, options) if stops else None
-        made.append(Request(i, prompt, rng.randint(0, 30), 0.0, i, text_options=options, make_reader=make))
+        stop_tokens = tuple(rng.choices(range(VOCAB), k=rng.choice((0, 1))))
+        make = partial(TextReader, letter, options, stop_token_ids=stop_tokens) if stops else None
+        made.append(Request(i, prompt, rng.randint(0, 30), 0.0, i, stop_tokens, text_options=options, make_reader=make))
     return made
 
 
@@ -198,15 +199,17 @@ def test_any_batch_and_any_calls_give_the_same(num_slots: int, drafts: int, step
     todo, streamed = fake_requests(drafts), dict[int, list[int]]()
     engine = Engine(FakeRunner(drafts, steps))  # type: ignore[arg-type]
     states = engine.run(todo, num_slots, lambda s, new: streamed.setdefault(s.request.index, []).extend(new))
-    num_stopped = 0
+    num_strings = num_tokens = 0
     for request, state in zip(todo, states, strict=True):
         tokens = expected_tokens(request)
-        found = cut([letter(token) for token in tokens], request.text_options.stop)
+        by_token = bool(tokens) and tokens[-1] in request.stop_token_ids
+        found = cut([letter(token) for token in tokens[: len(tokens) - by_token]], request.text_options.stop)
         assert state.tokens == streamed.get(request.index, []) == tokens[: found[0] if found else None]
-        assert (state.stop_string, state.finish_reason) == ((found[2], "stop") if found else (None, "length"))
-        assert state.stop_reason == state.stop_string and state.finished
-        num_stopped += found is not None
-    assert num_stopped >= 5
+        reason = found[2] if found else tokens[-1] if by_token else None
+        assert (state.stop_reason, state.finish_reason) == (reason, "length" if reason is None else "stop")
+        assert state.stopped == (found is None and by_token) and state.finished
+        num_strings, num_tokens = num_strings + (found is not None), num_tokens + state.stopped
+    assert num_strings >= 5 and num_tokens >= 3
 
 
 @pytest.mark.fast
