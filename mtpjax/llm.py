@@ -34,13 +34,14 @@ from mtpjax.outputs import RequestOutput, make_output
 from mtpjax.samples import SampleCollector, SampleIndex, join_samples, split_samples
 from mtpjax.sampling_params import PENALTIES, SamplingParams, check_int
 from mtpjax.score import ScoreMethods
+from mtpjax.streaming import StreamMethods, text_settings
 from mtpjax.text.prompts import Prompt, as_list, encode_prompt
 from mtpjax.text.structured_outputs import AutomatonCache
 
 MAX_SPECULATIVE_TOKENS = 8
 
 
-class LLM(ChatMethods, ScoreMethods):
+class LLM(ChatMethods, ScoreMethods, StreamMethods):
     """A checkpoint that is ready to generate.
 
     Example, with the embedded tiny model:
@@ -293,6 +294,7 @@ class LLM(ChatMethods, ScoreMethods):
     def _request(self, index: int, prompt: Prompt, params: SamplingParams, name: str) -> Request:
         ids = self._token_ids(name, prompt, self.max_model_len - 1)
         max_new_tokens = self.max_model_len - len(ids)
+        penalties: dict[str, Any] = {penalty: float(getattr(params, penalty)) for penalty in PENALTIES}
         request = Request(
             index=index,
             prompt_token_ids=ids,
@@ -304,12 +306,14 @@ class LLM(ChatMethods, ScoreMethods):
             top_k=max(params.top_k, 0),
             top_p=float(params.top_p),
             min_p=float(params.min_p),
-            **{penalty: float(getattr(params, penalty)) for penalty in PENALTIES} | self._constraints(params, name),
+            **penalties,
+            **self._constraints(params, name),
             logprobs=params.logprobs,
             prompt_logprobs=params.prompt_logprobs,
             automaton=self._automata.compile(params.structured_outputs, name),
         )
         check_num_logprobs(name, request, self.engine.runner.max_logprobs)
+        request = text_settings(request, params, self.tokenizer, name)
         stops = request.all_stop_token_ids
         if len(stops) > MAX_STOP_TOKENS:
             raise ValueError(f"{name}: {len(stops)} stop tokens (the checkpoint's included); at most {MAX_STOP_TOKENS}")

@@ -31,7 +31,8 @@ class Metrics:
         num_prompt_tokens: tokens of the prompt.
         prefill_seconds: of the prefill that read the prompt, together with others.
         decode_seconds: of the decode loop while the request was in it.
-        num_steps: steps of the loop; each gives one token of the trunk and the accepted drafts before it.
+        num_steps: steps of the loop; each gives one token of the trunk and the accepted drafts before it. A stop string
+            is found after a call of the loop, so the steps of that call behind it count too, here and below.
         num_drafts: steps that drafted: all of them, or 0 without drafts.
         num_draft_tokens: tokens that were drafted.
         num_accepted_tokens: draft tokens that were accepted. The last step may accept more than `max_tokens` lets
@@ -59,13 +60,13 @@ class CompletionOutput:
 
     Attributes:
         index: its number among the texts of the prompt, 0...n - 1.
-        text: all of it, with thought and tool calls, without special tokens and without the stop token; None if the
-            model has no tokenizer. A character that "length" cut in the middle of its bytes is left out; its tokens
-            stay in `token_ids`.
-        token_ids: the new tokens; a stop token is the last of them.
-        finish_reason: "stop" (a stop token) or "length" (`max_tokens`, or no room left).
-        stop_reason: the id out of `SamplingParams.stop_token_ids` that ended the text. None if the checkpoint's own
-            end-of-text token or the length did.
+        text: all of it, with thought and tool calls, without special tokens and without the stop token or string,
+            unless `SamplingParams` ask for them; None if the model has no tokenizer, or with `detokenize=False`. A
+            character that "length" cut in the middle of its bytes is left out; its tokens stay in `token_ids`.
+        token_ids: the new tokens; a stop token, or the token that completes a stop string, is the last of them.
+        finish_reason: "stop" (a stop token or string), "length" (`max_tokens`, or no room left) or "abort".
+        stop_reason: the string out of `SamplingParams.stop`, or the id out of `stop_token_ids`, that ended the text.
+            None if the checkpoint's own end-of-text token or the length did.
         reasoning: the thought, without `<think>`, `</think>` and the white space around it; also if the prompt opened
             it. None if there is none.
         content: the text without thought and tool calls; None if there is none: the thought did not end, or the
@@ -83,7 +84,7 @@ class CompletionOutput:
     text: str | None
     token_ids: list[int] = field(repr=False)
     finish_reason: str
-    stop_reason: int | None = None
+    stop_reason: int | str | None = None
     reasoning: str | None = None
     content: str | None = None
     tool_calls: tuple[ToolCall, ...] = ()
@@ -185,12 +186,12 @@ def make_output(prompt: Prompt, state: RequestState, tokenizer: Tokenizer | None
         index=state.request.sample,
         text=None,
         token_ids=state.tokens,
-        finish_reason="stop" if state.stopped else "length",
+        finish_reason=state.finish_reason,
         stop_reason=state.stop_reason,
         seed=state.request.seed,
         **completion_logprobs(state, tokenizer),
     )
-    if tokenizer is not None:
+    if tokenizer is not None and state.request.text_options.detokenize:
         completion = _with_text(completion, prompt, state, tokenizer)
     return RequestOutput(
         prompt=prompt if isinstance(prompt, str) else None,
@@ -205,9 +206,14 @@ def _with_text(
     completion: CompletionOutput, prompt: Prompt, state: RequestState, tokenizer: Tokenizer
 ) -> CompletionOutput:
     """Decode the tokens, and take thought, content and tool calls apart."""
-    token_ids = state.tokens[:-1] if state.stopped else state.tokens
-    text, marked = tokenizer.decode(token_ids), tokenizer.decode_with_marks(token_ids)
-    if not state.stopped and text.endswith("\ufffd") and tokenizer.ends_inside_a_character(token_ids):
+    options, length = state.request.text_options, state.reader.num_characters if state.reader else None
+    token_ids = state.tokens[:-1] if state.stopped and not options.include_stop_str_in_output else state.tokens
+    if options.skip_special_tokens:
+        text, marked = tokenizer.decode(token_ids)[:length], tokenizer.decode_with_marks(token_ids, length)
+    else:
+        text = marked = tokenizer.decode_all(token_ids)[:length]
+    was_cut = length is None and not state.stopped
+    if was_cut and text.endswith("\ufffd") and tokenizer.ends_inside_a_character(token_ids):
         text, marked = text[:-1], marked[:-1]
     ids = state.request.prompt_token_ids
     before = prompt if isinstance(prompt, str) else tokenizer.decode_all(ids[-_PROMPT_END:])

@@ -12,6 +12,7 @@ from mtpjax.argument_names import names_fields
 from mtpjax.constraint_params import check_n, settle_constraints
 from mtpjax.generation_config import PENALTIES, recommended_sampling
 from mtpjax.text.structured_outputs import StructuredOutputs, check_structured_outputs
+from mtpjax.text_params import RequestOutputKind, check_text_params
 
 __all__ = ["PENALTIES", "SamplingParams", "check_int"]
 
@@ -51,6 +52,12 @@ class SamplingParams:
         prompt_logprobs: the same for the tokens of the prompt, which is read once more for it.
         structured_outputs: a JSON schema, a regular expression, choices or a grammar that the text follows from its
             first token on. It ends with an end-of-text token where it is complete, so it does not go with `ignore_eos`.
+        stop: a string or strings that end the text, wherever in it they occur; at most 256 of at most 4,096 characters.
+            The text is cut before the string. Of several that end with the same token the first of the list counts.
+        include_stop_str_in_output: cut the text behind the string instead; also keep the text of a stop token.
+        detokenize: make text of the tokens; without it there is no `text`, and no `stop`.
+        skip_special_tokens: leave special tokens out of the text.
+        output_kind: what `AsyncLLM.generate` yields; nothing else reads it.
 
     Raises:
         ValueError: a value of another type or out of range.
@@ -76,6 +83,11 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     structured_outputs: StructuredOutputs | None = None
+    stop: str | Sequence[str] | None = ()
+    include_stop_str_in_output: bool = False
+    detokenize: bool = True
+    skip_special_tokens: bool = True
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
 
     def __post_init__(self) -> None:
         check_int("max_tokens", self.max_tokens, 0, optional=True)
@@ -98,6 +110,9 @@ class SamplingParams:
         for name, value in settle_constraints(self, self.max_tokens).items():
             object.__setattr__(self, name, value)
         check_structured_outputs(self.structured_outputs, self.ignore_eos)
+        stop = check_text_params(self.stop, self.detokenize, self.include_stop_str_in_output, self.skip_special_tokens)
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "output_kind", RequestOutputKind(self.output_kind))
 
     @classmethod
     def from_generation_config(cls, generation_config: Mapping[str, Any], **overrides: Any) -> SamplingParams:

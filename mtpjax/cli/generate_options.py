@@ -91,9 +91,11 @@ def parse_options(argv: list[str] | None, description: str | None) -> argparse.N
     add("--summary", type=Path, metavar="FILE", help="write the figures of the job to this file, as JSON")
     shard = "answer only each N-th line, from line I on: N jobs share one input, and each has an output of its own"
     add("--shard", type=_shard, metavar="I/N", help=shard)
-    draft_help = f"tokens drafted a round, 0...{MAX_SPECULATIVE_TOKENS}, or auto (default 3); same text with any number"
+    draft_help = f"tokens drafted a round, 0...{MAX_SPECULATIVE_TOKENS}, or auto (default 3); same text with any"
     add("--num-speculative-tokens", type=_number_or_auto, default=3, metavar="K", help=draft_help)
-    rule = "rejection: the classical rule, whose texts follow the distribution but depend on the drafts (default: same text)"
+    rule = (
+        "rejection: the classical rule; texts then depend on the drafts, their distribution does not (default: coupled)"
+    )
     add("--acceptance", choices=("coupled", "rejection"), default="coupled", help=rule)
     add("--mtp", type=Path, metavar="PATH", help="GGUF file or folder of the MTP head (default: the checkpoint's own)")
     add("--mtp-prompt-tokens", type=int, metavar="N", help="let the MTP head read only the last N prompt tokens")

@@ -156,6 +156,13 @@ class DecodeBatch:
             *map(np.asarray, (state.finished, state.stopped, state.num_steps, state.num_accepted_per_pos))
         )
 
+    def finish(self, slots: Sequence[int]) -> None:
+        """Tell the device that the requests in these slots are finished. They get no more tokens."""
+        state = self._started()
+        finished = np.array(state.finished)
+        finished[list(slots)] = True
+        self.state = state.replace(finished=jax.device_put(finished))
+
     def _started(self) -> DecodeState:
         assert self.state is not None, "nothing has been prefilled"
         return self.state

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from mtpjax.engine.decode_batch import DecodeBatch
+from mtpjax.engine.live_requests import LiveRequests
 from mtpjax.engine.model_runner import ModelRunner
 from mtpjax.engine.request import Request, RequestState
 from mtpjax.engine.scheduler import Scheduler
 
 STEPS_OF_FIRST_CALL = 4  # of the decode loop in a run, so that the first tokens do not wait for a whole call
+STEPS_WITH_STOP_STRINGS = 8  # of a call, so that a slot does not go on for long behind a stop string
 
 TokenCallback = Callable[[RequestState, list[int]], None]
 """Called with the state of a request and its new tokens."""
@@ -71,8 +73,12 @@ class Engine:
         on_tokens: TokenCallback | None = None,
         *,
         lookahead: int | None = None,
+        yields_progress: bool = False,
+        steps_per_call: int | None = None,
     ) -> Iterator[RequestState]:
         """Generate for all requests. Yields the state of each request when it is finished, in any order.
+
+        With `LiveRequests` it goes on until they are closed, and waits when there is nothing to do.
 
         Args:
             requests: taken from as they are needed; their indices differ.
@@ -80,11 +86,20 @@ class Engine:
             on_tokens: called after each call of the decode loop, for each request that has a slot.
             lookahead: requests that are taken together and started in the order of their prompts' lengths; see
                 `Scheduler`.
+            yields_progress: yield also the states of requests that go on, after each call of the decode loop.
+            steps_per_call: steps of the decode loop at most before the host looks at the tokens.
         """
+        live = requests if isinstance(requests, LiveRequests) else None
         scheduler = Scheduler(requests, num_slots, max_prefill_seqs=self.max_prefill_seqs, lookahead=lookahead)
         batch = DecodeBatch(self.runner, num_slots, scheduler.prefill_batch, scheduler.static_batch)
         step_limit: int | None = STEPS_OF_FIRST_CALL
         while True:
+            if live is not None:
+                if live.closed:
+                    return
+                if aborted := live.take_aborted():
+                    yield from scheduler.abort(aborted)
+                    yield from _finished(scheduler, batch)
             while group := scheduler.admit():
                 seconds = batch.prefill(group, scheduler.requests_by_slot)
                 self.prefill_seconds += seconds
@@ -93,28 +108,38 @@ class Engine:
                     state.prefill_seconds = seconds
                 yield from _finished(scheduler, batch)
             if scheduler.num_free_slots == num_slots:
-                return
-            decoded = batch.decode(scheduler.return_when_finished, step_limit)
+                if live is None or not live.wait():
+                    return
+                continue
+            limits = [step_limit, steps_per_call, STEPS_WITH_STOP_STRINGS if scheduler.has_stop_strings else None]
+            limit = min((limit for limit in limits if limit is not None), default=None)
+            decoded = batch.decode(scheduler.return_when_finished, limit)
             step_limit = None
             self.decode_seconds += decoded.seconds
             self.slot_steps += num_slots * decoded.num_steps
             for running, tokens, logprobs in zip(scheduler.running, decoded.tokens, decoded.logprobs, strict=True):
                 if running is not None:
-                    running.tokens += tokens
-                    if logprobs is not None:
-                        running.logprobs.append(logprobs)
+                    tokens = running.add(tokens, logprobs)
                     running.decode_seconds += decoded.seconds
                     if on_tokens is not None:
                         on_tokens(running, tokens)
             yield from _finished(scheduler, batch)
+            if yields_progress:
+                yield from [state for state in scheduler.running if state is not None]
 
 
 def _finished(scheduler: Scheduler, batch: DecodeBatch) -> Iterator[RequestState]:
     """Free the slots whose requests are finished, and yield their states."""
+    if scheduler.num_free_slots == scheduler.num_slots:
+        return
     figures = batch.figures()
+    ended = [slot for slot, running in enumerate(scheduler.running) if running is not None and running.ended_by_host]
+    if going_on := [slot for slot in ended if not figures.finished[slot]]:
+        batch.finish(going_on)
     for slot, running in enumerate(scheduler.running):
-        if running is not None and figures.finished[slot]:
+        if running is not None and (figures.finished[slot] or slot in ended):
             state = scheduler.finish(slot)
-            state.stopped, state.num_steps = bool(figures.stopped[slot]), int(figures.num_steps[slot])
+            state.stopped = bool(figures.stopped[slot]) and not state.ended_by_host
+            state.num_steps = int(figures.num_steps[slot])
             state.num_accepted_tokens_per_pos = figures.accepted[slot].tolist()
             yield state

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from mtpjax.decoding.logprobs import TokenLogprobs
+from mtpjax.engine.stop_strings import TextOptions, TextReader
 from mtpjax.text.token_automaton import TokenAutomaton
 
 
@@ -28,6 +30,8 @@ class Request:
         sample, n: number of this sample among the n of its prompt. Samples of a prompt come one after another.
         logprobs, prompt_logprobs: as in `SamplingParams`; at most `max_logprobs` of the `ModelRunner`.
         automaton: which tokens may follow, for a structured output; None: all.
+        text_options: how its text is made of its tokens.
+        make_reader: makes what reads its tokens as they come; None: nobody needs its text before it is finished.
     """
 
     index: int
@@ -53,6 +57,8 @@ class Request:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     automaton: TokenAutomaton | None = None
+    text_options: TextOptions = TextOptions()
+    make_reader: Callable[[], TextReader] | None = field(default=None, compare=False, repr=False)
 
     @property
     def has_penalties(self) -> bool:
@@ -70,14 +76,16 @@ class RequestState:
     """What a request has produced. Seconds are wall-clock, synchronised with the device, without compilation.
 
     Attributes:
-        tokens: new tokens; a stop token is the last of them.
+        tokens: new tokens; a stop token, or the token that completes a stop string, is the last of them.
         finished: no more tokens follow.
         stopped: a stop token ended the text, not `max_tokens`.
         prefill_seconds: of the prefill that read its prompt, together with those of other requests.
         decode_seconds: of the decode loop while the request had a slot in it.
-        num_steps: steps of the loop that gave it tokens.
+        num_steps: steps of the loop that gave it tokens; with a stop string also those of the same call after it.
         num_accepted_tokens_per_pos: steps in which the draft at each position was accepted; known at the end.
         logprobs: of the tokens, on the host, one part after the other; empty if the request asks for none.
+        aborted: somebody ended it before its time.
+        reader: of `Request.make_reader`.
     """
 
     request: Request
@@ -89,10 +97,50 @@ class RequestState:
     num_steps: int = 0
     num_accepted_tokens_per_pos: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    aborted: bool = False
+    reader: TextReader | None = None
+
+    def __post_init__(self) -> None:
+        if self.reader is None and self.request.make_reader is not None:
+            self.reader = self.request.make_reader()
+
+    def add(self, tokens: list[int], logprobs: TokenLogprobs | None = None) -> list[int]:
+        """Append the new tokens up to the one that completes a stop string. Returns those that were appended."""
+        if self.reader is not None:
+            tokens = tokens[: self.reader.read(tokens)]
+        self.tokens += tokens
+        if logprobs is not None:
+            self.logprobs.append(TokenLogprobs(*(array[: len(tokens)] for array in logprobs)))
+        return tokens
 
     @property
-    def stop_reason(self) -> int | None:
-        """The stop token of the request that ended the text; None at the checkpoint's end of text and at the limit."""
+    def stop_string(self) -> str | None:
+        """The stop string that ended the text, or None."""
+        return None if self.reader is None else self.reader.stop_string
+
+    @property
+    def has_stop_strings(self) -> bool:
+        """Whether a stop string may end the text."""
+        return self.reader is not None and self.reader.has_stop_strings
+
+    @property
+    def ended_by_host(self) -> bool:
+        """Whether the text is at its end although the device may not know it."""
+        return self.aborted or self.stop_string is not None
+
+    @property
+    def finish_reason(self) -> str:
+        """Of a finished request: "stop" (a stop token or string), "abort", or "length"."""
+        return "stop" if self.stopped or self.stop_string is not None else "abort" if self.aborted else "length"
+
+    @property
+    def stop_reason(self) -> int | str | None:
+        """The stop string or the stop token of the request that ended the text.
+
+        None at the checkpoint's end of text and at the limit.
+        """
+        if self.stop_string is not None:
+            return self.stop_string
         if not self.stopped or self.tokens[-1] in self.request.eos_token_ids:
             return None
         return self.tokens[-1]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from itertools import islice
 
+from mtpjax.engine.live_requests import LiveRequests
 from mtpjax.engine.request import Request, RequestState
 
 LOOKAHEAD_BATCHES = 64  # batches of requests that are taken from the source together and sorted by length
@@ -43,6 +44,8 @@ class Scheduler:
     * otherwise up to `prefill_batch` different prompts are read together, into a cache of their own, whenever that many
       slots are free. Requests with the same prompt share its prefill, also those for which slots become free later.
 
+    `LiveRequests` are always filled in the second way.
+
     Requests are taken from the source only when none waits, and the samples of a prompt together. They are sorted: the
     longest prompt first, and equal prompts next to each other.
 
@@ -73,19 +76,27 @@ class Scheduler:
         self.num_slots = num_slots
         self.running: list[RequestState | None] = [None] * num_slots
         self.waiting: deque[Request] = deque()
+        self._kept: list[tuple[int, ...]] = []  # prompts that the last group read and the next one shares
+        limit = max_prefill_seqs or max(1, num_slots // 4)
+        if isinstance(requests, LiveRequests):  # nobody knows what will come: any slot is refilled when it is free
+            self.static_batch, self.prefill_batch = num_slots == 1, max(1, min(limit, num_slots - 1))
+            return
         self._refill_queue()
         num_prompts = len({r.prompt_token_ids for r in self.waiting})
-        limit = max_prefill_seqs or max(1, num_slots // 4)
         repeats = num_prompts < len(self.waiting)
         one_cache = limit >= num_slots and not (repeats and max_prefill_seqs is None)
         self.static_batch = one_cache or not repeats and len(self.waiting) <= num_slots
-        self._kept: list[tuple[int, ...]] = []  # prompts that the last group read and the next one shares
         self.prefill_batch = num_slots if self.static_batch else min(num_prompts, limit)
 
     @property
     def num_free_slots(self) -> int:
         """Slots without a request."""
         return self.running.count(None)
+
+    @property
+    def has_stop_strings(self) -> bool:
+        """Whether a stop string may end a running request."""
+        return any(state is not None and state.has_stop_strings for state in self.running)
 
     @property
     def requests_by_slot(self) -> list[Request | None]:
@@ -131,6 +142,17 @@ class Scheduler:
         state.finished = True
         self.running[slot] = None
         return state
+
+    def abort(self, indices: Collection[int]) -> list[RequestState]:
+        """Mark the running requests with these indices as aborted. Returns the states of those that had no slot."""
+        for state in self.running:
+            if state is not None and state.request.index in indices:
+                state.aborted = True
+        dropped = [request for request in self.waiting if request.index in indices]
+        if isinstance(self._source, LiveRequests):
+            dropped += self._source.withdraw(indices)
+        self.waiting = deque(request for request in self.waiting if request.index not in indices)
+        return [RequestState(request, finished=True, aborted=True) for request in dropped]
 
     def _next_requests(self) -> list[Request]:
         """Take requests from the queue, one for each free slot, with at most `prefill_batch` different prompts.

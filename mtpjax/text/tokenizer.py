@@ -66,6 +66,32 @@ class Tokenizer:
         return sorted(self.hf_tokenizer.get_added_tokens_decoder())
 
     @cached_property
+    def special_token_ids(self) -> frozenset[int]:
+        """Ids of the tokens that `decode` leaves out."""
+        return frozenset(i for i, token in self.hf_tokenizer.get_added_tokens_decoder().items() if token.special)
+
+    @cached_property
+    def is_byte_level(self) -> bool:
+        """Whether every token stands for some bytes of a text in UTF-8; `bytes_of` returns them."""
+        from tokenizers import decoders
+
+        return isinstance(self.hf_tokenizer.decoder, decoders.ByteLevel)
+
+    def bytes_of(self, token: int) -> bytes:
+        """Return the bytes that a token of a byte-level BPE stands for; none if there is no such token."""
+        data = self._known_bytes.get(token)
+        if data is None:
+            text = self.hf_tokenizer.id_to_token(int(token)) or ""
+            is_letters = all(letter in _BYTE_OF for letter in text)  # an added token may be a text of its own
+            data = bytes(_BYTE_OF[letter] for letter in text) if is_letters else text.encode()
+            self._known_bytes[token] = data
+        return data
+
+    @cached_property
+    def _known_bytes(self) -> dict[int, bytes]:
+        return {}
+
+    @cached_property
     def sha256(self) -> str:
         """SHA-256 of all tokens and their ids: it tells one vocabulary from another, from whatever file it comes."""
         pairs = sorted((i, token) for token, i in self.hf_tokenizer.get_vocab(with_added_tokens=True).items())
@@ -79,17 +105,27 @@ class Tokenizer:
         """Return the text of token ids, without special tokens."""
         return self.hf_tokenizer.decode(list(ids), skip_special_tokens=True)
 
-    def decode_with_marks(self, ids: Sequence[int]) -> str:
+    def decode_with_marks(self, ids: Sequence[int], num_characters: int | None = None) -> str:
         """Return the text of `decode`, but with the marks of thoughts and tool calls where they are special tokens.
 
         In the checkpoints of Qwen they are not special, and the text has them already.
+
+        Args:
+            ids: of the tokens.
+            num_characters: length to which the text of `decode` is cut; the marks up to there are added to it. None:
+                all of it.
         """
-        marks, parts, start = self._special_marks, [], 0
+        marks, parts, start = self._special_marks, list[str](), 0
         for position, token in enumerate(ids):
             if token in marks:
-                parts += [self.decode(ids[start:position]), marks[token]]
+                piece = self.decode(ids[start:position])
+                if num_characters is not None:
+                    if len(piece) > num_characters:
+                        break
+                    num_characters -= len(piece)
+                parts += [piece, marks[token]]
                 start = position + 1
-        return "".join(parts) + self.decode(ids[start:])
+        return "".join(parts) + self.decode(ids[start:])[:num_characters]
 
     def decode_all(self, ids: Sequence[int]) -> str:
         """Return the text of token ids with all special tokens."""

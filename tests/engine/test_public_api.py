@@ -22,7 +22,8 @@ def embedded() -> LLM:
 
 def test_the_package_exports_its_public_names() -> None:
     names = {"LLM", "CompletionOutput", "Metrics", "RequestOutput", "SamplingParams", "SimulatedAcceptance"}
-    names |= {"Logprob", "Score"}
+    names |= {"Logprob", "Score", "StructuredOutputs"}
+    names |= {"AsyncLLM", "RequestOutputKind", "StreamOutput", "StreamedText"}
     assert set(mtpjax.__all__) == names and all(hasattr(mtpjax, name) for name in names)
 
 
