@@ -37,6 +37,8 @@ class SamplingParams:
             index of the prompt in the call.
         stop_token_ids: tokens that end the text, beside the checkpoint's own end-of-text tokens.
         ignore_eos: generate past the checkpoint's own end-of-text tokens.
+        num_speculative_tokens: tokens that are drafted for this prompt in each step, at most the LLM's number; 0: none.
+            None: the LLM's number. The text does not depend on it, unless the LLM has acceptance="rejection".
 
     Raises:
         ValueError: a value of another type or out of range.
@@ -54,11 +56,13 @@ class SamplingParams:
     seed: int | None = None
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    num_speculative_tokens: int | None = None
 
     def __post_init__(self) -> None:
         check_int("max_tokens", self.max_tokens, 0, optional=True)
         check_int("seed", self.seed, None, optional=True)
         check_int("top_k", self.top_k, -1)
+        check_int("num_speculative_tokens", self.num_speculative_tokens, 0, optional=True)
         non_negative = "a finite number >= 0 (0 is greedy)"
         _check_number("temperature", self.temperature, lambda t: 0 <= t < float("inf"), non_negative)
         _check_number("top_p", self.top_p, lambda p: 0 < p <= 1, "a number above 0 and at most 1 (1 keeps all tokens)")

@@ -45,6 +45,7 @@ class BatchSamplingParams(struct.PyTreeNode):
     stop_token_ids: Int[Array, "B STOPS"]  # -1 where unused
     truncation: TruncationParams | None = None  # None: all requests sample from all tokens
     penalties: Penalties | None = None  # None: no request has any
+    num_speculative_tokens: Int[Array, " B"] | None = None  # drafts that may be accepted in a step; None: all
 
 
 class VocabSubset(NamedTuple):

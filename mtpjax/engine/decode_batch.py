@@ -13,10 +13,14 @@ from mtpjax.decoding.logits_processors import TextState
 from mtpjax.decoding.penalties import Penalties, TokenCounts, round_to_bfloat16
 from mtpjax.decoding.sampling import MAX_STOP_TOKENS, BatchSamplingParams, TruncationParams
 from mtpjax.decoding.speculative import DecodeState
+from mtpjax.engine.depth import DepthController
 from mtpjax.engine.model_runner import ModelRunner
 from mtpjax.engine.request import Request
 from mtpjax.engine.scheduler import PrefillGroup
+from mtpjax.engine.slot_depths import SlotDepths
 from mtpjax.model.cache import Cache
+
+NO_LIMIT = np.iinfo(np.int32).max  # drafts of a request that allows any number
 
 
 class DecodedTokens(NamedTuple):
@@ -41,12 +45,16 @@ class SlotFigures(NamedTuple):
         stopped: whether a stop token ended it, `[B]`.
         num_steps: steps that it took part in, `[B]`.
         accepted: steps in which the draft at each of k positions was accepted, `[B, k]`.
+        num_drafts: steps that drafted, `[B]`.
+        num_draft_tokens: tokens that were drafted, `[B]`.
     """
 
     finished: np.ndarray
     stopped: np.ndarray
     num_steps: np.ndarray
     accepted: np.ndarray
+    num_drafts: np.ndarray
+    num_draft_tokens: np.ndarray
 
 
 class DecodeBatch:
@@ -54,14 +62,17 @@ class DecodeBatch:
 
     If `prefill_batch` is `num_slots`, prompts are read into the cache of the batch itself, which is made anew each
     time. A smaller `prefill_batch` has a cache of its own, out of which the prompts are copied into their slots while
-    the other slots keep theirs.
+    the other slots keep theirs. `depths` chooses how many tokens a call drafts; None: no one does.
     """
 
-    def __init__(self, runner: ModelRunner, num_slots: int, prefill_batch: int):
+    def __init__(
+        self, runner: ModelRunner, num_slots: int, prefill_batch: int, depths: DepthController | None = None
+    ):
         self.runner, self.num_slots, self.prefill_batch = runner, num_slots, prefill_batch
         self.state: DecodeState | None = None  # made by the first prefill
         self._params = stack_requests([None] * num_slots)
-        self._begun: set[tuple[str, ...]] = set()  # parts of the text state whose program has been begun
+        self._begun: set[tuple[Any, ...]] = set()  # parts of the text state, and depths, whose programs are begun
+        self._depths = SlotDepths(runner.num_speculative_tokens, num_slots, depths)
 
     def prefill(self, group: PrefillGroup, requests_by_slot: Sequence[Request | None]) -> float:
         """Read the prompts of a group and start its requests in their slots.
@@ -75,6 +86,7 @@ class DecodeBatch:
         """
         runner, static_batch = self.runner, self.prefill_batch == self.num_slots
         self._params = stack_requests(requests_by_slot)
+        self._depths.start(requests_by_slot, group.slots)
         if static_batch:
             self.state = None  # frees its cache before the next one is made
         elif self.state is None:
@@ -85,7 +97,8 @@ class DecodeBatch:
         # The last prompt token is the loop's first input, so a prompt program never needs the LM head.
         prompts = [prompt[:-1] for prompt in group.prompts]
         if any(state.request.max_tokens for state in group.states):
-            self._begin_decode(cache)
+            for depth in self._depths.first_depths(group.slots):
+                self._begin_decode(cache, depth)
         prompts += [()] * (self.prefill_batch - len(prompts))
         mtp_prompt_tokens = runner.mtp_prompt_tokens if runner.num_speculative_tokens else None
         cache, hidden, _ = runner.prefill(prompts, cache=cache, mtp_prompt_tokens=mtp_prompt_tokens)
@@ -97,12 +110,13 @@ class DecodeBatch:
         jax.block_until_ready(self.state)
         return runner.seconds_without_compile() - start
 
-    def _begin_decode(self, cache: Cache) -> None:
+    def _begin_decode(self, cache: Cache, depth: int) -> None:
         """Make the programs that follow the prompts, whose cache is `cache`, ready while the prompts are read."""
         parts = initial_text_state([None], self._params, 1).parts
-        if parts in self._begun:
+        if (*parts, depth) in self._begun:
             return
-        self._begun.add(parts)
+        self._begun.add((*parts, depth))
+        params = self._params_at(depth, np.ones(self.num_slots, bool))
 
         def shapes(cache: Cache, batch: int) -> DecodeState:
             state = self._initial_state([None] * batch, cache)
@@ -110,9 +124,15 @@ class DecodeBatch:
 
         new = shapes(cache, self.prefill_batch)
         if self.state is None:
-            self.runner.begin_decode(new, self._params)
+            self.runner.begin_decode(new, params, depth=depth)
         else:
-            self.runner.begin_decode(shapes(self.state.cache, self.num_slots), self._params, new)
+            self.runner.begin_decode(shapes(self.state.cache, self.num_slots), params, new, depth=depth)
+
+    def _params_at(self, depth: int, running: np.ndarray) -> BatchSamplingParams:
+        """Return the parameters of a call of this depth; limits on drafts only if one counts."""
+        if self._depths.has_limits(running, depth):
+            return self._params
+        return self._params.replace(num_speculative_tokens=None)
 
     def decode(self, return_when_finished: int, step_limit: int | None = None) -> DecodedTokens:
         """Advance all slots by one call of the loop, which returns early when `return_when_finished` slots are done.
@@ -120,17 +140,28 @@ class DecodeBatch:
         With `step_limit`, it makes no more than so many steps.
         """
         state = self._started()
-        steps_before, start = np.array(state.num_steps), self.runner.seconds_without_compile()
-        self.state, out, counts = self.runner.decode(state, self._params, return_when_finished, step_limit)
+        running = ~np.asarray(state.finished)
+        choice = self._depths.choose(running, step_limit)
+        params = self._params_at(choice.depth, running)
+        steps_before, accepted_before = np.array(state.num_steps), np.array(state.num_accepted_per_pos)
+        start = self.runner.seconds_without_compile()
+        self.state, out, counts = self.runner.decode(
+            state, params, return_when_finished, choice.step_limit, choice.depth
+        )
         seconds = self.runner.seconds_without_compile() - start
-        num_steps = int(np.max(np.asarray(self.state.num_steps) - steps_before))
+        steps = np.asarray(self.state.num_steps) - steps_before
+        accepted = np.asarray(self.state.num_accepted_per_pos) - accepted_before
+        self._depths.observe(choice.depth, steps, accepted, seconds)
+        num_steps = int(np.max(steps))
         return DecodedTokens([row[:count].tolist() for row, count in zip(out, counts, strict=True)], num_steps, seconds)
 
     def figures(self) -> SlotFigures:
         """Copy what is known of each slot from the device."""
         state = self._started()
         return SlotFigures(
-            *map(np.asarray, (state.finished, state.stopped, state.num_steps, state.num_accepted_per_pos))
+            *map(np.asarray, (state.finished, state.stopped, state.num_steps, state.num_accepted_per_pos)),
+            self._depths.num_drafts,
+            self._depths.num_draft_tokens,
         )
 
     def _started(self) -> DecodeState:
@@ -216,11 +247,15 @@ def stack_requests(requests: Sequence[Request | None]) -> BatchSamplingParams:
             "frequency": column(lambda r: round_to_bfloat16(r.frequency_penalty), np.float32),
             "repetition": column(lambda r: r.repetition_penalty, np.float32, 1.0),
         }
-    columns, truncation, penalties = jax.device_put((columns, truncation, penalties))
+    limits = None
+    if any(r is not None and r.num_speculative_tokens is not None for r in requests):
+        limits = column(lambda r: NO_LIMIT if r.num_speculative_tokens is None else r.num_speculative_tokens, np.int32)
+    columns, truncation, penalties, limits = jax.device_put((columns, truncation, penalties, limits))
     return BatchSamplingParams(
         **columns,
         truncation=TruncationParams(**truncation),
         penalties=None if penalties is None else Penalties(**penalties),
+        num_speculative_tokens=limits,
     )
 
 

@@ -69,6 +69,7 @@ class ModelRunner:
         compile_fn: makes each program. One that runs programs elsewhere, as an emulator does, takes its place here.
         program_cache: keeps programs for other processes; None: nothing is kept. A `compile_fn` other than the default
             makes its programs anew each time.
+        auto_depths: depths that the engine chooses among in the middle of a text, ascending; None: it does not choose.
 
     Attributes:
         model: the weights in the layout of the device.
@@ -93,6 +94,7 @@ class ModelRunner:
         acceptance: Acceptance = exact_match,
         compile_fn: CompileFn = compile_ahead,
         program_cache: ProgramCache | None = None,
+        auto_depths: tuple[int, ...] | None = None,
     ):
         self.model = optimize_for_cpu(model)
         self.num_speculative_tokens, self.max_model_len = num_speculative_tokens, max_model_len
@@ -101,7 +103,7 @@ class ModelRunner:
         self.cache_dtype, self.kv_len = cache_dtype, padded_kv_length(max_model_len, num_speculative_tokens + 1)
         self.prefill_buckets = usable_buckets(prefill_buckets, max_model_len)
         self.max_steps_per_call, self.mtp_prompt_tokens = max_steps_per_call, mtp_prompt_tokens
-        self.drafter, self.acceptance = drafter, acceptance
+        self.drafter, self.acceptance, self.auto_depths = drafter, acceptance, auto_depths
         self.programs = Programs(compile_fn, program_cache)
 
     @property
@@ -195,6 +197,7 @@ class ModelRunner:
         params: BatchSamplingParams,
         return_when_finished: int,
         step_limit: int | None = None,
+        depth: int | None = None,
     ) -> tuple[DecodeState, np.ndarray, np.ndarray]:
         """Run the decode loop until `return_when_finished` slots are done, for at most `max_steps_per_call` steps.
 
@@ -203,11 +206,12 @@ class ModelRunner:
             params: settings of the requests in the slots.
             return_when_finished: number of slots that are done, free ones included, at which the loop returns.
             step_limit: fewer steps than `max_steps_per_call`, if given.
+            depth: tokens drafted in a step; None: `num_speculative_tokens`.
 
         Returns:
             the state, the new tokens `[B, max_steps_per_call * (k + 1)]`, and how many there are of each slot `[B]`.
         """
-        state, out, counts = self._run(*self._decode_program(state, params, return_when_finished, step_limit))
+        state, out, counts = self._run(*self._decode_program(state, params, return_when_finished, step_limit, depth))
         return state, np.asarray(out), np.asarray(counts)
 
     def insert(self, state: DecodeState, new: DecodeState, rows: Sequence[int], slots: Sequence[int]) -> DecodeState:
@@ -221,17 +225,20 @@ class ModelRunner:
         """
         return self._run(*self._insert_program(state, new, rows, slots))
 
-    def begin_decode(self, state: DecodeState, params: BatchSamplingParams, new: DecodeState | None = None) -> None:
+    def begin_decode(
+        self, state: DecodeState, params: BatchSamplingParams, new: DecodeState | None = None, depth: int | None = None
+    ) -> None:
         """Make the programs of `decode` and, with `new`, of `insert` ready while something else runs.
 
         Args:
             state: arrays, or their shapes, of all slots.
             params: settings of the requests in the slots.
             new: arrays, or their shapes, of the batch that prompts are read in.
+            depth: as for `decode`.
         """
         if new is not None:
             self.programs.begin(*self._insert_program(state, new, (), ()))
-        self.programs.begin(*self._decode_program(state, params, 0))
+        self.programs.begin(*self._decode_program(state, params, 0, depth=depth))
 
     def _decode_program(
         self,
@@ -239,18 +246,25 @@ class ModelRunner:
         params: BatchSamplingParams,
         return_when_finished: int,
         step_limit: int | None = None,
+        depth: int | None = None,
     ) -> tuple[ProgramName, Step, tuple[Any, ...]]:
+        depth = self.num_speculative_tokens if depth is None else depth
         step = partial(
             jit_step,
             decode,
             graph=self.model.graph,
-            num_speculative_tokens=self.num_speculative_tokens,
+            num_speculative_tokens=depth,
             max_steps=self.max_steps_per_call,
             vocab_size=self.vocab_size,
             drafter=self.drafter,
             acceptance=self.acceptance,
+            sync_without_drafts=depth == 0 and self.auto_depths is not None,
         )
         name = ("decode", len(state.token), *state.text_state.parts)
+        if depth != self.num_speculative_tokens:
+            name += ("depth", depth)
+        if params.num_speculative_tokens is not None:
+            name += ("limits",)
         limits = (return_when_finished, self.max_steps_per_call if step_limit is None else step_limit)
         return name, step, (self.model.params, state, params, *(np.array(limit, np.int32) for limit in limits))
 

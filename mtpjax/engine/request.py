@@ -17,6 +17,7 @@ class Request:
         stop_token_ids: tokens that the request itself names as the end of its text.
         eos_token_ids: the checkpoint's own end-of-text tokens; empty if the request ignores them.
         top_k, top_p, min_p, presence_penalty, frequency_penalty, repetition_penalty: as in `SamplingParams`.
+        num_speculative_tokens: drafts of a step at most; None: as many as the others.
     """
 
     index: int
@@ -32,6 +33,7 @@ class Request:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
+    num_speculative_tokens: int | None = None
 
     @property
     def has_penalties(self) -> bool:
@@ -56,6 +58,8 @@ class RequestState:
         decode_seconds: of the decode loop while the request had a slot in it.
         num_steps: steps of the loop that gave it tokens.
         num_accepted_tokens_per_pos: steps in which the draft at each position was accepted; known at the end.
+        num_drafts: steps that drafted for it.
+        num_draft_tokens: tokens that were drafted for it.
     """
 
     request: Request
@@ -66,6 +70,8 @@ class RequestState:
     decode_seconds: float = 0.0
     num_steps: int = 0
     num_accepted_tokens_per_pos: list[int] = field(default_factory=list)
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
 
     @property
     def stop_reason(self) -> int | None:

@@ -44,6 +44,7 @@ def test_the_signatures_are_those_of_the_documentation() -> None:
         "hf_overrides": None,
         "acceptance": None,
         "program_cache": "auto",
+        "max_speculative_tokens": None,
     }
     assert {name: value for name, value in defaults.items() if name not in ("drafter", "compile_fn")} == expected
     chat = inspect.signature(LLM.chat).parameters

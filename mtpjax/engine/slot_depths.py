@@ -1,0 +1,71 @@
+"""`SlotDepths`: how many tokens each slot of a batch may draft, how many it has drafted, and the depth of a call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from mtpjax.engine.depth import Choice, DepthController, depth_for
+from mtpjax.engine.request import Request
+
+POWERS = (0, 1, 2, 4, 8)
+
+
+def program_depths(max_depth: int) -> tuple[int, ...]:
+    """Return the depths of the programs that serve requests with smaller limits than `max_depth`, ascending."""
+    return (*(d for d in POWERS if d < max_depth), max_depth)
+
+
+class SlotDepths:
+    """The draft limits and counts of the slots of one batch.
+
+    Args:
+        max_depth: tokens drafted in a step at most.
+        num_slots: slots of the batch.
+        controller: chooses the depth; None: it is the largest limit of the running requests, rounded up.
+
+    Attributes:
+        depths: that programs are made for, ascending.
+        limits: drafts that the request of each slot allows, `[B]`.
+        num_drafts: steps that drafted for it, `[B]`.
+        num_draft_tokens: tokens that were drafted for it, `[B]`.
+    """
+
+    def __init__(self, max_depth: int, num_slots: int, controller: DepthController | None = None):
+        self.depths = program_depths(max_depth) if controller is None else controller.depths
+        self.limits = np.full(num_slots, max_depth)
+        self.num_drafts, self.num_draft_tokens = np.zeros(num_slots, int), np.zeros(num_slots, int)
+        self._auto = None if controller is None else controller.for_batch(num_slots)
+        self._max_depth = max_depth
+
+    def start(self, requests_by_slot: Sequence[Request | None], slots: Sequence[int]) -> None:
+        """Begin to count for new requests in some slots."""
+        own = [None if r is None else r.num_speculative_tokens for r in requests_by_slot]
+        self.limits = np.array([self._max_depth if n is None else n for n in own])
+        self.num_drafts[list(slots)] = self.num_draft_tokens[list(slots)] = 0
+        if self._auto is not None:
+            self._auto.start(list(slots))
+
+    def first_depths(self, slots: Sequence[int]) -> tuple[int, ...]:
+        """Return the depths that calls may have now that requests have begun in these slots."""
+        largest = depth_for(self.limits[list(slots)], self.depths)
+        return (largest,) if self._auto is None else tuple(d for d in self.depths if d <= largest)
+
+    def choose(self, running: np.ndarray, step_limit: int | None) -> Choice:
+        """Choose the depth of the next call; `running` says which slots have an unfinished request, bool `[B]`."""
+        if self._auto is not None:
+            return self._auto.choose(running, self.limits, step_limit)
+        return Choice(depth_for(self.limits[running], self.depths), step_limit)
+
+    def has_limits(self, running: np.ndarray, depth: int) -> bool:
+        """Return whether a running request allows fewer drafts than a call of this depth makes."""
+        return bool((self.limits[running] < depth).any())
+
+    def observe(self, depth: int, num_steps: np.ndarray, accepted: np.ndarray, seconds: float) -> None:
+        """Count the drafts of a call, and learn from it; arguments as those of `BatchDepths.observe`."""
+        drafted = np.minimum(self.limits, depth)
+        self.num_drafts += np.where(drafted > 0, num_steps, 0)
+        self.num_draft_tokens += drafted * num_steps
+        if self._auto is not None:
+            self._auto.observe(depth, num_steps, accepted, self.limits, seconds)
