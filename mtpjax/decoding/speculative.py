@@ -108,6 +108,8 @@ def speculative_step(
     draft_logits = None  # that drafts with noise of their own were drawn from
     if not k:
         drafts, cache = state.token[:, None][:, :0], state.cache
+        if sync_without_drafts and model.mtp is not None:
+            cache = steps.sync_last_row(model, state.hidden, state.token, inactive, cache)
     elif acceptance is rejection_rule:
         of_request = state.hidden, state.token, inactive, state.cache, sampling_params
         drafts, cache, draft_logits = steps.draft_with_logits(model, *of_request, k, vocab_size, state.text_state)
@@ -132,8 +134,6 @@ def speculative_step(
 
     if k and model.mtp is not None:  # all rows, whether accepted or not: rejected ones are overwritten later
         cache = steps.sync_mtp_cache(model, hidden, drafts, inactive, cache)
-    elif sync_without_drafts and model.mtp is not None:
-        cache = steps.sync_mtp_cache(model, hidden, tokens, inactive, cache)
 
     num_tokens_left = sampling_params.max_tokens - state.num_tokens
     num_new, stopped = truncate_at_stop(tokens, num_accepted + 1, num_tokens_left, sampling_params.stop_token_ids)

@@ -258,3 +258,17 @@ def sync_mtp_cache(
     start = cache.length - cache.mtp_start_pos
     positions = make_positions(model.cfg, start, k, jnp.where(inactive, k, 0), kv_len=cache.kv_len)
     return model.mtp_sync(hidden[:, :k], drafts, cache, positions)
+
+
+def sync_last_row(
+    model: Model, hidden: Float[Array, "B D"], token: Int[Array, " B"], inactive: Bool[Array, " B"], cache: Cache
+) -> Cache:
+    """Write the MTP head's keys and values of the last committed row, as the first step of `draft` does.
+
+    Args:
+        hidden: of that row, after the final norm.
+        token: the token that follows it.
+    """
+    start = cache.length - cache.mtp_start_pos - 1
+    positions = make_positions(model.cfg, start, 1, inactive.astype(jnp.int32), kv_len=cache.kv_len)
+    return model.mtp_sync(hidden[:, None], token[:, None], cache, positions)

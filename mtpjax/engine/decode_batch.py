@@ -97,7 +97,7 @@ class DecodeBatch:
         # The last prompt token is the loop's first input, so a prompt program never needs the LM head.
         prompts = [prompt[:-1] for prompt in group.prompts]
         if any(state.request.max_tokens for state in group.states):
-            for depth in self._depths.first_depths(group.slots):
+            for depth in self._depths.first_depths():
                 self._begin_decode(cache, depth)
         prompts += [()] * (self.prefill_batch - len(prompts))
         mtp_prompt_tokens = runner.mtp_prompt_tokens if runner.num_speculative_tokens else None
@@ -116,7 +116,7 @@ class DecodeBatch:
         if (*parts, depth) in self._begun:
             return
         self._begun.add((*parts, depth))
-        params = self._params_at(depth, np.ones(self.num_slots, bool))
+        params = self._params_at(depth)
 
         def shapes(cache: Cache, batch: int) -> DecodeState:
             state = self._initial_state([None] * batch, cache)
@@ -128,9 +128,9 @@ class DecodeBatch:
         else:
             self.runner.begin_decode(shapes(self.state.cache, self.num_slots), params, new, depth=depth)
 
-    def _params_at(self, depth: int, running: np.ndarray) -> BatchSamplingParams:
+    def _params_at(self, depth: int) -> BatchSamplingParams:
         """Return the parameters of a call of this depth; limits on drafts only if one counts."""
-        if self._depths.has_limits(running, depth):
+        if self._depths.has_limits(depth):
             return self._params
         return self._params.replace(num_speculative_tokens=None)
 
@@ -140,9 +140,8 @@ class DecodeBatch:
         With `step_limit`, it makes no more than so many steps.
         """
         state = self._started()
-        running = ~np.asarray(state.finished)
-        choice = self._depths.choose(running, step_limit)
-        params = self._params_at(choice.depth, running)
+        choice = self._depths.choose(~np.asarray(state.finished), step_limit)
+        params = self._params_at(choice.depth)
         steps_before, accepted_before = np.array(state.num_steps), np.array(state.num_accepted_per_pos)
         start = self.runner.seconds_without_compile()
         self.state, out, counts = self.runner.decode(

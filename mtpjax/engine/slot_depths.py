@@ -23,7 +23,8 @@ class SlotDepths:
     Args:
         max_depth: tokens drafted in a step at most.
         num_slots: slots of the batch.
-        controller: chooses the depth; None: it is the largest limit of the running requests, rounded up.
+        controller: chooses the depth; None: it is the largest limit of the requests, rounded up. Requests that have
+            finished count until others start, so that no program is made for the end of a batch.
 
     Attributes:
         depths: that programs are made for, ascending.
@@ -38,29 +39,31 @@ class SlotDepths:
         self.num_drafts, self.num_draft_tokens = np.zeros(num_slots, int), np.zeros(num_slots, int)
         self._auto = None if controller is None else controller.for_batch(num_slots)
         self._max_depth = max_depth
+        self._occupied = np.zeros(num_slots, bool)
 
     def start(self, requests_by_slot: Sequence[Request | None], slots: Sequence[int]) -> None:
         """Begin to count for new requests in some slots."""
+        self._occupied = np.array([r is not None for r in requests_by_slot])
         own = [None if r is None else r.num_speculative_tokens for r in requests_by_slot]
         self.limits = np.array([self._max_depth if n is None else n for n in own])
         self.num_drafts[list(slots)] = self.num_draft_tokens[list(slots)] = 0
         if self._auto is not None:
             self._auto.start(list(slots))
 
-    def first_depths(self, slots: Sequence[int]) -> tuple[int, ...]:
-        """Return the depths that calls may have now that requests have begun in these slots."""
-        largest = depth_for(self.limits[list(slots)], self.depths)
+    def first_depths(self) -> tuple[int, ...]:
+        """Return the depths that calls may have now that requests have begun."""
+        largest = depth_for(self.limits[self._occupied], self.depths)
         return (largest,) if self._auto is None else tuple(d for d in self.depths if d <= largest)
 
     def choose(self, running: np.ndarray, step_limit: int | None) -> Choice:
         """Choose the depth of the next call; `running` says which slots have an unfinished request, bool `[B]`."""
         if self._auto is not None:
             return self._auto.choose(running, self.limits, step_limit)
-        return Choice(depth_for(self.limits[running], self.depths), step_limit)
+        return Choice(depth_for(self.limits[self._occupied], self.depths), step_limit)
 
-    def has_limits(self, running: np.ndarray, depth: int) -> bool:
-        """Return whether a running request allows fewer drafts than a call of this depth makes."""
-        return bool((self.limits[running] < depth).any())
+    def has_limits(self, depth: int) -> bool:
+        """Return whether a request allows fewer drafts than a call of this depth makes."""
+        return bool((self.limits[self._occupied] < depth).any())
 
     def observe(self, depth: int, num_steps: np.ndarray, accepted: np.ndarray, seconds: float) -> None:
         """Count the drafts of a call, and learn from it; arguments as those of `BatchDepths.observe`."""
