@@ -12,7 +12,6 @@ from jax.typing import DTypeLike
 
 from mtpjax.argument_names import names_arguments
 from mtpjax.chat import ChatMethods
-from mtpjax.decoding.acceptance import SimulatedAcceptance
 from mtpjax.decoding.output_rows import OutputRows
 from mtpjax.decoding.rules import AcceptanceArgument, acceptance_rule
 from mtpjax.decoding.sampling import MAX_STOP_TOKENS
@@ -54,7 +53,7 @@ class LLM(ChatMethods):
         model: a Hugging Face or Orbax folder, a GGUF file, a model that is already loaded, or None: the embedded tiny
             model.
         num_speculative_tokens: tokens that the MTP head drafts in each step, 0...8. The text does not depend on it,
-            unless `acceptance` is "rejection". "auto": whatever is fastest, measured while it generates (docs/drafts.md).
+            unless `acceptance` is "rejection". "auto": the fastest number, measured while it generates.
         dtype: of computing and of the cache: "float32", "bfloat16" (or jnp.float32, jnp.bfloat16), or "auto": bfloat16
             on a GPU and float32 on a CPU; for a loaded model the dtype that it was loaded in.
         quantization: "int4", "int8", "iq4nl" or "fp8" quantise matrices while they are read; "packed" keeps those of a

@@ -116,9 +116,7 @@ def sample_draft(
     return column[:, None], filtered
 
 
-def accept_draft(
-    p: Float[Array, "B k"], q: Float[Array, "B k"], uniform: Float[Array, "B k"]
-) -> Bool[Array, "B k"]:
+def accept_draft(p: Float[Array, "B k"], q: Float[Array, "B k"], uniform: Float[Array, "B k"]) -> Bool[Array, "B k"]:
     """Return which drafts are accepted if all before them are; p and q are their probabilities, `uniform` in [0, 1)."""
     return uniform * q < p
 

@@ -123,9 +123,7 @@ def speculative_step(
     logits = process_logits(logits, sampling_params, state.text_state, drafts)
     if acceptance is rejection_rule:
         draft_logits = logits[:, :0] if draft_logits is None else draft_logits
-        tokens, num_accepted = accept_or_resample(
-            logits, drafts, draft_logits, positions, sampling_params, vocab_size
-        )
+        tokens, num_accepted = accept_or_resample(logits, drafts, draft_logits, positions, sampling_params, vocab_size)
     else:
         tokens = sample(logits, positions, sampling_params, vocab_size)
         num_accepted = acceptance(drafts, tokens, cache.length, sampling_params)

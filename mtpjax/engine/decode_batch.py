@@ -65,9 +65,7 @@ class DecodeBatch:
     the other slots keep theirs. `depths` chooses how many tokens a call drafts; None: no one does.
     """
 
-    def __init__(
-        self, runner: ModelRunner, num_slots: int, prefill_batch: int, depths: DepthController | None = None
-    ):
+    def __init__(self, runner: ModelRunner, num_slots: int, prefill_batch: int, depths: DepthController | None = None):
         self.runner, self.num_slots, self.prefill_batch = runner, num_slots, prefill_batch
         self.state: DecodeState | None = None  # made by the first prefill
         self._params = stack_requests([None] * num_slots)
@@ -110,8 +108,12 @@ class DecodeBatch:
         jax.block_until_ready(self.state)
         return runner.seconds_without_compile() - start
 
-    def _begin_decode(self, cache: Cache, depth: int) -> None:
-        """Make the programs that follow the prompts, whose cache is `cache`, ready while the prompts are read."""
+    def _begin_decode(self, cache: Cache, depth: int | None = None) -> None:
+        """Make the programs that follow the prompts, whose cache is `cache`, ready while the prompts are read.
+
+        `depth` is the number of tokens that a step drafts; None: the runner's.
+        """
+        depth = self.runner.num_speculative_tokens if depth is None else depth
         parts = initial_text_state([None], self._params, 1).parts
         if (*parts, depth) in self._begun:
             return
@@ -140,17 +142,15 @@ class DecodeBatch:
         With `step_limit`, it makes no more than so many steps.
         """
         state = self._started()
-        choice = self._depths.choose(~np.asarray(state.finished), step_limit)
+        choice = self._depths.choose(state, step_limit)
         params = self._params_at(choice.depth)
-        steps_before, accepted_before = np.array(state.num_steps), np.array(state.num_accepted_per_pos)
-        start = self.runner.seconds_without_compile()
+        steps_before, start = np.array(state.num_steps), self.runner.seconds_without_compile()
         self.state, out, counts = self.runner.decode(
             state, params, return_when_finished, choice.step_limit, choice.depth
         )
         seconds = self.runner.seconds_without_compile() - start
         steps = np.asarray(self.state.num_steps) - steps_before
-        accepted = np.asarray(self.state.num_accepted_per_pos) - accepted_before
-        self._depths.observe(choice.depth, steps, accepted, seconds)
+        self._depths.observe(choice.depth, steps, self.state, seconds)
         num_steps = int(np.max(steps))
         return DecodedTokens([row[:count].tolist() for row, count in zip(out, counts, strict=True)], num_steps, seconds)
 
@@ -158,9 +158,12 @@ class DecodeBatch:
         """Copy what is known of each slot from the device."""
         state = self._started()
         return SlotFigures(
-            *map(np.asarray, (state.finished, state.stopped, state.num_steps, state.num_accepted_per_pos)),
-            self._depths.num_drafts,
-            self._depths.num_draft_tokens,
+            finished=np.asarray(state.finished),
+            stopped=np.asarray(state.stopped),
+            num_steps=np.asarray(state.num_steps),
+            accepted=np.asarray(state.num_accepted_per_pos),
+            num_drafts=self._depths.num_drafts,
+            num_draft_tokens=self._depths.num_draft_tokens,
         )
 
     def _started(self) -> DecodeState:

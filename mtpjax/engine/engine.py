@@ -117,5 +117,8 @@ def _finished(scheduler: Scheduler, batch: DecodeBatch) -> Iterator[RequestState
             state = scheduler.finish(slot)
             state.stopped, state.num_steps = bool(figures.stopped[slot]), int(figures.num_steps[slot])
             state.num_accepted_tokens_per_pos = figures.accepted[slot].tolist()
-            state.num_drafts, state.num_draft_tokens = int(figures.num_drafts[slot]), int(figures.num_draft_tokens[slot])
+            state.num_drafts, state.num_draft_tokens = (
+                int(figures.num_drafts[slot]),
+                int(figures.num_draft_tokens[slot]),
+            )
             yield state

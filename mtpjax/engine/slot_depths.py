@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from mtpjax.decoding.speculative import DecodeState
 from mtpjax.engine.depth import Choice, DepthController, depth_for
 from mtpjax.engine.request import Request
 
@@ -40,6 +41,7 @@ class SlotDepths:
         self._auto = None if controller is None else controller.for_batch(num_slots)
         self._max_depth = max_depth
         self._occupied = np.zeros(num_slots, bool)
+        self._accepted_before = np.zeros((num_slots, max_depth), int)  # the last call of the loop
 
     def start(self, requests_by_slot: Sequence[Request | None], slots: Sequence[int]) -> None:
         """Begin to count for new requests in some slots."""
@@ -55,20 +57,29 @@ class SlotDepths:
         largest = depth_for(self.limits[self._occupied], self.depths)
         return (largest,) if self._auto is None else tuple(d for d in self.depths if d <= largest)
 
-    def choose(self, running: np.ndarray, step_limit: int | None) -> Choice:
-        """Choose the depth of the next call; `running` says which slots have an unfinished request, bool `[B]`."""
+    def choose(self, state: DecodeState, step_limit: int | None) -> Choice:
+        """Choose the depth of the next call, which starts from `state` and makes at most `step_limit` steps."""
         if self._auto is not None:
-            return self._auto.choose(running, self.limits, step_limit)
+            self._accepted_before = np.array(state.num_accepted_per_pos)
+            return self._auto.choose(~np.asarray(state.finished), self.limits, step_limit)
         return Choice(depth_for(self.limits[self._occupied], self.depths), step_limit)
 
     def has_limits(self, depth: int) -> bool:
         """Return whether a request allows fewer drafts than a call of this depth makes."""
         return bool((self.limits[self._occupied] < depth).any())
 
-    def observe(self, depth: int, num_steps: np.ndarray, accepted: np.ndarray, seconds: float) -> None:
-        """Count the drafts of a call, and learn from it; arguments as those of `BatchDepths.observe`."""
+    def observe(self, depth: int, num_steps: np.ndarray, state: DecodeState, seconds: float) -> None:
+        """Count the drafts of a call, and learn from it.
+
+        Args:
+            depth: that it had.
+            num_steps: steps of each slot in it, `[B]`.
+            state: after it.
+            seconds: that it took.
+        """
         drafted = np.minimum(self.limits, depth)
         self.num_drafts += np.where(drafted > 0, num_steps, 0)
         self.num_draft_tokens += drafted * num_steps
         if self._auto is not None:
+            accepted = np.asarray(state.num_accepted_per_pos) - self._accepted_before
             self._auto.observe(depth, num_steps, accepted, self.limits, seconds)

@@ -74,9 +74,7 @@ def compare(
         for side in order:
             measured[side].append(run(sides[side], prompts, params))
     speeds = {side: [r["tokens_per_second"] for r in runs] for side, runs in measured.items()}
-    ratios = {
-        side: [a / b for a, b in zip(speeds[AUTO], speeds[side], strict=True)] for side in sides if side != AUTO
-    }
+    ratios = {side: [a / b for a, b in zip(speeds[AUTO], speeds[side], strict=True)] for side in sides if side != AUTO}
     medians = {side: statistics.median(values) for side, values in ratios.items()}
     best = min(medians, key=lambda side: medians[side])
     return {
@@ -100,7 +98,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         runs = row["ratios"][str(row["best"])]
         lines.append(
             f"| {row['batch']} | {row['domain']} | {row['temperature']:g} | {row['drafts']:.1f} | "
-            f"{row['auto_to_none']:.2f} | {row['best']} | {row['auto_to_best']:.2f} | {min(runs):.2f} … {max(runs):.2f} |"
+            f"{row['auto_to_none']:.2f} | {row['best']} | {row['auto_to_best']:.2f} | "
+            f"{min(runs):.2f} … {max(runs):.2f} |"
         )
     return "\n".join(lines)
 

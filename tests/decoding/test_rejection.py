@@ -67,13 +67,13 @@ def output_distribution(p: np.ndarray, q: np.ndarray, max_accepted: int = K) -> 
     drafts = np.array([case[:2] for case in cases])
     uniform = (np.array([case[2:] for case in cases]) + 0.5) / STRATA
     of_case = tuple(drafts.T)
-    f32 = partial(np.asarray, dtype=np.float32)
+    f32 = partial(jnp.asarray, dtype=jnp.float32)
     num_accepted, weights = rejection.decide(
         f32(p[of_case]), f32(q[of_case]), jnp.asarray(drafts), f32(uniform), jnp.full(len(cases), max_accepted)
     )
-    weights = np.asarray(weights, np.float64)
+    rows = np.asarray(weights, np.float64)
     total = np.zeros((V, V, V))
-    for (x, y, _, _), n, row in zip(cases, np.asarray(num_accepted), weights, strict=True):
+    for (x, y, _, _), n, row in zip(cases, np.asarray(num_accepted), rows, strict=True):
         chance = q[x, y, 0, x] * q[x, y, 1, y] / STRATA**2
         if not chance:
             continue
@@ -251,7 +251,9 @@ HOW: dict[str, dict[str, Any]] = {
 def toy() -> LoadedModel:
     sizes = {"hidden_size": 16, "q_heads": 2, "kv_heads": 1, "head_dim": 8, "rotary_dim": 4, "linear_k_heads": 1}
     sizes |= {"linear_v_heads": 2, "linear_k_dim": 8, "linear_v_dim": 8, "mlp_size": 24, "vocab_size": PADDED_VOCAB}
-    return numpy_model(tiny_config(moe=False, layer_pattern=(LINEAR, FULL), num_superblocks=1, **sizes), seed=2, scale=0.35)
+    return numpy_model(
+        tiny_config(moe=False, layer_pattern=(LINEAR, FULL), num_superblocks=1, **sizes), seed=2, scale=0.35
+    )
 
 
 def joint_distribution(model: LoadedModel, how: dict[str, Any]) -> np.ndarray:
@@ -310,7 +312,9 @@ def test_a_text_is_a_function_of_the_request_and_the_number_of_drafts() -> None:
     """Alone, beside others, in another slot; with a limit it is the text of that number of drafts."""
     model = numpy_model(tiny_config(moe=True, num_superblocks=1), seed=7)
     prompts = [[5, 6, 7], [8] * 9, [1], [2, 3]]
-    params = [SamplingParams(max_tokens=24, temperature=t, seed=i, ignore_eos=True) for i, t in enumerate((1, 0, 0.7, 1))]
+    params = [
+        SamplingParams(max_tokens=24, temperature=t, seed=i, ignore_eos=True) for i, t in enumerate((1, 0, 0.7, 1))
+    ]
 
     def texts(llm: LLM, order: list[int], **how: Any) -> dict[int, list[int]]:
         outputs = llm.generate([prompts[i] for i in order], [replace(params[i], **how) for i in order])
