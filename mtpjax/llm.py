@@ -14,11 +14,12 @@ from jax.typing import DTypeLike
 from mtpjax.argument_names import names_arguments
 from mtpjax.chat import ChatMethods
 from mtpjax.constraint_params import constraint_fields
-from mtpjax.decoding.acceptance import SimulatedAcceptance, exact_match
 from mtpjax.decoding.logprobs import RAW
 from mtpjax.decoding.output_rows import OutputRows
+from mtpjax.decoding.rules import AcceptanceArgument, acceptance_rule
 from mtpjax.decoding.sampling import MAX_STOP_TOKENS
 from mtpjax.decoding.speculative import Drafter, mtp_drafter
+from mtpjax.engine.depth_arguments import DRAFTS_BY_DEFAULT, MAX_SPECULATIVE_TOKENS, check_limit, draft_depths
 from mtpjax.engine.engine import Engine, TokenCallback
 from mtpjax.engine.model_runner import ModelRunner
 from mtpjax.engine.program_cache import AUTO, open_program_cache
@@ -38,7 +39,7 @@ from mtpjax.streaming import StreamMethods, text_settings
 from mtpjax.text.prompts import Prompt, as_list, encode_prompt
 from mtpjax.text.structured_outputs import AutomatonCache
 
-MAX_SPECULATIVE_TOKENS = 8
+__all__ = ["LLM", "MAX_SPECULATIVE_TOKENS"]
 
 
 class LLM(ChatMethods, ScoreMethods, StreamMethods):
@@ -59,7 +60,8 @@ class LLM(ChatMethods, ScoreMethods, StreamMethods):
     Args:
         model: a Hugging Face or Orbax folder, a GGUF file, a model that is already loaded, or None: the embedded tiny
             model.
-        num_speculative_tokens: tokens that the MTP head drafts in each step, 0...8. The text does not depend on it.
+        num_speculative_tokens: tokens that the MTP head drafts in each step, 0...8. The text does not depend on it,
+            unless `acceptance` is "rejection". "auto": the fastest number, measured while it generates.
         dtype: of computing and of the cache: "float32", "bfloat16" (or jnp.float32, jnp.bfloat16), or "auto": bfloat16
             on a GPU and float32 on a CPU; for a loaded model the dtype that it was loaded in.
         quantization: "int4", "int8", "iq4nl" or "fp8" quantise matrices while they are read; "packed" keeps those of a
@@ -82,7 +84,9 @@ class LLM(ChatMethods, ScoreMethods, StreamMethods):
         hf_overrides: merged over config.json before it is read, for example YaRN: `{"text_config": {"rope_parameters":
             {"rope_type": "yarn", "factor": 4.0}}}`. Of a GGUF file, over the config.json that its metadata amount to.
         drafter: a function that drafts in place of the MTP head (see `mtpjax.decoding.speculative.Drafter`).
-        acceptance: a `SimulatedAcceptance`, to measure speed with untrained weights. The text is not the model's then.
+        acceptance: which drafts are accepted. "coupled": those that the trunk samples itself with the same noise.
+            "rejection": the classical rule, whose texts have the same distribution and depend on the number of drafts.
+            A `SimulatedAcceptance` measures speed with untrained weights; the text is not the model's then.
         compile_fn: makes each program from a jitted function and its arguments (see
             `mtpjax.engine.programs.CompileFn`), for example to run it by emulation.
         program_cache: a folder that keeps compiled programs, so that the next process compiles nothing. "auto": that of
@@ -91,6 +95,7 @@ class LLM(ChatMethods, ScoreMethods, StreamMethods):
         max_logprobs: most probable tokens that `SamplingParams(logprobs=k, prompt_logprobs=k)` can ask for.
         logprobs_mode: of which distribution the `logprobs` of new tokens are: "raw_logprobs", the model's own, or
             "processed_logprobs", that after penalties, temperature, top-k, top-p and min-p.
+        max_speculative_tokens: tokens that are drafted in a step at most if `num_speculative_tokens` is "auto".
 
     Attributes:
         cfg: the `ModelConfig` of the checkpoint.
@@ -113,7 +118,7 @@ class LLM(ChatMethods, ScoreMethods, StreamMethods):
         self,
         model: str | PathLike[str] | LoadedModel | None = None,
         *,
-        num_speculative_tokens: int = 3,
+        num_speculative_tokens: int | str = DRAFTS_BY_DEFAULT,
         dtype: str | DTypeLike = "auto",
         quantization: str | None = None,
         max_model_len: int = 2048,
@@ -127,13 +132,14 @@ class LLM(ChatMethods, ScoreMethods, StreamMethods):
         mtp: str | PathLike[str] | None = None,
         hf_overrides: Mapping[str, Any] | None = None,
         drafter: Drafter = mtp_drafter,
-        acceptance: SimulatedAcceptance | None = None,
+        acceptance: AcceptanceArgument = None,
         compile_fn: CompileFn = compile_ahead,
         program_cache: str | PathLike[str] | None = AUTO,
         max_logprobs: int = 20,
         logprobs_mode: str = RAW,
+        max_speculative_tokens: int | None = None,
     ):
-        check_int("num_speculative_tokens", num_speculative_tokens, 0, MAX_SPECULATIVE_TOKENS)
+        num_speculative_tokens, auto_depths = draft_depths(num_speculative_tokens, max_speculative_tokens, acceptance)
         check_int("max_model_len", max_model_len, 2)
         check_int("max_num_seqs", max_num_seqs, 1)
         check_int("max_prefill_seqs", max_prefill_seqs, 1, max_num_seqs, optional=True)
@@ -156,7 +162,7 @@ class LLM(ChatMethods, ScoreMethods, StreamMethods):
         )
         self.cfg, self.tokenizer, self._generation_config = opened.model.cfg, opened.tokenizer, opened.generation_config
         if num_speculative_tokens and not self.cfg.mtp_layers and drafter is mtp_drafter:
-            num_speculative_tokens = 0
+            num_speculative_tokens, auto_depths = 0, None
             warnings.warn(
                 f"{model}: the checkpoint has no MTP head; decoding goes on without drafts (num_speculative_tokens=0)",
                 stacklevel=3,
@@ -168,8 +174,7 @@ class LLM(ChatMethods, ScoreMethods, StreamMethods):
         self.max_num_seqs, self.seed = max_num_seqs, seed
         self.stop_token_ids = eos_token_ids(self.cfg, self._generation_config, opened.vocab_size, self.tokenizer)
         self._automata = AutomatonCache(self.tokenizer, self.cfg.vocab_size, self.stop_token_ids)
-        simulated = acceptance is not None and num_speculative_tokens > 0
-        self._acceptance = "simulated" if simulated else "real"
+        rule, self._acceptance = acceptance_rule(acceptance, num_speculative_tokens, drafter is mtp_drafter)
         runner = ModelRunner(
             with_draft_vocab(opened, draft_vocab_size, self.stop_token_ids, num_speculative_tokens),
             num_speculative_tokens=num_speculative_tokens,
@@ -179,11 +184,12 @@ class LLM(ChatMethods, ScoreMethods, StreamMethods):
             prefill_buckets=prefill_buckets,
             mtp_prompt_tokens=mtp_prompt_tokens,
             drafter=drafter,
-            acceptance=acceptance.truncate(num_speculative_tokens) if acceptance and simulated else exact_match,
+            acceptance=rule,
             compile_fn=compile_fn,
             program_cache=open_program_cache(program_cache),
             max_logprobs=max_logprobs,
             logprobs_mode=logprobs_mode,
+            auto_depths=auto_depths,
         )
         self.engine = Engine(runner, max_prefill_seqs=max_prefill_seqs)
 
@@ -311,6 +317,7 @@ class LLM(ChatMethods, ScoreMethods, StreamMethods):
             logprobs=params.logprobs,
             prompt_logprobs=params.prompt_logprobs,
             automaton=self._automata.compile(params.structured_outputs, name),
+            num_speculative_tokens=check_limit(name, params.num_speculative_tokens, self.num_speculative_tokens),
         )
         check_num_logprobs(name, request, self.engine.runner.max_logprobs)
         request = text_settings(request, params, self.tokenizer, name)

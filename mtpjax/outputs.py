@@ -33,13 +33,14 @@ class Metrics:
         decode_seconds: of the decode loop while the request was in it.
         num_steps: steps of the loop; each gives one token of the trunk and the accepted drafts before it. A stop string
             is found after a call of the loop, so the steps of that call behind it count too, here and below.
-        num_drafts: steps that drafted: all of them, or 0 without drafts.
+        num_drafts: steps that drafted for the request: all of them, unless the depth is 0 or changes.
         num_draft_tokens: tokens that were drafted.
         num_accepted_tokens: draft tokens that were accepted. The last step may accept more than `max_tokens` lets
             through.
         num_accepted_tokens_per_pos: the same by position of the draft.
         mean_acceptance_length: `1 + num_accepted_tokens / num_drafts`; 1.0 without drafts.
-        acceptance: "real", or "simulated" if `LLM(acceptance=...)` decided: then the text is not the model's.
+        acceptance: "real"; "rejection" under that rule; or "simulated" if `LLM(acceptance=SimulatedAcceptance(...))`
+            decided: then the text is not the model's.
     """
 
     num_prompt_tokens: int
@@ -233,14 +234,14 @@ def _with_text(
 
 def _metrics(state: RequestState, acceptance: str) -> Metrics:
     accepted = tuple(state.num_accepted_tokens_per_pos)
-    num_drafts = state.num_steps if accepted else 0
+    num_drafts = state.num_drafts
     return Metrics(
         num_prompt_tokens=len(state.request.prompt_token_ids),
         prefill_seconds=state.prefill_seconds,
         decode_seconds=state.decode_seconds,
         num_steps=state.num_steps,
         num_drafts=num_drafts,
-        num_draft_tokens=num_drafts * len(accepted),
+        num_draft_tokens=state.num_draft_tokens,
         num_accepted_tokens=sum(accepted),
         num_accepted_tokens_per_pos=accepted,
         mean_acceptance_length=1 + sum(accepted) / num_drafts if num_drafts else 1.0,

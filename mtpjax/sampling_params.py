@@ -58,6 +58,8 @@ class SamplingParams:
         detokenize: make text of the tokens; without it there is no `text`, and no `stop`.
         skip_special_tokens: leave special tokens out of the text.
         output_kind: what `AsyncLLM.generate` yields; nothing else reads it.
+        num_speculative_tokens: tokens that are drafted for this prompt in each step, at most the LLM's number; 0: none.
+            None: the LLM's number. The text does not depend on it, unless the LLM has acceptance="rejection".
 
     Raises:
         ValueError: a value of another type or out of range.
@@ -88,6 +90,7 @@ class SamplingParams:
     detokenize: bool = True
     skip_special_tokens: bool = True
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+    num_speculative_tokens: int | None = None
 
     def __post_init__(self) -> None:
         check_int("max_tokens", self.max_tokens, 0, optional=True)
@@ -95,6 +98,7 @@ class SamplingParams:
         check_int("logprobs", self.logprobs, 0, optional=True)
         check_int("prompt_logprobs", self.prompt_logprobs, 0, optional=True)
         check_int("top_k", self.top_k, -1)
+        check_int("num_speculative_tokens", self.num_speculative_tokens, 0, optional=True)
         non_negative = "a finite number >= 0 (0 is greedy)"
         _check_number("temperature", self.temperature, lambda t: 0 <= t < float("inf"), non_negative)
         _check_number("top_p", self.top_p, lambda p: 0 < p <= 1, "a number above 0 and at most 1 (1 keeps all tokens)")

@@ -49,11 +49,14 @@ class BatchSamplingParams(struct.PyTreeNode):
     penalties: Penalties | None = None  # None: no request has any
     constraints: Constraints | None = None  # None: no request has any
     automata: Automata | None = None  # None: no request has a structured output
+    num_speculative_tokens: Int[Array, " B"] | None = None  # drafts that may be accepted in a step; None: all
 
     @property
     def parts(self) -> tuple[str, ...]:
         """The names of the parts that `TextState.parts` does not tell apart: each combination has its own program."""
-        return (() if self.constraints is None else self.constraints.parts) + automata_sizes(self.automata)
+        constraints = () if self.constraints is None else self.constraints.parts
+        limits = () if self.num_speculative_tokens is None else ("limits",)
+        return constraints + automata_sizes(self.automata) + limits
 
     def take(self, token_ids: Int[Array, " N"]) -> BatchSamplingParams:
         """Return the parameters for logits of these ids only."""

@@ -27,11 +27,21 @@ from mtpjax.decoding import steps
 from mtpjax.decoding.acceptance import Acceptance, exact_match
 from mtpjax.decoding.logits_processors import NO_STATE, TextState, process_logits
 from mtpjax.decoding.logprobs import LogprobsSpec, TokenLogprobs, empty_logprobs, window_logprobs
+from mtpjax.decoding.rejection import accept_or_resample, rejection_rule
 from mtpjax.decoding.sampling import BatchSamplingParams, sample, truncate_at_stop
 from mtpjax.model import Model
 from mtpjax.model.cache import Cache, PendingDeltaUpdates, accept, flush, pending_between_windows
 
-DECODE_STATIC = ("graph", "num_speculative_tokens", "max_steps", "vocab_size", "drafter", "acceptance", "logprobs")
+DECODE_STATIC = (
+    "graph",
+    "num_speculative_tokens",
+    "max_steps",
+    "vocab_size",
+    "drafter",
+    "acceptance",
+    "logprobs",
+    "sync_without_drafts",
+)
 DECODE_DONATED = ("state",)
 INSERT_DONATED = ("state",)
 
@@ -46,7 +56,7 @@ class DecodeState(struct.PyTreeNode):
     finished: Bool[Array, " B"]  # such requests, and empty slots, take no part in a step
     stopped: Bool[Array, " B"]  # a stop token ended the text
     num_steps: Int[Array, " B"]  # that the request took part in
-    num_accepted_per_pos: Int[Array, "B k"]  # steps in which the draft at each position was accepted
+    num_accepted_per_pos: Int[Array, "B max_k"]  # steps in which the draft at each position was accepted
     text_state: TextState = NO_STATE  # up to and including `token`
 
 
@@ -85,11 +95,13 @@ def speculative_step(
     drafter: Drafter,
     acceptance: Acceptance = exact_match,
     logprobs: LogprobsSpec | None = None,
+    sync_without_drafts: bool = False,
 ) -> tuple[DecodeState, PendingDeltaUpdates | None, Int[Array, "B W"], Int[Array, " B"], TokenLogprobs | None]:
     """Run one step for every request that is not finished; W = k + 1.
 
     Args:
         pending: accepted rows of the step before that the cache lacks, if any.
+        sync_without_drafts: see `decode`.
 
     Returns:
         the state, the accepted rows that its cache lacks, the tokens that the trunk sampled in the window, and how many
@@ -97,10 +109,16 @@ def speculative_step(
         tokens mean nothing.
     """
     k, inactive = num_speculative_tokens, state.finished
-    if k:
-        drafts, cache = drafter(model, state, sampling_params, k, vocab_size)
-    else:
+    draft_logits = None  # that drafts with noise of their own were drawn from
+    if not k:
         drafts, cache = state.token[:, None][:, :0], state.cache
+        if sync_without_drafts and model.mtp is not None:
+            cache = steps.sync_last_row(model, state.hidden, state.token, inactive, cache)
+    elif acceptance is rejection_rule:
+        of_request = state.hidden, state.token, inactive, state.cache, sampling_params
+        drafts, cache, draft_logits = steps.draft_with_logits(model, *of_request, k, vocab_size, state.text_state)
+    else:
+        drafts, cache = drafter(model, state, sampling_params, k, vocab_size)
 
     window = jnp.concatenate([state.token[:, None], drafts], axis=1)
     logits, hidden, cache, updates = steps.verify(model, window, inactive, cache, pending)
@@ -108,12 +126,18 @@ def speculative_step(
     positions = cache.length[:, None] + 1 + jnp.arange(k + 1)
     raw_logits = logits
     logits = process_logits(logits, sampling_params, state.text_state, drafts)
-    tokens = sample(logits, positions, sampling_params, vocab_size)
+    if acceptance is rejection_rule:
+        draft_logits = logits[:, :0] if draft_logits is None else draft_logits
+        tokens, num_accepted = accept_or_resample(logits, drafts, draft_logits, positions, sampling_params, vocab_size)
+    else:
+        tokens = sample(logits, positions, sampling_params, vocab_size)
+        num_accepted = acceptance(drafts, tokens, cache.length, sampling_params)
+        if sampling_params.num_speculative_tokens is not None:
+            num_accepted = jnp.minimum(num_accepted, sampling_params.num_speculative_tokens)
 
     if k and model.mtp is not None:  # all rows, whether accepted or not: rejected ones are overwritten later
         cache = steps.sync_mtp_cache(model, hidden, drafts, inactive, cache)
 
-    num_accepted = acceptance(drafts, tokens, cache.length, sampling_params)
     num_tokens_left = sampling_params.max_tokens - state.num_tokens
     num_new, stopped = truncate_at_stop(tokens, num_accepted + 1, num_tokens_left, sampling_params.stop_token_ids)
     num_new = jnp.where(inactive, 0, num_new)
@@ -124,7 +148,7 @@ def speculative_step(
         index = num_accepted.reshape(-1, *[1] * (rows.ndim - 1))
         return jnp.take_along_axis(rows, index, axis=1)[:, 0]
 
-    was_accepted = jnp.arange(k) < num_accepted[:, None]
+    was_accepted = jnp.arange(state.num_accepted_per_pos.shape[1]) < num_accepted[:, None]
     cache, pending = accept(cache, updates, jnp.where(inactive, 0, num_accepted + 1))
     new_state = DecodeState(
         cache=cache,
@@ -182,6 +206,7 @@ def decode(
     drafter: Drafter = mtp_drafter,
     acceptance: Acceptance = exact_match,
     logprobs: LogprobsSpec | None = None,
+    sync_without_drafts: bool = False,
 ) -> DecodeResult:
     """Run up to `max_steps` steps, fewer if enough requests are finished. Call it again with the state to continue.
 
@@ -197,6 +222,8 @@ def decode(
         drafter: makes the drafts.
         acceptance: decides which drafts are accepted; any rule but `exact_match` changes the text.
         logprobs: which log-probabilities are computed; None: none, at no cost.
+        sync_without_drafts: whether the MTP head gets keys and values of rows that nothing was drafted for, so that
+            later calls can draft. Only with k = 0 does it make a difference.
     """
     model = nnx.merge(graph, params)
     batch = state.token.shape[0]
@@ -218,6 +245,7 @@ def decode(
             drafter,
             acceptance,
             logprobs,
+            sync_without_drafts,
         )
         rows = jnp.arange(num_speculative_tokens + 1)
         index = jnp.where(rows < num_new[:, None], carry.num_tokens[:, None] + rows, capacity)

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 
 from mtpjax.decoding.logits_processors import NO_STATE, TextState, process_logits
 from mtpjax.decoding.output_rows import NO_ROWS, OutputRows
+from mtpjax.decoding.rejection import sample_draft
 from mtpjax.decoding.sampling import BatchSamplingParams, VocabSubset, sample
 from mtpjax.model import Model, make_positions
 from mtpjax.model.cache import Cache, PendingDeltaUpdates
@@ -174,25 +175,71 @@ def draft(
         inactive: sequences that draft nothing; their tokens mean nothing.
         text_state: of prompt and text, up to and including `token`.
     """
+    of_request = hidden, token, inactive, cache, sampling_params
+    drafts, cache, _ = _draft(model, *of_request, num_speculative_tokens, vocab_size, text_state, own_noise=False)
+    return drafts, cache
+
+
+def draft_with_logits(
+    model: Model,
+    hidden: Float[Array, "B D"],
+    token: Int[Array, " B"],
+    inactive: Bool[Array, " B"],
+    cache: Cache,
+    sampling_params: BatchSamplingParams,
+    num_speculative_tokens: int,
+    vocab_size: int,
+    text_state: TextState = NO_STATE,
+) -> tuple[Int[Array, "B k"], Cache, Float[Array, "B k V"]]:
+    """Draft as `draft` does, but with noise that the trunk does not share, for the rule of `rejection.py`.
+
+    Returns:
+        the drafts, the cache, and the filtered logits that the drafts were drawn from.
+    """
+    of_request = hidden, token, inactive, cache, sampling_params
+    drafts, cache, logits = _draft(model, *of_request, num_speculative_tokens, vocab_size, text_state, own_noise=True)
+    assert logits is not None
+    return drafts, cache, logits
+
+
+def _draft(
+    model: Model,
+    hidden: Array,
+    token: Array,
+    inactive: Array,
+    cache: Cache,
+    sampling_params: BatchSamplingParams,
+    num_speculative_tokens: int,
+    vocab_size: int,
+    text_state: TextState,
+    *,
+    own_noise: bool,
+) -> tuple[Array, Cache, Array | None]:
+    """Run `draft`, or with `own_noise` `draft_with_logits`."""
     one, token_ids = jnp.ones_like(token), model.draft_token_ids
     subset = None if token_ids is None else VocabSubset(token_ids, model.cfg.vocab_size)
     if token_ids is not None:
         text_state, sampling_params = text_state.take(token_ids), sampling_params.take(token_ids)
     Carry = tuple[Array, Array, Cache, TextState]
 
-    def step(carry: Carry, j: Int[Array, ""]) -> tuple[Carry, Int[Array, " B"]]:
+    def sample_one(logits: Array, positions: Array) -> tuple[Array, Array | None]:
+        if own_noise:
+            return sample_draft(logits, positions, sampling_params, vocab_size, subset)
+        return sample(logits, positions, sampling_params, vocab_size, subset), None
+
+    def step(carry: Carry, j: Int[Array, ""]) -> tuple[Carry, tuple[Array, Array | None]]:
         hidden, token, cache, text_state = carry
         start = cache.length - cache.mtp_start_pos - 1 + j
         positions = make_positions(model.cfg, start, 1, inactive.astype(jnp.int32), kv_len=cache.kv_len)
         mtp_hidden, cache = model.mtp_step(hidden[:, None], token[:, None], cache, positions)
         logits = process_logits(model.draft_logits(mtp_hidden), sampling_params, text_state)
-        column = sample(logits, (cache.length + 1 + j)[:, None], sampling_params, vocab_size, subset)
+        column, filtered = sample_one(logits, (cache.length + 1 + j)[:, None])
         text_state = text_state.add(column, one, sampling_params.automata)
         token = column[:, 0] if token_ids is None else token_ids[column[:, 0]]
-        return (mtp_hidden[:, 0], token, cache, text_state), token
+        return (mtp_hidden[:, 0], token, cache, text_state), (token, filtered)
 
-    (_, _, cache, _), drafts = lax.scan(step, (hidden, token, cache, text_state), jnp.arange(num_speculative_tokens))
-    return drafts.T, cache
+    carry, (drafts, logits) = lax.scan(step, (hidden, token, cache, text_state), jnp.arange(num_speculative_tokens))
+    return drafts.T, carry[2], None if logits is None else logits.swapaxes(0, 1)
 
 
 def sync_mtp_cache(
@@ -211,3 +258,17 @@ def sync_mtp_cache(
     start = cache.length - cache.mtp_start_pos
     positions = make_positions(model.cfg, start, k, jnp.where(inactive, k, 0), kv_len=cache.kv_len)
     return model.mtp_sync(hidden[:, :k], drafts, cache, positions)
+
+
+def sync_last_row(
+    model: Model, hidden: Float[Array, "B D"], token: Int[Array, " B"], inactive: Bool[Array, " B"], cache: Cache
+) -> Cache:
+    """Write the MTP head's keys and values of the last committed row, as the first step of `draft` does.
+
+    Args:
+        hidden: of that row, after the final norm.
+        token: the token that follows it.
+    """
+    start = cache.length - cache.mtp_start_pos - 1
+    positions = make_positions(model.cfg, start, 1, inactive.astype(jnp.int32), kv_len=cache.kv_len)
+    return model.mtp_sync(hidden[:, None], token[:, None], cache, positions)

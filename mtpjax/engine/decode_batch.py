@@ -14,13 +14,17 @@ from mtpjax.decoding.logprobs import LogprobsSpec, TokenLogprobs
 from mtpjax.decoding.penalties import Penalties, TokenCounts, round_to_bfloat16
 from mtpjax.decoding.sampling import MAX_STOP_TOKENS, BatchSamplingParams, TruncationParams
 from mtpjax.decoding.speculative import DecodeState
+from mtpjax.engine.depth import DepthController
 from mtpjax.engine.model_runner import ModelRunner
 from mtpjax.engine.request import Request
 from mtpjax.engine.request_logprobs import logprobs_of_slots, logprobs_spec
 from mtpjax.engine.scheduler import PrefillGroup
+from mtpjax.engine.slot_depths import SlotDepths
 from mtpjax.engine.stack_automata import initial_automaton_state, stack_automata
 from mtpjax.engine.stack_constraints import no_recent_tokens, stack_constraints
 from mtpjax.model.cache import Cache
+
+NO_LIMIT = np.iinfo(np.int32).max  # drafts of a request that allows any number
 
 
 class DecodedTokens(NamedTuple):
@@ -47,12 +51,16 @@ class SlotFigures(NamedTuple):
         stopped: whether a stop token ended it, `[B]`.
         num_steps: steps that it took part in, `[B]`.
         accepted: steps in which the draft at each of k positions was accepted, `[B, k]`.
+        num_drafts: steps that drafted, `[B]`.
+        num_draft_tokens: tokens that were drafted, `[B]`.
     """
 
     finished: np.ndarray
     stopped: np.ndarray
     num_steps: np.ndarray
     accepted: np.ndarray
+    num_drafts: np.ndarray
+    num_draft_tokens: np.ndarray
 
 
 class DecodeBatch:
@@ -61,9 +69,18 @@ class DecodeBatch:
     In a static batch, `prefill_batch` is `num_slots` and prompts are read into the cache of the batch itself, which is
     made anew each time. Otherwise they are read into a cache of their own, out of which they are copied into their
     slots while the other slots keep theirs. It stays until the next prompts are read, if their group says so.
+
+    `depths` chooses how many tokens a call drafts; None: no one does.
     """
 
-    def __init__(self, runner: ModelRunner, num_slots: int, prefill_batch: int, static_batch: bool | None = None):
+    def __init__(
+        self,
+        runner: ModelRunner,
+        num_slots: int,
+        prefill_batch: int,
+        static_batch: bool | None = None,
+        depths: DepthController | None = None,
+    ):
         self.runner, self.num_slots, self.prefill_batch = runner, num_slots, prefill_batch
         self.static_batch = prefill_batch == num_slots if static_batch is None else static_batch
         self.state: DecodeState | None = None  # made by the first prefill
@@ -71,7 +88,8 @@ class DecodeBatch:
         self._kept: tuple[Cache, Array] | None = None  # prompts that the next group has too, and their hidden states
         self._requests: Sequence[Request | None] = [None] * num_slots
         self._logprobs: LogprobsSpec | None = None  # what the loop computes for these requests
-        self._begun: set[tuple[Any, ...]] = set()  # parts whose programs have been begun
+        self._begun: set[tuple[Any, ...]] = set()  # parts, and depths, whose programs have been begun
+        self._depths = SlotDepths(runner.num_speculative_tokens, num_slots, depths)
 
     def prefill(self, group: PrefillGroup, requests_by_slot: Sequence[Request | None]) -> float:
         """Read the prompts of a group and start its requests in their slots.
@@ -87,6 +105,7 @@ class DecodeBatch:
         self._params = self._stack(requests_by_slot)
         self._requests = requests_by_slot
         self._logprobs = logprobs_spec(requests_by_slot, runner)
+        self._depths.start(requests_by_slot, group.slots)
         if static_batch:
             self.state = None  # frees its cache before the next one is made
         elif self.state is None:
@@ -105,7 +124,8 @@ class DecodeBatch:
         # The last prompt token is the loop's first input, so a prompt program never needs the LM head.
         prompts = [prompt[:-1] for prompt in group.prompts]
         if any(state.request.max_tokens for state in group.states):
-            self._begin_decode(cache)
+            for depth in self._depths.first_depths():
+                self._begin_decode(cache, depth)
         prompts += [()] * (self.prefill_batch - len(prompts))
         mtp_prompt_tokens = runner.mtp_prompt_tokens if runner.num_speculative_tokens else None
         cache, hidden, _ = runner.prefill(prompts, cache=cache, mtp_prompt_tokens=mtp_prompt_tokens)
@@ -117,9 +137,14 @@ class DecodeBatch:
         jax.block_until_ready(self.state)
         return runner.seconds_without_compile() - start
 
-    def _begin_decode(self, cache: Cache) -> None:
-        """Make the programs that follow the prompts, whose cache is `cache`, ready while the prompts are read."""
-        parts = (*initial_text_state([None], self._params, 1).parts, *self._params.parts, self._logprobs)
+    def _begin_decode(self, cache: Cache, depth: int | None = None) -> None:
+        """Make the programs that follow the prompts, whose cache is `cache`, ready while the prompts are read.
+
+        `depth` is the number of tokens that a step drafts; None: the runner's.
+        """
+        depth = self.runner.num_speculative_tokens if depth is None else depth
+        params = self._params_at(depth)
+        parts = (*initial_text_state([None], params, 1).parts, *params.parts, self._logprobs, depth)
         if parts in self._begun:
             return
         self._begun.add(parts)
@@ -130,9 +155,15 @@ class DecodeBatch:
 
         new = shapes(cache, self.prefill_batch)
         if self.state is None:
-            self.runner.begin_decode(new, self._params, logprobs=self._logprobs)
+            self.runner.begin_decode(new, params, None, self._logprobs, depth)
         else:
-            self.runner.begin_decode(shapes(self.state.cache, self.num_slots), self._params, new, self._logprobs)
+            self.runner.begin_decode(shapes(self.state.cache, self.num_slots), params, new, self._logprobs, depth)
+
+    def _params_at(self, depth: int) -> BatchSamplingParams:
+        """Return the parameters of a call of this depth; limits on drafts only if one counts."""
+        if self._depths.has_limits(depth):
+            return self._params
+        return self._params.replace(num_speculative_tokens=None)
 
     def decode(self, return_when_finished: int, step_limit: int | None = None) -> DecodedTokens:
         """Advance all slots by one call of the loop, which returns early when `return_when_finished` slots are done.
@@ -140,20 +171,30 @@ class DecodeBatch:
         With `step_limit`, it makes no more than so many steps.
         """
         state = self._started()
+        choice = self._depths.choose(state, step_limit)
+        params = self._params_at(choice.depth)
         steps_before, start = np.array(state.num_steps), self.runner.seconds_without_compile()
-        result = self.runner.decode(state, self._params, return_when_finished, step_limit, self._logprobs)
+        result = self.runner.decode(
+            state, params, return_when_finished, choice.step_limit, self._logprobs, choice.depth
+        )
         self.state = result.state
         seconds = self.runner.seconds_without_compile() - start
-        num_steps = int(np.max(np.asarray(self.state.num_steps) - steps_before))
+        steps = np.asarray(self.state.num_steps) - steps_before
+        self._depths.observe(choice.depth, steps, self.state, seconds)
         tokens = [row[:count].tolist() for row, count in zip(result.tokens, result.num_tokens, strict=True)]
         logprobs = logprobs_of_slots(result.logprobs, self._requests, result.num_tokens)
-        return DecodedTokens(tokens, num_steps, seconds, logprobs)
+        return DecodedTokens(tokens, int(np.max(steps)), seconds, logprobs)
 
     def figures(self) -> SlotFigures:
         """Copy what is known of each slot from the device."""
         state = self._started()
         return SlotFigures(
-            *map(np.asarray, (state.finished, state.stopped, state.num_steps, state.num_accepted_per_pos))
+            finished=np.asarray(state.finished),
+            stopped=np.asarray(state.stopped),
+            num_steps=np.asarray(state.num_steps),
+            accepted=np.asarray(state.num_accepted_per_pos),
+            num_drafts=self._depths.num_drafts,
+            num_draft_tokens=self._depths.num_draft_tokens,
         )
 
     def finish(self, slots: Sequence[int]) -> None:
@@ -250,12 +291,16 @@ def stack_requests(requests: Sequence[Request | None]) -> BatchSamplingParams:
             "frequency": column(lambda r: round_to_bfloat16(r.frequency_penalty), np.float32),
             "repetition": column(lambda r: r.repetition_penalty, np.float32, 1.0),
         }
-    columns, truncation, penalties = jax.device_put((columns, truncation, penalties))
+    limits = None
+    if any(r is not None and r.num_speculative_tokens is not None for r in requests):
+        limits = column(lambda r: NO_LIMIT if r.num_speculative_tokens is None else r.num_speculative_tokens, np.int32)
+    columns, truncation, penalties, limits = jax.device_put((columns, truncation, penalties, limits))
     return BatchSamplingParams(
         **columns,
         truncation=TruncationParams(**truncation),
         penalties=None if penalties is None else Penalties(**penalties),
         automata=stack_automata([None if r is None else r.automaton for r in requests]),
+        num_speculative_tokens=limits,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from mtpjax.engine.decode_batch import DecodeBatch
+from mtpjax.engine.depth import DepthController
 from mtpjax.engine.live_requests import LiveRequests
 from mtpjax.engine.model_runner import ModelRunner
 from mtpjax.engine.request import Request, RequestState
@@ -34,10 +35,12 @@ class Engine:
         num_prompt_tokens: prompt tokens read so far; those of a prompt that requests share count once.
         prefill_seconds, decode_seconds: spent so far in prefills and in the decode loop, without compilation.
         slot_steps: steps of the decode loop times its slots, whether or not a slot had a request.
+        depths: what chooses how many tokens are drafted; None: no one does.
     """
 
     def __init__(self, runner: ModelRunner, *, max_prefill_seqs: int | None = None):
         self.runner, self.max_prefill_seqs = runner, max_prefill_seqs
+        self.depths = None if runner.auto_depths is None else DepthController(runner.auto_depths)
         self.num_prompt_tokens = self.slot_steps = 0
         self.prefill_seconds = self.decode_seconds = 0.0
 
@@ -91,7 +94,7 @@ class Engine:
         """
         live = requests if isinstance(requests, LiveRequests) else None
         scheduler = Scheduler(requests, num_slots, max_prefill_seqs=self.max_prefill_seqs, lookahead=lookahead)
-        batch = DecodeBatch(self.runner, num_slots, scheduler.prefill_batch, scheduler.static_batch)
+        batch = DecodeBatch(self.runner, num_slots, scheduler.prefill_batch, scheduler.static_batch, self.depths)
         step_limit: int | None = STEPS_OF_FIRST_CALL
         while True:
             if live is not None:
@@ -142,4 +145,8 @@ def _finished(scheduler: Scheduler, batch: DecodeBatch) -> Iterator[RequestState
             state.stopped = bool(figures.stopped[slot]) and not state.ended_by_host
             state.num_steps = int(figures.num_steps[slot])
             state.num_accepted_tokens_per_pos = figures.accepted[slot].tolist()
+            state.num_drafts, state.num_draft_tokens = (
+                int(figures.num_drafts[slot]),
+                int(figures.num_draft_tokens[slot]),
+            )
             yield state

@@ -74,6 +74,7 @@ class ModelRunner:
             makes its programs anew each time.
         max_logprobs: most probable tokens of a row that a request can ask for.
         logprobs_mode: one of `mtpjax.decoding.logprobs.LOGPROBS_MODES`.
+        auto_depths: depths that the engine chooses among in the middle of a text, ascending; None: it does not choose.
 
     Attributes:
         model: the weights in the layout of the device.
@@ -100,6 +101,7 @@ class ModelRunner:
         program_cache: ProgramCache | None = None,
         max_logprobs: int = 20,
         logprobs_mode: str = RAW,
+        auto_depths: tuple[int, ...] | None = None,
     ):
         self.model = optimize_for_cpu(model)
         self.num_speculative_tokens, self.max_model_len = num_speculative_tokens, max_model_len
@@ -108,7 +110,7 @@ class ModelRunner:
         self.cache_dtype, self.kv_len = cache_dtype, padded_kv_length(max_model_len, num_speculative_tokens + 1)
         self.prefill_buckets = usable_buckets(prefill_buckets, max_model_len)
         self.max_steps_per_call, self.mtp_prompt_tokens = max_steps_per_call, mtp_prompt_tokens
-        self.drafter, self.acceptance = drafter, acceptance
+        self.drafter, self.acceptance, self.auto_depths = drafter, acceptance, auto_depths
         self.programs = Programs(compile_fn, program_cache)
         self.max_logprobs, self.logprobs_mode = min(max_logprobs, self.vocab_size), logprobs_mode
 
@@ -204,6 +206,7 @@ class ModelRunner:
         return_when_finished: int,
         step_limit: int | None = None,
         logprobs: LogprobsSpec | None = None,
+        depth: int | None = None,
     ) -> DecodeResult:
         """Run the decode loop until `return_when_finished` slots are done, for at most `max_steps_per_call` steps.
 
@@ -213,11 +216,12 @@ class ModelRunner:
             return_when_finished: number of slots that are done, free ones included, at which the loop returns.
             step_limit: fewer steps than `max_steps_per_call`, if given.
             logprobs: which log-probabilities are computed; None: none.
+            depth: tokens drafted in a step; None: `num_speculative_tokens`.
 
         Returns:
             the state on the device; tokens, their numbers and their log-probabilities on the host.
         """
-        result = self._run(*self._decode_program(state, params, return_when_finished, step_limit, logprobs))
+        result = self._run(*self._decode_program(state, params, return_when_finished, step_limit, logprobs, depth))
         return DecodeResult(result.state, *jax.tree.map(np.asarray, result[1:]))
 
     def insert(self, state: DecodeState, new: DecodeState, rows: Sequence[int], slots: Sequence[int]) -> DecodeState:
@@ -237,6 +241,7 @@ class ModelRunner:
         params: BatchSamplingParams,
         new: DecodeState | None = None,
         logprobs: LogprobsSpec | None = None,
+        depth: int | None = None,
     ) -> None:
         """Make the programs of `decode` and, with `new`, of `insert` ready while something else runs.
 
@@ -244,11 +249,11 @@ class ModelRunner:
             state: arrays, or their shapes, of all slots.
             params: settings of the requests in the slots.
             new: arrays, or their shapes, of the batch that prompts are read in.
-            logprobs: as for `decode`.
+            logprobs, depth: as for `decode`.
         """
         if new is not None:
             self.programs.begin(*self._insert_program(state, new, (), ()))
-        self.programs.begin(*self._decode_program(state, params, 0, logprobs=logprobs))
+        self.programs.begin(*self._decode_program(state, params, 0, None, logprobs, depth))
 
     def _decode_program(
         self,
@@ -257,20 +262,25 @@ class ModelRunner:
         return_when_finished: int,
         step_limit: int | None = None,
         logprobs: LogprobsSpec | None = None,
+        depth: int | None = None,
     ) -> tuple[ProgramName, Step, tuple[Any, ...]]:
+        depth = self.num_speculative_tokens if depth is None else depth
         step = partial(
             jit_step,
             decode,
             graph=self.model.graph,
-            num_speculative_tokens=self.num_speculative_tokens,
+            num_speculative_tokens=depth,
             max_steps=self.max_steps_per_call,
             vocab_size=self.vocab_size,
             drafter=self.drafter,
             acceptance=self.acceptance,
             logprobs=logprobs,
+            sync_without_drafts=depth == 0 and self.auto_depths is not None,
         )
         parts = (*state.text_state.parts, *params.parts, *(("logprobs", *logprobs) if logprobs else ()))
         name = ("decode", len(state.token), *parts)
+        if depth != self.num_speculative_tokens:
+            name += ("depth", depth)
         limits = (return_when_finished, self.max_steps_per_call if step_limit is None else step_limit)
         return name, step, (self.model.params, state, params, *(np.array(limit, np.int32) for limit in limits))
 

@@ -32,6 +32,7 @@ class Request:
         automaton: which tokens may follow, for a structured output; None: all.
         text_options: how its text is made of its tokens.
         make_reader: makes what reads its tokens as they come; None: nobody needs its text before it is finished.
+        num_speculative_tokens: drafts of a step at most; None: as many as the others.
     """
 
     index: int
@@ -59,6 +60,7 @@ class Request:
     automaton: TokenAutomaton | None = None
     text_options: TextOptions = TextOptions()
     make_reader: Callable[[], TextReader] | None = field(default=None, compare=False, repr=False)
+    num_speculative_tokens: int | None = None
 
     @property
     def has_penalties(self) -> bool:
@@ -86,6 +88,8 @@ class RequestState:
         logprobs: of the tokens, on the host, one part after the other; empty if the request asks for none.
         aborted: somebody ended it before its time.
         reader: of `Request.make_reader`.
+        num_drafts: steps that drafted for it.
+        num_draft_tokens: tokens that were drafted for it.
     """
 
     request: Request
@@ -112,6 +116,9 @@ class RequestState:
         if logprobs is not None:
             self.logprobs.append(TokenLogprobs(*(array[: len(tokens)] for array in logprobs)))
         return tokens
+
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
 
     @property
     def stop_string(self) -> str | None:

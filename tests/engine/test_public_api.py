@@ -48,6 +48,7 @@ def test_the_signatures_are_those_of_the_documentation() -> None:
         "program_cache": "auto",
         "max_logprobs": 20,
         "logprobs_mode": "raw_logprobs",
+        "max_speculative_tokens": None,
     }
     assert {name: value for name, value in defaults.items() if name not in ("drafter", "compile_fn")} == expected
     chat = inspect.signature(LLM.chat).parameters

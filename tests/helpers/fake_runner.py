@@ -47,6 +47,7 @@ class FakeRunner:
     """
 
     mtp_prompt_tokens, padded_vocab_size, compile_seconds, num_programs = None, VOCAB, 0.0, 0
+    auto_depths = None
 
     def __init__(self, num_speculative_tokens: int, max_steps_per_call: int):
         self.num_speculative_tokens, self.max_steps_per_call = num_speculative_tokens, max_steps_per_call
@@ -63,7 +64,9 @@ class FakeRunner:
     def zero_hidden(self, batch: int) -> Any:
         return np.zeros((batch, 1), np.float32)
 
-    def begin_decode(self, state: Any, params: BatchSamplingParams, new: Any = None, logprobs: Any = None) -> None:
+    def begin_decode(
+        self, state: Any, params: BatchSamplingParams, new: Any = None, logprobs: Any = None, depth: int | None = None
+    ) -> None:
         pass
 
     def prefill(self, prompts: Sequence[tuple[int, ...]], *, cache: Any, mtp_prompt_tokens: int | None) -> Any:
@@ -81,6 +84,7 @@ class FakeRunner:
         return_when_finished: int,
         step_limit: int | None = None,
         logprobs: Any = None,
+        depth: int | None = None,
     ) -> Any:
         state, params = jax.tree.map(np.asarray, (state, params))
         batch, width = len(state.token), self.num_speculative_tokens + 1
