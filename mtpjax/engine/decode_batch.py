@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,14 +10,15 @@ import numpy as np
 from jax import Array
 
 from mtpjax.decoding.logits_processors import TextState
-from mtpjax.decoding.logprobs import LogprobsSpec, TokenLogprobs
+from mtpjax.decoding.logprobs import TokenLogprobs
 from mtpjax.decoding.penalties import Penalties, TokenCounts, round_to_bfloat16
 from mtpjax.decoding.sampling import MAX_STOP_TOKENS, BatchSamplingParams, TruncationParams
 from mtpjax.decoding.speculative import DecodeState
+from mtpjax.engine.batch_parts import PLAIN, BatchParts, choose_parts, parts_of
 from mtpjax.engine.depth import DepthController
 from mtpjax.engine.model_runner import ModelRunner
 from mtpjax.engine.request import Request
-from mtpjax.engine.request_logprobs import logprobs_of_slots, logprobs_spec
+from mtpjax.engine.request_logprobs import logprobs_of_slots
 from mtpjax.engine.scheduler import PrefillGroup
 from mtpjax.engine.slot_depths import SlotDepths
 from mtpjax.engine.stack_automata import initial_automaton_state, stack_automata
@@ -84,27 +85,34 @@ class DecodeBatch:
         self.runner, self.num_slots, self.prefill_batch = runner, num_slots, prefill_batch
         self.static_batch = prefill_batch == num_slots if static_batch is None else static_batch
         self.state: DecodeState | None = None  # made by the first prefill
+        self._parts: BatchParts | None = None  # of the program that runs the batch
         self._params = self._stack([None] * num_slots)
         self._kept: tuple[Cache, Array] | None = None  # prompts that the next group has too, and their hidden states
         self._requests: Sequence[Request | None] = [None] * num_slots
-        self._logprobs: LogprobsSpec | None = None  # what the loop computes for these requests
         self._begun: set[tuple[Any, ...]] = set()  # parts, and depths, whose programs have been begun
         self._depths = SlotDepths(runner.num_speculative_tokens, num_slots, depths)
 
-    def prefill(self, group: PrefillGroup, requests_by_slot: Sequence[Request | None]) -> float:
+    def prefill(
+        self, group: PrefillGroup, requests_by_slot: Sequence[Request | None], waiting: Iterable[Request] = ()
+    ) -> float:
         """Read the prompts of a group and start its requests in their slots.
 
         Args:
             group: what to read, and the slots that it goes to.
             requests_by_slot: the requests of all slots, with those of the group.
+            waiting: requests that come later. A program that can serve them, too, saves the next one.
 
         Returns:
             seconds, synchronised with the device, without compilation.
         """
         runner, static_batch = self.runner, self.static_batch
+        made = runner.batch_parts.setdefault(self.num_slots, [])
+        needed = parts_of(requests_by_slot, waiting, runner.max_logprobs, runner.logprobs_mode)
+        self._parts = choose_parts(needed, self._parts, made)
+        if self._parts not in made:
+            made.append(self._parts)
         self._params = self._stack(requests_by_slot)
         self._requests = requests_by_slot
-        self._logprobs = logprobs_spec(requests_by_slot, runner)
         self._depths.start(requests_by_slot, group.slots)
         if static_batch:
             self.state = None  # frees its cache before the next one is made
@@ -143,8 +151,8 @@ class DecodeBatch:
         `depth` is the number of tokens that a step drafts; None: the runner's.
         """
         depth = self.runner.num_speculative_tokens if depth is None else depth
-        params = self._params_at(depth)
-        parts = (*initial_text_state([None], params, 1).parts, *params.parts, self._logprobs, depth)
+        params, logprobs = self._params_at(depth), self._parts.logprobs if self._parts else None
+        parts = (*initial_text_state([None], params, 1).parts, *params.parts, logprobs, depth)
         if parts in self._begun:
             return
         self._begun.add(parts)
@@ -155,9 +163,9 @@ class DecodeBatch:
 
         new = shapes(cache, self.prefill_batch)
         if self.state is None:
-            self.runner.begin_decode(new, params, None, self._logprobs, depth)
+            self.runner.begin_decode(new, params, None, logprobs, depth)
         else:
-            self.runner.begin_decode(shapes(self.state.cache, self.num_slots), params, new, self._logprobs, depth)
+            self.runner.begin_decode(shapes(self.state.cache, self.num_slots), params, new, logprobs, depth)
 
     def _params_at(self, depth: int) -> BatchSamplingParams:
         """Return the parameters of a call of this depth; limits on drafts only if one counts."""
@@ -174,9 +182,8 @@ class DecodeBatch:
         choice = self._depths.choose(state, step_limit)
         params = self._params_at(choice.depth)
         steps_before, start = np.array(state.num_steps), self.runner.seconds_without_compile()
-        result = self.runner.decode(
-            state, params, return_when_finished, choice.step_limit, self._logprobs, choice.depth
-        )
+        spec = self._parts.logprobs if self._parts else None
+        result = self.runner.decode(state, params, return_when_finished, choice.step_limit, spec, choice.depth)
         self.state = result.state
         seconds = self.runner.seconds_without_compile() - start
         steps = np.asarray(self.state.num_steps) - steps_before
@@ -224,8 +231,7 @@ class DecodeBatch:
         self.state = state
 
     def _stack(self, requests: Sequence[Request | None]) -> BatchSamplingParams:
-        constraints = stack_constraints(requests, self.runner.padded_vocab_size)
-        return stack_requests(requests).replace(constraints=constraints)
+        return stack_requests(requests, self.runner.padded_vocab_size, self._parts or PLAIN)
 
     def _padded(self, requests: Sequence[Request]) -> list[Request | None]:
         return [*requests, *[None] * (self.prefill_batch - len(requests))]
@@ -263,8 +269,17 @@ class DecodeBatch:
         return initial_text_state(requests, self._params, self.runner.padded_vocab_size)
 
 
-def stack_requests(requests: Sequence[Request | None]) -> BatchSamplingParams:
-    """Put the settings of the requests in B slots side by side; penalties are None if no request has any."""
+def stack_requests(
+    requests: Sequence[Request | None], padded_vocab_size: int = 0, parts: BatchParts | None = None
+) -> BatchSamplingParams:
+    """Put the settings of the requests in B slots side by side.
+
+    Args:
+        requests: of B slots.
+        padded_vocab_size: number of logits V of a row; plain sampling does not need it.
+        parts: of the program; they cover what the requests need. None: just that.
+    """
+    parts = parts_of(requests) if parts is None else parts
 
     def column(get: Callable[[Request], float], dtype: Any, free: float = 0.0) -> np.ndarray:
         return np.array([free if r is None else get(r) for r in requests], dtype)
@@ -285,7 +300,7 @@ def stack_requests(requests: Sequence[Request | None]) -> BatchSamplingParams:
         "min_p": column(lambda r: r.min_p, np.float32),
     }
     penalties = None
-    if any(r is not None and r.has_penalties for r in requests):
+    if parts.penalties:
         penalties = {
             "presence": column(lambda r: r.presence_penalty, np.float32),
             "frequency": column(lambda r: round_to_bfloat16(r.frequency_penalty), np.float32),
@@ -299,7 +314,10 @@ def stack_requests(requests: Sequence[Request | None]) -> BatchSamplingParams:
         **columns,
         truncation=TruncationParams(**truncation),
         penalties=None if penalties is None else Penalties(**penalties),
-        automata=stack_automata([None if r is None else r.automaton for r in requests]),
+        constraints=stack_constraints(requests, padded_vocab_size, parts),
+        automata=stack_automata(
+            [None if r is None else r.automaton for r in requests], parts.automata, padded_vocab_size
+        ),
         num_speculative_tokens=limits,
     )
 

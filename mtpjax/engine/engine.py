@@ -104,7 +104,7 @@ class Engine:
                     yield from scheduler.abort(aborted)
                     yield from _finished(scheduler, batch)
             while group := scheduler.admit():
-                seconds = batch.prefill(group, scheduler.requests_by_slot)
+                seconds = batch.prefill(group, scheduler.requests_by_slot, scheduler.waiting)
                 self.prefill_seconds += seconds
                 self.num_prompt_tokens += 0 if group.is_read else sum(map(len, group.prompts))
                 for state in group.states:

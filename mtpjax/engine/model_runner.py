@@ -26,6 +26,7 @@ from mtpjax.decoding.speculative import (
     mtp_drafter,
 )
 from mtpjax.decoding.steps import FORWARD_HIDDEN_DONATED, PREFILL_DONATED, forward_hidden, prefill
+from mtpjax.engine.batch_parts import BatchParts
 from mtpjax.engine.program_cache import ProgramCache
 from mtpjax.engine.programs import CompileFn, ProgramName, Programs, Step, compile_ahead
 from mtpjax.engine.prompt_chunks import PREFILL_BUCKETS, PromptChunk, split_prompts, usable_buckets
@@ -82,6 +83,7 @@ class ModelRunner:
         kv_len: positions of keys and values in a cache.
         prefill_buckets: lengths of prompt chunks in use, ascending.
         programs: the compiled programs.
+        batch_parts: by number of slots, the parts that programs of the loop have been made for.
     """
 
     def __init__(
@@ -112,6 +114,7 @@ class ModelRunner:
         self.max_steps_per_call, self.mtp_prompt_tokens = max_steps_per_call, mtp_prompt_tokens
         self.drafter, self.acceptance, self.auto_depths = drafter, acceptance, auto_depths
         self.programs = Programs(compile_fn, program_cache)
+        self.batch_parts: dict[int, list[BatchParts]] = {}
         self.max_logprobs, self.logprobs_mode = min(max_logprobs, self.vocab_size), logprobs_mode
 
     @property

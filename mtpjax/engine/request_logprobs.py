@@ -9,25 +9,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from mtpjax.decoding.logprobs import LogprobsSpec, TokenLogprobs, prompt_logprobs
+from mtpjax.decoding.logprobs import TokenLogprobs, prompt_logprobs
 from mtpjax.decoding.output_rows import NO_ROWS
 from mtpjax.decoding.steps import prefill
+from mtpjax.engine.batch_parts import num_top_size
 from mtpjax.engine.model_runner import ModelRunner, jit_step
 from mtpjax.engine.prompt_chunks import split_prompts
 from mtpjax.engine.request import Request
-
-NUM_TOP_SIZES = (0, 5, 20)  # and `max_logprobs`: a program is compiled for each one in use
-
-
-def num_top_size(num_top: int, max_logprobs: int) -> int:
-    """Return the number of most probable tokens that a program computes where `num_top` of them are asked for."""
-    return min(size for size in (*NUM_TOP_SIZES, max_logprobs) if num_top <= size <= max_logprobs)
-
-
-def logprobs_spec(requests: Sequence[Request | None], runner: ModelRunner) -> LogprobsSpec | None:
-    """Return what the loop computes for these requests; None if none of them asks for log-probabilities."""
-    asked = [r.logprobs for r in requests if r is not None and r.logprobs is not None]
-    return LogprobsSpec(num_top_size(max(asked), runner.max_logprobs), runner.logprobs_mode) if asked else None
 
 
 def logprobs_of_slots(

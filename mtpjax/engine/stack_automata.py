@@ -10,22 +10,24 @@ import numpy as np
 from jax import Array
 
 from mtpjax.decoding.automaton import Automata, AutomatonState
+from mtpjax.engine.batch_parts import AutomataSize
 from mtpjax.text.token_automaton import TokenAutomaton
 
-# A program is compiled for each combination of sizes in use: powers of these, at least these.
-_ROWS, _ENTRIES = 8, 4096
-_ROWS_STEP, _ENTRIES_STEP = 8, 4
 
+def stack_automata(
+    automata: Sequence[TokenAutomaton | None], size: AutomataSize | None, padded_vocab_size: int
+) -> Automata | None:
+    """Put the automata of B slots side by side.
 
-def stack_automata(automata: Sequence[TokenAutomaton | None]) -> Automata | None:
-    """Put the automata of B slots side by side; None if no slot has one.
-
-    The number of automata is rounded up to 2, 8, 64, 512, ..., and that of entries in the table to a power of 4.
+    Args:
+        automata: of the slots; None: the slot's request may have any token.
+        size: of the arrays, with room for them; None: the program has no automata.
+        padded_vocab_size: number of logits of a row.
     """
-    different = tuple(sorted({a for a in automata if a is not None}, key=id))
-    if not different:
+    if size is None:
         return None
-    class_of_token, table = _tables(different)
+    different = tuple(sorted({a for a in automata if a is not None}, key=id))
+    class_of_token, table = _tables(different, size, padded_vocab_size)
     starts = np.cumsum([1] + [a.next_state.size for a in different])
     place = {a: (i + 1, starts[i]) for i, a in enumerate(different)}
     rows = [(0, 0) if a is None else place[a] for a in automata]
@@ -39,27 +41,18 @@ def initial_automaton_state(batch: int) -> AutomatonState:
 
 
 @lru_cache(maxsize=2)
-def _tables(automata: tuple[TokenAutomaton, ...]) -> tuple[Array, Array]:
+def _tables(automata: tuple[TokenAutomaton, ...], size: AutomataSize, vocab_size: int) -> tuple[Array, Array]:
     """Return the classes and the table of some automata on the device, behind those of one that allows everything.
 
     They are kept, because requests that follow one another mostly have the same automata.
     """
-    num_rows = 2 if len(automata) == 1 else _at_least(len(automata) + 1, _ROWS, _ROWS_STEP)
-    num_entries = _at_least(1 + sum(a.next_state.size for a in automata), _ENTRIES, _ENTRIES_STEP)
-    classes = np.zeros((num_rows, len(automata[0].class_of_token)), np.int16)
-    table, start = np.full(num_entries, -1, np.int32), 1
+    classes = np.zeros((size.rows, vocab_size), np.int16)
+    table, start = np.full(size.entries, -1, np.int32), 1
     table[0] = 0
     for row, automaton in zip(classes[1:], automata, strict=False):
         row[:] = automaton.class_of_token
         next_state = automaton.next_state
-        size, num_classes = next_state.size, next_state.shape[1]
-        table[start : start + size] = np.where(next_state < 0, -1, next_state * num_classes).reshape(-1)
-        start += size
+        end = start + next_state.size
+        table[start:end] = np.where(next_state < 0, -1, next_state * next_state.shape[1]).reshape(-1)
+        start = end
     return jax.device_put((classes, table))
-
-
-def _at_least(number: int, smallest: int, step: int) -> int:
-    """Return the first of smallest, smallest * step, smallest * step**2, ... that is not below `number`."""
-    while smallest < number:
-        smallest *= step
-    return smallest

@@ -8,7 +8,6 @@ import jax
 import numpy as np
 
 from mtpjax.decoding.constraints import (
-    BAD_WORD_CAPACITIES,
     MAX_BAD_WORD_TOKENS,
     NO_TOKEN,
     Constraints,
@@ -16,20 +15,24 @@ from mtpjax.decoding.constraints import (
     RecentTokens,
 )
 from mtpjax.decoding.sampling import MAX_STOP_TOKENS
+from mtpjax.engine.batch_parts import BatchParts
 from mtpjax.engine.request import Request
 
 MAX_EARLY_STOP_TOKENS = 2 * MAX_STOP_TOKENS  # stop tokens of a request, and those that it ignores
 
 
-def stack_constraints(requests: Sequence[Request | None], padded_vocab_size: int) -> Constraints | None:
-    """Put the constraints of the requests in B slots side by side; None if no request has any.
+def stack_constraints(
+    requests: Sequence[Request | None], padded_vocab_size: int, parts: BatchParts
+) -> Constraints | None:
+    """Put the constraints of the requests in B slots side by side; None if the program has no part for any.
 
     Args:
         requests: of B slots.
         padded_vocab_size: number of logits V of a row.
+        parts: of the program; they cover what the requests need.
     """
     bias = forbidden = None
-    if any(r is not None and (r.logit_bias or r.allowed_token_ids) for r in requests):
+    if parts.bias:
         bias = np.zeros((len(requests), padded_vocab_size), np.float32)
         for row, request in zip(bias, requests, strict=True):
             if request is not None and request.allowed_token_ids:
@@ -37,8 +40,8 @@ def stack_constraints(requests: Sequence[Request | None], padded_vocab_size: int
                 row[list(request.allowed_token_ids)] = 0
             for token, value in () if request is None else request.logit_bias:
                 row[token] += np.float32(value)
-    if any(r is not None and (r.min_tokens or r.bad_words) for r in requests):
-        forbidden = _forbidden(requests)
+    if parts.bad_words is not None:
+        forbidden = _forbidden(requests, parts.bad_words)
     if bias is None and forbidden is None:
         return None
     bias, forbidden = jax.device_put((bias, forbidden))
@@ -52,11 +55,7 @@ def no_recent_tokens(batch: int) -> RecentTokens:
     return RecentTokens(tokens=tokens, num_tokens=num_tokens)
 
 
-def _forbidden(requests: Sequence[Request | None]) -> dict[str, np.ndarray]:
-    words_of_slots = [() if request is None else request.bad_words for request in requests]
-    most = max(map(len, words_of_slots))
-    longest = max((len(word) for words in words_of_slots for word in words), default=0)
-    capacity = next(c for c in BAD_WORD_CAPACITIES if most <= c[0] and longest <= c[1])
+def _forbidden(requests: Sequence[Request | None], capacity: tuple[int, int]) -> dict[str, np.ndarray]:
     min_tokens = np.zeros(len(requests), np.int32)
     stop_token_ids = np.full((len(requests), MAX_EARLY_STOP_TOKENS), NO_TOKEN, np.int32)
     bad_words = np.full((len(requests), *capacity), NO_TOKEN, np.int32)

@@ -22,6 +22,7 @@ from mtpjax.decoding.constraints import (
 )
 from mtpjax.decoding.logits_processors import TextState
 from mtpjax.decoding.output_rows import OutputRows
+from mtpjax.engine.batch_parts import parts_of
 from mtpjax.engine.decode_batch import stack_requests
 from mtpjax.engine.engine import Engine
 from mtpjax.engine.request import Request
@@ -103,7 +104,7 @@ def test_logits_are_those_of_transformers(seed: int) -> None:
     """Every row of a window, for texts shorter and longer than the history."""
     pytest.importorskip("transformers", reason="the oracle is transformers, which is not installed")
     requests, texts, drafts, logits = example(seed, 12, 50)
-    constraints, state = stack_constraints(requests, 50), text_state(texts)
+    constraints, state = stack_constraints(requests, 50, parts_of(requests)), text_state(texts)
     got = np.asarray(apply_constraints(jnp.asarray(logits), constraints, state, jnp.asarray(drafts)))
     num_forbidden = 0
     for b, request in enumerate(requests):
@@ -116,7 +117,7 @@ def test_logits_are_those_of_transformers(seed: int) -> None:
 
 def test_a_row_after_drafts_is_the_first_row_of_a_longer_text() -> None:
     requests, texts, drafts, logits = example(1, 12, 50)
-    constraints = stack_constraints(requests, 50)
+    constraints = stack_constraints(requests, 50, parts_of(requests))
     window = apply_constraints(jnp.asarray(logits), constraints, text_state(texts), jnp.asarray(drafts))
     for r in range(NUM_DRAFTS + 1):
         longer = text_state([text + drafts[b, :r].tolist() for b, text in enumerate(texts)])
@@ -130,7 +131,7 @@ def test_a_draft_head_has_the_logits_of_its_ids(count: int) -> None:
     requests, texts, drafts, logits = example(2, 12, 50)
     ids = np.sort(np.random.default_rng(count).permutation(50)[:count]).astype(np.int32)
     ids[0] = min(ids[0], 2)  # a token of texts and words
-    params = stack_requests(requests).replace(constraints=stack_constraints(requests, 50))
+    params = stack_requests(requests, 50)
     state = TextState(recent_tokens=text_state(texts))
     places = np.random.default_rng(3).integers(0, count, (12, NUM_DRAFTS)).astype(np.int32)
     places[:6] = 0
@@ -161,7 +162,9 @@ def test_allowed_tokens_hold_where_the_others_leave_nothing() -> None:
     )
     logits = jnp.asarray(np.arange(24, dtype=np.float32).reshape(1, 3, 8))
     drafts = jnp.asarray([[3, 5]], jnp.int32)
-    got = np.asarray(apply_constraints(logits, stack_constraints([request], 8), no_recent_tokens(1), drafts))[0]
+    got = np.asarray(
+        apply_constraints(logits, stack_constraints([request], 8, parts_of([request])), no_recent_tokens(1), drafts)
+    )[0]
     finite = [np.flatnonzero(np.isfinite(row)).tolist() for row in got]
     assert finite == [[3], [3, 5], [3]] and (got[1, [3, 5]] == [11, 13]).all()
 
@@ -319,7 +322,7 @@ def test_a_batch_without_constraints_has_the_program_that_it_had() -> None:
         engine.run([request], 1)
     names = [name for name in engine.runner.programs.compiled if name[0] == "decode"]
     assert names == [("decode", 1), ("decode", 1, "recent_tokens", "logit_bias", "bad_words_8x4")]
-    assert stack_constraints([free, None], VOCAB) is None and stack_requests([free]).parts == ()
+    assert stack_constraints([free, None], VOCAB, parts_of([free])) is None and stack_requests([free]).parts == ()
 
 
 def test_mixed_batches_compile_a_bounded_number_of_programs() -> None:
@@ -329,9 +332,9 @@ def test_mixed_batches_compile_a_bounded_number_of_programs() -> None:
     for number, length, min_tokens, bias in sizes:
         words = tuple((i,) * length for i in range(number))
         request = Request(0, (1,), 9, 0.0, 0, min_tokens=min_tokens, logit_bias=bias, bad_words=words)
-        constraints = stack_constraints([None, request], 128)
+        constraints = stack_constraints([None, request], 128, parts_of([None, request]))
         parts.add(() if constraints is None else constraints.parts)
     assert len(parts) == 2 * (1 + len(BAD_WORD_CAPACITIES)) == 8
     longest = Request(0, (1,), 9, 0.0, 0, bad_words=((1,) * MAX_BAD_WORD_TOKENS,) * MAX_BAD_WORDS)
-    constraints = stack_constraints([longest], VOCAB)
+    constraints = stack_constraints([longest], VOCAB, parts_of([longest]))
     assert isinstance(constraints, Constraints) and constraints.parts == ("bad_words_128x32",)

@@ -14,7 +14,8 @@ from mtpjax import LLM, CompletionOutput, Logprob, RequestOutput, SamplingParams
 from mtpjax.decoding import speculative
 from mtpjax.decoding.logprobs import PROMPT_BLOCK, LogprobsSpec, TokenLogprobs, window_logprobs
 from mtpjax.decoding.logprobs import prompt_logprobs as prompt_program
-from mtpjax.engine.request_logprobs import logprobs_of_prompts, num_top_size
+from mtpjax.engine.batch_parts import num_top_size
+from mtpjax.engine.request_logprobs import logprobs_of_prompts
 from mtpjax.model import abstract_model
 from mtpjax.model.cache import new_cache, padded_kv_length
 from tests.helpers.models import cpu_only, numpy_model, rounded_to_bfloat16, tiny_config
