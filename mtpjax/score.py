@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 
@@ -55,6 +55,12 @@ class ScoreMethods:
     max_model_len: int
     cfg: Any
     _token_ids: Callable[[str, Prompt, int], tuple[int, ...]]
+
+    @overload
+    def score(self, prompt: Prompt, continuation: Prompt) -> Score: ...  # type: ignore[overload-overlap]
+
+    @overload
+    def score(self, prompt: Iterable[Prompt], continuation: Iterable[Prompt]) -> list[Score]: ...
 
     @names_arguments
     def score(self, prompt: Prompt | Iterable[Prompt], continuation: Prompt | Iterable[Prompt]) -> Score | list[Score]:
