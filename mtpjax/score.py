@@ -67,7 +67,8 @@ class ScoreMethods:
         """Return how probable a continuation is after a prompt; for lists of both, a list of scores.
 
         Nothing is generated. Up to `max_num_seqs` pairs are read together; chunks of prompts that hold no token
-        before the continuation have no LM head. A score does not depend on the pairs beside it (in float32 on a CPU, up to 1e-5).
+        before the continuation have no LM head. A score does not depend on the pairs beside it (in float32 on a CPU,
+        up to 1e-5).
 
         Args:
             prompt: a text or token ids; or a list of them.
