@@ -98,7 +98,8 @@ def window(mode: str) -> tuple[np.ndarray, np.ndarray, TokenLogprobs]:
     raw = rows_of_logits(12)[0].reshape(4, 3, PADDED)
     processed = raw + np.float32(0.5) * (np.arange(PADDED) % 3 == 0)
     tokens = processed[..., :VOCAB].argmax(-1).astype(np.int32)
-    step = jax.jit(lambda *args: window_logprobs(LogprobsSpec(NUM_TOP, mode), *args, sampling(*SETTINGS), VOCAB))
+    spec, params = LogprobsSpec(NUM_TOP, mode), sampling(*SETTINGS)
+    step = jax.jit(lambda raw, processed, tokens: window_logprobs(spec, raw, processed, tokens, params, VOCAB))
     return raw, processed, TokenLogprobs(*map(np.asarray, step(raw, processed, tokens)))
 
 

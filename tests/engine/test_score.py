@@ -159,7 +159,9 @@ def test_a_task_runs_from_end_to_end(adapter: Any, llm: LLM) -> None:
     from datasets import Dataset
     from lm_eval.api.task import ConfigurableTask
 
-    rows = [{"q": f"w{i} w{i + 1}", "choices": [f"w{i + 2}", f"w{i + 3}"], "label": i % 2} for i in range(6)]
+    rows: list[dict[str, Any]] = [
+        {"q": f"w{i} w{i + 1}", "choices": [f"w{i + 2}", f"w{i + 3}"], "label": i % 2} for i in range(6)
+    ]
 
     task = ConfigurableTask(
         config={
@@ -176,6 +178,6 @@ def test_a_task_runs_from_end_to_end(adapter: Any, llm: LLM) -> None:
     results = evaluator.evaluate(lm=adapter, task_dict={"tiny": task}, bootstrap_iters=0, log_samples=False)
     right = 0
     for row in rows:
-        scores = [llm.score(row["q"], f" {choice}").logprob for choice in row["choices"]]  # type: ignore[attr-defined]
+        scores = [llm.score(row["q"], f" {choice}").logprob for choice in row["choices"]]
         right += int(np.argmax(scores)) == row["label"]
     assert results["results"]["tiny"]["acc,none"] == right / len(rows)
