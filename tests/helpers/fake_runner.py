@@ -48,10 +48,12 @@ class FakeRunner:
 
     mtp_prompt_tokens, padded_vocab_size, compile_seconds, num_programs = None, VOCAB, 0.0, 0
     auto_depths = None
+    max_logprobs, logprobs_mode = 20, "raw_logprobs"
 
     def __init__(self, num_speculative_tokens: int, max_steps_per_call: int):
         self.num_speculative_tokens, self.max_steps_per_call = num_speculative_tokens, max_steps_per_call
         self.prefills: list[list[tuple[int, ...]]] = []
+        self.batch_parts: dict[int, list[Any]] = {}
         self._seconds = 0.0
 
     def seconds_without_compile(self) -> float:
