@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoints import TINY
@@ -290,6 +290,7 @@ def test_the_thread_ends_with_its_owner(llm: LLM) -> None:
     assert not [thread for thread in threading.enumerate() if thread.name == "mtpjax-engine"]
 
 
+@pytest.mark.slow
 def test_two_hundred_requests_with_cancels(llm: LLM) -> None:
     """No slot is lost, nothing is compiled, and memory is flat: as many arrays and no more bytes than before."""
     rng = random.Random(0)
@@ -344,6 +345,7 @@ def test_two_hundred_requests_with_cancels(llm: LLM) -> None:
 
 
 @pytest.mark.fast
+@settings(max_examples=40)
 @given(st.integers(1, 6), st.integers(0, 3), st.none() | st.integers(1, 8), st.randoms(use_true_random=False))
 def test_requests_that_come_and_go_at_any_time(
     num_slots: int, drafts: int, max_prefill_seqs: int | None, rng: random.Random
