@@ -62,7 +62,7 @@ class LLM(ChatMethods):
         max_prefill_seqs: if there are more prompts than that, how many are read together when sequences make room;
             None: a quarter of `max_num_seqs`. They need a cache of their own beside that of `max_num_seqs` sequences.
             If it is `max_num_seqs`, there is one cache, and the next prompts wait until all sequences have ended.
-        prefill_buckets: lengths of prompt chunks; the text keeps every bit if the largest is a multiple of 64.
+        prefill_buckets: lengths of prompt chunks; the text keeps every bit if one of them is a multiple of 64.
         mtp_prompt_tokens: how many of the last prompt tokens the MTP head reads, at least 1; None: all, as the head was
             trained. With a small number the chunks before these tokens cost exactly what they cost without MTP, and
             drafting reads fewer keys. Drafts that depend on distant tokens get worse; the text stays the same.

@@ -26,7 +26,14 @@ from mtpjax.decoding.speculative import (
 from mtpjax.decoding.steps import FORWARD_HIDDEN_DONATED, PREFILL_DONATED, forward_hidden, prefill
 from mtpjax.engine.program_cache import ProgramCache
 from mtpjax.engine.programs import CompileFn, ProgramName, Programs, Step, compile_ahead
-from mtpjax.engine.prompt_chunks import PREFILL_BUCKETS, PromptChunk, split_prompts, usable_buckets
+from mtpjax.engine.prompt_chunks import (
+    PREFILL_BUCKETS,
+    PromptChunk,
+    join_rows,
+    mtp_rows_of_chunks,
+    split_prompts,
+    usable_buckets,
+)
 from mtpjax.loading.cpu_layout import optimize_for_cpu
 from mtpjax.loading.loaded_model import LoadedModel
 from mtpjax.loading.open_model import compute_dtype_of
@@ -152,7 +159,9 @@ class ModelRunner:
                 needs an empty cache, because what the head reads must have no gaps.
 
         Returns:
-            the cache, the hidden states of the last rows `[B, D]`, and for each chunk its logits, float32 `[B, R, V]`.
+            the cache, the hidden states of the last rows `[B, D]`, and the logits, float32 `[B, R, V]` of each chunk.
+            Logits of all rows are one array, in which those of each prompt are the last ones; those before them mean
+            nothing.
         """
         batch = len(prompts)
         cache = self.new_cache(batch) if cache is None else cache
@@ -161,22 +170,22 @@ class ModelRunner:
             cache = cache.replace(mtp_start_pos=jax.device_put(np.array(num_skipped, np.int32)))
         hidden, all_logits = self.zero_hidden(batch), []
 
-        def program(chunk: PromptChunk) -> tuple[ProgramName, Step, tuple[Any, ...]]:
+        def program(chunk: PromptChunk, mtp_rows: int | None) -> tuple[ProgramName, Step, tuple[Any, ...]]:
             length = chunk.tokens.shape[1]
-            mtp_rows = None
-            if mtp_prompt_tokens is not None:
-                mtp_rows = max(0, min(mtp_prompt_tokens - chunk.num_rows_after, length))
             step = partial(jit_step, prefill, graph=self.model.graph, rows=rows, mtp_rows=mtp_rows)
             args = (self.model.params, chunk.tokens, chunk.next_tokens, chunk.pad, cache)
             return ("prefill", batch, length, rows, mtp_rows), step, args
 
         chunks = list(split_prompts(prompts, self.prefill_buckets))
-        for chunk in chunks:
-            self.programs.begin(*program(chunk))
-        for chunk in chunks:
-            logits, hidden, cache = self._run(*program(chunk))
+        read = [None] * len(chunks) if mtp_prompt_tokens is None else mtp_rows_of_chunks(chunks, mtp_prompt_tokens)
+        for chunk, mtp_rows in zip(chunks, read, strict=True):
+            self.programs.begin(*program(chunk, mtp_rows))
+        for chunk, mtp_rows in zip(chunks, read, strict=True):
+            logits, hidden, cache = self._run(*program(chunk, mtp_rows))
             if return_logits:
                 all_logits.append(np.asarray(logits))
+        if rows == OutputRows.all() and len(all_logits) > 1:
+            all_logits = [join_rows(chunks, all_logits)]
         return cache, hidden, all_logits
 
     def hidden_states(self, prompt: Sequence[int]) -> np.ndarray:
@@ -186,8 +195,8 @@ class ModelRunner:
             step = partial(jit_step, forward_hidden, graph=self.model.graph)
             args = (self.model.params, chunk.tokens, chunk.pad, cache)
             hidden, cache = self._run(("hidden_states", chunk.tokens.shape[1]), step, args)
-            chunks.append(np.asarray(hidden)[0])
-        return np.concatenate(chunks)[-len(prompt) :]
+            chunks.append(np.asarray(hidden)[0, chunk.pad[0] :])
+        return np.concatenate(chunks)
 
     def decode(
         self,
