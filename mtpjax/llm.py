@@ -27,6 +27,7 @@ from mtpjax.loading.load import cache_dtype
 from mtpjax.loading.loaded_model import LoadedModel
 from mtpjax.loading.open_model import eos_token_ids, open_model
 from mtpjax.outputs import RequestOutput, make_output
+from mtpjax.prefix import Prefix, held_prefix, open_prefix_cache, read_prefix
 from mtpjax.sampling_params import PENALTIES, SamplingParams, check_int
 from mtpjax.text.prompts import Prompt, as_list, encode_prompt
 
@@ -80,6 +81,11 @@ class LLM(ChatMethods):
         program_cache: a folder that keeps compiled programs, so that the next process compiles nothing. "auto": that of
             the variable MTPJAX_PROGRAM_CACHE, else `mtpjax/programs` in your folder for caches (XDG_CACHE_HOME). None
             or "": none. Give only a folder that no one else can write to: reading a program runs code from it.
+        enable_prefix_caching: beginnings that waiting prompts share are read once, if that saves 256 tokens or more, and
+            kept for later calls. The text stays the same. See docs/shared_prefixes.md.
+        prefix_cache_gb: memory for them, in units of 2^30 bytes; 0 turns them off. None: a tenth of the memory of the
+            device that is free then, or 1 where the device does not tell.
+        prefix_cache_dir: a folder that keeps them for the next process; None: none.
 
     Attributes:
         cfg: the `ModelConfig` of the checkpoint.
@@ -119,6 +125,9 @@ class LLM(ChatMethods):
         acceptance: SimulatedAcceptance | None = None,
         compile_fn: CompileFn = compile_ahead,
         program_cache: str | PathLike[str] | None = AUTO,
+        enable_prefix_caching: bool = True,
+        prefix_cache_gb: float | None = None,
+        prefix_cache_dir: str | PathLike[str] | None = None,
     ):
         check_int("num_speculative_tokens", num_speculative_tokens, 0, MAX_SPECULATIVE_TOKENS)
         check_int("max_model_len", max_model_len, 2)
@@ -167,7 +176,9 @@ class LLM(ChatMethods):
             compile_fn=compile_fn,
             program_cache=open_program_cache(program_cache),
         )
-        self.engine = Engine(runner, max_prefill_seqs=max_prefill_seqs)
+        self._prefixes = open_prefix_cache(runner, enable_prefix_caching, prefix_cache_gb, prefix_cache_dir)
+        self._prefix_cache_dir = prefix_cache_dir
+        self.engine = Engine(runner, max_prefill_seqs=max_prefill_seqs, prefix_cache=self._prefixes)
 
     def get_default_sampling_params(self, **overrides: Any) -> SamplingParams:
         """Return the sampling parameters that the checkpoint's `generation_config.json` recommends.
@@ -184,6 +195,7 @@ class LLM(ChatMethods):
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         on_tokens: Callable[[int, list[int]], None] | None = None,
+        prefix: Prefix | None = None,
     ) -> list[RequestOutput]:
         """Generate for every prompt, in batches. Returns the results in the order of the prompts.
 
@@ -191,12 +203,16 @@ class LLM(ChatMethods):
             prompts: texts or lists of token ids; one alone need not be in a list.
             sampling_params: one for all prompts, or one for each; None: `SamplingParams()`.
             on_tokens: called with the index of a prompt and its new token ids, whenever the device hands some over.
+            prefix: the beginning of all prompts, which `prompts` continue.
 
         Raises:
             ValueError: names the prompt by its index: empty, too long, ids outside the vocabulary, text without a
-                tokenizer.
+                tokenizer. Or the prefix is one of another model.
         """
-        prompts = as_list(prompts)
+        prompts = shown = as_list(prompts)
+        if prefix is not None:
+            prefix.check(self.engine.runner.settings())
+            prompts, shown = prefix.extend(prompts, lambda name, p: self._token_ids(name, p, self.max_model_len - 1))
         params = SamplingParams() if sampling_params is None else sampling_params
         params = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(params) != len(prompts):
@@ -208,8 +224,29 @@ class LLM(ChatMethods):
             for i, (prompt, p) in enumerate(zip(prompts, params, strict=True))
         ]
         num_slots = min(self.max_num_seqs, max(len(requests), 1))
-        states = self.engine.run(requests, num_slots, _by_index(on_tokens))
-        return [self._output(prompt, state) for prompt, state in zip(prompts, states, strict=True)]
+        with held_prefix(self._prefixes, prefix):
+            states = self.engine.run(requests, num_slots, _by_index(on_tokens))
+        self._save_prefixes()
+        return [self._output(prompt, state) for prompt, state in zip(shown, states, strict=True)]
+
+    def prefix(self, prefix: Prompt) -> Prefix:
+        """Read the beginning of prompts once. Returns what `generate(prompts, prefix=...)` continues from.
+
+        Args:
+            prefix: a text or token ids. It is encoded by itself, so end it where a token ends, for example before a
+                space or behind a line.
+
+        Raises:
+            ValueError: it is empty or too long, or no length of `prefill_buckets` is a multiple of 64.
+        """
+        if self._prefixes is None:
+            raise ValueError("prompts can share a prefix only if one of prefill_buckets is a multiple of 64; add 64")
+        ids = self._token_ids("the prefix", prefix, self.max_model_len - 2)
+        return read_prefix(self._prefixes, prefix if isinstance(prefix, str) else None, ids)
+
+    def _save_prefixes(self) -> None:
+        if self._prefixes is not None and self._prefix_cache_dir is not None:
+            self._prefixes.save(self._prefix_cache_dir)
 
     def generate_iter(
         self,
@@ -239,6 +276,7 @@ class LLM(ChatMethods):
         for state in self.engine.stream(requests(), self.max_num_seqs, _by_index(on_tokens)):
             index = state.request.index
             yield index, self._output(prompts.pop(index), state)
+        self._save_prefixes()
 
     def encode(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> list[int]:
         """Return the token ids of a prompt that `generate` accepts. Raises ValueError if `generate` would."""

@@ -110,6 +110,7 @@ class RequestOutput:
         outputs: the generated texts: a list of one.
         seed: the seed that was used.
         metrics: figures of the request.
+        num_cached_tokens: prompt tokens that came from a prefix which requests share.
     """
 
     prompt: str | None
@@ -117,6 +118,7 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     seed: int
     metrics: Metrics
+    num_cached_tokens: int = 0
 
     @property
     def text(self) -> str | None:
@@ -184,6 +186,7 @@ def make_output(prompt: Prompt, state: RequestState, tokenizer: Tokenizer | None
         outputs=[completion],
         seed=state.request.seed,
         metrics=_metrics(state, acceptance),
+        num_cached_tokens=state.num_cached_tokens,
     )
 
 

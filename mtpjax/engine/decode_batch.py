@@ -15,6 +15,7 @@ from mtpjax.decoding.sampling import MAX_STOP_TOKENS, BatchSamplingParams, Trunc
 from mtpjax.decoding.speculative import DecodeState
 from mtpjax.engine.model_runner import ModelRunner
 from mtpjax.engine.request import Request
+from mtpjax.engine.shared_prefixes import SharedPrefixes
 from mtpjax.engine.scheduler import PrefillGroup
 from mtpjax.model.cache import Cache
 
@@ -57,8 +58,12 @@ class DecodeBatch:
     the other slots keep theirs.
     """
 
-    def __init__(self, runner: ModelRunner, num_slots: int, prefill_batch: int):
+    def __init__(
+        self, runner: ModelRunner, num_slots: int, prefill_batch: int, prefixes: SharedPrefixes | None = None
+    ):
         self.runner, self.num_slots, self.prefill_batch = runner, num_slots, prefill_batch
+        self.prefixes = prefixes
+        self.num_tokens_read = 0  # of prompts
         self.state: DecodeState | None = None  # made by the first prefill
         self._params = stack_requests([None] * num_slots)
         self._begun: set[tuple[str, ...]] = set()  # parts of the text state whose program has been begun
@@ -88,7 +93,12 @@ class DecodeBatch:
             self._begin_decode(cache)
         prompts += [()] * (self.prefill_batch - len(prompts))
         mtp_prompt_tokens = runner.mtp_prompt_tokens if runner.num_speculative_tokens else None
-        cache, hidden, _ = runner.prefill(prompts, cache=cache, mtp_prompt_tokens=mtp_prompt_tokens)
+        if self.prefixes is None:
+            self.num_tokens_read += sum(map(len, group.prompts))
+            cache, hidden, _ = runner.prefill(prompts, cache=cache, mtp_prompt_tokens=mtp_prompt_tokens)
+        else:
+            cache, hidden, num_read = self.prefixes.prefill(prompts, group, cache, mtp_prompt_tokens)
+            self.num_tokens_read += num_read
         requests = [state.request for state in group.states]
         if static_batch:
             self.state = self._initial_state(self._padded(requests), cache, hidden)

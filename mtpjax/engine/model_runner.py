@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -26,8 +27,10 @@ from mtpjax.decoding.speculative import (
 from mtpjax.decoding.steps import FORWARD_HIDDEN_DONATED, PREFILL_DONATED, forward_hidden, prefill
 from mtpjax.engine.program_cache import ProgramCache
 from mtpjax.engine.programs import CompileFn, ProgramName, Programs, Step, compile_ahead
+from mtpjax.engine.fingerprint import weights_fingerprint
 from mtpjax.engine.prompt_chunks import (
     PREFILL_BUCKETS,
+    PastTokens,
     PromptChunk,
     join_rows,
     mtp_rows_of_chunks,
@@ -37,7 +40,16 @@ from mtpjax.engine.prompt_chunks import (
 from mtpjax.loading.cpu_layout import optimize_for_cpu
 from mtpjax.loading.loaded_model import LoadedModel
 from mtpjax.loading.open_model import compute_dtype_of
-from mtpjax.model.cache import Cache, new_cache, padded_kv_length
+from mtpjax.model.cache import (
+    KV_BLOCK,
+    PUT_SEQUENCE_DONATED,
+    Cache,
+    new_cache,
+    padded_kv_length,
+    put_hidden,
+    put_sequence,
+    take_sequence,
+)
 
 MAX_STEPS_PER_CALL = 32  # of the decode loop, before the host looks at the tokens
 
@@ -47,6 +59,7 @@ _DONATED: dict[Callable[..., Any], tuple[str, ...]] = {
     forward_hidden: FORWARD_HIDDEN_DONATED,
     decode: DECODE_DONATED,
     insert_requests: INSERT_DONATED,
+    put_sequence: PUT_SEQUENCE_DONATED,
 }
 
 
@@ -130,6 +143,17 @@ class ModelRunner:
         """Seconds of a clock that stands still while something compiles."""
         return time.perf_counter() - self.compile_seconds
 
+    def settings(self) -> dict[str, Any]:
+        """Return what must be equal for what a sequence remembers to be of use to another runner; see `PrefixCache`."""
+        settings = {"compute_dtype": self.compute_dtype, "cache_dtype": self.cache_dtype}
+        numbers = {"max_model_len": self.max_model_len, "mtp_prompt_tokens": self.mtp_prompt_tokens}
+        names = {name: jnp.dtype(dtype).name for name, dtype in settings.items()}
+        return weights_fingerprint(self.model) | names | numbers | {"mtp": self.num_speculative_tokens > 0}
+
+    def empty_cache(self, batch: int, kv_len: int) -> Cache:
+        """Make an empty cache, outside of any program."""
+        return new_cache(self.model.cfg, batch, kv_len, dtype=self.cache_dtype)
+
     def new_cache(self, batch: int) -> Cache:
         """Make an empty cache for `batch` sequences."""
         step = partial(jit_step, new_cache, self.model.cfg, batch, self.kv_len, dtype=self.cache_dtype)
@@ -147,6 +171,8 @@ class ModelRunner:
         return_logits: bool = False,
         cache: Cache | None = None,
         mtp_prompt_tokens: int | None = None,
+        past: Sequence[PastTokens] | None = None,
+        next_tokens: Sequence[int] | None = None,
     ) -> tuple[Cache, Array, list[np.ndarray]]:
         """Read prompts of equal or unequal lengths as one batch, chunk by chunk.
 
@@ -155,8 +181,11 @@ class ModelRunner:
             rows: output rows of every chunk.
             return_logits: whether to collect the logits of each chunk on the host.
             cache: the cache to continue from, which is consumed; None: a new one.
-            mtp_prompt_tokens: how many of the last rows leave keys and values for the MTP head; None: all. A number
-                needs an empty cache, because what the head reads must have no gaps.
+            mtp_prompt_tokens: how many of the last rows leave keys and values for the MTP head; None: all. If fewer rows
+                are read, the head keeps what it has of the rows before them.
+            past: what the cache has of each sequence; None: nothing.
+            next_tokens: the token after each prompt, for the MTP head; None: not known, as the head's first step writes
+                the keys and values of that row anew.
 
         Returns:
             the cache, the hidden states of the last rows `[B, D]`, and the logits, float32 `[B, R, V]` of each chunk.
@@ -166,8 +195,9 @@ class ModelRunner:
         batch = len(prompts)
         cache = self.new_cache(batch) if cache is None else cache
         if mtp_prompt_tokens is not None:
-            num_skipped = [max(0, len(p) - mtp_prompt_tokens) for p in prompts]
-            cache = cache.replace(mtp_start_pos=jax.device_put(np.array(num_skipped, np.int32)))
+            past = [PastTokens()] * batch if past is None else past
+            start = [p.mtp_start_after(len(rows), mtp_prompt_tokens) for p, rows in zip(past, prompts, strict=True)]
+            cache = cache.replace(mtp_start_pos=jax.device_put(np.array(start, np.int32)))
         hidden, all_logits = self.zero_hidden(batch), []
 
         def program(chunk: PromptChunk, mtp_rows: int | None) -> tuple[ProgramName, Step, tuple[Any, ...]]:
@@ -176,7 +206,7 @@ class ModelRunner:
             args = (self.model.params, chunk.tokens, chunk.next_tokens, chunk.pad, cache)
             return ("prefill", batch, length, rows, mtp_rows), step, args
 
-        chunks = list(split_prompts(prompts, self.prefill_buckets))
+        chunks = list(split_prompts(prompts, self.prefill_buckets, next_tokens))
         read = [None] * len(chunks) if mtp_prompt_tokens is None else mtp_rows_of_chunks(chunks, mtp_prompt_tokens)
         for chunk, mtp_rows in zip(chunks, read, strict=True):
             self.programs.begin(*program(chunk, mtp_rows))
@@ -187,6 +217,27 @@ class ModelRunner:
         if rows == OutputRows.all() and len(all_logits) > 1:
             all_logits = [join_rows(chunks, all_logits)]
         return cache, hidden, all_logits
+
+    def take_sequence(self, cache: Cache, index: int, num_tokens: int) -> Cache:
+        """Copy what one sequence of `num_tokens` tokens remembers, with room for `prefix_kv_len` positions."""
+        kv_len = self.prefix_kv_len(num_tokens)
+        step = partial(jit_step, take_sequence, kv_len=kv_len)
+        return self._run(("take_sequence", len(cache.length), kv_len), step, (cache, np.array(index, np.int32)))
+
+    def put_sequence(self, cache: Cache, sequence: Cache, index: int) -> Cache:
+        """Let sequence `index` of `cache`, which is consumed, remember what `take_sequence` copied."""
+        name = ("put_sequence", len(cache.length), sequence.kv_len)
+        return self._run(name, partial(jit_step, put_sequence), (cache, sequence, np.array(index, np.int32)))
+
+    def put_hidden(self, hidden: Array, row: Array, index: int) -> Array:
+        """Replace the hidden state of sequence `index`, `[B, D]`, by `row`, `[1, D]`."""
+        step = partial(jit_step, put_hidden)
+        return self._run(("put_hidden", len(hidden)), step, (hidden, row, np.array(index, np.int32)))
+
+    def prefix_kv_len(self, num_tokens: int) -> int:
+        """Return the room for positions of a copied sequence: a power of two of blocks, since each is a program."""
+        blocks = -(-num_tokens // KV_BLOCK)
+        return min(KV_BLOCK << (blocks - 1).bit_length(), self.kv_len)
 
     def hidden_states(self, prompt: Sequence[int]) -> np.ndarray:
         """Return the hidden states after the final norm of every row of one prompt, `[T, D]`."""

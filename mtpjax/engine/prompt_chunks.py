@@ -31,6 +31,24 @@ class PromptChunk(NamedTuple):
     pad: np.ndarray
 
 
+class PastTokens(NamedTuple):
+    """What a cache has of a sequence.
+
+    Attributes:
+        length: tokens; a multiple of `GRID`, so that reading on gives the same bits as reading all at once.
+        mtp_start: position of the first token that the MTP head has keys and values of.
+    """
+
+    length: int = 0
+    mtp_start: int = 0
+
+    def mtp_start_after(self, num_rows: int, mtp_prompt_tokens: int | None) -> int:
+        """Return `mtp_start` after `num_rows` more rows, of which the head reads the last `mtp_prompt_tokens`."""
+        if mtp_prompt_tokens is None or num_rows < mtp_prompt_tokens:
+            return self.mtp_start
+        return self.length + num_rows - mtp_prompt_tokens
+
+
 def usable_buckets(buckets: Sequence[int], max_model_len: int) -> tuple[int, ...]:
     """Return the buckets that are shorter than `max_model_len`, ascending, or the smallest one if there are none."""
     return tuple(sorted(b for b in set(buckets) if b < max_model_len)) or (min(buckets),)

@@ -56,6 +56,7 @@ class RequestState:
         decode_seconds: of the decode loop while the request had a slot in it.
         num_steps: steps of the loop that gave it tokens.
         num_accepted_tokens_per_pos: steps in which the draft at each position was accepted; known at the end.
+        num_cached_tokens: prompt tokens that came from a prefix which requests share.
     """
 
     request: Request
@@ -66,6 +67,7 @@ class RequestState:
     decode_seconds: float = 0.0
     num_steps: int = 0
     num_accepted_tokens_per_pos: list[int] = field(default_factory=list)
+    num_cached_tokens: int = 0
 
     @property
     def stop_reason(self) -> int | None:
