@@ -27,14 +27,14 @@ from mtpjax.loading.load import cache_dtype
 from mtpjax.loading.loaded_model import LoadedModel
 from mtpjax.loading.open_model import eos_token_ids, open_model
 from mtpjax.outputs import RequestOutput, make_output
-from mtpjax.prefix import Prefix, held_prefix, open_prefix_cache, read_prefix
+from mtpjax.prefix import Prefix, PrefixMethods, held_prefix, open_prefix_cache
 from mtpjax.sampling_params import PENALTIES, SamplingParams, check_int
 from mtpjax.text.prompts import Prompt, as_list, encode_prompt
 
 MAX_SPECULATIVE_TOKENS = 8
 
 
-class LLM(ChatMethods):
+class LLM(ChatMethods, PrefixMethods):
     """A checkpoint that is ready to generate.
 
     Example, with the embedded tiny model:
@@ -81,8 +81,8 @@ class LLM(ChatMethods):
         program_cache: a folder that keeps compiled programs, so that the next process compiles nothing. "auto": that of
             the variable MTPJAX_PROGRAM_CACHE, else `mtpjax/programs` in your folder for caches (XDG_CACHE_HOME). None
             or "": none. Give only a folder that no one else can write to: reading a program runs code from it.
-        enable_prefix_caching: beginnings that waiting prompts share are read once, if that saves 256 tokens or more, and
-            kept for later calls. The text stays the same. See docs/shared_prefixes.md.
+        enable_prefix_caching: beginnings that waiting prompts share are read once, if that saves 256 tokens or more,
+            and kept for later calls. The text stays the same. See docs/shared_prefixes.md.
         prefix_cache_gb: memory for them, in units of 2^30 bytes; 0 turns them off. None: a tenth of the memory of the
             device that is free then, or 1 where the device does not tell.
         prefix_cache_dir: a folder that keeps them for the next process; None: none.
@@ -211,7 +211,7 @@ class LLM(ChatMethods):
         """
         prompts = shown = as_list(prompts)
         if prefix is not None:
-            prefix.check(self.engine.runner.settings())
+            prefix.check(self._shareable().settings)
             prompts, shown = prefix.extend(prompts, lambda name, p: self._token_ids(name, p, self.max_model_len - 1))
         params = SamplingParams() if sampling_params is None else sampling_params
         params = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
@@ -228,25 +228,6 @@ class LLM(ChatMethods):
             states = self.engine.run(requests, num_slots, _by_index(on_tokens))
         self._save_prefixes()
         return [self._output(prompt, state) for prompt, state in zip(shown, states, strict=True)]
-
-    def prefix(self, prefix: Prompt) -> Prefix:
-        """Read the beginning of prompts once. Returns what `generate(prompts, prefix=...)` continues from.
-
-        Args:
-            prefix: a text or token ids. It is encoded by itself, so end it where a token ends, for example before a
-                space or behind a line.
-
-        Raises:
-            ValueError: it is empty or too long, or no length of `prefill_buckets` is a multiple of 64.
-        """
-        if self._prefixes is None:
-            raise ValueError("prompts can share a prefix only if one of prefill_buckets is a multiple of 64; add 64")
-        ids = self._token_ids("the prefix", prefix, self.max_model_len - 2)
-        return read_prefix(self._prefixes, prefix if isinstance(prefix, str) else None, ids)
-
-    def _save_prefixes(self) -> None:
-        if self._prefixes is not None and self._prefix_cache_dir is not None:
-            self._prefixes.save(self._prefix_cache_dir)
 
     def generate_iter(
         self,

@@ -65,7 +65,7 @@ def read_prefix(cache: PrefixCache, text: str | None, token_ids: tuple[int, ...]
     entry = cache.find(path)
     if path and (entry is None or entry.beginning != path[-1]):
         entry = cache.make(token_ids, path[-1], entry)
-    return Prefix(text, token_ids, cache.runner.settings(), entry)
+    return Prefix(text, token_ids, cache.settings, entry)
 
 
 def held_prefix(cache: PrefixCache | None, prefix: Prefix | None) -> AbstractContextManager[None]:
@@ -95,3 +95,35 @@ def open_prefix_cache(
     if folder is not None:
         cache.load(folder)
     return cache
+
+
+class PrefixMethods:
+    """Prompts that begin alike; a part of `LLM`."""
+
+    max_model_len: int
+    _prefixes: PrefixCache | None
+    _prefix_cache_dir: str | PathLike[str] | None
+    _token_ids: Callable[[str, Prompt, int], tuple[int, ...]]
+
+    def prefix(self, prefix: Prompt) -> Prefix:
+        """Read the beginning of prompts once. Returns what `generate(prompts, prefix=...)` continues from.
+
+        Args:
+            prefix: a text or token ids. It is encoded by itself, so end it where a token ends, for example before a
+                space or behind a line.
+
+        Raises:
+            ValueError: it is empty or too long, or no length of `prefill_buckets` is a multiple of 64.
+        """
+        ids = self._token_ids("the prefix", prefix, self.max_model_len - 2)
+        return read_prefix(self._shareable(), prefix if isinstance(prefix, str) else None, ids)
+
+    def _shareable(self) -> PrefixCache:
+        if self._prefixes is None:
+            rule = "one of prefill_buckets is a multiple of 64 and below max_model_len"
+            raise ValueError(f"prompts can share a prefix only if {rule}")
+        return self._prefixes
+
+    def _save_prefixes(self) -> None:
+        if self._prefixes is not None and self._prefix_cache_dir is not None:
+            self._prefixes.save(self._prefix_cache_dir)

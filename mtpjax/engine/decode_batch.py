@@ -15,8 +15,8 @@ from mtpjax.decoding.sampling import MAX_STOP_TOKENS, BatchSamplingParams, Trunc
 from mtpjax.decoding.speculative import DecodeState
 from mtpjax.engine.model_runner import ModelRunner
 from mtpjax.engine.request import Request
-from mtpjax.engine.shared_prefixes import SharedPrefixes
 from mtpjax.engine.scheduler import PrefillGroup
+from mtpjax.engine.shared_prefixes import SharedPrefixes
 from mtpjax.model.cache import Cache
 
 
@@ -58,9 +58,7 @@ class DecodeBatch:
     the other slots keep theirs.
     """
 
-    def __init__(
-        self, runner: ModelRunner, num_slots: int, prefill_batch: int, prefixes: SharedPrefixes | None = None
-    ):
+    def __init__(self, runner: ModelRunner, num_slots: int, prefill_batch: int, prefixes: SharedPrefixes | None = None):
         self.runner, self.num_slots, self.prefill_batch = runner, num_slots, prefill_batch
         self.prefixes = prefixes
         self.num_tokens_read = 0  # of prompts

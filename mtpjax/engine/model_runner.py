@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -27,7 +26,6 @@ from mtpjax.decoding.speculative import (
 from mtpjax.decoding.steps import FORWARD_HIDDEN_DONATED, PREFILL_DONATED, forward_hidden, prefill
 from mtpjax.engine.program_cache import ProgramCache
 from mtpjax.engine.programs import CompileFn, ProgramName, Programs, Step, compile_ahead
-from mtpjax.engine.fingerprint import weights_fingerprint
 from mtpjax.engine.prompt_chunks import (
     PREFILL_BUCKETS,
     PastTokens,
@@ -143,17 +141,6 @@ class ModelRunner:
         """Seconds of a clock that stands still while something compiles."""
         return time.perf_counter() - self.compile_seconds
 
-    def settings(self) -> dict[str, Any]:
-        """Return what must be equal for what a sequence remembers to be of use to another runner; see `PrefixCache`."""
-        settings = {"compute_dtype": self.compute_dtype, "cache_dtype": self.cache_dtype}
-        numbers = {"max_model_len": self.max_model_len, "mtp_prompt_tokens": self.mtp_prompt_tokens}
-        names = {name: jnp.dtype(dtype).name for name, dtype in settings.items()}
-        return weights_fingerprint(self.model) | names | numbers | {"mtp": self.num_speculative_tokens > 0}
-
-    def empty_cache(self, batch: int, kv_len: int) -> Cache:
-        """Make an empty cache, outside of any program."""
-        return new_cache(self.model.cfg, batch, kv_len, dtype=self.cache_dtype)
-
     def new_cache(self, batch: int) -> Cache:
         """Make an empty cache for `batch` sequences."""
         step = partial(jit_step, new_cache, self.model.cfg, batch, self.kv_len, dtype=self.cache_dtype)
@@ -181,8 +168,8 @@ class ModelRunner:
             rows: output rows of every chunk.
             return_logits: whether to collect the logits of each chunk on the host.
             cache: the cache to continue from, which is consumed; None: a new one.
-            mtp_prompt_tokens: how many of the last rows leave keys and values for the MTP head; None: all. If fewer rows
-                are read, the head keeps what it has of the rows before them.
+            mtp_prompt_tokens: how many of the last rows leave keys and values for the MTP head; None: all. If fewer
+                rows are read, the head keeps what it has of the rows before them.
             past: what the cache has of each sequence; None: nothing.
             next_tokens: the token after each prompt, for the MTP head; None: not known, as the head's first step writes
                 the keys and values of that row anew.

@@ -11,17 +11,21 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from jax import Array
 
 from mtpjax.engine import prefix_files
+from mtpjax.engine.fingerprint import weights_fingerprint
 from mtpjax.engine.model_runner import ModelRunner
 from mtpjax.engine.prefix_tree import Beginning, beginnings
 from mtpjax.engine.prompt_chunks import GRID, PastTokens
-from mtpjax.model.cache import Cache
+from mtpjax.model.cache import Cache, new_cache
 
 DEFAULT_GB = 1.0  # where the device does not tell how much memory is free
 SHARE_OF_FREE_MEMORY = 0.1
@@ -69,6 +73,7 @@ class PrefixCache:
         self.entries: OrderedDict[bytes, PrefixEntry] = OrderedDict()
         self.num_tokens_read = 0
         self._held: dict[bytes, PrefixEntry] = {}
+        self._bytes: dict[int, int] = {}  # of an entry, by its room for positions
 
     @property
     def is_in_use(self) -> bool:
@@ -81,7 +86,7 @@ class PrefixCache:
         return sum(entry.nbytes for entry in self.entries.values())
 
     def find(self, path: Iterable[Beginning]) -> PrefixEntry | None:
-        """Return the entry of the longest of some beginnings of one sequence, and mark it as used; None: there is none."""
+        """Return the entry of the longest of some beginnings of one sequence, and mark it as used."""
         for beginning in sorted(path, key=lambda b: -b.length):
             if beginning.key in self._held:
                 return self._held[beginning.key]
@@ -132,11 +137,27 @@ class PrefixCache:
         sequence = runner.take_sequence(cache, 0, beginning.length)
         return PrefixEntry(beginning, tokens, PastTokens(beginning.length, mtp_start), sequence, hidden)
 
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """What must be equal for an entry to be of use to another cache."""
+        runner = self.runner
+        dtypes = {"compute_dtype": runner.compute_dtype, "cache_dtype": runner.cache_dtype}
+        names = {name: np.dtype(dtype).name for name, dtype in dtypes.items()}
+        numbers = {"max_model_len": runner.max_model_len, "mtp_prompt_tokens": runner.mtp_prompt_tokens}
+        return weights_fingerprint(runner.model) | names | numbers | {"mtp": runner.num_speculative_tokens > 0}
+
+    def _shapes(self, kv_len: int) -> Cache:
+        runner = self.runner
+        return jax.eval_shape(lambda: new_cache(runner.model.cfg, 1, kv_len, dtype=runner.cache_dtype))
+
     def bytes_of(self, num_tokens: int) -> int:
         """Return the bytes of an entry of `num_tokens` tokens."""
-        like = jax.eval_shape(lambda: self.runner.empty_cache(1, self.runner.prefix_kv_len(num_tokens)))
-        hidden = self.runner.model.cfg.hidden_size * np.dtype(self.runner.compute_dtype).itemsize
-        return hidden + sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(like))
+        kv_len = self.runner.prefix_kv_len(num_tokens)
+        if kv_len not in self._bytes:
+            hidden = self.runner.model.cfg.hidden_size * np.dtype(self.runner.compute_dtype).itemsize
+            shapes = jax.tree.leaves(self._shapes(kv_len))
+            self._bytes[kv_len] = hidden + sum(a.size * a.dtype.itemsize for a in shapes)
+        return self._bytes[kv_len]
 
     @contextmanager
     def holding(self, entries: Iterable[PrefixEntry]) -> Iterator[None]:
@@ -153,19 +174,17 @@ class PrefixCache:
         """Drop all entries."""
         self.entries.clear()
 
-    def save(self, folder: str | Path) -> int:
+    def save(self, folder: str | PathLike[str]) -> int:
         """Write every entry that the folder lacks; returns how many. See `prefix_files`."""
-        settings = self.runner.settings()
-        return sum(prefix_files.write(Path(folder), settings, entry) for entry in self.entries.values())
+        return sum(prefix_files.write(Path(folder), self.settings, entry) for entry in self.entries.values())
 
-    def load(self, folder: str | Path) -> int:
+    def load(self, folder: str | PathLike[str]) -> int:
         """Read the entries of the same model and settings, as far as they fit; returns how many.
 
         Files that are damaged, or that were made with other settings, are named in a warning and ignored.
         """
-        count = 0
-        like = jax.eval_shape(lambda: self.runner.empty_cache(1, self.runner.kv_len))
-        for entry in prefix_files.read_all(Path(folder), self.runner.settings(), like, self.runner.compute_dtype):
+        count, like = 0, self._shapes(self.runner.kv_len)
+        for entry in prefix_files.read_all(Path(folder), self.settings, like, self.runner.compute_dtype):
             if entry.beginning.key not in self.entries and self.nbytes + entry.nbytes <= self.max_bytes:
                 self.entries[entry.beginning.key] = entry
                 count += 1

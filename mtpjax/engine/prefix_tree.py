@@ -60,6 +60,9 @@ class PrefixTree:
         self._of_request: dict[int, list[Beginning]] = {}
         self._counts: Counter[bytes] = Counter()
 
+    def __contains__(self, index: int) -> bool:
+        return index in self._of_request
+
     def add(self, requests: Iterable[tuple[int, Sequence[int]]]) -> None:
         """Add requests, each as its index and its rows. Those that are there already change nothing."""
         for index, rows in requests:
@@ -87,8 +90,7 @@ class PrefixTree:
         path, found, parent = self._of_request.get(index, []), list[Beginning](), 0
         counts = [self.count(b.key) for b in path] + [1]
         for beginning, count, next_count in zip(path, counts, counts[1:], strict=False):
-            is_branch = count > 1 and (count > next_count or beginning is path[-1])
-            if is_branch and (count - 1) * (beginning.length - parent) >= MIN_SAVED_TOKENS:
+            if count > next_count and (count - 1) * (beginning.length - parent) >= MIN_SAVED_TOKENS:
                 found.append(beginning)
                 parent = beginning.length
         return found

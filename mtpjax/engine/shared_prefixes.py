@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 
 import jax
@@ -10,6 +11,7 @@ from jax import Array
 from mtpjax.engine.prefix_cache import PrefixCache
 from mtpjax.engine.prefix_tree import PrefixTree
 from mtpjax.engine.prompt_chunks import PastTokens
+from mtpjax.engine.request import Request
 from mtpjax.engine.scheduler import PrefillGroup, Scheduler
 from mtpjax.model.cache import Cache
 
@@ -41,7 +43,10 @@ class SharedPrefixes:
             prompt, which the decode loop reads, counts.
         """
         runner, requests = self.cache.runner, [state.request for state in group.states]
-        self.tree.add((r.index, r.prompt_token_ids[:-1]) for r in (*requests, *self.scheduler.waiting))
+        new = [r for r in (*requests, *self.scheduler.waiting) if r.index not in self.tree]
+        self.tree.add((r.index, r.prompt_token_ids[:-1]) for r in new)
+        if len(new) > len(requests):
+            self._keep_branches_together(requests)
         read_before = self.cache.num_tokens_read
         past, rest = [PastTokens()] * len(prompts), list(prompts)
         whole: list[tuple[int, Array]] = []
@@ -57,7 +62,24 @@ class SharedPrefixes:
         for state, row in zip(group.states, group.prompt_rows, strict=True):
             state.num_cached_tokens = past[row].length
         cache, hidden, _ = runner.prefill(rest, cache=cache, mtp_prompt_tokens=mtp_prompt_tokens, past=past)
-        for i, row in whole:
-            hidden = runner.put_hidden(hidden, row, i)
+        for i, last_hidden in whole:
+            hidden = runner.put_hidden(hidden, last_hidden, i)
         num_read = sum(map(len, rest)) + len(group.prompts) + self.cache.num_tokens_read - read_before
         return jax.block_until_ready(cache), hidden, num_read
+
+    def _keep_branches_together(self, starting: Sequence[Request]) -> None:
+        """Let the waiting requests of a branch start one after the other, if not all branches fit into the cache.
+
+        Branches of the requests that start now come first; each other one where its longest prompt would.
+        """
+        waiting = self.scheduler.waiting
+        paths = {r.index: self.tree.branches(r.index) for r in waiting}
+        lengths = {b.key: b.length for path in paths.values() for b in path}
+        if sum(map(self.cache.bytes_of, lengths.values())) <= self.cache.max_bytes:
+            return
+        first = {branch.key: -1 for r in starting for branch in self.tree.branches(r.index)}
+        for place, request in enumerate(waiting):
+            for branch in paths[request.index]:
+                first.setdefault(branch.key, place)
+        places = {r.index: [*(first[b.key] for b in paths[r.index]), place] for place, r in enumerate(waiting)}
+        self.scheduler.waiting = deque(sorted(waiting, key=lambda r: places[r.index]))

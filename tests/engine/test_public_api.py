@@ -44,6 +44,9 @@ def test_the_signatures_are_those_of_the_documentation() -> None:
         "hf_overrides": None,
         "acceptance": None,
         "program_cache": "auto",
+        "enable_prefix_caching": True,
+        "prefix_cache_gb": None,
+        "prefix_cache_dir": None,
     }
     assert {name: value for name, value in defaults.items() if name not in ("drafter", "compile_fn")} == expected
     chat = inspect.signature(LLM.chat).parameters
