@@ -32,6 +32,7 @@ from mtpjax.loading.loaded_model import LoadedModel
 from mtpjax.loading.open_model import eos_token_ids, open_model
 from mtpjax.logprobs import check_logprobs_mode, check_num_logprobs, prompt_logprobs
 from mtpjax.outputs import RequestOutput, make_output
+from mtpjax.prefix import Prefix, PrefixMethods, held_prefix, open_prefix_cache
 from mtpjax.samples import SampleCollector, SampleIndex, join_samples, split_samples
 from mtpjax.sampling_params import PENALTIES, SamplingParams, check_int
 from mtpjax.score import ScoreMethods
@@ -42,7 +43,7 @@ from mtpjax.text.structured_outputs import AutomatonCache
 __all__ = ["LLM", "MAX_SPECULATIVE_TOKENS"]
 
 
-class LLM(ChatMethods, ScoreMethods, StreamMethods):
+class LLM(ChatMethods, ScoreMethods, StreamMethods, PrefixMethods):
     """A checkpoint that is ready to generate.
 
     Example, with the embedded tiny model:
@@ -72,7 +73,7 @@ class LLM(ChatMethods, ScoreMethods, StreamMethods):
         max_prefill_seqs: if there are more prompts than that, how many are read together when sequences make room;
             None: a quarter of `max_num_seqs`. They need a cache of their own beside that of `max_num_seqs` sequences.
             If it is `max_num_seqs`, there is one cache, and the next prompts wait until all sequences have ended.
-        prefill_buckets: lengths of prompt chunks; the text keeps every bit if the largest is a multiple of 64.
+        prefill_buckets: lengths of prompt chunks; the text keeps every bit if one of them is a multiple of 64.
         mtp_prompt_tokens: how many of the last prompt tokens the MTP head reads, at least 1; None: all, as the head was
             trained. With a small number the chunks before these tokens cost exactly what they cost without MTP, and
             drafting reads fewer keys. Drafts that depend on distant tokens get worse; the text stays the same.
@@ -96,6 +97,11 @@ class LLM(ChatMethods, ScoreMethods, StreamMethods):
         logprobs_mode: of which distribution the `logprobs` of new tokens are: "raw_logprobs", the model's own, or
             "processed_logprobs", that after penalties, temperature, top-k, top-p and min-p.
         max_speculative_tokens: tokens that are drafted in a step at most if `num_speculative_tokens` is "auto".
+        enable_prefix_caching: beginnings that waiting prompts share are read once, if that saves 256 tokens or more,
+            and kept for later calls. The text stays the same. See docs/shared_prefixes.md.
+        prefix_cache_gb: memory for them, in units of 2^30 bytes; 0 turns them off. None: a tenth of the memory of the
+            device that is free then, or 1 where the device does not tell.
+        prefix_cache_dir: a folder that keeps them for the next process; None: none.
 
     Attributes:
         cfg: the `ModelConfig` of the checkpoint.
@@ -138,6 +144,9 @@ class LLM(ChatMethods, ScoreMethods, StreamMethods):
         max_logprobs: int = 20,
         logprobs_mode: str = RAW,
         max_speculative_tokens: int | None = None,
+        enable_prefix_caching: bool = True,
+        prefix_cache_gb: float | None = None,
+        prefix_cache_dir: str | PathLike[str] | None = None,
     ):
         num_speculative_tokens, auto_depths = draft_depths(num_speculative_tokens, max_speculative_tokens, acceptance)
         check_int("max_model_len", max_model_len, 2)
@@ -191,7 +200,9 @@ class LLM(ChatMethods, ScoreMethods, StreamMethods):
             logprobs_mode=logprobs_mode,
             auto_depths=auto_depths,
         )
-        self.engine = Engine(runner, max_prefill_seqs=max_prefill_seqs)
+        self._prefixes = open_prefix_cache(runner, enable_prefix_caching, prefix_cache_gb, prefix_cache_dir)
+        self._prefix_cache_dir = prefix_cache_dir
+        self.engine = Engine(runner, max_prefill_seqs=max_prefill_seqs, prefix_cache=self._prefixes)
 
     def get_default_sampling_params(self, **overrides: Any) -> SamplingParams:
         """Return the sampling parameters that the checkpoint's `generation_config.json` recommends.
@@ -208,6 +219,7 @@ class LLM(ChatMethods, ScoreMethods, StreamMethods):
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         on_tokens: Callable[[int, list[int]], None] | None = None,
+        prefix: Prefix | None = None,
     ) -> list[RequestOutput]:
         """Generate for every prompt, in batches. Returns the results in the order of the prompts.
 
@@ -216,12 +228,16 @@ class LLM(ChatMethods, ScoreMethods, StreamMethods):
             sampling_params: one for all prompts, or one for each; None: `SamplingParams()`.
             on_tokens: called with the index of a prompt and its new token ids, whenever the device hands some over. The
                 index is a number with an attribute `sample`: which of the prompt's `n` samples the tokens belong to.
+            prefix: the beginning of all prompts, which `prompts` continue.
 
         Raises:
             ValueError: names the prompt by its index: empty, too long, ids outside the vocabulary, text without a
-                tokenizer.
+                tokenizer. Or the prefix is one of another model.
         """
-        prompts = as_list(prompts)
+        prompts = shown = as_list(prompts)
+        if prefix is not None:
+            prefix.check(self._shareable().settings)
+            prompts, shown = prefix.extend(prompts, lambda name, p: self._token_ids(name, p, self.max_model_len - 1))
         params = SamplingParams() if sampling_params is None else sampling_params
         params = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(params) != len(prompts):
@@ -234,9 +250,11 @@ class LLM(ChatMethods, ScoreMethods, StreamMethods):
             for sample in split_samples(self._request(i, prompt, p, f"prompt {i}"), p.n)
         ]
         num_slots = min(self.max_num_seqs, max(len(requests), 1))
-        states = iter(self.engine.run(requests, num_slots, _by_index(on_tokens)))
+        with held_prefix(self._prefixes, prefix):
+            states = iter(self.engine.run(requests, num_slots, _by_index(on_tokens)))
+        self._save_prefixes()
         return [
-            self._output(prompt, [next(states) for _ in range(p.n)]) for prompt, p in zip(prompts, params, strict=True)
+            self._output(prompt, [next(states) for _ in range(p.n)]) for prompt, p in zip(shown, params, strict=True)
         ]
 
     def generate_iter(
@@ -269,6 +287,7 @@ class LLM(ChatMethods, ScoreMethods, StreamMethods):
             if samples := collector.add(state):
                 index = state.request.index
                 yield index, self._output(prompts.pop(index), samples)
+        self._save_prefixes()
 
     def encode(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> list[int]:
         """Return the token ids of a prompt that `generate` accepts. Raises ValueError if `generate` would."""

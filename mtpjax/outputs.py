@@ -123,6 +123,7 @@ class RequestOutput:
         metrics: figures of the request.
         prompt_logprobs: for each of `prompt_token_ids` a dict as in `CompletionOutput.logprobs`; the first has None.
             None if `SamplingParams.prompt_logprobs` asks for none.
+        num_cached_tokens: prompt tokens that came from a prefix which requests share.
     """
 
     prompt: str | None
@@ -131,6 +132,7 @@ class RequestOutput:
     seed: int
     metrics: Metrics
     prompt_logprobs: list[TokenAlternatives | None] | None = field(default=None, repr=False)
+    num_cached_tokens: int = 0
 
     @property
     def text(self) -> str | None:
@@ -200,6 +202,7 @@ def make_output(prompt: Prompt, state: RequestState, tokenizer: Tokenizer | None
         outputs=[completion],
         seed=state.request.seed,
         metrics=_metrics(state, acceptance),
+        num_cached_tokens=state.num_cached_tokens,
     )
 
 

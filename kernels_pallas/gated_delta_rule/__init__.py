@@ -8,9 +8,11 @@ from kernels_pallas.gated_delta_rule.api import (
     updates_between_windows,
 )
 from kernels_pallas.gated_delta_rule.inputs import DeltaProjections, DeltaWeights, GatedNorm
+from kernels_pallas.gated_delta_rule.reference import CHUNK
 from kernels_pallas.gated_delta_rule.state import DeltaState, PendingDeltaUpdates, no_updates
 
 __all__ = [
+    "CHUNK",
     "DeltaProjections",
     "DeltaState",
     "DeltaWeights",

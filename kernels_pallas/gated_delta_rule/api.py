@@ -164,10 +164,12 @@ def chunk_gated_delta_rule(
     dtype: DTypeLike,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T M Dv"], DeltaState]:
-    """Run the rows of a prompt, in chunks of 64 rows, which are counted from the last row.
+    """Run the rows of a prompt, in chunks of 64 rows, which are counted from the first valid row of each sequence.
 
     Formula and arguments are those of `recurrent_gated_delta_rule`; the chunked form is that of arXiv:2406.06484, see
-    `reference.py`.
+    `reference.py`. The place of a row in its chunk decides the order of sums. It is the place of the row in its
+    sequence, however the sequence is cut into calls and whatever follows, if all calls but the last one read a multiple
+    of 64 rows of it.
 
     Returns:
         the outputs o in `dtype`, and the memory with all rows in that of layer `layer`.
@@ -183,6 +185,15 @@ def chunk_gated_delta_rule(
         return triton_chunks.gated_delta_rule(*args, chunk=reference.CHUNK, dtype=dtype, interpret=interpret_kernels())
     conv_inputs = causal_conv_inputs(projections.qkv, state.conv[layer], pad, valid, dtype)
     inputs = delta_inputs(projections, weights, conv_inputs, valid, (heads, key_size, value_size), dtype)
+    shift = pad % reference.CHUNK
+    inputs = jax.tree.map(lambda x: _roll_rows(x, -shift), inputs)
     o, after = reference.chunk_gated_delta_rule(inputs, state.recurrent[layer])
     conv = state.conv.at[layer].set(conv_inputs[:, rows:])
-    return o.astype(dtype), DeltaState(conv, state.recurrent.at[layer].set(after))
+    return _roll_rows(o.astype(dtype), shift), DeltaState(conv, state.recurrent.at[layer].set(after))
+
+
+def _roll_rows(x: Float[Array, "B T *axes"], shift: Int[Array, " B"]) -> Float[Array, "B T *axes"]:
+    """Move the rows of each sequence to the back by `shift` rows; those beyond the end come to the front."""
+    batch, rows = x.shape[:2]
+    source = (jnp.arange(rows) - shift[:, None]) % rows + rows * jnp.arange(batch)[:, None]
+    return x.reshape(-1, *x.shape[2:]).at[source].get(mode="promise_in_bounds")

@@ -126,16 +126,12 @@ def chunked_form(inputs: DeltaInputs, state: Float[Array, "B M Dk Dv"], chunk: i
 
 
 def pad_to_chunks(inputs: DeltaInputs) -> DeltaInputs:
-    """Put rows that change nothing in front, up to a multiple of `CHUNK` rows.
-
-    The place of a row in its chunk decides the order of sums. Counted from the end of the prompt it is the same however
-    the prompt is cut into calls, if all calls but the first one have a multiple of `CHUNK` rows.
-    """
-    return _pad_in_front(inputs, -inputs.q.shape[1] % CHUNK)
+    """Put rows that change nothing behind, up to a multiple of `CHUNK` rows."""
+    return _pad(inputs, 0, -inputs.q.shape[1] % CHUNK)
 
 
-def _pad_in_front(inputs: DeltaInputs, num_rows: int) -> DeltaInputs:
-    return jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (num_rows, 0)] + [(0, 0)] * (x.ndim - 2)), inputs)
+def _pad(inputs: DeltaInputs, in_front: int, behind: int) -> DeltaInputs:
+    return jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (in_front, behind)] + [(0, 0)] * (x.ndim - 2)), inputs)
 
 
 def recurrent_gated_delta_rule(inputs: DeltaInputs, state: Float[Array, "B M Dk Dv"]) -> DeltaOutputs:
@@ -145,14 +141,17 @@ def recurrent_gated_delta_rule(inputs: DeltaInputs, state: Float[Array, "B M Dk 
     """
     rows = inputs.q.shape[1]
     padding = int(rows == 1)
-    outputs = chunked_form(_pad_in_front(inputs, padding), state, rows + padding)
+    outputs = chunked_form(_pad(inputs, padding, 0), state, rows + padding)
     return outputs._replace(**{name: getattr(outputs, name)[:, padding:] for name in ("o", "delta", "decay")})
 
 
 def chunk_gated_delta_rule(
     inputs: DeltaInputs, state: Float[Array, "B M Dk Dv"]
 ) -> tuple[Float[Array, "B T M Dv"], Float[Array, "B M Dk Dv"]]:
-    """Run any number of rows in chunks of `CHUNK`; return the outputs and the state after all rows, both float32."""
-    padded = pad_to_chunks(inputs)
-    outputs = chunked_form(padded, state, CHUNK)
-    return outputs.o[:, padded.q.shape[1] - inputs.q.shape[1] :], outputs.state
+    """Run any number of rows in chunks of `CHUNK`, counted from the first one.
+
+    Returns:
+        the outputs and the state after all rows, both float32.
+    """
+    outputs = chunked_form(pad_to_chunks(inputs), state, CHUNK)
+    return outputs.o[:, : inputs.q.shape[1]], outputs.state

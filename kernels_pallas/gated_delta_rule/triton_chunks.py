@@ -24,7 +24,7 @@ from jaxtyping import Float, Int
 
 from kernels_pallas.gated_delta_rule.inputs import DeltaProjections, DeltaWeights
 from kernels_pallas.gated_delta_rule.state import DeltaState
-from kernels_pallas.gated_delta_rule.triton_inputs import prompt_inputs
+from kernels_pallas.gated_delta_rule.triton_inputs import prompt_inputs, row_of_place
 from kernels_pallas.tiles import index_grid
 
 TILE = 32  # rows and channels of a product
@@ -124,6 +124,7 @@ def _matrices_kernel(
 
 def _scan_kernel(
     layer_ref: Any,
+    start_ref: Any,
     q_ref: Any,
     k_ref: Any,
     v_ref: Any,
@@ -138,7 +139,10 @@ def _scan_kernel(
     columns: int,
     use_highest: bool,
 ) -> None:
-    """Step through all chunks of one sequence, for `columns` columns of the state of one value head."""
+    """Step through all chunks of one sequence, for `columns` columns of the state of one value head.
+
+    Inputs are in the order of `row_of_place`, outputs in that of the rows.
+    """
     heads, key_size = o_ref.shape[2], k_ref.shape[3]
     b, m = pl.program_id(0) // heads, pl.program_id(0) % heads
     j = m // (heads // k_ref.shape[2])
@@ -165,7 +169,8 @@ def _scan_kernel(
         delta = v - exp_decay * dot_state(k_ref)
         delta = dot(plt.load(t_ref.at[b, i, m, row, col]), delta)
         o = exp_decay * dot_state(q_ref) + dot(plt.load(a_ref.at[b, i, m, row, col]), delta)
-        plt.store(o_ref.at[b, v_row, m, v_column], o.astype(o_ref.dtype))
+        row_of_o, _ = index_grid(row_of_place(t, start_ref[b], chunk, o_ref.shape[1]), column)
+        plt.store(o_ref.at[b, row_of_o, m, v_column], o.astype(o_ref.dtype))
         decay_after = jnp.exp(last - decay)[:, None]  # of a row, up to the end of the chunk
         return tuple(
             jnp.exp(last) * tile + _dot(load(k_ref, channels) * decay_after, delta, (0, 0), use_highest)
@@ -192,6 +197,7 @@ def chunk_gated_delta_rule(
     g: Float[Array, "B T M"],
     state: Float[Array, "L B M Dk Dv"],
     layer: Int[Array, ""] | int,
+    start: Int[Array, " B"],
     *,
     chunk: int,
     dtype: DTypeLike,
@@ -206,6 +212,7 @@ def chunk_gated_delta_rule(
         q, k: float32, normalised; q is also scaled.
         g: log decay of each row.
         state: given up (donated).
+        start: first valid row of each sequence. The inputs are in the order of `row_of_place`, the outputs are not.
         chunk: rows of a chunk. T is a multiple of it. Like Dk and Dv it is a power of two from 16 on.
         interpret: run the kernels in interpret mode, on any device.
 
@@ -228,11 +235,11 @@ def chunk_gated_delta_rule(
         partial(_scan_kernel, chunk=chunk, columns=columns, use_highest=interpret),
         grid=(batch * heads, value_size // columns),
         out_shape=(jax.ShapeDtypeStruct(v.shape, dtype), jax.ShapeDtypeStruct(state.shape, jnp.float32)),
-        input_output_aliases={7: 1},
+        input_output_aliases={8: 1},
         compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
         name="gated_delta_rule_chunk_scan",
-    )(jnp.asarray(layer, jnp.int32).reshape(1), q, k, v, decay, t_matrix, a_matrix, state)
+    )(jnp.asarray(layer, jnp.int32).reshape(1), start, q, k, v, decay, t_matrix, a_matrix, state)
 
 
 def _check(chunk: int, key_size: int, value_size: int) -> None:
@@ -274,11 +281,12 @@ def gated_delta_rule(
         start,
         end,
         rows=rows + -rows % chunk,
+        chunk=chunk,
         sizes=(heads, key_size, value_size),
         dtype=dtype,
         interpret=interpret,
     )
     o, recurrent = chunk_gated_delta_rule(
-        *inputs, state.recurrent, layer, chunk=chunk, dtype=dtype, interpret=interpret
+        *inputs, state.recurrent, layer, start, chunk=chunk, dtype=dtype, interpret=interpret
     )
-    return o[:, o.shape[1] - rows :], DeltaState(state.conv.at[layer].set(conv), recurrent)
+    return o[:, :rows], DeltaState(state.conv.at[layer].set(conv), recurrent)

@@ -52,7 +52,22 @@ class _OutputRefs(NamedTuple):
     conv_state: Any  # `[B, past, C]`, the last inputs
 
 
-def _inputs_kernel(refs: _InputRefs, out: _OutputRefs, *, dtype: DTypeLike) -> None:
+def row_of_place(place: Array, start: Array, chunk: int, num_places: int) -> Array:
+    """Inside a kernel: return the rows of a call that stand at these places, whose chunks begin at row `start`.
+
+    Places are a multiple of `chunk` rows before `start`, then the valid rows. Behind them stand the other rows of the
+    padding, and those that fill the last chunk, which are beyond the rows of the call.
+
+    Args:
+        place: in chunks of `chunk` rows.
+        start: first valid row of the sequence.
+        num_places: a multiple of `chunk`.
+    """
+    t = place + lax.rem(start, jnp.int32(chunk))
+    return jnp.where(t < num_places, t, t - num_places)
+
+
+def _inputs_kernel(refs: _InputRefs, out: _OutputRefs, *, chunk: int, dtype: DTypeLike) -> None:
     """Compute `PROMPT_ROWS` rows of one head. The second grid axis counts heads of queries, of keys, then of values."""
     (batch, padded_rows, key_heads, key_size), value_size = out.q.shape, out.v.shape[3]
     num_rows, past, num_tiles = refs.qkv.shape[1] // batch, refs.conv_state.shape[2], padded_rows // PROMPT_ROWS
@@ -63,7 +78,7 @@ def _inputs_kernel(refs: _InputRefs, out: _OutputRefs, *, dtype: DTypeLike) -> N
         refs.end[b],
         refs.layer[0],
     )
-    t = place - (padded_rows - num_rows)  # the rows that fill a chunk come first
+    t = row_of_place(place, start, chunk, padded_rows)
 
     def conv_input(index: Array, channel: Array) -> Array:
         """Load inputs of the convolution: those before the valid rows, then the rows; zeros elsewhere."""
@@ -142,6 +157,7 @@ def prompt_inputs(
     end: Int[Array, " B"],
     *,
     rows: int,
+    chunk: int,
     sizes: tuple[int, int, int],
     dtype: DTypeLike,
     interpret: bool = False,
@@ -152,8 +168,8 @@ def prompt_inputs(
         conv_state: of all layers.
         layer: index of the layer in it.
         start, end: the range of valid rows of each sequence.
-        rows: rows of the results, a multiple of `PROMPT_ROWS`. Those in front of the rows of the prompt change
-            nothing.
+        rows: rows of the results, a multiple of `chunk` and of `PROMPT_ROWS`. They are in the order of `row_of_place`.
+        chunk: rows of a chunk. The first valid row begins one.
         sizes: M, Dk and Dv.
         dtype: compute dtype.
         interpret: run the kernel in interpret mode, on any device.
@@ -165,7 +181,7 @@ def prompt_inputs(
     after = jax.ShapeDtypeStruct((batch, past, channels), conv_state.dtype)
     outputs = _OutputRefs(**_shapes(projections, batch, rows, sizes, dtype), conv_state=after)
     (results,) = pl.pallas_call(
-        partial(_inputs_kernel, dtype=dtype),
+        partial(_inputs_kernel, chunk=chunk, dtype=dtype),
         grid=(batch * rows // PROMPT_ROWS, 2 * outputs.q.shape[2] + sizes[0]),
         out_shape=(outputs,),
         compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),

@@ -51,8 +51,8 @@ def prefill(
         graph: static half of the split model.
         rows: rows whose logits are returned. Without output rows there is no LM head in the program.
         mtp_rows: how many of the last rows leave keys and values for the MTP head; None: all. 0 makes this the program
-            of a model without the head. The first such row of a sequence must be the one at position
-            `cache.mtp_start_pos`.
+            of a model without the head. From position `cache.mtp_start_pos` of a sequence on all rows must be among
+            these; what they leave of rows before it is dropped.
 
     Returns:
         logits of the output rows (float32), hidden state of the last row for the MTP head (after the final norm; zeros

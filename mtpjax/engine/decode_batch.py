@@ -20,6 +20,7 @@ from mtpjax.engine.model_runner import ModelRunner
 from mtpjax.engine.request import Request
 from mtpjax.engine.request_logprobs import logprobs_of_slots
 from mtpjax.engine.scheduler import PrefillGroup
+from mtpjax.engine.shared_prefixes import SharedPrefixes
 from mtpjax.engine.slot_depths import SlotDepths
 from mtpjax.engine.stack_automata import initial_automaton_state, stack_automata
 from mtpjax.engine.stack_constraints import no_recent_tokens, stack_constraints
@@ -71,7 +72,7 @@ class DecodeBatch:
     made anew each time. Otherwise they are read into a cache of their own, out of which they are copied into their
     slots while the other slots keep theirs. It stays until the next prompts are read, if their group says so.
 
-    `depths` chooses how many tokens a call drafts; None: no one does.
+    `depths` chooses how many tokens a call drafts, and `prefixes` keeps common beginnings of prompts; None: no one does.
     """
 
     def __init__(
@@ -81,9 +82,12 @@ class DecodeBatch:
         prefill_batch: int,
         static_batch: bool | None = None,
         depths: DepthController | None = None,
+        prefixes: SharedPrefixes | None = None,
     ):
         self.runner, self.num_slots, self.prefill_batch = runner, num_slots, prefill_batch
         self.static_batch = prefill_batch == num_slots if static_batch is None else static_batch
+        self.prefixes = prefixes
+        self.num_tokens_read = 0  # of prompts
         self.state: DecodeState | None = None  # made by the first prefill
         self._parts: BatchParts | None = None  # of the program that runs the batch
         self._params = self._stack([None] * num_slots)
@@ -136,7 +140,12 @@ class DecodeBatch:
                 self._begin_decode(cache, depth)
         prompts += [()] * (self.prefill_batch - len(prompts))
         mtp_prompt_tokens = runner.mtp_prompt_tokens if runner.num_speculative_tokens else None
-        cache, hidden, _ = runner.prefill(prompts, cache=cache, mtp_prompt_tokens=mtp_prompt_tokens)
+        if self.prefixes is None:
+            self.num_tokens_read += sum(map(len, group.prompts))
+            cache, hidden, _ = runner.prefill(prompts, cache=cache, mtp_prompt_tokens=mtp_prompt_tokens)
+        else:
+            cache, hidden, num_read = self.prefixes.prefill(prompts, group, cache, mtp_prompt_tokens)
+            self.num_tokens_read += num_read
         if static_batch:
             self.state = self._initial_state(self._padded(requests), cache, hidden)
         else:

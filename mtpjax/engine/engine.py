@@ -8,8 +8,10 @@ from mtpjax.engine.decode_batch import DecodeBatch
 from mtpjax.engine.depth import DepthController
 from mtpjax.engine.live_requests import LiveRequests
 from mtpjax.engine.model_runner import ModelRunner
+from mtpjax.engine.prefix_cache import PrefixCache
 from mtpjax.engine.request import Request, RequestState
 from mtpjax.engine.scheduler import Scheduler
+from mtpjax.engine.shared_prefixes import SharedPrefixes
 
 STEPS_OF_FIRST_CALL = 4  # of the decode loop in a run, so that the first tokens do not wait for a whole call
 STEPS_WITH_STOP_STRINGS = 8  # of a call, so that a slot does not go on for long behind a stop string
@@ -30,16 +32,19 @@ class Engine:
     Args:
         runner: the model.
         max_prefill_seqs: prompts that are read together when slots become free; None: a quarter of the slots.
+        prefix_cache: common beginnings of prompts are read once and kept there; None: every prompt is read whole.
 
     Attributes:
-        num_prompt_tokens: prompt tokens read so far; those of a prompt that requests share count once.
+        num_prompt_tokens: prompt tokens read so far; those of a prompt, or a beginning, that requests share count once.
         prefill_seconds, decode_seconds: spent so far in prefills and in the decode loop, without compilation.
         slot_steps: steps of the decode loop times its slots, whether or not a slot had a request.
         depths: what chooses how many tokens are drafted; None: no one does.
     """
 
-    def __init__(self, runner: ModelRunner, *, max_prefill_seqs: int | None = None):
-        self.runner, self.max_prefill_seqs = runner, max_prefill_seqs
+    def __init__(
+        self, runner: ModelRunner, *, max_prefill_seqs: int | None = None, prefix_cache: PrefixCache | None = None
+    ):
+        self.runner, self.max_prefill_seqs, self.prefix_cache = runner, max_prefill_seqs, prefix_cache
         self.depths = None if runner.auto_depths is None else DepthController(runner.auto_depths)
         self.num_prompt_tokens = self.slot_steps = 0
         self.prefill_seconds = self.decode_seconds = 0.0
@@ -94,7 +99,11 @@ class Engine:
         """
         live = requests if isinstance(requests, LiveRequests) else None
         scheduler = Scheduler(requests, num_slots, max_prefill_seqs=self.max_prefill_seqs, lookahead=lookahead)
-        batch = DecodeBatch(self.runner, num_slots, scheduler.prefill_batch, scheduler.static_batch, self.depths)
+        cache = self.prefix_cache
+        prefixes = SharedPrefixes(cache, scheduler) if cache is not None and cache.is_in_use else None
+        batch = DecodeBatch(
+            self.runner, num_slots, scheduler.prefill_batch, scheduler.static_batch, self.depths, prefixes
+        )
         step_limit: int | None = STEPS_OF_FIRST_CALL
         while True:
             if live is not None:
@@ -104,9 +113,10 @@ class Engine:
                     yield from scheduler.abort(aborted)
                     yield from _finished(scheduler, batch)
             while group := scheduler.admit():
+                num_read = batch.num_tokens_read
                 seconds = batch.prefill(group, scheduler.requests_by_slot, scheduler.waiting)
                 self.prefill_seconds += seconds
-                self.num_prompt_tokens += 0 if group.is_read else sum(map(len, group.prompts))
+                self.num_prompt_tokens += batch.num_tokens_read - num_read
                 for state in group.states:
                     state.prefill_seconds = seconds
                 yield from _finished(scheduler, batch)

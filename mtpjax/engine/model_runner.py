@@ -29,11 +29,28 @@ from mtpjax.decoding.steps import FORWARD_HIDDEN_DONATED, PREFILL_DONATED, forwa
 from mtpjax.engine.batch_parts import BatchParts
 from mtpjax.engine.program_cache import ProgramCache
 from mtpjax.engine.programs import CompileFn, ProgramName, Programs, Step, compile_ahead
-from mtpjax.engine.prompt_chunks import PREFILL_BUCKETS, PromptChunk, split_prompts, usable_buckets
+from mtpjax.engine.prompt_chunks import (
+    PREFILL_BUCKETS,
+    PastTokens,
+    PromptChunk,
+    join_rows,
+    mtp_rows_of_chunks,
+    split_prompts,
+    usable_buckets,
+)
 from mtpjax.loading.cpu_layout import optimize_for_cpu
 from mtpjax.loading.loaded_model import LoadedModel
 from mtpjax.loading.open_model import compute_dtype_of
-from mtpjax.model.cache import Cache, new_cache, padded_kv_length
+from mtpjax.model.cache import (
+    KV_BLOCK,
+    PUT_SEQUENCE_DONATED,
+    Cache,
+    new_cache,
+    padded_kv_length,
+    put_hidden,
+    put_sequence,
+    take_sequence,
+)
 
 MAX_STEPS_PER_CALL = 32  # of the decode loop, before the host looks at the tokens
 
@@ -44,6 +61,7 @@ _DONATED: dict[Callable[..., Any], tuple[str, ...]] = {
     decode: DECODE_DONATED,
     insert_requests: INSERT_DONATED,
     prompt_logprobs: PROMPT_LOGPROBS_DONATED,
+    put_sequence: PUT_SEQUENCE_DONATED,
 }
 
 
@@ -153,6 +171,8 @@ class ModelRunner:
         return_logits: bool = False,
         cache: Cache | None = None,
         mtp_prompt_tokens: int | None = None,
+        past: Sequence[PastTokens] | None = None,
+        next_tokens: Sequence[int] | None = None,
     ) -> tuple[Cache, Array, list[np.ndarray]]:
         """Read prompts of equal or unequal lengths as one batch, chunk by chunk.
 
@@ -161,36 +181,63 @@ class ModelRunner:
             rows: output rows of every chunk.
             return_logits: whether to collect the logits of each chunk on the host.
             cache: the cache to continue from, which is consumed; None: a new one.
-            mtp_prompt_tokens: how many of the last rows leave keys and values for the MTP head; None: all. A number
-                needs an empty cache, because what the head reads must have no gaps.
+            mtp_prompt_tokens: how many of the last rows leave keys and values for the MTP head; None: all. If fewer
+                rows are read, the head keeps what it has of the rows before them.
+            past: what the cache has of each sequence; None: nothing.
+            next_tokens: the token after each prompt, for the MTP head; None: not known, as the head's first step writes
+                the keys and values of that row anew.
 
         Returns:
-            the cache, the hidden states of the last rows `[B, D]`, and for each chunk its logits, float32 `[B, R, V]`.
+            the cache, the hidden states of the last rows `[B, D]`, and the logits, float32 `[B, R, V]` of each chunk.
+            Logits of all rows are one array, in which those of each prompt are the last ones; those before them mean
+            nothing.
         """
         batch = len(prompts)
         cache = self.new_cache(batch) if cache is None else cache
         if mtp_prompt_tokens is not None:
-            num_skipped = [max(0, len(p) - mtp_prompt_tokens) for p in prompts]
-            cache = cache.replace(mtp_start_pos=jax.device_put(np.array(num_skipped, np.int32)))
+            past = [PastTokens()] * batch if past is None else past
+            start = [p.mtp_start_after(len(rows), mtp_prompt_tokens) for p, rows in zip(past, prompts, strict=True)]
+            cache = cache.replace(mtp_start_pos=jax.device_put(np.array(start, np.int32)))
         hidden, all_logits = self.zero_hidden(batch), []
 
-        def program(chunk: PromptChunk) -> tuple[ProgramName, Step, tuple[Any, ...]]:
+        def program(chunk: PromptChunk, mtp_rows: int | None) -> tuple[ProgramName, Step, tuple[Any, ...]]:
             length = chunk.tokens.shape[1]
-            mtp_rows = None
-            if mtp_prompt_tokens is not None:
-                mtp_rows = max(0, min(mtp_prompt_tokens - chunk.num_rows_after, length))
             step = partial(jit_step, prefill, graph=self.model.graph, rows=rows, mtp_rows=mtp_rows)
             args = (self.model.params, chunk.tokens, chunk.next_tokens, chunk.pad, cache)
             return ("prefill", batch, length, rows, mtp_rows), step, args
 
-        chunks = list(split_prompts(prompts, self.prefill_buckets))
-        for chunk in chunks:
-            self.programs.begin(*program(chunk))
-        for chunk in chunks:
-            logits, hidden, cache = self._run(*program(chunk))
+        chunks = list(split_prompts(prompts, self.prefill_buckets, next_tokens))
+        read = [None] * len(chunks) if mtp_prompt_tokens is None else mtp_rows_of_chunks(chunks, mtp_prompt_tokens)
+        for chunk, mtp_rows in zip(chunks, read, strict=True):
+            self.programs.begin(*program(chunk, mtp_rows))
+        for chunk, mtp_rows in zip(chunks, read, strict=True):
+            logits, hidden, cache = self._run(*program(chunk, mtp_rows))
             if return_logits:
                 all_logits.append(np.asarray(logits))
+        if rows == OutputRows.all() and len(all_logits) > 1:
+            all_logits = [join_rows(chunks, all_logits)]
         return cache, hidden, all_logits
+
+    def take_sequence(self, cache: Cache, index: int, num_tokens: int) -> Cache:
+        """Copy what one sequence of `num_tokens` tokens remembers, with room for `prefix_kv_len` positions."""
+        kv_len = self.prefix_kv_len(num_tokens)
+        step = partial(jit_step, take_sequence, kv_len=kv_len)
+        return self._run(("take_sequence", len(cache.length), kv_len), step, (cache, np.array(index, np.int32)))
+
+    def put_sequence(self, cache: Cache, sequence: Cache, index: int) -> Cache:
+        """Let sequence `index` of `cache`, which is consumed, remember what `take_sequence` copied."""
+        name = ("put_sequence", len(cache.length), sequence.kv_len)
+        return self._run(name, partial(jit_step, put_sequence), (cache, sequence, np.array(index, np.int32)))
+
+    def put_hidden(self, hidden: Array, row: Array, index: int) -> Array:
+        """Replace the hidden state of sequence `index`, `[B, D]`, by `row`, `[1, D]`."""
+        step = partial(jit_step, put_hidden)
+        return self._run(("put_hidden", len(hidden)), step, (hidden, row, np.array(index, np.int32)))
+
+    def prefix_kv_len(self, num_tokens: int) -> int:
+        """Return the room for positions of a copied sequence: a power of two of blocks, since each is a program."""
+        blocks = -(-num_tokens // KV_BLOCK)
+        return min(KV_BLOCK << (blocks - 1).bit_length(), self.kv_len)
 
     def hidden_states(self, prompt: Sequence[int]) -> np.ndarray:
         """Return the hidden states after the final norm of every row of one prompt, `[T, D]`."""
@@ -199,8 +246,8 @@ class ModelRunner:
             step = partial(jit_step, forward_hidden, graph=self.model.graph)
             args = (self.model.params, chunk.tokens, chunk.pad, cache)
             hidden, cache = self._run(("hidden_states", chunk.tokens.shape[1]), step, args)
-            chunks.append(np.asarray(hidden)[0])
-        return np.concatenate(chunks)[-len(prompt) :]
+            chunks.append(np.asarray(hidden)[0, chunk.pad[0] :])
+        return np.concatenate(chunks)
 
     def decode(
         self,

@@ -90,6 +90,7 @@ class RequestState:
         reader: of `Request.make_reader`.
         num_drafts: steps that drafted for it.
         num_draft_tokens: tokens that were drafted for it.
+        num_cached_tokens: prompt tokens that came from a prefix which requests share.
     """
 
     request: Request
@@ -103,6 +104,9 @@ class RequestState:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     aborted: bool = False
     reader: TextReader | None = None
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_cached_tokens: int = 0
 
     def __post_init__(self) -> None:
         if self.reader is None and self.request.make_reader is not None:
@@ -116,9 +120,6 @@ class RequestState:
         if logprobs is not None:
             self.logprobs.append(TokenLogprobs(*(array[: len(tokens)] for array in logprobs)))
         return tokens
-
-    num_drafts: int = 0
-    num_draft_tokens: int = 0
 
     @property
     def stop_string(self) -> str | None:

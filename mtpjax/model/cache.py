@@ -6,9 +6,10 @@ position of the token in its own sequence, so neither batch neighbours nor paddi
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from flax import struct
-from jax import Array
+from jax import Array, lax
 from jaxtyping import Float, Int
 
 from kernels_pallas.attention import KV_BLOCK
@@ -105,3 +106,47 @@ def flush(cache: Cache, pending: PendingDeltaUpdates | None) -> Cache:
 def commit(cache: Cache, pending: PendingDeltaUpdates, accepted: Int[Array, " B"]) -> Cache:
     """Take the first `accepted` rows (0...W) of a verify window into the cache; forget the other rows."""
     return flush(*accept(cache, pending, accepted))
+
+
+PUT_SEQUENCE_DONATED = ("cache",)
+
+
+def take_sequence(cache: Cache, index: Int[Array, ""], *, kv_len: int) -> Cache:
+    """Return a copy of what one sequence remembers, as a cache of one sequence.
+
+    Args:
+        cache: of B sequences.
+        index: of the sequence.
+        kv_len: positions of keys and values to copy, from the first one on.
+    """
+
+    def take(array: Array) -> Array:  # [B], [layers, B, ...], or keys and values [layers, B, N, S, H]
+        one = lax.dynamic_slice_in_dim(array, index, 1, min(array.ndim - 1, 1))
+        return one[:, :, :, :kv_len] if _has_positions(array, cache) else one
+
+    return jax.tree.map(take, cache)
+
+
+def put_sequence(cache: Cache, sequence: Cache, index: Int[Array, ""]) -> Cache:
+    """Let sequence `index` of a cache remember what `take_sequence` copied; further keys and values stay as they are.
+
+    Args:
+        cache: of B sequences; changed in place, if donated.
+        sequence: of one sequence, with room for no more positions than `cache`.
+    """
+
+    def put(target: Array, source: Array) -> Array:
+        start = [jnp.int32(0)] * target.ndim
+        start[min(target.ndim - 1, 1)] = index
+        return lax.dynamic_update_slice(target, source, start)
+
+    return jax.tree.map(put, cache, sequence)
+
+
+def put_hidden(hidden: Float[Array, "B D"], row: Float[Array, "1 D"], index: Int[Array, ""]) -> Float[Array, "B D"]:
+    """Replace the hidden state of one sequence."""
+    return lax.dynamic_update_slice_in_dim(hidden, row, index, 0)
+
+
+def _has_positions(array: Array, cache: Cache) -> bool:
+    return array.ndim == 5 and any(array is x for x in (cache.k, cache.v, cache.mtp_k, cache.mtp_v))

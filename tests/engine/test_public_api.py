@@ -49,6 +49,9 @@ def test_the_signatures_are_those_of_the_documentation() -> None:
         "max_logprobs": 20,
         "logprobs_mode": "raw_logprobs",
         "max_speculative_tokens": None,
+        "enable_prefix_caching": True,
+        "prefix_cache_gb": None,
+        "prefix_cache_dir": None,
     }
     assert {name: value for name, value in defaults.items() if name not in ("drafter", "compile_fn")} == expected
     chat = inspect.signature(LLM.chat).parameters

@@ -6,9 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from kernels_pallas.gated_delta_rule import reference as delta_reference
-from kernels_pallas.gated_delta_rule.inputs import DeltaInputs
-from kernels_pallas.gated_delta_rule.reference import CHUNK
+from kernels_pallas.gated_delta_rule import api as delta_api
 from scripts.gpu.bits_model import BitChecks, Difference, ModelSizes
 from tests.helpers.models import cpu_only, numpy_model, rounded_to_bfloat16, tiny_config
 
@@ -43,7 +41,7 @@ def test_prompts(checks: BitChecks) -> None:
     """Alone and together, in chunks of two lengths, with and without the MTP head."""
     assert_same(checks.prompt_checks())
     reference = checks.caches(True, (128,), one_by_one=True)
-    mixed = checks.caches(True, (16, 64), one_by_one=True)  # 70 and 12 tokens begin with a chunk of 16 rows
+    mixed = checks.caches(True, (16, 64), one_by_one=True)  # 12 tokens in a chunk of 16 rows, 70 in 64 and 16
     assert checks.compare_caches("chunks of 16 and 64", reference, mixed).same
 
 
@@ -57,16 +55,9 @@ def test_texts(checks: BitChecks) -> None:
     assert_same(checks.text_checks())
 
 
-def test_chunks_that_are_counted_from_the_first_row_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_that_are_counted_from_the_first_row_of_a_call_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """The 33 rows of a prompt then stand elsewhere in a chunk of 64 if they come in a call of 48 rows."""
-
-    def chunk_gated_delta_rule(inputs: DeltaInputs, state: jax.Array) -> tuple[jax.Array, jax.Array]:
-        rows = inputs.q.shape[1]
-        behind = jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, -rows % CHUNK)] + [(0, 0)] * (x.ndim - 2)), inputs)
-        outputs = delta_reference.chunked_form(behind, state, CHUNK)
-        return outputs.o[:, :rows], outputs.state
-
-    monkeypatch.setattr(delta_reference, "chunk_gated_delta_rule", chunk_gated_delta_rule)
+    monkeypatch.setattr(delta_api, "_roll_rows", lambda x, shift: x)
     jax.clear_caches()
     model = rounded_to_bfloat16(numpy_model(tiny_config(moe=False, num_superblocks=1)))
     checks = BitChecks(model, jnp.float32, SIZES)
