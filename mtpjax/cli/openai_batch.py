@@ -13,9 +13,8 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
-from mtpjax import CompletionOutput, RequestOutput
+from mtpjax import CompletionOutput, Logprob, RequestOutput
 from mtpjax.cli.line_keys import CHAT_KEYS, HARMLESS, SAMPLING_KEYS, check_keys
-from mtpjax.outputs import Logprob
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 LINE_KEYS = ("custom_id", "method", "url", "body")

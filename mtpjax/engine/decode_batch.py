@@ -127,6 +127,8 @@ class DecodeBatch:
             assert kept is not None, "the group before did not keep its prompts"
             start = runner.seconds_without_compile()
             self._insert(requests, group, *kept)
+            for state in group.states:
+                state.num_cached_tokens = len(state.request.prompt_token_ids) - 1
             self._kept = kept if group.keep else None
             jax.block_until_ready(self.state)
             return runner.seconds_without_compile() - start

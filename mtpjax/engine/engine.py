@@ -36,6 +36,7 @@ class Engine:
 
     Attributes:
         num_prompt_tokens: prompt tokens read so far; those of a prompt, or a beginning, that requests share count once.
+        num_cached_tokens: prompt tokens of requests so far that came from a shared prompt or beginning.
         prefill_seconds, decode_seconds: spent so far in prefills and in the decode loop, without compilation.
         slot_steps: steps of the decode loop times its slots, whether or not a slot had a request.
         depths: what chooses how many tokens are drafted; None: no one does.
@@ -46,7 +47,7 @@ class Engine:
     ):
         self.runner, self.max_prefill_seqs, self.prefix_cache = runner, max_prefill_seqs, prefix_cache
         self.depths = None if runner.auto_depths is None else DepthController(runner.auto_depths)
-        self.num_prompt_tokens = self.slot_steps = 0
+        self.num_prompt_tokens = self.num_cached_tokens = self.slot_steps = 0
         self.prefill_seconds = self.decode_seconds = 0.0
 
     @property
@@ -119,6 +120,7 @@ class Engine:
                 self.num_prompt_tokens += batch.num_tokens_read - num_read
                 for state in group.states:
                     state.prefill_seconds = seconds
+                    self.num_cached_tokens += state.num_cached_tokens
                 yield from _finished(scheduler, batch)
             if scheduler.num_free_slots == num_slots:
                 if live is None or not live.wait():
