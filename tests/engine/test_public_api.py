@@ -22,6 +22,7 @@ def embedded() -> LLM:
 
 def test_the_package_exports_its_public_names() -> None:
     names = {"LLM", "CompletionOutput", "Metrics", "RequestOutput", "SamplingParams", "SimulatedAcceptance"}
+    names |= {"StructuredOutputs"}
     assert set(mtpjax.__all__) == names and all(hasattr(mtpjax, name) for name in names)
 
 
