@@ -1,8 +1,8 @@
 """JSON schemas as outlines-core turns them into regular expressions without loss.
 
-The library passes over keywords that it does not know, and over some combinations of those that it knows. Here a schema
-is rewritten into the part that it gets right, and whatever is left is refused by name: a text that follows the automaton
-then satisfies the schema.
+The library passes over keywords that it does not know, and over some combinations of those that it knows. Here a
+schema is rewritten into the part that it gets right, and whatever is left is refused by name: a text that follows the
+automaton then satisfies the schema.
 """
 
 from __future__ import annotations
@@ -248,8 +248,8 @@ def _check_disjoint(parts: list[dict[str, Any]], place: str) -> None:
         kinds = _kinds(part)
         if kinds & seen:
             raise ValueError(
-                f"{place} has 'oneOf' with two alternatives that both may be {min(kinds & seen)}; use 'anyOf' if a value "
-                "may satisfy both"
+                f"{place} has 'oneOf' with two alternatives that both may be {min(kinds & seen)}; use 'anyOf' if a "
+                "value may satisfy both"
             )
         seen |= kinds
 

@@ -43,7 +43,7 @@ def main() -> None:
         transitions = index.get_transitions()
         final = set(index.get_final_states())
     except Exception as error:  # the library raises ValueError and exceptions of its own
-        fail(str(error))
+        fail("a part of it matches nothing" if "vocabulary provided is incompatible" in str(error) else str(error))
     first = after_prefix(index.get_initial_state(), transitions)
     accepting = {state for state, row in transitions.items() if row.pop(0, None) in final}
     states, seen = [first], {first}
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def after_prefix(initial: int, transitions: dict[int, dict[int, int]]) -> int:
-    """Return the state after `PREFIX`: the way to it has one byte in each state, and nothing else leads to its first."""
+    """Return the state after `PREFIX`. The way to it has one byte in each state, and nothing else leads to it."""
     initial_row = transitions.get(initial, {})
     if 0 in initial_row:
         candidates = {initial_row[0]}

@@ -15,8 +15,7 @@ from mtpjax.text.gbnf import grammar_to_regex
 from mtpjax.text.json_schema import simplify_schema
 from mtpjax.text.regex_dfa import ByteDfa, regex_to_dfa, schema_to_dfa
 from mtpjax.text.token_automaton import TokenAutomaton, TokenBytes, build_token_automaton
-from mtpjax.text.tokenizer import _BYTE_OF as BYTE_OF
-from mtpjax.text.tokenizer import Tokenizer
+from mtpjax.text.tokenizer import Tokenizer, bytes_of_token
 
 KINDS = ("json", "regex", "choice", "grammar", "json_object")
 MAX_CACHED = 64  # automata kept in memory
@@ -131,8 +130,8 @@ def token_bytes(tokenizer: Tokenizer, vocab_size: int) -> TokenBytes:
         )
     added, tokens = set(tokenizer.added_token_ids), dict[int, bytes]()
     for text, i in sorted(tokenizer.hf_tokenizer.get_vocab(with_added_tokens=False).items(), key=lambda item: item[1]):
-        if i not in added and text and i < vocab_size and all(letter in BYTE_OF for letter in text):
-            tokens[i] = bytes(BYTE_OF[letter] for letter in text)
+        if i not in added and i < vocab_size and (data := bytes_of_token(text)):
+            tokens[i] = data
     return TokenBytes(tokens, vocab_size)
 
 

@@ -151,6 +151,11 @@ class Tokenizer:
         return False
 
 
+def bytes_of_token(token: str) -> bytes | None:
+    """Return the bytes that a token of a byte-level BPE stands for; None if it is none of these."""
+    return bytes(_BYTE_OF[letter] for letter in token) if all(letter in _BYTE_OF for letter in token) else None
+
+
 def load_tokenizer(path: str | PathLike[str]) -> Tokenizer:
     """Read a `tokenizer.json`, and the chat template and the added tokens of tokenizer_config.json beside it.
 

@@ -1,7 +1,6 @@
 """Several samples of a prompt, and the errors of `n` and of the parameters that keep tokens out of a text."""
 
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -217,32 +216,26 @@ def test_words_are_encoded_with_and_without_a_space() -> None:
     assert request.bad_words == tuple(dict.fromkeys(map(tuple, want))) and len(request.bad_words) > 3
 
 
-@pytest.fixture(scope="module")
-def texts(folder: Path) -> Iterator[dict[int, list[list[int]]]]:
-    yield {}
-
-
-@pytest.mark.parametrize("num_speculative_tokens", [0, 2])
-def test_an_llm_keeps_to_all_constraints(
-    folder: Path, num_speculative_tokens: int, texts: dict[int, list[list[int]]]
-) -> None:
+def test_an_llm_keeps_to_all_constraints(folder: Path) -> None:
     """Through the public API, beside a request without constraints; with an ignored end of text."""
-    llm = LLM(folder, num_speculative_tokens=num_speculative_tokens, **SMALL)
-    (free,) = llm.generate([[5, 6]], HOT)
-    word, stop = f"w{free.token_ids[1]} w{free.token_ids[2]}", free.token_ids[4]
-    outputs = llm.generate(
-        [[5, 6]] * 4,
-        [
-            replace(HOT, seed=0),
-            replace(HOT, seed=0, bad_words=[word]),
-            replace(HOT, seed=0, logit_bias={free.token_ids[0]: -100}, n=2, allowed_token_ids=range(0, 90, 2)),
-            replace(HOT, seed=0, min_tokens=9, stop_token_ids=(stop,)),
-        ],
-    )
-    assert outputs[0].token_ids == free.token_ids
-    assert outputs[1].token_ids[:2] == free.token_ids[:2] and word not in (outputs[1].text or "")
-    for one in outputs[2].outputs:
-        assert all(token % 2 == 0 and token != free.token_ids[0] for token in one.token_ids)
-    assert stop not in outputs[3].token_ids and outputs[3].finish_reason == "length"
-    texts[num_speculative_tokens] = [one.token_ids for output in outputs for one in output.outputs]
-    assert texts[num_speculative_tokens] == texts[0]
+    texts = []
+    for num_speculative_tokens in (0, 2):
+        llm = LLM(folder, num_speculative_tokens=num_speculative_tokens, **SMALL)
+        (free,) = llm.generate([[5, 6]], HOT)
+        word, stop = f"w{free.token_ids[1]} w{free.token_ids[2]}", free.token_ids[4]
+        outputs = llm.generate(
+            [[5, 6]] * 4,
+            [
+                replace(HOT, seed=0),
+                replace(HOT, seed=0, bad_words=[word]),
+                replace(HOT, seed=0, logit_bias={free.token_ids[0]: -100}, n=2, allowed_token_ids=range(0, 90, 2)),
+                replace(HOT, seed=0, min_tokens=9, stop_token_ids=(stop,)),
+            ],
+        )
+        assert outputs[0].token_ids == free.token_ids
+        assert outputs[1].token_ids[:2] == free.token_ids[:2] and word not in (outputs[1].text or "")
+        for one in outputs[2].outputs:
+            assert all(token % 2 == 0 and token != free.token_ids[0] for token in one.token_ids)
+        assert stop not in outputs[3].token_ids and outputs[3].finish_reason == "length"
+        texts.append([one.token_ids for output in outputs for one in output.outputs])
+    assert texts[0] == texts[1]
