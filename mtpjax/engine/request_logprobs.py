@@ -14,7 +14,7 @@ from mtpjax.decoding.output_rows import NO_ROWS
 from mtpjax.decoding.steps import prefill
 from mtpjax.engine.batch_parts import num_top_size
 from mtpjax.engine.model_runner import ModelRunner, jit_step
-from mtpjax.engine.prompt_chunks import split_prompts
+from mtpjax.engine.prompt_chunks import PromptChunk, join_rows, split_prompts
 from mtpjax.engine.request import Request
 
 
@@ -57,13 +57,15 @@ def logprobs_of_prompts(
     """
     size = num_top_size(num_top, runner.max_logprobs)
     firsts = [1] * len(prompts) if first_rows is None else list(first_rows)
-    needed = max((len(p) - first + 1 for p, first in zip(prompts, firsts, strict=True) if p), default=0)
+    needed = np.array([len(p) - first + 1 if p else 0 for p, first in zip(prompts, firsts, strict=True)])
     model, batch = runner.model, len(prompts)
-    cache, parts = runner.new_cache(batch), list[TokenLogprobs]()
+    cache, parts, scored = runner.new_cache(batch), list[TokenLogprobs](), list[PromptChunk]()
+    rows_after = np.array([len(p) for p in prompts])
     for chunk in split_prompts(prompts, runner.prefill_buckets):
         length = chunk.tokens.shape[1]
+        rows_after -= length - chunk.pad
         args = (model.params, chunk.tokens, chunk.next_tokens, chunk.pad, cache)
-        if chunk.num_rows_after >= needed:
+        if (rows_after >= needed).all():
             step = partial(jit_step, prefill, graph=model.graph, rows=NO_ROWS, mtp_rows=0)
             _, _, cache = runner.programs.get(("prefill", batch, length, NO_ROWS, 0), step, args)(*args)
             continue
@@ -71,8 +73,9 @@ def logprobs_of_prompts(
         step = partial(jit_step, prompt_logprobs, **static)
         found, cache = runner.programs.get(("prompt_logprobs", batch, length, size), step, args)(*args)
         parts.append(jax.tree.map(np.asarray, found))
+        scored.append(chunk)
     # Prompts end with the last row; the row of a token is the one before it, and the last row has no token after it.
-    rows = TokenLogprobs(*(np.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True)))
+    rows = TokenLogprobs(*(join_rows(scored, arrays) for arrays in zip(*parts, strict=True)))
     total = rows.chosen.shape[1]
     return [
         _cut(TokenLogprobs(*(x[i] for x in rows)), slice(total - 1 - (len(p) - first), total - 1), num_top)
