@@ -60,7 +60,9 @@ def test_masks_are_those_of_a_walk(seed: int) -> None:
 
 def test_a_forbidden_draft_ends_the_automaton() -> None:
     automaton = TokenAutomaton(np.array([0, 1], np.int16), np.array([[0, -1]], np.int32), np.ones(1, bool))
-    state = initial_automaton_state(1).before_rows(jnp.array([[0, 1, 0]]), stack_automata([automaton]))
+    automata = stack_automata([automaton])
+    assert automata is not None
+    state = initial_automaton_state(1).before_rows(jnp.array([[0, 1, 0]]), automata)
     assert state.tolist() == [[0, 0, -1, -1]]
 
 

@@ -77,7 +77,7 @@ def alone() -> list[RequestOutput]:
 
 
 def test_texts_are_valid(alone: list[RequestOutput]) -> None:
-    kinds = [sampling.structured_outputs and sampling.structured_outputs.kind for _, sampling in JOB]
+    kinds = [None if p.structured_outputs is None else p.structured_outputs.kind for _, p in JOB]
     for kind, output in zip(kinds, alone, strict=True):
         if kind is not None:
             assert output.finish_reason == "stop" and output.outputs[0].stop_reason is None, (kind, output.text)

@@ -245,7 +245,7 @@ def test_bad_arguments(kinds: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         StructuredOutputs(**kinds)
     with pytest.raises(TypeError, match="did you mean 'regex'"):
-        StructuredOutputs(regexp="a")
+        StructuredOutputs(regexp="a")  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize(
