@@ -100,7 +100,8 @@ def main() -> None:
 
     own: dict[int, Any] = {}
     for k in DEPTHS:
-        options = {"num_speculative_tokens": k, "max_steps": STEPS, "vocab_size": vocab, "sync_without_drafts": k == 0}
+        options: dict[str, Any] = {"num_speculative_tokens": k, "max_steps": STEPS, "vocab_size": vocab}
+        options["sync_without_drafts"] = k == 0
         own[k], processor, seconds = compile_program(
             partial(decode, graph=graph, **options), weights, state, params, *limits
         )
