@@ -21,7 +21,9 @@ from mtpjax.config import FULL, ModelConfig
 from mtpjax.decoding import steps
 from mtpjax.engine.engine import Engine
 from mtpjax.engine.model_runner import ModelRunner
+from mtpjax.engine.prefix_tree import border_below
 from mtpjax.engine.programs import CompileFn, compile_ahead
+from mtpjax.engine.prompt_chunks import PastTokens
 from mtpjax.engine.request import Request
 from mtpjax.loading.loaded_model import LoadedModel
 from mtpjax.model.cache import Cache
@@ -121,6 +123,8 @@ class BitChecks:
             for chunk in self.sizes.chunks[1:]:
                 what = f"{name}, chunk {chunk}"
                 yield what, partial(compare, what, mtp, (chunk,), one_by_one=True)
+            what = f"{name}, in two parts"
+            yield what, partial(compare, what, mtp, first, one_by_one=True, in_two_parts=True)
         number = self.sizes.mtp_prompt_tokens
         name = f"prompts, mtp_prompt_tokens={number}"
         yield name, partial(compare, name, True, first, mtp_prompt_tokens=number)
@@ -133,18 +137,29 @@ class BitChecks:
         one_by_one: bool = False,
         mtp_prompt_tokens: int | None = None,
         prompts: Sequence[int] | None = None,
+        in_two_parts: bool = False,
     ) -> list[dict[str, np.ndarray]]:
         """Read prompts and return what each sequence remembers, array by array in the order of the layers.
 
         Args:
             prompts: the numbers of the prompts; None: all.
+            in_two_parts: read each prompt up to its last border, as if others shared it, and then on from there.
         """
         runner = self.runner(mtp, buckets)
         chosen = self.prompts if prompts is None else [self.prompts[i] for i in prompts]
         batches = [[prompt] for prompt in chosen] if one_by_one else [chosen]
         found = []
         for batch in batches:
-            cache, hidden, _ = runner.prefill(batch, mtp_prompt_tokens=mtp_prompt_tokens)
+            cache: Cache | None = None
+            rest: Sequence[Sequence[int]] = batch
+            past: list[PastTokens] | None = None
+            if in_two_parts:
+                borders = [border_below(len(prompt)) for prompt in batch]
+                begun, following = zip(*((p[:b], p[b]) for p, b in zip(batch, borders, strict=True)), strict=True)
+                cache, _, _ = runner.prefill(begun, next_tokens=following)
+                rest = [prompt[border:] for prompt, border in zip(batch, borders, strict=True)]
+                past = [PastTokens(border) for border in borders]
+            cache, hidden, _ = runner.prefill(rest, mtp_prompt_tokens=mtp_prompt_tokens, cache=cache, past=past)
             for i, prompt in enumerate(batch):
                 found.append(sequence_arrays(self.cfg, cache, hidden, i, len(prompt), mtp, mtp_prompt_tokens))
         return found
