@@ -171,8 +171,8 @@ def structure_of(row: Mapping[str, Any]) -> dict[str, Any] | None:
         elif key == "structured_outputs":
             if given := {kind: one for kind, one in value.items() if one is not None}:
                 found[key] = given
-        elif (given := _response_format(value)) is not None:
-            found[key] = given
+        elif (constraint := _response_format(value)) is not None:
+            found[key] = constraint
     if len(found) > 1:
         raise ValueError(f"has {' and '.join(map(repr, found))}, which both constrain the text; give one of them")
     return next(iter(found.values()), None)

@@ -57,8 +57,8 @@ class JobTotals:
 
         Seconds of the engine are synchronised with the device and have no compilation in them.
         """
-        names = ("num_prompt_tokens", "num_cached_tokens", "prefill_seconds", "decode_seconds")
-        names += ("compile_seconds", "slot_steps", "num_programs")
+        names = ["num_prompt_tokens", "num_cached_tokens", "prefill_seconds", "decode_seconds"]
+        names += ["compile_seconds", "slot_steps", "num_programs"]
         return {
             **asdict(self),
             "num_accepted_tokens": self.num_accepted_tokens,

@@ -1,4 +1,4 @@
-"""`BatchParts`: what the program of a batch has beside plain sampling, so that few programs serve requests of all kinds.
+"""`BatchParts`: what the program of a batch has beside plain sampling. Few programs serve requests of all kinds.
 
 A program is compiled for each combination of parts. Its results do not depend on parts that a request does not use, so
 a batch may run a program that has more than it needs. `choose_parts` takes one that is there already, if it can.
@@ -6,7 +6,7 @@ a batch may run a program that has more than it needs. `choose_parts` takes one 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -145,7 +145,7 @@ def _at_least(number: int, smallest: int, step: int) -> int:
     return smallest
 
 
-def _cost(parts: BatchParts) -> Sequence[int]:
+def _cost(parts: BatchParts) -> tuple[int, int, int]:
     present = (parts.penalties, parts.bias, parts.bad_words, parts.automata, parts.logprobs)
     size = parts.automata.entries if parts.automata else 0
     return sum(map(bool, present)), size, parts.logprobs.num_top if parts.logprobs else 0

@@ -72,7 +72,7 @@ class DecodeBatch:
     made anew each time. Otherwise they are read into a cache of their own, out of which they are copied into their
     slots while the other slots keep theirs. It stays until the next prompts are read, if their group says so.
 
-    `depths` chooses how many tokens a call drafts, and `prefixes` keeps common beginnings of prompts; None: no one does.
+    `depths` chooses how many tokens a call drafts, `prefixes` keeps common beginnings of prompts; None: no one does.
     """
 
     def __init__(

@@ -46,8 +46,10 @@ class Scheduler:
 
     `LiveRequests` are always filled in the second way.
 
-    Requests are taken from the source only when none waits, and the samples of a prompt together. They are sorted: the
-    longest prompt first, and equal prompts next to each other.
+    Requests are taken from the source only when none waits, and the samples of a prompt together. They are sorted:
+    those that may generate most tokens first (by powers of two), so that few slots are busy alone at the end; of these
+    the longest prompt first, because prompts of one length are read together without padding. Equal prompts stand
+    together.
 
     Args:
         requests: the source, read only as far as needed.
@@ -175,4 +177,14 @@ class Scheduler:
         taken = list(islice(self._source, self._lookahead))
         if taken:
             taken += islice(self._source, taken[-1].n - 1 - taken[-1].sample)
-        self.waiting = deque(sorted(taken, key=lambda r: (-len(r.prompt_token_ids), r.prompt_token_ids)))
+        # Of the samples of a prompt, and of equal prompts, the longest counts, so that they stay together.
+        most: dict[tuple[int, ...], int] = {}
+        for request in taken:
+            prompt = request.prompt_token_ids
+            most[prompt] = max(most.get(prompt, 0), request.max_tokens.bit_length())
+
+        def order(request: Request) -> tuple[int, int, tuple[int, ...]]:
+            prompt = request.prompt_token_ids
+            return -most[prompt], -len(prompt), prompt
+
+        self.waiting = deque(sorted(taken, key=order))

@@ -44,7 +44,7 @@ def switched(params: Any, state: DecodeState, sampling_params: Any, index: Array
         raise SystemExit("on this platform accepted rows wait for the next window; the script is about a CPU")
 
     def at_depth(k: int, state: DecodeState) -> tuple[DecodeState, Array, Array]:
-        state, _, tokens, num_new = speculative_step(
+        state, _, tokens, num_new, _ = speculative_step(
             model, state, None, sampling_params, k, vocab, mtp_drafter, sync_without_drafts=True
         )
         return state, jnp.pad(tokens, ((0, 0), (0, width - k - 1))), num_new

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtpjax.decoding.automaton import AutomatonState, automata_sizes, mask_tokens
+from mtpjax.decoding.automaton import Automata, AutomatonState, automata_sizes, mask_tokens
+from mtpjax.engine.batch_parts import automata_size
 from mtpjax.engine.stack_automata import initial_automaton_state, stack_automata
 from mtpjax.text.token_automaton import TokenAutomaton
 
@@ -40,11 +41,18 @@ def random_walk(automaton: TokenAutomaton | None, length: int, rng: np.random.Ge
     return tokens
 
 
+def stacked(automata: Sequence[TokenAutomaton | None]) -> Automata | None:
+    """Stack automata into arrays with just the room that they need."""
+    different = {automaton for automaton in automata if automaton is not None}
+    vocab_size = max((len(automaton.class_of_token) for automaton in different), default=0)
+    return stack_automata(automata, automata_size(different) if different else None, vocab_size)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_masks_are_those_of_a_walk(seed: int) -> None:
     """Allowed and forbidden drafts, beside a request that has no automaton."""
     rng = np.random.default_rng(seed)
-    automata = stack_automata(AUTOMATA)
+    automata = stacked(AUTOMATA)
     texts = [random_walk(automaton, 6, rng) for automaton in AUTOMATA]
     drafts = rng.integers(0, VOCAB, (4, 2)).tolist()
     state = initial_automaton_state(4).add(jnp.array(texts), jnp.array([6, 6, 4, 0]), automata)
@@ -60,7 +68,7 @@ def test_masks_are_those_of_a_walk(seed: int) -> None:
 
 def test_a_forbidden_draft_ends_the_automaton() -> None:
     automaton = TokenAutomaton(np.array([0, 1], np.int16), np.array([[0, -1]], np.int32), np.ones(1, bool))
-    automata = stack_automata([automaton])
+    automata = stacked([automaton])
     assert automata is not None
     state = initial_automaton_state(1).before_rows(jnp.array([[0, 1, 0]]), automata)
     assert state.tolist() == [[0, 0, -1, -1]]
@@ -68,7 +76,7 @@ def test_a_forbidden_draft_ends_the_automaton() -> None:
 
 def test_a_part_of_the_vocabulary() -> None:
     """Columns are some ids only; where none of them may follow, a draft may be any of them."""
-    automata, ids = stack_automata(AUTOMATA), jnp.array([1, 4, 5, 9, 20])
+    automata, ids = stacked(AUTOMATA), jnp.array([1, 4, 5, 9, 20])
     logits = jnp.zeros((4, 1, 5), jnp.float32)
     state = initial_automaton_state(4).take(ids)
     rows: list[list[int]] = [[] for _ in AUTOMATA]
@@ -81,24 +89,24 @@ def test_a_part_of_the_vocabulary() -> None:
         rows = [[*row, int(ids[column])] for row in rows]
     none = TokenAutomaton(np.array([1, 1, 0], np.int16), np.array([[0, -1]], np.int32), np.ones(1, bool))
     state = initial_automaton_state(1).take(jnp.array([0, 1]))
-    assert np.isfinite(mask_tokens(jnp.zeros((1, 1, 2)), stack_automata([none]), state)).all()
+    assert np.isfinite(mask_tokens(jnp.zeros((1, 1, 2)), stacked([none]), state)).all()
 
 
 def test_the_place_in_the_batch_does_not_matter() -> None:
     """A state stays what it is when other automata come and go: requests are refilled in the middle of a text."""
     logits = jnp.zeros((1, 1, VOCAB), jnp.float32)
-    state = initial_automaton_state(1).add(jnp.array([[0, 1]]), jnp.array([2]), stack_automata(AUTOMATA[:1]))
-    alone = mask_tokens(logits, stack_automata(AUTOMATA[:1]), state)
+    state = initial_automaton_state(1).add(jnp.array([[0, 1]]), jnp.array([2]), stacked(AUTOMATA[:1]))
+    alone = mask_tokens(logits, stacked(AUTOMATA[:1]), state)
     for others in ([AUTOMATA[2]], [AUTOMATA[3], None, AUTOMATA[2]]):
-        automata = stack_automata([AUTOMATA[0], *others])
+        automata = stacked([AUTOMATA[0], *others])
         wide = AutomatonState(jnp.concatenate([state.state, jnp.zeros(len(others), jnp.int32)]))
         masked = mask_tokens(jnp.zeros((1 + len(others), 1, VOCAB)), automata, wide)
         np.testing.assert_array_equal(masked[0], alone[0])
 
 
 def test_there_are_few_sizes() -> None:
-    assert stack_automata([None, None]) is None and automata_sizes(None) == ()
-    sizes = {automata_sizes(stack_automata([random_automaton(s) for s in range(n)])) for n in range(1, 40)}
+    assert stacked([None, None]) is None and automata_sizes(None) == ()
+    sizes = {automata_sizes(stacked([random_automaton(s) for s in range(n)])) for n in range(1, 40)}
     assert sizes == {(f"{n} automata", "4096 entries") for n in (2, 8, 64)}
-    large = stack_automata([random_automaton(0, 1000, 6)])
+    large = stacked([random_automaton(0, 1000, 6)])
     assert automata_sizes(large) == ("2 automata", "16384 entries")

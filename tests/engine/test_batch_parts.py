@@ -79,8 +79,8 @@ def test_requests_of_all_kinds_share_one_program_and_keep_their_texts(model: Loa
         found, want = ([x for part in state.logprobs for x in part.chosen.tolist()] for state in (other, one))
         assert found == pytest.approx(want, abs=1e-5)  # products of one and of two sequences differ in float32
     assert sum(name[0] == "decode" for name in engine.runner.programs.compiled) == 1
-    for one in requests[1:]:  # each kind by itself finds the program that has all of them
-        engine.run([one, one], 2)
+    for request in requests[1:]:  # each kind by itself finds the program that has all of them
+        engine.run([request, replace(request, index=9)], 2)
     assert sum(name[0] == "decode" for name in engine.runner.programs.compiled) == 1
     engine.run([requests[0], replace(requests[0], index=9)], 2)  # plain requests get the plain one
     assert sum(name[0] == "decode" for name in engine.runner.programs.compiled) == 2

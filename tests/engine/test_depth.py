@@ -152,7 +152,7 @@ def mtp_keys_after(engine: Engine, monkeypatch: pytest.MonkeyPatch, depth: int) 
     schedule(monkeypatch, depth)
     requests = unequal_requests(TEMPERATURE, max_tokens=TOKENS)
     scheduler = Scheduler(requests, BATCH)
-    batch = DecodeBatch(engine.runner, BATCH, scheduler.prefill_batch, engine.depths)
+    batch = DecodeBatch(engine.runner, BATCH, scheduler.prefill_batch, depths=engine.depths)
     group = scheduler.admit()
     assert group is not None
     batch.prefill(group, scheduler.requests_by_slot)

@@ -122,6 +122,15 @@ def test_the_longest_prompts_start_first_and_equal_ones_together() -> None:
     assert scheduler.admit() is None and len(scheduler.waiting) == 1
 
 
+def test_requests_that_may_be_longest_start_first_with_their_equals() -> None:
+    """By powers of two: 9 and 12 tokens count the same, so there the longer prompt goes first."""
+    prompts = [(1,), (2, 2), (3,), (4, 4, 4), (3,)]
+    limits = [9, 12, 2, 3, 40]
+    todo = [Request(i, p, n, 0.0, i) for i, (p, n) in enumerate(zip(prompts, limits, strict=True))]
+    scheduler = Scheduler(todo, 1)
+    assert [request.index for request in scheduler.waiting] == [2, 4, 1, 0, 3]
+
+
 def test_requests_that_fit_into_the_batch_at_once_share_its_cache() -> None:
     scheduler = Scheduler(make([3, 2, 1]), 3)
     assert scheduler.static_batch and scheduler.prefill_batch == 3
