@@ -79,7 +79,7 @@ def test_an_mtp_head_that_reads_the_end_of_prompts_only(model: LoadedModel, text
     assert [state.tokens for state in engine.run(requests(), NUM_SLOTS)] == texts
 
 
-@pytest.mark.parametrize(("max_prefill_seqs", "least", "most"), [(1, 0.8, 1), (2, 0.75, 1), (NUM_SLOTS, 0, 0.6)])
+@pytest.mark.parametrize(("max_prefill_seqs", "least", "most"), [(1, 0.8, 1), (2, 0.75, 1), (NUM_SLOTS, 0, 0.8)])
 def test_slots_are_busy(model: LoadedModel, max_prefill_seqs: int, least: float, most: float) -> None:
     """The share of slots that have a request, over all steps: without drafts a step is a token."""
     engine = make_engine(
