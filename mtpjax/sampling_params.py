@@ -113,7 +113,7 @@ class SamplingParams:
         check_n(self.n, self.temperature)
         for name, value in settle_constraints(self, self.max_tokens).items():
             object.__setattr__(self, name, value)
-        check_structured_outputs(self.structured_outputs, self.ignore_eos)
+        check_structured_outputs(self.structured_outputs, self.ignore_eos, self.allowed_token_ids)
         stop = check_text_params(self.stop, self.detokenize, self.include_stop_str_in_output, self.skip_special_tokens)
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "output_kind", RequestOutputKind(self.output_kind))

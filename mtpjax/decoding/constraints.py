@@ -72,6 +72,8 @@ def apply_constraints(
     constraints: Constraints | None,
     recent_tokens: RecentTokens | None,
     drafts: Int[Array, "B k"] | None = None,
+    *,
+    is_masked: bool = False,
 ) -> Float[Array, "B R V"]:
     """Return the logits after the constraints, float32; the logits themselves if there are none.
 
@@ -88,6 +90,7 @@ def apply_constraints(
         constraints: of the requests.
         recent_tokens: of the text; None if nothing is forbidden by it.
         drafts: tokens that the rows after the first have before them; None: none.
+        is_masked: some logits may be -inf already, because a structured output forbids the token.
     """
     if constraints is None:
         return logits
@@ -101,7 +104,7 @@ def apply_constraints(
     columns = jnp.where(columns == NO_TOKEN, num_columns, columns)  # a column that does not exist is dropped
     b, r = jnp.arange(batch)[:, None, None], jnp.arange(num_rows)[:, None]
     masked = logits.at[b, r, columns].set(-jnp.inf, mode="drop")
-    if constraints.bias is None:  # without allowed tokens something is always left
+    if constraints.bias is None and not is_masked:  # without allowed tokens something is always left
         return masked
     nothing_left = jnp.max(masked, axis=-1, keepdims=True) == -jnp.inf
     return jnp.where(nothing_left, logits, masked)

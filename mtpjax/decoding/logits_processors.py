@@ -67,5 +67,8 @@ def process_logits(
         drafts: tokens that the rows after the first have before them; None: none.
     """
     logits = mask_tokens(logits, sampling_params.automata, text_state.automaton, drafts)
-    logits = apply_constraints(logits, sampling_params.constraints, text_state.recent_tokens, drafts)
+    is_masked = sampling_params.automata is not None
+    logits = apply_constraints(
+        logits, sampling_params.constraints, text_state.recent_tokens, drafts, is_masked=is_masked
+    )
     return apply_penalties(logits, sampling_params.penalties, text_state.token_counts, drafts)

@@ -85,7 +85,7 @@ class StructuredOutputs:
         return regex_to_dfa(str(self.regex))
 
 
-def check_structured_outputs(structured_outputs: object, ignore_eos: bool) -> None:
+def check_structured_outputs(structured_outputs: object, ignore_eos: bool, allowed_token_ids: object = None) -> None:
     """Raise ValueError unless a value of `SamplingParams.structured_outputs` goes with the other parameters."""
     if structured_outputs is None:
         return
@@ -93,6 +93,8 @@ def check_structured_outputs(structured_outputs: object, ignore_eos: bool) -> No
         raise ValueError(f"structured_outputs is {structured_outputs!r}; expected StructuredOutputs(...) or None")
     if ignore_eos:
         raise ValueError("structured_outputs end with an end-of-text token; ignore_eos=True does not go with them")
+    if allowed_token_ids:
+        raise ValueError("structured_outputs and allowed_token_ids may leave no token; give one of them")
 
 
 def _schema_text(schema: Any) -> str:
