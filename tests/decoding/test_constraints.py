@@ -169,6 +169,16 @@ def test_allowed_tokens_hold_where_the_others_leave_nothing() -> None:
     assert finite == [[3], [3, 5], [3]] and (got[1, [3, 5]] == [11, 13]).all()
 
 
+def test_a_structured_output_keeps_the_tokens_that_it_leaves() -> None:
+    """Where it leaves stop tokens alone, `min_tokens` does not count; where it leaves others, it does."""
+    request = Request(0, (1,), 9, 0.0, 0, min_tokens=5, early_stop_token_ids=(5,))
+    logits = np.full((1, 2, 8), -np.inf, np.float32)
+    logits[0, 0, 5], logits[0, 1, [3, 5]] = 1.0, 2.0  # what the mask of the structure leaves
+    constraints = stack_constraints([request], 8, parts_of([request]))
+    got = apply_constraints(jnp.asarray(logits), constraints, no_recent_tokens(1), is_masked=True)
+    assert [np.flatnonzero(np.isfinite(row)).tolist() for row in np.asarray(got)[0]] == [[5], [3]]
+
+
 def small_model() -> LoadedModel:
     return numpy_model(tiny_config(moe=False, num_superblocks=1, vocab_size=VOCAB), seed=7, scale=0.15)
 
