@@ -30,7 +30,8 @@ def run(llm: LLM, structured_outputs: StructuredOutputs | None, num_texts: int, 
     """Return tokens per second of decoding and the mean acceptance length of some texts."""
     params = SamplingParams(max_tokens=num_tokens, structured_outputs=structured_outputs)
     decode_seconds = llm.engine.decode_seconds
-    outputs = llm.generate([STORIES[i % len(STORIES)] for i in range(num_texts)], params)
+    prompts = [llm.chat_prompt([{"role": "user", "content": STORIES[i % len(STORIES)]}]) for i in range(num_texts)]
+    outputs = llm.generate(prompts, params)
     seconds = llm.engine.decode_seconds - decode_seconds
     steps = sum(o.metrics.num_steps for o in outputs)
     return {
