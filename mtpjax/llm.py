@@ -107,8 +107,8 @@ class LLM(ChatMethods, ScoreMethods, StreamMethods, PrefixMethods):
         cfg: the `ModelConfig` of the checkpoint.
         tokenizer: the `Tokenizer`, or None if the checkpoint has none; then prompts are token ids and outputs have no
             text.
-        engine: the `Engine`. It has sums over all requests so far: `num_prompt_tokens`, `prefill_seconds`,
-            `decode_seconds`, `compile_seconds`, `slot_steps`, `num_programs`.
+        engine: the `Engine`. It has sums over all requests so far: `num_prompt_tokens`, `num_cached_tokens`,
+            `prefill_seconds`, `decode_seconds`, `compile_seconds`, `slot_steps`, `num_programs`.
         stop_token_ids: the checkpoint's own end-of-text tokens; `SamplingParams(ignore_eos=True)` generates past them.
         num_speculative_tokens, max_model_len, max_num_seqs, seed: the arguments of these names.
             `num_speculative_tokens` is 0 if the checkpoint has no MTP head.

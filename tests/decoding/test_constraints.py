@@ -295,7 +295,7 @@ def test_greedy_tokens_maximise_the_logits_of_transformers() -> None:
 def forget_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let verification see what came before the window, but not the drafts before a row."""
 
-    def without_drafts(logits: Any, constraints: Any, recent: Any, drafts: Any) -> Any:
+    def without_drafts(logits: Any, constraints: Any, recent: Any, drafts: Any, **_: Any) -> Any:
         return apply_constraints(logits, constraints, recent)
 
     monkeypatch.setattr(logits_processors, "apply_constraints", without_drafts)

@@ -106,7 +106,7 @@ def test_no_prompt_of_a_job_is_read_twice(num_slots: int, lookahead: int | None)
 
 
 def test_a_group_says_what_the_next_one_finds_read() -> None:
-    scheduler = Scheduler(samples_of([(1, 2, 3), (4, 5)], 3), 2)
+    scheduler = Scheduler([replace(s, max_tokens=2) for s in samples_of([(1, 2, 3), (4, 5)], 3)], 2)
     groups = []
     while group := scheduler.admit():
         groups.append((group.prompts, group.is_read, group.keep, len(group.slots)))

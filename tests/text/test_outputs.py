@@ -130,7 +130,7 @@ def test_unknown_arguments_are_answered_with_the_name_that_is_alike() -> None:
     chat = ChatMethods()
     calls: list[tuple[Any, dict[str, Any], str]] = [
         (SamplingParams, {"max_token": 3}, "SamplingParams has no argument 'max_token'; did you mean 'max_tokens'"),
-        (SamplingParams, {"n": 3}, "SamplingParams has no argument 'n'; it has max_tokens, temperature, top_k"),
+        (SamplingParams, {"q": 3}, "SamplingParams has no argument 'q'; it has max_tokens, temperature, top_k"),
         (LLM, {"max_num_seq": 3}, "LLM has no argument 'max_num_seq'; did you mean 'max_num_seqs'"),
         (LLM, {"tensor_parallel_size": 2}, "LLM has no argument 'tensor_parallel_size'"),
         (chat.chat, {"messages": [], "tool": 3}, "chat has no argument 'tool'; did you mean 'tools'"),
