@@ -20,13 +20,15 @@ from dataclasses import dataclass
 import numpy as np
 
 DEPTHS = (0, 1, 3, 6)  # among which "auto" chooses, up to its maximum
-MEASURE_STEPS = (2, 8, 8)  # steps of the calls that measure each depth at the start
+# Steps of the calls that measure each depth at the start. Of equal calls the fastest counts: a program's first call may
+# take many times as long as later ones.
+MEASURE_STEPS = (2, 2, 8, 8)
 EXPLORE_STEPS = 8  # of a call that explores
 EXPLORED = 0.015  # share of the time that exploring may cost
 MAX_SAVED = 2.0  # calls that may explore in a row, after a long time without
 FORGET = 0.98  # weight of a round of a request after another one
-FORGET_ALL = 0.99  # the same for a round of any request in the prior
-PRIOR_ROUNDS = 8.0  # rounds that the prior of a request weighs
+FORGET_ALL = 0.97  # the same for a round of any request in the prior
+PRIOR_ROUNDS = 4.0  # rounds that the prior of a request weighs
 FIRST_ACCEPTANCE, FIRST_ROUNDS = 0.75, 4.0  # prior of the first request, and the rounds that it weighs
 COST_RATE = 0.3  # weight of a new measurement of the seconds of a round, from a call that is not short
 COMMON = 0.5  # share of a change that other depths are expected to see as well, as when the machine gets slower
@@ -72,7 +74,7 @@ class RoundCosts:
                 beside.append(float(np.clip(rest, 0, 0.5 * by_steps[few])))
         self.call_seconds = float(np.median(beside)) if beside else 0.0
         many = max(fastest)
-        self.seconds[index] = max(fastest[many] - self.call_seconds, 1e-9) / many
+        self.seconds[index] = max(fastest[many] - self.call_seconds, 0.5 * fastest[many]) / many
 
     def refine(self, index: int, num_steps: int, seconds: float) -> None:
         """Take an ordinary call into account."""

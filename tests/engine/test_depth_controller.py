@@ -116,13 +116,23 @@ def test_the_number_of_running_requests_counts() -> None:
 
 
 @pytest.mark.fast
+def test_the_first_call_of_a_program_may_take_long() -> None:
+    """The memory of a new program is touched for the first time; what calls take beside their rounds is not that."""
+    costs = RoundCosts(2)
+    for number, (index, steps) in enumerate(list(costs.to_measure)):
+        costs.to_measure.pop(0)
+        costs.measured(index, steps, (1.0, 3.0)[index] * steps + 0.5 + (60.0 if number < 2 else 0.0))
+    assert costs.call_seconds == pytest.approx(0.5) and costs.seconds == pytest.approx([1, 3])
+
+
+@pytest.mark.fast
 def test_the_start_measures_every_depth_and_the_calls_beside() -> None:
     costs = RoundCosts(2)
     for index, steps in list(costs.to_measure):
         costs.to_measure.pop(0)
         costs.measured(index, steps, (1.0, 3.0)[index] * steps + 0.5)
     assert costs.call_seconds == pytest.approx(0.5) and costs.seconds == pytest.approx([1, 3])
-    assert len(MEASURE_STEPS) == 3
+    assert len(MEASURE_STEPS) == 4
     costs.refine(0, 32, 32 * 2.0 + 0.5)  # slower: the others are believed to be slower as well, but less
     assert 1 < costs.seconds[0] < 1.2 and 3 < costs.seconds[1] < 3 * costs.seconds[0]
     costs.refine(0, 32, 1e6)
