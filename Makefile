@@ -37,7 +37,7 @@ test test-fast test-all test-isa test-types: export XLA_PYTHON_CLIENT_PREALLOCAT
 
 help:
 	@echo "make demo          generate text with the embedded tiny model"
-	@echo "make test          run the tests, without the slow ones (about 8 minutes on two cores)"
+	@echo "make test          run the tests, without the slow ones (about 9 minutes on two cores)"
 	@echo "make test-fast     run a small part of them while you work (90 seconds)"
 	@echo "make test-all      run all tests (PYTEST_ARGS='-n 2 ...' for all four test targets)"
 	@echo "make test-isa      run the tests that promise bits on a narrower instruction set (ISA=AVX2, AVX or SSE4_2)"

@@ -298,6 +298,7 @@ def test_the_loop_samples_the_model(toy: LoadedModel, how: str) -> None:
     assert chi_square_p_value(counts, want) > PLAUSIBLE
 
 
+@pytest.mark.slow
 def test_the_joint_test_sees_p_in_place_of_the_residual(toy: LoadedModel, monkeypatch: Patch) -> None:
     monkeypatch.setattr(rejection, "residual", lambda p, q: p)
     counts, _ = joint_counts(toy, 1, HOW["penalties"])

@@ -34,6 +34,7 @@ def run(coroutine: Coroutine[Any, Any, Any]) -> Any:
     return result
 
 
+@pytest.mark.slow
 def test_many_callers_get_the_texts_that_they_get_alone(llm: LLM) -> None:
     """Two dozen, more than there are slots and room; of each kind of output."""
     todo = params(llm)

@@ -69,6 +69,7 @@ def new_engine(model: LoadedModel) -> Engine:
     return make_engine(model, num_speculative_tokens=2, max_model_len=40)
 
 
+@pytest.mark.slow
 def test_requests_of_all_kinds_share_one_program_and_keep_their_texts(model: LoadedModel) -> None:
     requests = [replace(FREE, index=i, seed=i, **options) for i, options in enumerate(({}, *KINDS.values()))]
     alone = [state for one in requests for state in new_engine(model).run([one], 1)]

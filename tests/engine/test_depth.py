@@ -117,6 +117,7 @@ def schedule(monkeypatch: pytest.MonkeyPatch, *depths: int) -> list[int]:
     return made
 
 
+@pytest.mark.slow
 def test_auto_has_the_same_texts_and_no_more_programs_than_depths(auto_engine: Engine) -> None:
     for num_slots in (BATCH, BATCH):
         states = run(auto_engine, (None,) * BATCH, num_slots)
@@ -177,6 +178,7 @@ def test_the_mtp_head_has_read_what_nothing_was_drafted_for(
     np.testing.assert_allclose(got, want, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_comparison_sees_an_mtp_head_that_has_not_read_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in the program of depth 0 of an engine that does not draft later."""
     engine = make_engine(

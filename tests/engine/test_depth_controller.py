@@ -75,6 +75,7 @@ def test_depth_falls_to_zero_if_drafts_never_pay_and_exploring_is_bounded() -> N
     assert sum(world.used.values()) > 5000 and world.used[0] > 0.95 * sum(world.used.values()) and not world.used[6]
 
 
+@pytest.mark.slow
 @pytest.mark.fast
 def test_the_controller_follows_a_workload_that_changes() -> None:
     world = World(CHEAP, 0.95)

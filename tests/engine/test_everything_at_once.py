@@ -1,4 +1,4 @@
-"""Requests with parameters of all kinds, together and alone. The whole list: `python -m tests.helpers.mixed_requests`."""
+"""Requests with parameters of all kinds, together and alone. All 300: `python -m tests.helpers.mixed_requests`."""
 
 import numpy as np
 import pytest

@@ -216,6 +216,7 @@ def test_words_are_encoded_with_and_without_a_space() -> None:
     assert request.bad_words == tuple(dict.fromkeys(map(tuple, want))) and len(request.bad_words) > 3
 
 
+@pytest.mark.slow
 def test_an_llm_keeps_to_all_constraints(folder: Path) -> None:
     """Through the public API, beside a request without constraints; with an ignored end of text."""
     texts = []

@@ -256,6 +256,7 @@ PROMPTS = ["Once upon a time", "The old man", "It was a cold night", "A dog", "I
 SLOW = [pytest.param(drafts, marks=pytest.mark.slow) for drafts in (1, 8)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drafts", [0, 3, *SLOW])
 def test_the_model_gives_the_same_text_with_all_drafts(drafts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Alone and beside others, with calls of 1, 3, 8 and 32 steps, greedy and sampled."""

@@ -104,6 +104,7 @@ def test_texts_are_the_same_with_a_part_of_the_vocabulary(alone: list[RequestOut
     assert sum(o.metrics.num_accepted_tokens for o in outputs) > 20
 
 
+@pytest.mark.slow
 def test_neighbours_keep_their_texts_and_their_program(alone: list[RequestOutput]) -> None:
     plain = [i for i, (_, sampling) in enumerate(JOB) if sampling.structured_outputs is None]
     llm = make_llm(3, 4)
@@ -111,6 +112,7 @@ def test_neighbours_keep_their_texts_and_their_program(alone: list[RequestOutput
     assert not any("automaton" in str(name) for name in llm.engine.runner.programs.compiled)
 
 
+@pytest.mark.slow
 def test_programs_are_bounded() -> None:
     """Another schema needs no other program."""
     llm = make_llm(1, 2)

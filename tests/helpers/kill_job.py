@@ -86,8 +86,12 @@ def check(folder: Path, moments: int, lines: int, seed: int = 0) -> list[str]:
             rc = run(folder, name, *(["--resume"] if resume else []), kill_after=after)
             if rc != -signal.SIGKILL:
                 break
-            done, resume = done + 1, (folder / f"{name}.part").exists()
             part = folder / f"{name}.part"
+            done, resume = done + 1, part.exists()
+            if (folder / name).exists() and not resume:
+                print(f"killed {done}: the output was complete already", flush=True)
+                rc = 1
+                break
             print(f"killed {done}: {part.read_bytes().count(10) if resume else 'no'} lines are there", flush=True)
         if rc != 1:
             problems.append(f"{name}: exit status {rc}")
