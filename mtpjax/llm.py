@@ -8,14 +8,12 @@ from dataclasses import replace
 from os import PathLike
 from typing import Any
 
-import numpy as np
 from jax.typing import DTypeLike
 
 from mtpjax.argument_names import names_arguments
 from mtpjax.chat import ChatMethods
 from mtpjax.constraint_params import constraint_fields
 from mtpjax.decoding.logprobs import RAW
-from mtpjax.decoding.output_rows import OutputRows
 from mtpjax.decoding.rules import AcceptanceArgument, acceptance_rule
 from mtpjax.decoding.sampling import MAX_STOP_TOKENS
 from mtpjax.decoding.speculative import Drafter, mtp_drafter
@@ -26,6 +24,7 @@ from mtpjax.engine.program_cache import AUTO, open_program_cache
 from mtpjax.engine.programs import CompileFn, compile_ahead
 from mtpjax.engine.prompt_chunks import PREFILL_BUCKETS
 from mtpjax.engine.request import Request, RequestState
+from mtpjax.forward import ForwardMethods
 from mtpjax.loading.draft_head import with_draft_vocab
 from mtpjax.loading.load import cache_dtype
 from mtpjax.loading.loaded_model import LoadedModel
@@ -43,7 +42,7 @@ from mtpjax.text.structured_outputs import AutomatonCache
 __all__ = ["LLM", "MAX_SPECULATIVE_TOKENS"]
 
 
-class LLM(ChatMethods, ScoreMethods, StreamMethods, PrefixMethods):
+class LLM(ChatMethods, ScoreMethods, StreamMethods, PrefixMethods, ForwardMethods):
     """A checkpoint that is ready to generate.
 
     Example, with the embedded tiny model:
@@ -294,19 +293,6 @@ class LLM(ChatMethods, ScoreMethods, StreamMethods, PrefixMethods):
         request = self._request(0, prompt, sampling_params or SamplingParams(), "the prompt")
         return list(request.prompt_token_ids)
 
-    def logits(self, token_ids: Sequence[int]) -> np.ndarray:
-        """Return the logits after every token of one sequence, float32 `[T, V]`."""
-        ids = self._token_ids("token_ids", token_ids, self.max_model_len)
-        _, _, chunks = self.engine.runner.prefill([ids], OutputRows.all(), return_logits=True)
-        return np.concatenate(chunks, axis=1)[0, -len(ids) :]
-
-    def hidden_states(self, token_ids: Sequence[int]) -> np.ndarray:
-        """Return the hidden states of one sequence after the final norm, `[T, D]` in the compute dtype.
-
-        The LM head and the MTP head read them.
-        """
-        return self.engine.runner.hidden_states(self._token_ids("token_ids", token_ids, self.max_model_len))
-
     def _token_ids(self, name: str, prompt: Prompt, max_length: int) -> tuple[int, ...]:
         ids = encode_prompt(name, prompt, self.tokenizer, self.cfg.vocab_size)
         if len(ids) > max_length:
@@ -320,6 +306,7 @@ class LLM(ChatMethods, ScoreMethods, StreamMethods, PrefixMethods):
         ids = self._token_ids(name, prompt, self.max_model_len - 1)
         max_new_tokens = self.max_model_len - len(ids)
         penalties: dict[str, Any] = {penalty: float(getattr(params, penalty)) for penalty in PENALTIES}
+        runner, all_stops = self.engine.runner, params.stop_token_ids + tuple(self.stop_token_ids)
         request = Request(
             index=index,
             prompt_token_ids=ids,
@@ -332,13 +319,13 @@ class LLM(ChatMethods, ScoreMethods, StreamMethods, PrefixMethods):
             top_p=float(params.top_p),
             min_p=float(params.min_p),
             **penalties,
-            **self._constraints(params, name),
+            **constraint_fields(params, name, self.tokenizer, runner.vocab_size, all_stops),
             logprobs=params.logprobs,
             prompt_logprobs=params.prompt_logprobs,
             automaton=self._automata.compile(params.structured_outputs, name),
             num_speculative_tokens=check_limit(name, params.num_speculative_tokens, self.num_speculative_tokens),
         )
-        check_num_logprobs(name, request, self.engine.runner.max_logprobs)
+        check_num_logprobs(name, request, runner.max_logprobs)
         request = text_settings(request, params, self.tokenizer, name)
         stops = request.all_stop_token_ids
         if len(stops) > MAX_STOP_TOKENS:
@@ -347,10 +334,6 @@ class LLM(ChatMethods, ScoreMethods, StreamMethods, PrefixMethods):
             if token >= self.cfg.vocab_size:
                 raise ValueError(f"{name}: stop token {token} is outside the vocabulary 0...{self.cfg.vocab_size - 1}")
         return request
-
-    def _constraints(self, params: SamplingParams, name: str) -> dict[str, Any]:
-        stops = params.stop_token_ids + tuple(self.stop_token_ids)
-        return constraint_fields(params, name, self.tokenizer, self.engine.runner.vocab_size, stops)
 
     def _output(self, prompt: Prompt, samples: Sequence[RequestState]) -> RequestOutput:
         output = join_samples([make_output(prompt, state, self.tokenizer, self._acceptance) for state in samples])

@@ -23,11 +23,12 @@ from flax import nnx
 from jax import Array, lax
 
 from mtpjax.decoding.speculative import DECODE_DONATED, DecodeState, decode, mtp_drafter, speculative_step
-from mtpjax.engine.decode_batch import DecodeBatch, stack_requests
+from mtpjax.engine.decode_batch import DecodeBatch
 from mtpjax.engine.depth import DEPTHS
 from mtpjax.engine.model_runner import ModelRunner
 from mtpjax.engine.request import Request
 from mtpjax.engine.scheduler import Scheduler
+from mtpjax.engine.stack_requests import stack_requests
 from mtpjax.llm import LLM
 from mtpjax.model.cache import pending_between_windows
 from scripts.benchmarks.demo_prompts import excerpts

@@ -23,10 +23,10 @@ from mtpjax.decoding.constraints import (
 from mtpjax.decoding.logits_processors import TextState
 from mtpjax.decoding.output_rows import OutputRows
 from mtpjax.engine.batch_parts import parts_of
-from mtpjax.engine.decode_batch import stack_requests
 from mtpjax.engine.engine import Engine
 from mtpjax.engine.request import Request
 from mtpjax.engine.stack_constraints import no_recent_tokens, stack_constraints
+from mtpjax.engine.stack_requests import stack_requests
 from mtpjax.loading.draft_head import with_draft_head
 from mtpjax.loading.loaded_model import LoadedModel
 from tests.helpers.models import make_engine, numpy_model, tiny_config

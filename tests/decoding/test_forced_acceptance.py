@@ -10,9 +10,9 @@ import pytest
 
 from mtpjax.decoding.sampling import BatchSamplingParams
 from mtpjax.decoding.speculative import DecodeState, mtp_drafter
-from mtpjax.engine.decode_batch import stack_requests
 from mtpjax.engine.engine import Engine
 from mtpjax.engine.request import Request
+from mtpjax.engine.stack_requests import stack_requests
 from mtpjax.model import Model
 from mtpjax.model.cache import Cache
 from tests.helpers.models import make_engine

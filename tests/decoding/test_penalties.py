@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from mtpjax.decoding import logits_processors, steps
 from mtpjax.decoding.output_rows import OutputRows
 from mtpjax.decoding.penalties import Penalties, TokenCounts, apply_penalties, round_to_bfloat16
-from mtpjax.engine.decode_batch import stack_requests
 from mtpjax.engine.engine import Engine
 from mtpjax.engine.request import Request, RequestState
+from mtpjax.engine.stack_requests import stack_requests
 from mtpjax.loading.loaded_model import LoadedModel
 from tests.helpers.models import make_engine, numpy_model, tiny_config
 

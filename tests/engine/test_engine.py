@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from mtpjax.decoding.speculative import DecodeState
-from mtpjax.engine.decode_batch import DecodeBatch, stack_requests
+from mtpjax.engine.decode_batch import DecodeBatch
 from mtpjax.engine.engine import STEPS_OF_FIRST_CALL
 from mtpjax.engine.programs import compile_ahead
 from mtpjax.engine.request import Request, RequestState
 from mtpjax.engine.scheduler import PrefillGroup, Scheduler
+from mtpjax.engine.stack_requests import stack_requests
 from mtpjax.loading.loaded_model import LoadedModel
 from tests.helpers.models import make_engine, numpy_model, tiny_config
 
