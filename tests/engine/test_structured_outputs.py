@@ -87,7 +87,7 @@ def test_texts_are_valid(alone: list[RequestOutput]) -> None:
 
 @pytest.mark.parametrize(
     ("drafts", "slots"),
-    [(3, 4), pytest.param(1, 1, marks=pytest.mark.slow), pytest.param(8, 32, marks=pytest.mark.slow)],
+    [(3, 4), pytest.param(8, 32, marks=pytest.mark.slow)],
 )
 def test_texts_are_the_same(drafts: int, slots: int, alone: list[RequestOutput]) -> None:
     """The batch is refilled, and has requests without structured output."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from typing import Any
@@ -22,6 +23,7 @@ from mtpjax.text.token_automaton import TokenAutomaton, TokenBytes, build_token_
 from mtpjax.text.tokenizer import Tokenizer, byte_level_bpe
 from tests.helpers.token_oracle import END, VOCAB_SIZE, differences, some_tokens
 
+MANY = int(os.environ.get("MTPJAX_EXAMPLES", "100"))  # random expressions, and as many schemas, of the slow tests
 ALPHABET = "ab1é \n"
 TOKENS = some_tokens(0, ALPHABET)
 JSON_TOKENS = some_tokens(1, 'ab1é {}[]:,"-.e0\\truefalsn')
@@ -137,14 +139,14 @@ def test_schemas(schema: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=600, **RELAXED)  # type: ignore[arg-type]
+@settings(max_examples=MANY, **RELAXED)  # type: ignore[arg-type]
 @given(expressions())
 def test_many_expressions(regex: str) -> None:
     check_expression(regex)
 
 
 @pytest.mark.slow
-@settings(max_examples=400, **RELAXED)  # type: ignore[arg-type]
+@settings(max_examples=MANY, **RELAXED)  # type: ignore[arg-type]
 @given(schemas())
 def test_many_schemas(schema: dict[str, Any]) -> None:
     check_schema(schema)
