@@ -83,7 +83,7 @@ def test_a_batch_of_small_limits_runs_a_program_of_that_depth(engine: Engine) ->
     assert decode_programs(engine) >= {("depth", 0), ("depth", 1), ("depth", 2)}
     before = engine.num_programs
     run(engine, (3,) * BATCH), run(engine, (None,) * BATCH), run(engine, (1, 0, 0, 0, 0))
-    assert decode_programs(engine) - {("depth", 1, "limits"), ("limits",), ()} == {("depth", d) for d in (0, 1, 2)}
+    assert decode_programs(engine) - {("limits", "depth", 1), ("limits",), ()} == {("depth", d) for d in (0, 1, 2)}
     assert engine.num_programs <= before + 2
 
 

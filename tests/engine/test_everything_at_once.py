@@ -5,9 +5,10 @@ import pytest
 
 from tests.helpers.mixed_requests import TOLERANCE, answer, load, mixed_jobs, outcome, without_depth
 
-NUMBER = 24
+NUMBER = 16
 
 
+@pytest.mark.minutes
 @pytest.mark.slow
 def test_no_way_of_answering_shows() -> None:
     """Drafts or none, many slots or one, in order or not, with common beginnings read once or not."""

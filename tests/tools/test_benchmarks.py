@@ -129,6 +129,7 @@ def test_bad_arguments_are_named(args: list[str], message: str, capsys: pytest.C
     assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
+@pytest.mark.minutes
 @pytest.mark.slow
 def test_the_gpu_suite_runs_at_a_toy_size(tmp_path: Path) -> None:
     """Parts write rows with a share of the roofline, then come a page and the compiled programs for the next run."""

@@ -115,6 +115,7 @@ def test_counting_compares_bits() -> None:
     assert count_differing(jnp.ones(2, jnp.bfloat16).__array__(), jnp.zeros(2, jnp.bfloat16).__array__()) == 2
 
 
+@pytest.mark.minutes
 @pytest.mark.slow
 def test_the_part_runs_at_a_toy_size(tmp_path: Path) -> None:
     """Every op, prompts, windows and texts; nothing differs."""
