@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -17,6 +17,7 @@ MAX_N = 16384  # samples of a prompt, as in vLLM
 MAX_BIAS = 100.0
 
 
+@runtime_checkable
 class ConstraintParams(Protocol):
     """The fields of `SamplingParams` that this module is about."""
 
