@@ -7,7 +7,7 @@ at its end whose bytes are not all there.
 from __future__ import annotations
 
 import codecs
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from mtpjax.text.tokenizer import Tokenizer
 
@@ -15,6 +15,7 @@ REPLACEMENT = "\ufffd"  # stands for bytes that are no character
 MAX_HELD_TOKENS = 4  # a character has at most four bytes, and a token at least one
 
 
+@runtime_checkable
 class Detokenizer(Protocol):
     """Turns the tokens of one text into characters."""
 
