@@ -141,7 +141,7 @@ class _Stream:
         self._error: BaseException | None = None
 
     def put(self, update: StreamOutput) -> bool:
-        """Hand an update over, in any thread. Returns False if nobody is left to get it."""
+        """Hand an update over, in any thread. Returns False if the caller has left."""
         with self._lock:
             self._pending = [self._pending[0].then(update)] if self._pending else [update]
         return self._wake()

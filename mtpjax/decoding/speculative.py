@@ -183,7 +183,7 @@ class DecodeResult(NamedTuple):
         state: after the last step.
         tokens: the new tokens of each request `[B, T]`, T = max_steps * (k + 1).
         num_tokens: how many there are, `[B]`.
-        logprobs: their log-probabilities, `[B, T]` and `[B, T, K]`; None if nobody asked.
+        logprobs: their log-probabilities, `[B, T]` and `[B, T, K]`; None if no request asked.
     """
 
     state: DecodeState

@@ -176,7 +176,8 @@ def draft(
         text_state: of prompt and text, up to and including `token`.
     """
     of_request = hidden, token, inactive, cache, sampling_params
-    drafts, cache, _ = _draft(model, *of_request, num_speculative_tokens, vocab_size, text_state, own_noise=False)
+    how = num_speculative_tokens, vocab_size, text_state
+    drafts, cache, _ = draft_with_logits(model, *of_request, *how, own_noise=False)
     return drafts, cache
 
 
@@ -189,33 +190,18 @@ def draft_with_logits(
     sampling_params: BatchSamplingParams,
     num_speculative_tokens: int,
     vocab_size: int,
-    text_state: TextState = NO_STATE,
-) -> tuple[Int[Array, "B k"], Cache, Float[Array, "B k V"]]:
-    """Draft as `draft` does, but with noise that the trunk does not share, for the rule of `rejection.py`.
-
-    Returns:
-        the drafts, the cache, and the filtered logits that the drafts were drawn from.
-    """
-    of_request = hidden, token, inactive, cache, sampling_params
-    drafts, cache, logits = _draft(model, *of_request, num_speculative_tokens, vocab_size, text_state, own_noise=True)
-    assert logits is not None
-    return drafts, cache, logits
-
-
-def _draft(
-    model: Model,
-    hidden: Array,
-    token: Array,
-    inactive: Array,
-    cache: Cache,
-    sampling_params: BatchSamplingParams,
-    num_speculative_tokens: int,
-    vocab_size: int,
     text_state: TextState,
     *,
-    own_noise: bool,
-) -> tuple[Array, Cache, Array | None]:
-    """Run `draft`, or with `own_noise` `draft_with_logits`."""
+    own_noise: bool = True,
+) -> tuple[Int[Array, "B k"], Cache, Float[Array, "B k V"] | None]:
+    """Draft as `draft` does, but with noise that the trunk does not share, for the rule of `rejection.py`.
+
+    Args:
+        own_noise: False for `draft`: the trunk's noise.
+
+    Returns:
+        the drafts, the cache, and with noise of their own the filtered logits that the drafts were drawn from.
+    """
     one, token_ids = jnp.ones_like(token), model.draft_token_ids
     subset = None if token_ids is None else VocabSubset(token_ids, model.cfg.vocab_size)
     if token_ids is not None:

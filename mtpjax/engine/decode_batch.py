@@ -21,7 +21,7 @@ from mtpjax.engine.request_logprobs import logprobs_of_slots
 from mtpjax.engine.scheduler import PrefillGroup
 from mtpjax.engine.shared_prefixes import SharedPrefixes
 from mtpjax.engine.slot_depths import SlotDepths
-from mtpjax.engine.stack_requests import initial_text_state, stack_requests
+from mtpjax.engine.stack_requests import initial_text_state, stack_requests, text_state_parts
 from mtpjax.model.cache import Cache
 
 
@@ -68,7 +68,8 @@ class DecodeBatch:
     made anew each time. Otherwise they are read into a cache of their own, out of which they are copied into their
     slots while the other slots keep theirs. It stays until the next prompts are read, if their group says so.
 
-    `depths` chooses how many tokens a call drafts, `prefixes` keeps common beginnings of prompts; None: no one does.
+    `depths` chooses how many tokens a call drafts, `prefixes` keeps common beginnings of prompts. Without `depths`
+    every call drafts the runner's number, and without `prefixes` every prompt is read whole.
     """
 
     def __init__(
@@ -159,7 +160,7 @@ class DecodeBatch:
         """
         depth = self.runner.num_speculative_tokens if depth is None else depth
         params, logprobs = self._params_at(depth), self._parts.logprobs if self._parts else None
-        parts = (*initial_text_state([None], params, 1).parts, *params.parts, logprobs, depth)
+        parts = (*text_state_parts(params), *params.parts, logprobs, depth)
         if parts in self._begun:
             return
         self._begun.add(parts)
@@ -228,9 +229,11 @@ class DecodeBatch:
         One call of the program copies up to `prefill_batch` rows.
         """
         state = self._started()
-        fresh = self._text_state([None] * self.num_slots)  # parts that no request needed so far
-        kept = {name: getattr(state.text_state, name) for name in fresh.parts if name in state.text_state.parts}
-        state = state.replace(text_state=fresh.replace(**kept))
+        parts = text_state_parts(self._params)
+        if parts != state.text_state.parts:
+            fresh = self._text_state([None] * self.num_slots)  # has parts that no request needed so far
+            kept = {name: getattr(state.text_state, name) for name in parts if name in state.text_state.parts}
+            state = state.replace(text_state=fresh.replace(**kept))
         for start in range(0, len(requests), self.prefill_batch):
             part = slice(start, start + self.prefill_batch)
             new = self._initial_state(self._padded(requests[part]), cache, hidden)

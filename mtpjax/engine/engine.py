@@ -39,7 +39,7 @@ class Engine:
         num_cached_tokens: prompt tokens of requests so far that came from a shared prompt or beginning.
         prefill_seconds, decode_seconds: spent so far in prefills and in the decode loop, without compilation.
         slot_steps: steps of the decode loop times its slots, whether or not a slot had a request.
-        depths: what chooses how many tokens are drafted; None: no one does.
+        depths: chooses how many tokens each call drafts; None: every call drafts the runner's number.
     """
 
     def __init__(

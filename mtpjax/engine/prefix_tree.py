@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -77,6 +77,10 @@ class PrefixTree:
                 self._counts[beginning.key] -= 1
                 if not self._counts[beginning.key]:
                     del self._counts[beginning.key]
+
+    def retain(self, indices: Container[int]) -> None:
+        """Remove all other requests: those that were cancelled while they waited, too."""
+        self.remove([index for index in self._of_request if index not in indices])
 
     def count(self, key: bytes) -> int:
         """Return how many requests share a beginning."""

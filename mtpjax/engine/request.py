@@ -31,7 +31,7 @@ class Request:
         logprobs, prompt_logprobs: as in `SamplingParams`; at most `max_logprobs` of the `ModelRunner`.
         automaton: which tokens may follow, for a structured output; None: all.
         text_options: how its text is made of its tokens.
-        make_reader: makes what reads its tokens as they come; None: nobody needs its text before it is finished.
+        make_reader: makes what reads its tokens as they come; None: its text is made when it is finished.
         num_speculative_tokens: drafts of a step at most; None: as many as the others.
     """
 

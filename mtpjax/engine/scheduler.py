@@ -80,7 +80,7 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self._kept: list[tuple[int, ...]] = []  # prompts that the last group read and the next one shares
         limit = max_prefill_seqs or max(1, num_slots // 4)
-        if isinstance(requests, LiveRequests):  # nobody knows what will come: any slot is refilled when it is free
+        if isinstance(requests, LiveRequests):  # the next requests are unknown: any slot is refilled when it is free
             self.static_batch, self.prefill_batch = num_slots == 1, max(1, min(limit, num_slots - 1))
             return
         self._refill_queue()

@@ -43,7 +43,9 @@ class SharedPrefixes:
             prompt, which the decode loop reads, counts.
         """
         runner, requests = self.cache.runner, [state.request for state in group.states]
-        new = [r for r in (*requests, *self.scheduler.waiting) if r.index not in self.tree]
+        known = {r.index: r for r in (*requests, *self.scheduler.waiting)}
+        self.tree.retain(known)  # requests that were cancelled while they waited share nothing
+        new = [r for index, r in known.items() if index not in self.tree]
         self.tree.add((r.index, r.prompt_token_ids[:-1]) for r in new)
         if len(new) > len(requests):
             self._keep_branches_together(requests)

@@ -72,6 +72,11 @@ def stack_requests(
     )
 
 
+def text_state_parts(params: BatchSamplingParams) -> tuple[str, ...]:
+    """Return the names of the parts of `TextState` that a batch with these parameters has."""
+    return initial_text_state([None], params, 1).parts
+
+
 def initial_text_state(
     requests: Sequence[Request | None], params: BatchSamplingParams, padded_vocab_size: int
 ) -> TextState:

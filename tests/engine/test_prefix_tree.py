@@ -93,6 +93,9 @@ def test_requests_that_are_gone_do_not_count(prompts: list[list[int]]) -> None:
     for i in range(1, len(prompts)):
         assert tree.branches(i) == rest.branches(i) == alone.branches(i)
     assert tree.branches(0) == []
+    kept = tree_of(prompts)
+    kept.retain(range(1, len(prompts)))
+    assert 0 not in kept and all(kept.branches(i) == alone.branches(i) for i in range(1, len(prompts)))
     tree.remove(range(len(prompts)))
     assert all(tree.count(b.key) == 0 for rows in prompts for b in beginnings(rows))
 
