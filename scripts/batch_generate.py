@@ -2,7 +2,7 @@
 
 import sys
 
-from mtpjax.cli.main import main
+from mtpjax.cli.main import run_process
 
 if __name__ == "__main__":
-    sys.exit(main(["generate", *sys.argv[1:]]))
+    sys.exit(run_process(["generate", *sys.argv[1:]]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib
 import sys
+from typing import Any
 
 import jax
 
@@ -25,9 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     if args and args[0] in COMMANDS:
         if args[0] not in ("generate", "tune"):
             jax.config.update("jax_platforms", "cpu")  # nothing is computed: leave a GPU alone
-        command = importlib.import_module(f"mtpjax.cli.{args[0].replace('-', '_')}")
-        gc.freeze()  # what is imported stays: Python's collector need not look at it again
-        return command.main(args[1:])
+        return _module(args[0]).main(args[1:])
     if args and args[0] == "--version":
         print(f"mtpjax {mtpjax.__version__}")
         return 0
@@ -40,5 +39,22 @@ def main(argv: list[str] | None = None) -> int:
     return 2
 
 
+def run_process(argv: list[str] | None = None) -> int:
+    """Run one command in a process that does nothing else. Returns its exit status.
+
+    What is imported stays until the end, so Python's collector need not look at it again and again. A caller that goes
+    on afterwards takes `main`: its own objects would stay, too.
+    """
+    args = sys.argv[1:] if argv is None else argv
+    if args and args[0] in COMMANDS:
+        _module(args[0])
+        gc.freeze()
+    return main(args)
+
+
+def _module(command: str) -> Any:
+    return importlib.import_module(f"mtpjax.cli.{command.replace('-', '_')}")
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_process())

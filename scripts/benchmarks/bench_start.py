@@ -53,7 +53,7 @@ def child(started: float, one_by_one: bool) -> None:
 
     from mtpjax import LLM
     from mtpjax.cli import generate  # noqa: F401  the command's own imports count as such
-    from mtpjax.cli.main import main as command
+    from mtpjax.cli.main import run_process
     from mtpjax.engine.model_runner import ModelRunner
 
     imported = time.monotonic()
@@ -82,7 +82,7 @@ def child(started: float, one_by_one: bool) -> None:
 
     LLM.generate_iter = until_first_token  # type: ignore[method-assign]
     try:
-        command(["generate", "--recommended-sampling"])
+        run_process(["generate", "--recommended-sampling"])
     except FirstTokenError:
         return
 

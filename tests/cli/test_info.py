@@ -1,5 +1,6 @@
 """`mtpjax info` and the console command."""
 
+import gc
 from pathlib import Path
 
 import jax
@@ -77,3 +78,10 @@ def test_the_console_command_lists_its_commands(capsys: pytest.CaptureFixture[st
     commands = "generate, convert, info, tune, count-tokens"
     assert f"there is no command 'speak'; expected one of {commands}\n" in capsys.readouterr().err
     assert main(["info", str(TINY)]) == 0 and "Hugging Face folder" in capsys.readouterr().out
+
+
+def test_a_command_that_is_called_leaves_the_collector_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    """Frozen objects are never collected: the programs of a caller would stay for as long as it lives."""
+    before = gc.get_freeze_count()
+    assert main(["info"]) == 0 and gc.get_freeze_count() == before
+    capsys.readouterr()
